@@ -1,0 +1,97 @@
+"""Distill diffusion models into few-step LoRA students, with distribution matching as one reward among equals.
+
+The public names below load on first use: `import rdm_sdk` imports neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "RDMTrainer": "rdm_sdk.trainer",
+    "RDMConfig": "rdm_sdk.config",
+    "Reward": "rdm_sdk.rewards.base",
+    "RewardBatch": "rdm_sdk.rewards.base",
+    "RewardOutput": "rdm_sdk.types",
+    "Capabilities": "rdm_sdk.rewards.base",
+    "ModelAdapter": "rdm_sdk.models.base",
+    "RDMError": "rdm_sdk.errors",
+    "ConfigError": "rdm_sdk.errors",
+    "DataError": "rdm_sdk.errors",
+    "ModelError": "rdm_sdk.errors",
+    "CheckpointError": "rdm_sdk.errors",
+    "RewardError": "rdm_sdk.errors",
+    "frechet_distance": "rdm_sdk.evaluation",
+    "legibility": "rdm_sdk.evaluation",
+    "image_grid": "rdm_sdk.report",
+    "markdown_table": "rdm_sdk.report",
+}
+_SUBMODULES = ("digits",)
+
+__all__ = [  # noqa: RUF022 - in the order of _PUBLIC
+    "RDMTrainer",
+    "RDMConfig",
+    "Reward",
+    "RewardBatch",
+    "RewardOutput",
+    "Capabilities",
+    "ModelAdapter",
+    "RDMError",
+    "ConfigError",
+    "DataError",
+    "ModelError",
+    "CheckpointError",
+    "RewardError",
+    "frechet_distance",
+    "legibility",
+    "image_grid",
+    "markdown_table",
+    "digits",
+]
+
+if TYPE_CHECKING:
+    from rdm_sdk import digits as digits
+    from rdm_sdk.config import RDMConfig as RDMConfig
+    from rdm_sdk.errors import (
+        CheckpointError as CheckpointError,
+    )
+    from rdm_sdk.errors import (
+        ConfigError as ConfigError,
+    )
+    from rdm_sdk.errors import (
+        DataError as DataError,
+    )
+    from rdm_sdk.errors import (
+        ModelError as ModelError,
+    )
+    from rdm_sdk.errors import (
+        RDMError as RDMError,
+    )
+    from rdm_sdk.errors import (
+        RewardError as RewardError,
+    )
+    from rdm_sdk.evaluation import frechet_distance as frechet_distance
+    from rdm_sdk.evaluation import legibility as legibility
+    from rdm_sdk.models.base import ModelAdapter as ModelAdapter
+    from rdm_sdk.report import image_grid as image_grid
+    from rdm_sdk.report import markdown_table as markdown_table
+    from rdm_sdk.rewards.base import Capabilities as Capabilities
+    from rdm_sdk.rewards.base import Reward as Reward
+    from rdm_sdk.rewards.base import RewardBatch as RewardBatch
+    from rdm_sdk.trainer import RDMTrainer as RDMTrainer
+    from rdm_sdk.types import RewardOutput as RewardOutput
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    if name in _SUBMODULES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,107 @@
+"""Training state beyond what Trainer saves: the roles' weights, the moving average and the counters.
+
+A checkpoint folder is an export (see `export.py`) plus Trainer's own files plus `rdm_state.safetensors` and
+`rdm_state.json`. On resume all of it is checked before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rdm_sdk.errors import CheckpointError
+from rdm_sdk.models.base import ModelAdapter
+
+FORMAT = 1
+WEIGHTS, STATE = "rdm_state.safetensors", "rdm_state.json"
+TRAINER_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The part of the training state that is not tensors."""
+
+    fingerprint: str
+    """Of the base model."""
+    rewards: list[str]
+    forwards: dict[str, int]
+    """Network evaluations so far, in samples, per role."""
+    critic_steps: int
+    reward_calls: int
+    ema_steps: int | None
+    """Updates of the moving average so far, None if the run has none."""
+    format: int = FORMAT
+
+
+def save_state(directory: Path, adapter: ModelAdapter, ema: list[Tensor] | None, state: RunState) -> None:
+    """Write every role's raw weights, the moving average and the run state."""
+    tensors = {
+        f"{role}.{name}": tensor
+        for role in adapter.roles.trainable_roles
+        for name, tensor in adapter.roles.lora_state_dict(role).items()
+    }
+    tensors |= {f"ema.{i}": tensor.detach().cpu().contiguous() for i, tensor in enumerate(ema or [])}
+    save_file(tensors, directory / WEIGHTS)
+    (directory / STATE).write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
+
+
+def check(directory: str | Path, fingerprint: str, rewards: list[str], with_ema: bool) -> RunState:
+    """Return the run state of a checkpoint after checking that it is whole and belongs to this run.
+
+    Raises:
+        CheckpointError: the folder is missing, incomplete, damaged, of another kind, or of a run with another base,
+            other rewards, or with (without) a moving average.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise CheckpointError(f"cannot resume: there is no folder {str(directory)!r}")
+    if not (folder / STATE).is_file():
+        raise CheckpointError(
+            f"cannot resume from {str(directory)!r}: it has no {STATE}, so it is no checkpoint of this SDK. Pass a "
+            "folder named checkpoint-N from the output folder of an earlier run."
+        )
+    missing = [name for name in (*TRAINER_FILES, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"cannot resume from {str(directory)!r}: {', '.join(missing)} missing, so its writing was interrupted (or "
+            "save_only_model was set). Use an earlier checkpoint."
+        )
+    try:
+        state = RunState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            has_ema = "ema.0" in file.keys()  # noqa: SIM118 - a safetensors file is no mapping
+    except (json.JSONDecodeError, TypeError, SafetensorError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"cannot resume from {str(directory)!r}: it is damaged ({type(error).__name__}: {error}). Use an earlier "
+            "checkpoint."
+        ) from error
+    if state.format != FORMAT:
+        raise CheckpointError(f"checkpoint {str(directory)!r} has format {state.format}; this version reads {FORMAT}")
+    if state.fingerprint != fingerprint:
+        raise CheckpointError(f"checkpoint {str(directory)!r} was made with another base model; pass the same one")
+    if state.rewards != rewards:
+        raise CheckpointError(
+            f"checkpoint {str(directory)!r} was made with the rewards {state.rewards}, this run has {rewards}; resume "
+            "with the same ones"
+        )
+    if has_ema != with_ema:
+        raise CheckpointError(
+            f"checkpoint {str(directory)!r} was made {'with' if has_ema else 'without'} a moving average of the "
+            f"student; set ema_decay {'above 0' if has_ema else 'to 0'} to resume from it"
+        )
+    return state
+
+
+def load_weights(directory: str | Path, adapter: ModelAdapter) -> list[Tensor]:
+    """Load every role's weights from a checked checkpoint; returns the moving average's tensors, if any."""
+    tensors = load_file(Path(directory) / WEIGHTS)
+    for role in adapter.roles.trainable_roles:
+        prefix = f"{role}."
+        own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        adapter.roles.load_lora_state_dict(role, own)
+    return [tensors[f"ema.{i}"] for i in range(sum(name.startswith("ema.") for name in tensors))]

@@ -1,0 +1,101 @@
+"""Prompts: where they come from, how groups are formed, and their cached encodings."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.utils.data import Sampler
+
+from rdm_sdk.errors import DataError, nearest
+from rdm_sdk.types import Condition
+
+
+def load_prompts(source: object, argument: str = "train_dataset") -> Dataset:
+    """Turn a dataset with a `prompt` column, a list of strings, or the path of a text file into a `Dataset`.
+
+    A text file holds one prompt per line; blank lines are skipped.
+
+    Raises:
+        DataError: no prompts, an empty prompt, no `prompt` column, or a missing file.
+    """
+    if isinstance(source, (str, Path)):
+        path = Path(source).expanduser()
+        if not path.is_file():
+            raise DataError(f"{argument}: there is no text file at {str(source)!r}; write one prompt per line")
+        lines = path.read_text(encoding="utf-8").splitlines()
+        source = [line.strip() for line in lines if line.strip()]
+    if isinstance(source, Sequence):
+        source = Dataset.from_dict({"prompt": list(source)})
+    if not isinstance(source, Dataset):
+        raise DataError(
+            f"{argument} must be a datasets.Dataset with a 'prompt' column, a list of strings or the path of a text "
+            f"file; got {type(source).__name__}"
+        )
+    if len(source) == 0:
+        raise DataError(f"{argument} holds no prompts; give at least one")
+    if "prompt" not in source.column_names:
+        found = ", ".join(source.column_names)
+        raise DataError(
+            f"{argument} has no column 'prompt' (it has: {found}).{nearest('prompt', source.column_names)} Rename the "
+            "column that holds the prompts."
+        )
+    for row, prompt in enumerate(source["prompt"]):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise DataError(f"{argument}: prompt {row} must be a text that is not empty; got {prompt!r}")
+    return source
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Turn dataset rows into `{"prompts": [...], "columns": {name: [...]}}`."""
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+    return {"prompts": [row["prompt"] for row in rows], "columns": columns}
+
+
+class GroupSampler(Sampler[int]):
+    """Indices of a shuffled epoch, each repeated `group_size` times, padded so that every batch is full.
+
+    An epoch's order depends on `seed` and `epoch` alone, so that a resumed run sees what it would have seen.
+    """
+
+    def __init__(self, num_prompts: int, group_size: int, prompts_per_step: int, seed: int) -> None:
+        self.num_prompts, self.group_size, self.seed = num_prompts, group_size, seed
+        self.padded = -(-num_prompts // prompts_per_step) * prompts_per_step
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.padded * self.group_size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order: list[int] = []
+        while len(order) < self.padded:
+            order += torch.randperm(self.num_prompts, generator=generator).tolist()
+        for index in order[: self.padded]:
+            yield from [index] * self.group_size
+
+
+class PromptCache:
+    """Encoded prompts, the most recently used ones kept, so that an epoch encodes each prompt once."""
+
+    def __init__(self, encode: Callable[[list[str]], Condition], capacity: int = 256) -> None:
+        self._encode, self._capacity = encode, capacity
+        self._rows: OrderedDict[str, Condition] = OrderedDict()
+
+    def __call__(self, prompts: Sequence[str]) -> Condition:
+        """Return the condition of the prompts, `[N, ...]`, in their order."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
+        if missing:
+            encoded = self._encode(missing)
+            for row, prompt in enumerate(missing):
+                self._rows[prompt] = {name: tensor[row] for name, tensor in encoded.items()}
+        rows = [self._rows[prompt] for prompt in prompts]
+        for prompt in prompts:
+            self._rows.move_to_end(prompt)
+        while len(self._rows) > self._capacity:
+            self._rows.popitem(last=False)
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

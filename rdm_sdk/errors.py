@@ -1,0 +1,36 @@
+"""Every error the SDK raises on purpose; each message says what was wrong, what was got and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RDMError(Exception):
+    """Base of all errors raised by the SDK."""
+
+
+class ConfigError(RDMError, ValueError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class DataError(RDMError, ValueError):
+    """Prompts or columns that cannot be used."""
+
+
+class ModelError(RDMError, ValueError):
+    """A base model that is missing, unsupported or broken."""
+
+
+class CheckpointError(RDMError):
+    """A checkpoint that is corrupted, incomplete or belongs to another run."""
+
+
+class RewardError(RDMError):
+    """A reward that is unknown, misused or returned something unusable."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the closest known name, or an empty string when none is close."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {matches[0]!r}?" if matches else ""

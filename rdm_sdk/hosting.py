@@ -1,0 +1,272 @@
+"""Hosting the method in `transformers.Trainer`: roles, optimizer, prompts, sampling, export and resume.
+
+Nothing here knows about rewards; `trainer.py` holds the step.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import get_last_checkpoint
+
+from rdm_sdk import checkpoint
+from rdm_sdk.config import RDMConfig
+from rdm_sdk.data import GroupSampler, PromptCache, collate
+from rdm_sdk.errors import CheckpointError, ConfigError, DataError
+from rdm_sdk.export import STUDENT, StudentInfo, move_into, save_student
+from rdm_sdk.models.base import ModelAdapter
+from rdm_sdk.models.roles import TEACHER, Roles
+from rdm_sdk.sampling import sample
+from rdm_sdk.types import Condition, Denoiser
+
+
+class RoleTrainer(Trainer):
+    """A Trainer of LoRA roles on one frozen base; subclasses write `training_step`."""
+
+    args: RDMConfig
+
+    def __init__(
+        self, adapter: ModelAdapter, args: RDMConfig, callbacks: list[TrainerCallback] | None, **kwargs: Any
+    ) -> None:
+        self.adapter = adapter
+        self.roles: Roles = adapter.roles
+        self.sigmas = adapter.student_sigmas(args.num_inference_steps, args.shift)
+        self.latent_shape = adapter.latent_shape(args.height, args.width)
+        self.encode = PromptCache(adapter.encode_prompts)
+        self.fingerprint = adapter.fingerprint()
+        self.run_state: checkpoint.RunState | None = None
+        self._sampler: GroupSampler | None = None
+        # The bookkeeper comes first, so that a user's callbacks see the step's finished state.
+        super().__init__(
+            model=self.roles,
+            args=args,
+            data_collator=collate,
+            callbacks=[_Bookkeeper(self), *(callbacks or [])],
+            **kwargs,
+        )
+        adapter.to(args.device)
+        if args.n_gpu > 1:
+            raise ConfigError(
+                f"{args.n_gpu} GPUs in one process would use nn.DataParallel, which cannot switch roles; start with "
+                "'accelerate launch' or torchrun, or set CUDA_VISIBLE_DEVICES to one GPU"
+            )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ConfigError("DeepSpeed and FSDP are not supported yet; use plain distributed data parallel")
+        self.ema: EMAModel | None = None
+        if args.ema_decay:
+            self.ema = EMAModel(self.parameters_of(STUDENT), decay=args.ema_decay, foreach=True)
+
+    @abstractmethod
+    def student_info(self) -> StudentInfo:
+        """Return what the export says about the student."""
+
+    @abstractmethod
+    def capture_state(self) -> checkpoint.RunState:
+        """Return the state that a checkpoint keeps beside tensors."""
+
+    @abstractmethod
+    def restore_state(self, state: checkpoint.RunState) -> None:
+        """Take up a checkpoint's state."""
+
+    # ---- Roles --------------------------------------------------------------------------------------------------
+
+    def parameters_of(self, role: str) -> list[nn.Parameter]:
+        return list(self.roles.parameters_of(role).values())
+
+    def denoiser(self, role: str, condition: Condition, network: nn.Module | None = None) -> Denoiser:
+        network = self.roles if network is None else network
+        if role != TEACHER or self.args.guidance_scale == 1.0:
+            return self.adapter.denoiser(network, role, condition)
+        count = next(iter(condition.values())).shape[0]
+        return self.adapter.denoiser(network, role, condition, self.encode([""] * count), self.args.guidance_scale)
+
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        if self.accelerator.num_processes > 1:
+            for parameter in parameters:
+                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create one optimizer with a parameter group per role: the student's first, then the critics'."""
+        if self.optimizer is None:
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.roles)
+            critic = (
+                self.args.learning_rate if self.args.critic_learning_rate is None else self.args.critic_learning_rate
+            )
+            groups = [
+                {
+                    "params": self.parameters_of(role),
+                    "lr": self.args.learning_rate if role == STUDENT else critic,
+                    "weight_decay": self.args.weight_decay,
+                }
+                for role in self.roles.trainable_roles
+            ]
+            self.optimizer = cls(groups, **options)
+        return self.optimizer
+
+    # ---- Prompts ------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        groups = self.args.per_device_train_batch_size // self.args.num_generations
+        together = groups * self.args.world_size * self.args.gradient_accumulation_steps
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._sampler = GroupSampler(len(dataset), self.args.num_generations, together, seed)
+        return self._sampler
+
+    def start_epoch(self, epoch: int) -> None:
+        """Set the epoch that the sampler's order depends on."""
+        if self._sampler is not None:
+            self._sampler.epoch = epoch
+
+    # ---- Samples ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[str], *, noise: Tensor | None = None, seed: int | None = None) -> Tensor:
+        """Sample the student (its moving average, if the run has one): RGB images `[N, 3, H, W]` in [0, 1].
+
+        Args:
+            prompts: N prompts.
+            noise: the initial latents `[N, *x]`; drawn by default.
+            seed: makes the call repeatable and leaves the global random state alone; None draws from the global one.
+        """
+        with self.seeded(seed), self.exported_weights():
+            return self.adapter.decode(self.sample_latents(prompts, noise))
+
+    def sample_latents(self, prompts: Sequence[str], noise: Tensor | None = None) -> Tensor:
+        if noise is None:
+            noise = torch.randn(len(prompts), *self.latent_shape, device=self.args.device)
+        student = self.denoiser(STUDENT, self.encode(prompts))
+        return sample(student, noise.to(self.args.device), self.sigmas, self.adapter.schedule)
+
+    @contextmanager
+    def seeded(self, seed: int | None) -> Iterator[None]:
+        """Fix the seed for the duration of the block, and count none of its forwards as training cost."""
+        forwards = self.roles.forwards.copy()
+        try:
+            if seed is None:
+                yield
+            else:
+                with torch.random.fork_rng(devices=[self.args.device] if self.args.device.type == "cuda" else []):
+                    torch.manual_seed(seed)
+                    yield
+        finally:
+            self.roles.forwards = forwards
+
+    @contextmanager
+    def exported_weights(self) -> Iterator[None]:
+        """Put the moving average in the student's place for the duration of the block."""
+        if self.ema is None:
+            yield
+            return
+        parameters = self.parameters_of(STUDENT)
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+
+    # ---- Saving and resuming ------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the student (its moving average, if the run has one) so that plain diffusers and PEFT load it.
+
+        A checkpoint (Trainer's internal call) gets the training state as well.
+        """
+        target = Path(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            with self.exported_weights():
+                save_student(target, self.adapter, self.student_info())
+            if _internal_call:
+                shadow = None if self.ema is None else self.ema.shadow_params
+                with tempfile.TemporaryDirectory(dir=target, prefix=".state-") as scratch:
+                    checkpoint.save_state(Path(scratch), self.adapter, shadow, self.capture_state())
+                    move_into(Path(scratch), target)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def after_step(self) -> None:
+        """Called after every optimizer step: update the student's moving average."""
+        if self.ema is not None:
+            self.ema.step(self.parameters_of(STUDENT))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, or go on from a checkpoint (True: the latest in `output_dir`), which is checked before it is used.
+
+        Raises:
+            CheckpointError: the checkpoint is missing, incomplete, damaged or of another run.
+            DataError: there is no train_dataset.
+        """
+        if self.train_dataset is None:
+            raise DataError("train() needs prompts: pass train_dataset to the trainer")
+        self.run_state = None
+        if resume_from_checkpoint:
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+                if resume_from_checkpoint is None:
+                    raise CheckpointError(f"cannot resume: there is no checkpoint in {self.args.output_dir!r}")
+            own = self.capture_state()
+            self.run_state = checkpoint.check(
+                resume_from_checkpoint, own.fingerprint, own.rewards, with_ema=self.ema is not None
+            )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        state = self.run_state
+        if state is None:
+            raise CheckpointError("a checkpoint is loaded through train(resume_from_checkpoint=...)")
+        shadow = checkpoint.load_weights(resume_from_checkpoint, self.adapter)
+        if self.ema is not None:
+            for own, loaded in zip(self.ema.shadow_params, shadow, strict=True):
+                own.copy_(loaded)
+            self.ema.optimization_step = state.ema_steps or 0
+        self.restore_state(state)
+
+
+class _Bookkeeper(TrainerCallback):
+    """What happens around an optimizer step: epochs for the sampler, the moving average, pictures."""
+
+    def __init__(self, trainer: RoleTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.start_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.after_step()
+
+
+def add_roles(adapter: ModelAdapter, configs: Mapping[str, LoraConfig]) -> None:
+    """Add LoRA roles to an adapter's base, on the family's usual layers unless a config names its own.
+
+    Raises:
+        ConfigError: the base has roles already, or a config's targets match nothing.
+    """
+    if adapter.roles.trainable_roles:
+        raise ConfigError("this model already has trainable roles from another trainer; load it afresh")
+    for role, config in configs.items():
+        own = copy.deepcopy(config)
+        own.target_modules = own.target_modules or list(adapter.lora_targets)
+        adapter.roles.add_role(role, own)
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Create the output folder and raise `ConfigError` if it cannot be written to."""
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise ConfigError(f"output_dir={output_dir!r} cannot be written to: {error}") from error

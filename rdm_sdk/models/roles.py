@@ -1,0 +1,178 @@
+"""Several roles on one set of base weights.
+
+The teacher is the base with every adapter off; "student", "fake" and any other role are LoRA adapters. The base is held
+once, whatever the number of roles.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rdm_sdk.errors import ConfigError, ModelError
+
+TEACHER = "teacher"
+
+# LoRA options that would change the base (then "adapters off" is no longer the teacher), make a role's forward random
+# (then a replay differs from its rollout), or cannot be exported to diffusers. Option -> (allowed values, why).
+_RESTRICTED: dict[str, tuple[tuple[object, ...], str]] = {
+    "bias": (("none",), "it trains biases of the base, which the teacher shares"),
+    "modules_to_save": ((None, []), "it copies and trains modules of the base, which the teacher shares"),
+    "init_lora_weights": (
+        (True, "gaussian", "orthogonal"),
+        "other initializations rewrite the base weights or start away from the teacher",
+    ),
+    "lora_dropout": ((0, 0.0), "a rollout must be replayed exactly"),
+    "use_dora": ((False,), "its export has not been verified"),
+    "lora_bias": ((False,), "its export has not been verified"),
+    "layer_replication": ((None,), "it changes the base's layers"),
+    "trainable_token_indices": ((None,), "it trains embeddings of the base"),
+    "target_parameters": ((None, []), "adapters on bare parameters cannot be switched off safely"),
+}
+
+
+def check_lora_config(config: LoraConfig, argument: str = "peft_config") -> None:
+    """Raise `ConfigError` if a LoRA option would change the base or make a role's forward random."""
+    for option, (allowed, reason) in _RESTRICTED.items():
+        value = getattr(config, option, allowed[0])
+        if value not in allowed:
+            choices = " or ".join(repr(choice) for choice in allowed)
+            raise ConfigError(f"{argument}.{option}={value!r} cannot be used: {reason}. Use {choices}.")
+
+
+class Roles(nn.Module):
+    """A frozen backbone with switchable LoRA roles; `roles(role, **inputs)` runs it as that role.
+
+    Switching sets the adapter layers' own flags and never touches `requires_grad`. (PEFT's `set_adapter` and
+    `disable_adapters` do, and a toggle between a forward and its backward then silently loses the gradient.)
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone.requires_grad_(False).eval()
+        self.forwards: Counter[str] = Counter()
+        """Network evaluations so far, in samples, per role."""
+        self._role = TEACHER
+        self._names: list[str] = []
+        self._layers: list[BaseTunerLayer] = []
+
+    def train(self, mode: bool = True) -> Roles:
+        """Set the flag for Trainer's sake; the backbone itself stays in evaluation mode."""
+        self.training = mode
+        return self
+
+    def add_role(self, name: str, config: LoraConfig) -> None:
+        """Add a LoRA adapter as a role; its parameters are float32 and trainable."""
+        if name == TEACHER or name in self._names:
+            raise ConfigError(f"there is already a role {name!r}")
+        try:
+            inject_adapter_in_model(config, self.backbone, adapter_name=name)
+        except ValueError as error:
+            linear = sorted({n.split(".")[-1] for n, m in self.backbone.named_modules() if isinstance(m, nn.Linear)})
+            raise ConfigError(
+                f"cannot add LoRA adapters: {error} Linear layers of this model: {', '.join(linear)}"
+            ) from error
+        self._names.append(name)
+        self._layers = [module for module in self.backbone.modules() if isinstance(module, BaseTunerLayer)]
+        for role in self._names:  # adding an adapter freezes the ones before it
+            for parameter in self.parameters_of(role).values():
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+        self._switch(TEACHER)
+
+    @property
+    def trainable_roles(self) -> tuple[str, ...]:
+        return tuple(self._names)
+
+    def parameters_of(self, role: str) -> dict[str, nn.Parameter]:
+        """Return a role's parameters by name."""
+        if role not in self._names:
+            raise ConfigError(f"no role {role!r}; there are {', '.join([TEACHER, *self._names])}")
+        return {name: p for name, p in self.backbone.named_parameters() if f".{role}." in f"{name}."}
+
+    def lora_state_dict(self, role: str) -> dict[str, Tensor]:
+        """Return a role's weights with PEFT's names, detached and on CPU."""
+        state = get_peft_model_state_dict(self.backbone, adapter_name=role)
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+    def load_lora_state_dict(self, role: str, state: dict[str, Tensor]) -> None:
+        """Load what `lora_state_dict` returned; raises `ModelError` unless names and shapes agree exactly."""
+        own = self.lora_state_dict(role)
+        if own.keys() != state.keys():
+            odd = sorted(own.keys() ^ state.keys())
+            raise ModelError(
+                f"weights for role {role!r} do not fit: {len(odd)} names differ, first {odd[0]!r}; "
+                "was the run started with other LoRA targets or another base model?"
+            )
+        for name, tensor in state.items():
+            if own[name].shape != tensor.shape:
+                raise ModelError(
+                    f"weights for role {role!r} do not fit: {name} has shape {list(tensor.shape)}, this run's has "
+                    f"{list(own[name].shape)}; was the run started with another LoRA rank?"
+                )
+        set_peft_model_state_dict(self.backbone, state, adapter_name=role)
+
+    def lora_config(self, role: str) -> LoraConfig:
+        """Return the role's LoRA configuration, with its targets as found in this model."""
+        config: LoraConfig = self.backbone.peft_config[role]
+        return config
+
+    @contextmanager
+    def use(self, role: str) -> Iterator[None]:
+        """Activate a role for the duration of the block."""
+        before = self._role
+        self._switch(role)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def _switch(self, role: str) -> None:
+        if role not in (TEACHER, *self._names):
+            raise ConfigError(f"no role {role!r}; there are {', '.join([TEACHER, *self._names])}")
+        for layer in self._layers:
+            layer._disable_adapters = role == TEACHER
+            layer._active_adapter = [role] if role != TEACHER else []
+        self._role = role
+
+    def forward(self, role: str, **inputs: Any) -> Tensor:
+        """Run the backbone as `role`; returns its first output."""
+        self.forwards[role] += next(value.shape[0] for value in inputs.values() if isinstance(value, Tensor))
+        with self.use(role):
+            output: Tensor = self.backbone(**inputs, return_dict=False)[0]
+        return output
+
+    def gradient_checkpointing_enable(self, **_: Any) -> None:
+        """Recompute activations in the backward pass, each block under the role its forward ran as.
+
+        Without that, the replay would run as whatever role happens to be active then: wrong gradients, silently.
+        """
+        enable = getattr(self.backbone, "enable_gradient_checkpointing", None)
+        if enable is None:
+            raise ModelError(f"{type(self.backbone).__name__} does not support gradient checkpointing")
+        enable(partial(checkpoint, use_reentrant=False, context_fn=self._checkpoint_contexts))
+
+    activation_checkpointing_enable = gradient_checkpointing_enable
+
+    def _checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        role = self._role
+        return self.use(role), self.use(role)
+
+
+def check_finite(module: nn.Module, name: str) -> None:
+    """Raise `ModelError` if any parameter of a module is NaN or infinite."""
+    for parameter_name, parameter in module.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ModelError(
+                f"the {name} holds NaN or infinite weights, first in {parameter_name!r}: the file is damaged, or the "
+                "weights overflowed when they were cast (try another dtype)"
+            )

@@ -1,0 +1,54 @@
+"""Pictures and tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Convert RGB images `[N, 3, H, W]` in [0, 1] to uint8 `[N, H, W, 3]`."""
+    return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()
+
+
+def image_grid(rows: Sequence[tuple[str, Tensor]], path: str | Path, scale: int = 1) -> Path:
+    """Write labeled rows of images as one PNG.
+
+    Args:
+        rows: (label, images `[n, 3, H, W]` in [0, 1]) per row; all images of one size.
+        path: the PNG to write, replaced as a whole.
+        scale: enlarge each image by this whole factor (nearest neighbor), for very small images.
+    """
+    height, width = rows[0][1].shape[-2] * scale, rows[0][1].shape[-1] * scale
+    font = ImageFont.load_default(size=14)
+    gap, columns = 3, max(len(images) for _, images in rows)
+    label_width = 12 + int(max(font.getlength(line) for label, _ in rows for line in label.split("\n")))
+    canvas = Image.new("RGB", (label_width + columns * (width + gap), len(rows) * (height + gap)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for r, (label, images) in enumerate(rows):
+        top = r * (height + gap)
+        draw.text((6, top + height / 2), label, fill="black", font=font, anchor="lm")
+        for c, pixels in enumerate(to_uint8(images).numpy()):
+            tile = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(tile, (label_width + c * (width + gap), top))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    canvas.save(temporary, format="PNG")
+    temporary.replace(path)
+    return path
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a Markdown table with aligned columns; floats are shown with four significant digits."""
+    cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Rewards: one contract for distribution matching, pixel rewards and a stranger's callable."""

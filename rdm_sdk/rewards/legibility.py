@@ -1,0 +1,31 @@
+"""Legibility of the embedded digits: a differentiable pixel reward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rdm_sdk.digits import digit_in_prompt
+from rdm_sdk.digits.classifier import load_classifier
+from rdm_sdk.rewards.base import Capabilities, Reward, RewardBatch
+
+
+class Legibility(Reward):
+    """The embedded classifier's probability, in [0, 1], that an image shows the digit its prompt names.
+
+    NaN where the prompt names no digit. For the embedded digits only: the classifier knows nothing else.
+    """
+
+    name = "legibility"
+    capabilities = Capabilities(space="pixel", gradient="autograd")
+
+    def __init__(self) -> None:
+        self.classifier = load_classifier().requires_grad_(False)
+
+    def score(self, batch: RewardBatch) -> Tensor:
+        images = batch.images
+        self.classifier.to(images.device)
+        digits = [digit_in_prompt(prompt) for prompt in batch.prompts]
+        asked = torch.tensor([0 if digit is None else digit for digit in digits], device=images.device)
+        named = torch.tensor([digit is not None for digit in digits], device=images.device)
+        return self.classifier.legibility(images, asked).masked_fill(~named, torch.nan)
