@@ -27,6 +27,8 @@ class RDMConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Off: a loss that is NaN must be seen."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Off: rewards may use every column."})
 
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Off: batches are texts."})
+
     num_generations: int = field(default=8, metadata={"help": "Samples per prompt: the size G of a group."})
     num_inference_steps: int = field(default=4, metadata={"help": "Steps K of the student."})
     shift: float | None = field(

@@ -241,7 +241,7 @@ class RDMTrainer(RoleTrainer):
     # ---- Logs, samples and pictures -----------------------------------------------------------------------------
 
     def _log_value(self, name: str, value: Tensor | float) -> None:
-        self._metrics[name].append(float(value))
+        self._metrics[name].append(value.detach().item() if isinstance(value, Tensor) else float(value))
 
     def _record(self, outputs: dict[str, RewardOutput], signal: Signal) -> None:
         group = self.args.num_generations

@@ -6,6 +6,7 @@ once, whatever the number of roles.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -75,7 +76,9 @@ class Roles(nn.Module):
         if name == TEACHER or name in self._names:
             raise ConfigError(f"there is already a role {name!r}")
         try:
-            inject_adapter_in_model(config, self.backbone, adapter_name=name)
+            with warnings.catch_warnings():  # PEFT warns of a second adapter, which is the point here
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")
+                inject_adapter_in_model(config, self.backbone, adapter_name=name)
         except ValueError as error:
             linear = sorted({n.split(".")[-1] for n, m in self.backbone.named_modules() if isinstance(m, nn.Linear)})
             raise ConfigError(
