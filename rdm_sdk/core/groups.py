@@ -37,21 +37,22 @@ def group_advantage(scores: Tensor, group_size: int, scale: ScoreScale = "group"
     Raises:
         ValueError: `scores` is not `[N]`, or N is not a multiple of `group_size`.
     """
-    grouped = _grouped(scores.float(), group_size)
+    # Double precision: scores may be large against their spread (those of distribution matching sum over dimensions).
+    grouped = _grouped(scores.double(), group_size)
     valid = ~grouped.isnan()
     count = valid.sum(1, keepdim=True).clamp_min(1)
-    values = grouped.masked_fill(~valid, 0.0)
-    centered = (values - values.sum(1, keepdim=True) / count).masked_fill(~valid, 0.0)
+    mean = grouped.masked_fill(~valid, 0.0).sum(1, keepdim=True) / count
+    # A constant group can leave a rounding residue of the mean's size behind; that is no advantage.
+    highest, lowest = grouped.masked_fill(~valid, -torch.inf).amax(1), grouped.masked_fill(~valid, torch.inf).amin(1)
+    counts = valid & (highest > lowest)[:, None]
+    centered = (grouped - mean).masked_fill(~counts, 0.0)
     if scale == "group":
         deviation = (centered.square().sum(1, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
     elif scale == "batch":
         deviation = (centered.square().sum() / (valid.sum() - 1).clamp_min(1)).sqrt()
     else:
-        return centered.flatten()
-    # A constant group can leave a rounding residue of the mean's size behind; that is no advantage.
-    span = grouped.masked_fill(~valid, -torch.inf).amax(1) - grouped.masked_fill(~valid, torch.inf).amin(1)
-    constant = ~(span > 0)
-    return (centered / (deviation + eps)).masked_fill(constant[:, None], 0.0).flatten()
+        return centered.float().flatten()
+    return (centered / (deviation + eps)).float().flatten()
 
 
 def group_scale(magnitudes: Tensor, group_size: int, normalization: Normalization = "group") -> Tensor:

@@ -10,7 +10,7 @@ def pathwise_loss(x_0: Tensor, field: Tensor) -> Tensor:
     """Return a scalar whose gradient with respect to `x_0` `[N, *x]` is `-field / x_0.numel()`.
 
     It has the value and the gradient of DMD's pseudo-target loss 1/2 mse(x_0, stop_gradient(x_0 + field)) (arXiv
-    2311.18828, eq. 7) without the rounding of x_0 + field - x_0. Minimizing it moves `x_0` along `field`.
+    2311.18828) without the rounding of x_0 + field - x_0. Minimizing it moves `x_0` along `field`.
     """
     field = field.detach()
     injected = -(field * x_0).mean()

@@ -14,8 +14,8 @@ from rdm_sdk.core.noise import NoiseSchedule, per_sample
 def matching_gradient(d_real: Tensor, d_fake: Tensor) -> Tensor:
     """Return the gradient of R_dm in x_0 form, D_real(x_t) - D_fake(x_t), `[N, *x]`.
 
-    It is w alpha (s_real - s_fake) for the weight w = sigma^2 / alpha^2 that DMD's x_0 parameterization implies
-    (arXiv 2405.14867, eq. 3 and 4): an ascent direction of R_dm, not of the KL.
+    It is w alpha (s_real - s_fake) for w = sigma^2 / alpha^2, the weight that DMD's x_0 form (arXiv 2311.18828, 2405.14867)
+    implies: an ascent direction of R_dm, so a descent direction of the KL.
     """
     return d_real - d_fake
 
@@ -31,7 +31,7 @@ def matching_score(
     """Estimate log p_real(x_0) - log p_fake(x_0) from one draw of (sigma, eps), `[N]`.
 
     Half the log-SNR integral of the difference of squared noise errors, 1/2 E_lambda[|eps - eps_fake|^2 -
-    |eps - eps_real|^2] (the diffusion likelihood of arXiv 2107.00630, eq. 15, for both models), with eps errors written
+    |eps - eps_real|^2] (the diffusion likelihood of arXiv 2107.00630 for both models), with eps errors written
     as (alpha / sigma) times x_0 errors. `sigma` `[N]` must be uniform on an interval of length `sigma_span`. Unbiased
     for that interval and very noisy: use it for logs and, averaged or centered in a group, as a score.
     """

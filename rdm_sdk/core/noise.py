@@ -52,7 +52,7 @@ class VariancePreservingSchedule:
     """DDPM: alpha = sqrt(1 - sigma^2); the native loss is the noise error, (alpha / sigma)^2 times the x_0 error."""
 
     def alpha(self, sigma: Tensor) -> Tensor:
-        return (1 - sigma.square()).sqrt()
+        return (1 - sigma.square()).clamp_min(0).sqrt()
 
     def log_snr_rate(self, sigma: Tensor) -> Tensor:
         return 2 / (sigma * (1 - sigma.square()))
