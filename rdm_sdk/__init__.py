@@ -25,6 +25,8 @@ _PUBLIC = {
     "CheckpointError": "rdm_sdk.errors",
     "RewardError": "rdm_sdk.errors",
     "frechet_distance": "rdm_sdk.evaluation",
+    "feature_statistics": "rdm_sdk.evaluation",
+    "teacher_statistics": "rdm_sdk.evaluation",
     "legibility": "rdm_sdk.evaluation",
     "image_grid": "rdm_sdk.report",
     "markdown_table": "rdm_sdk.report",
@@ -46,6 +48,8 @@ __all__ = [  # noqa: RUF022 - in the order of _PUBLIC
     "CheckpointError",
     "RewardError",
     "frechet_distance",
+    "feature_statistics",
+    "teacher_statistics",
     "legibility",
     "image_grid",
     "markdown_table",
@@ -73,8 +77,10 @@ if TYPE_CHECKING:
     from rdm_sdk.errors import (
         RewardError as RewardError,
     )
+    from rdm_sdk.evaluation import feature_statistics as feature_statistics
     from rdm_sdk.evaluation import frechet_distance as frechet_distance
     from rdm_sdk.evaluation import legibility as legibility
+    from rdm_sdk.evaluation import teacher_statistics as teacher_statistics
     from rdm_sdk.models.base import ModelAdapter as ModelAdapter
     from rdm_sdk.report import image_grid as image_grid
     from rdm_sdk.report import markdown_table as markdown_table

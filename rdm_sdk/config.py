@@ -102,7 +102,7 @@ class RDMConfig(TrainingArguments):
             )
         if self.fp16:
             raise ConfigError("fp16=True is not supported: its range is too small for scores. Use bf16=True.")
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
 
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from rdm_sdk.digits import IMAGE_SIZE, digit_in_prompt
-from rdm_sdk.digits.classifier import DigitClassifier, load_classifier
+from rdm_sdk.digits.classifier import DigitClassifier, evaluation_tensors, load_classifier
 from rdm_sdk.errors import DataError
 
 
@@ -26,29 +27,72 @@ class _Features(nn.Module):
         return self.classifier.features(images)
 
 
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Sums over a set of images' features, from which a Frechet distance needs nothing else."""
+
+    total: Tensor
+    """Sum of the features, float64 `[64]`."""
+    products: Tensor
+    """Sum of their outer products, float64 `[64, 64]`."""
+    count: int
+
+
+def feature_statistics(images: Tensor) -> FeatureStatistics:
+    """Return the feature sums of digit images `[N, 3, 32, 32]` in [0, 1]."""
+    metric = _metric()
+    _update(metric, images, "images", real=True)
+    return FeatureStatistics(
+        metric.real_features_sum, metric.real_features_cov_sum, int(metric.real_features_num_samples)
+    )
+
+
+def teacher_statistics() -> FeatureStatistics:
+    """Return the statistics of 10,000 samples of the embedded teacher at 40 steps, guidance scale 1.5.
+
+    They are the reference of FID-SD; `benchmarks/digits_teacher.py` makes them.
+    """
+    stored = evaluation_tensors()
+    return FeatureStatistics(
+        stored["teacher_feature_total"], stored["teacher_feature_products"], int(stored["teacher_feature_count"])
+    )
+
+
 @torch.no_grad()
-def frechet_distance(images: Tensor, reference: Tensor) -> float:
-    """Return the Frechet distance between two sets of digit images, `[N, 3, 32, 32]` and `[M, 3, 32, 32]` in [0, 1].
+def frechet_distance(images: Tensor, reference: Tensor | FeatureStatistics) -> float:
+    """Return the Frechet distance of digit images `[N, 3, 32, 32]` in [0, 1] from a reference set or its statistics.
 
     |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) over the 64 features of the embedded classifier (arXiv
     1706.08500, with another feature extractor, so the values compare with nothing but each other). It is biased
     upwards for small sets, like every Frechet distance: compare sets of equal size, 500 images or more.
 
     Raises:
-        DataError: a set has fewer images than features, or the images have the wrong size.
+        DataError: a set has no more images than features, or the images have the wrong size.
     """
-    for name, batch in (("images", images), ("reference", reference)):
-        if batch.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE) or len(batch) <= DigitClassifier.num_features:
-            raise DataError(
-                f"{name} must be more than {DigitClassifier.num_features} images of shape [3, {IMAGE_SIZE}, "
-                f"{IMAGE_SIZE}]; got {list(batch.shape)}"
-            )
-    size = (3, IMAGE_SIZE, IMAGE_SIZE)
-    metric = FrechetInceptionDistance(feature=_Features(), normalize=True, input_img_size=size)
-    for batch, real in ((images, False), (reference, True)):
-        for chunk in batch.float().cpu().split(500):
-            metric.update(chunk, real=real)
+    metric = _metric()
+    _update(metric, images, "images", real=False)
+    if isinstance(reference, FeatureStatistics):
+        metric.real_features_sum = reference.total.double()
+        metric.real_features_cov_sum = reference.products.double()
+        metric.real_features_num_samples = torch.tensor(reference.count)
+    else:
+        _update(metric, reference, "reference", real=True)
     return float(metric.compute())
+
+
+def _metric() -> FrechetInceptionDistance:
+    return FrechetInceptionDistance(feature=_Features(), normalize=True, input_img_size=(3, IMAGE_SIZE, IMAGE_SIZE))
+
+
+@torch.no_grad()
+def _update(metric: FrechetInceptionDistance, images: Tensor, name: str, real: bool) -> None:
+    if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE) or len(images) <= DigitClassifier.num_features:
+        raise DataError(
+            f"{name} must be more than {DigitClassifier.num_features} images of shape [3, {IMAGE_SIZE}, {IMAGE_SIZE}]; "
+            f"got {list(images.shape)}"
+        )
+    for chunk in images.float().cpu().split(500):
+        metric.update(chunk, real=real)
 
 
 @torch.no_grad()

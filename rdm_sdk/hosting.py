@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from rdm_sdk import checkpoint
 from rdm_sdk.config import RDMConfig
@@ -36,6 +37,8 @@ class RoleTrainer(Trainer):
     """A Trainer of LoRA roles on one frozen base; subclasses write `training_step`."""
 
     args: RDMConfig
+    train_dataset: Dataset | None
+    eval_dataset: Dataset | None
 
     def __init__(
         self, adapter: ModelAdapter, args: RDMConfig, callbacks: list[TrainerCallback] | None, **kwargs: Any
@@ -100,7 +103,7 @@ class RoleTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create one optimizer with a parameter group per role: the student's first, then the critics'."""
         if self.optimizer is None:
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.roles)
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args)
             critic = (
                 self.args.learning_rate if self.args.critic_learning_rate is None else self.args.critic_learning_rate
             )
@@ -118,7 +121,7 @@ class RoleTrainer(Trainer):
     # ---- Prompts ------------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         groups = self.args.per_device_train_batch_size // self.args.num_generations
         together = groups * self.args.world_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -185,7 +188,7 @@ class RoleTrainer(Trainer):
 
         A checkpoint (Trainer's internal call) gets the training state as well.
         """
-        target = Path(output_dir or self.args.output_dir)
+        target = Path(output_dir or str(self.args.output_dir))
         if self.args.should_save:
             with self.exported_weights():
                 save_student(target, self.adapter, self.student_info())
@@ -202,7 +205,12 @@ class RoleTrainer(Trainer):
         if self.ema is not None:
             self.ema.step(self.parameters_of(STUDENT))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """Train, or go on from a checkpoint (True: the latest in `output_dir`), which is checked before it is used.
 
         Raises:
@@ -213,15 +221,16 @@ class RoleTrainer(Trainer):
             raise DataError("train() needs prompts: pass train_dataset to the trainer")
         self.run_state = None
         if resume_from_checkpoint:
-            if resume_from_checkpoint is True:
-                resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-                if resume_from_checkpoint is None:
+            if isinstance(resume_from_checkpoint, bool):
+                latest: str | None = get_last_checkpoint(self.args.output_dir)
+                if latest is None:
                     raise CheckpointError(f"cannot resume: there is no checkpoint in {self.args.output_dir!r}")
+                resume_from_checkpoint = latest
             own = self.capture_state()
             self.run_state = checkpoint.check(
                 resume_from_checkpoint, own.fingerprint, own.rewards, with_ema=self.ema is not None
             )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         state = self.run_state

@@ -18,7 +18,7 @@ from rdm_sdk.core.importance import importance_ratio
 from rdm_sdk.core.losses import clipped_surrogate, pathwise_loss
 from rdm_sdk.core.transitions import log_probability
 from rdm_sdk.data import collate, load_prompts
-from rdm_sdk.errors import ConfigError, RDMError
+from rdm_sdk.errors import ConfigError, DataError, RDMError
 from rdm_sdk.export import STUDENT, StudentInfo, non_default_settings
 from rdm_sdk.hosting import RoleTrainer, add_roles, check_output_dir
 from rdm_sdk.models.load import load_adapter
@@ -155,13 +155,13 @@ class RDMTrainer(RoleTrainer):
 
     def _train_critic(self, experiences: Sequence[Experience]) -> None:
         """One optimizer step for every trainable reward, on the student's latest samples."""
-        critics = [term for term in self.terms if term.reward.capabilities.trains]
+        critics = [(term, role) for term in self.terms if (role := term.reward.capabilities.trains)]
         if not critics:
             return
-        parameters = [p for term in critics for p in self.parameters_of(term.reward.capabilities.trains)]
+        parameters = [parameter for _, role in critics for parameter in self.parameters_of(role)]
         for experience in experiences:
-            for term in critics:
-                batch = self._batch(experience, experience.rollout.x_0, trained=term.reward.capabilities.trains)
+            for term, role in critics:
+                batch = self._batch(experience, experience.rollout.x_0, trained=role)
                 loss = term.reward.training_loss(batch)
                 (loss / len(experiences)).backward()
                 self._log_value(f"loss/{term.name}", loss)
@@ -172,7 +172,8 @@ class RDMTrainer(RoleTrainer):
         self._log_value("dm/critic_grad_norm", norm)
         # The raw optimizer, because accelerate's wrapper skips steps in the middle of an accumulation window. The
         # student has no gradients at this point, and Adam leaves parameters without a gradient alone.
-        getattr(self.optimizer, "optimizer", self.optimizer).step()
+        optimizer: Any = self.optimizer
+        getattr(optimizer, "optimizer", optimizer).step()
         for parameter in parameters:
             parameter.grad = None
         self._critic_steps += 1
@@ -275,7 +276,7 @@ class RDMTrainer(RoleTrainer):
         super().after_step()
         step = self.state.global_step
         if self.args.log_images and step % self.args.log_images == 0 and self.args.should_save:
-            self.write_images(Path(self.args.output_dir) / "images" / f"step_{step:06d}.png")
+            self.write_images(Path(str(self.args.output_dir)) / "images" / f"step_{step:06d}.png")
 
     @torch.no_grad()
     def write_images(self, path: str | Path) -> Path:
@@ -284,6 +285,8 @@ class RDMTrainer(RoleTrainer):
         Prompts and seed are fixed, so that the grids of a run can be compared. The raw student is shown, not its
         moving average.
         """
+        if self.train_dataset is None:
+            raise DataError("write_images() shows the first training prompts: pass train_dataset to the trainer")
         prompts = list(dict.fromkeys(self.train_dataset[:64]["prompt"]))[:10]
         with self.seeded(self.args.seed):
             latents = self.sample_latents(prompts)
@@ -363,7 +366,7 @@ def critic_roles(terms: Sequence[RewardTerm]) -> list[str]:
 
 def _check_run(args: RDMConfig, terms: Sequence[RewardTerm]) -> None:
     """Raise `ConfigError` for what cannot work together, before anything is loaded."""
-    check_output_dir(args.output_dir)
+    check_output_dir(str(args.output_dir))
     scored = [term.name for term in terms if term.weight and term.reward.capabilities.gradient == "none"]
     if scored and args.num_inference_steps == 1:
         raise ConfigError(

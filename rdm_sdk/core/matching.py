@@ -14,8 +14,8 @@ from rdm_sdk.core.noise import NoiseSchedule, per_sample
 def matching_gradient(d_real: Tensor, d_fake: Tensor) -> Tensor:
     """Return the gradient of R_dm in x_0 form, D_real(x_t) - D_fake(x_t), `[N, *x]`.
 
-    It is w alpha (s_real - s_fake) for w = sigma^2 / alpha^2, the weight that DMD's x_0 form (arXiv 2311.18828, 2405.14867)
-    implies: an ascent direction of R_dm, so a descent direction of the KL.
+    It is w alpha (s_real - s_fake) for w = sigma^2 / alpha^2, the weight that DMD's x_0 form implies (arXiv
+    2311.18828, 2405.14867): an ascent direction of R_dm, so a descent direction of the KL.
     """
     return d_real - d_fake
 

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PROMPT_TEMPLATES = ("a handwritten {}", "the digit {}", "a scan of the number {}", "{}")
@@ -39,3 +43,17 @@ def digit_in_prompt(prompt: str) -> int | None:
     named = {DIGIT_WORDS.index(word) for word in words if word in DIGIT_WORDS}
     named |= {int(word) for word in words if word.isdigit() and len(word) == 1}
     return named.pop() if len(named) == 1 else None
+
+
+def heldout_images() -> Tensor:
+    """Return the 500 held-out real digits, which nothing was trained on, as images `[500, 3, 32, 32]` in [0, 1]."""
+    from rdm_sdk.digits.classifier import evaluation_tensors, scans_to_images
+
+    return scans_to_images(evaluation_tensors()["heldout_scans"])
+
+
+def heldout_labels() -> Tensor:
+    """Return the held-out digits' labels, int64 `[500]`."""
+    from rdm_sdk.digits.classifier import evaluation_tensors
+
+    return evaluation_tensors()["heldout_labels"]

@@ -37,15 +37,17 @@ class DigitClassifier(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Map RGB images `[N, 3, H, W]` in [0, 1] to features `[N, 64]` (the layer before the logits)."""
         gray = F.interpolate(images.mean(dim=1, keepdim=True), size=(16, 16), mode="area")
-        return F.silu(self.hidden(self.convolutions(gray * 2 - 1).flatten(1)))
+        hidden: Tensor = self.hidden(self.convolutions(gray * 2 - 1).flatten(1))
+        return F.silu(hidden)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map RGB images `[N, 3, H, W]` in [0, 1] to logits `[N, 10]`."""
-        return self.head(F.dropout(self.features(images), 0.3, self.training))
+        logits: Tensor = self.head(F.dropout(self.features(images), 0.3, self.training))
+        return logits
 
     def legibility(self, images: Tensor, digits: Tensor) -> Tensor:
         """Return the probability `[N]` that each image shows the digit asked for (`digits`, int64 `[N]`)."""
-        return self(images).softmax(dim=1).gather(1, digits[:, None])[:, 0]
+        return self.forward(images).softmax(dim=1).gather(1, digits[:, None])[:, 0]
 
 
 def scans_to_images(scans: Tensor) -> Tensor:
@@ -55,7 +57,8 @@ def scans_to_images(scans: Tensor) -> Tensor:
 
 
 @cache
-def _evaluation() -> dict[str, Tensor]:
+def evaluation_tensors() -> dict[str, Tensor]:
+    """Return the tensors of the embedded evaluation file: classifier, held-out scans, teacher statistics."""
     return load_file(evaluation_path())
 
 
@@ -63,16 +66,14 @@ def load_classifier() -> DigitClassifier:
     """Return the embedded classifier, in evaluation mode."""
     classifier = DigitClassifier()
     prefix = "classifier."
-    classifier.load_state_dict({k.removeprefix(prefix): v for k, v in _evaluation().items() if k.startswith(prefix)})
+    classifier.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in evaluation_tensors().items() if k.startswith(prefix)}
+    )
     return classifier.eval()
-
-
-def heldout_images() -> Tensor:
-    """Return the 500 held-out real digits, which nothing was trained on, as images `[500, 3, 32, 32]` in [0, 1]."""
-    return scans_to_images(_evaluation()["heldout_scans"])
 
 
 @torch.no_grad()
 def accuracy(classifier: DigitClassifier, images: Tensor, labels: Tensor) -> float:
     """Return the share of images `[N, 3, H, W]` classified as their labels `[N]`."""
-    return (classifier(images).argmax(dim=1) == labels).float().mean().item()
+    correct = classifier(images).argmax(dim=1) == labels
+    return float(correct.float().mean())

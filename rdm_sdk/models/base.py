@@ -35,7 +35,7 @@ class ModelAdapter(ABC):
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
-        self.backbone: nn.Module = getattr(pipeline, self.component)
+        self.backbone: Any = getattr(pipeline, self.component)
         self.roles = Roles(self.backbone)
         for part in self.frozen_parts():
             part.requires_grad_(False).eval()

@@ -126,7 +126,8 @@ class Roles(nn.Module):
 
     def lora_config(self, role: str) -> LoraConfig:
         """Return the role's LoRA configuration, with its targets as found in this model."""
-        config: LoraConfig = self.backbone.peft_config[role]
+        configs: Any = self.backbone.peft_config
+        config: LoraConfig = configs[role]
         return config
 
     @contextmanager

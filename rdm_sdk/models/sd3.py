@@ -85,7 +85,10 @@ class SD3Adapter(ModelAdapter):
         last = 1 / num_steps
         terminal = shift * last / (1 + (shift - 1) * last) if num_steps > 1 else None
         overrides = {"shift": shift, "shift_terminal": terminal, "use_dynamic_shifting": False}
-        return FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=True, **overrides)
+        scheduler: FlowMatchEulerDiscreteScheduler = FlowMatchEulerDiscreteScheduler.from_config(
+            config, stochastic_sampling=True, **overrides
+        )
+        return scheduler
 
     def inference_call(self, num_steps: int) -> str:
         call = f"num_inference_steps={num_steps}, guidance_scale=1.0"

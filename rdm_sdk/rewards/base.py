@@ -139,7 +139,7 @@ class CallableReward(Reward):
 
     def __init__(self, function: Callable[..., object], name: str | None = None) -> None:
         self.function = function
-        self.name = name or getattr(function, "__name__", type(function).__name__)
+        self.name = name or str(getattr(function, "__name__", type(function).__name__))
 
     def score(self, batch: RewardBatch) -> Tensor:
         values = self.function(images=batch.images, prompts=batch.prompts, **batch.columns)

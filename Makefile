@@ -1,0 +1,46 @@
+# `make demo` and `make test` work from a bare checkout with nothing but Python 3.11 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Small tensors: a second thread per process costs more than it brings, and many times more on busy cores.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+
+.PHONY: demo test test-all lint types docs teacher clean
+
+demo: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/rdm-sdk demo --output demo
+
+test: $(VENV)/.installed
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(VENV)/.installed
+	$(TEST_ENV) $(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
+	$(BIN)/mkdocs build --strict
+
+teacher: $(VENV)/.installed
+	$(BIN)/python benchmarks/digits_teacher.py --out build/digits
+
+# Torch first and by its exact version, so that a local or CPU build of it is taken where there is one.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' || \
+	  { echo "Python's venv module is missing; on Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing the tested versions into $(VENV); this takes a few minutes."
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) demo build site .pytest_cache .mypy_cache .ruff_cache
