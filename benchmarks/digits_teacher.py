@@ -35,8 +35,11 @@ from transformers import (
     T5Tokenizer,
 )
 
+from rdm_sdk import digits, feature_statistics, frechet_distance, legibility
+from rdm_sdk.demo import GUIDANCE
 from rdm_sdk.digits import DIGIT_WORDS, IMAGE_SIZE, PROMPT_TEMPLATES
 from rdm_sdk.digits.classifier import DigitClassifier, accuracy, scans_to_images
+from rdm_sdk.evaluation import FeatureStatistics
 
 MAX_TOKENS = 8
 LATENT_SIZE = 8
@@ -285,10 +288,53 @@ def train_diffusion(data: dict[str, Tensor], vae: AutoencoderKL, steps: int, out
     return pipeline
 
 
+def measure(out: Path, num_reference: int) -> dict[str, object]:
+    """Sample the teacher in plain diffusers; add the reference statistics of FID-SD to the evaluation file.
+
+    Reads and judges the packaged assets, so copy a new teacher there first.
+    """
+    pipeline = StableDiffusion3Pipeline.from_pretrained(digits.teacher_path())
+    pipeline.set_progress_bar_config(disable=True)
+
+    def sample(num_steps: int, guidance_scale: float, count: int, seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        call = {"num_inference_steps": num_steps, "guidance_scale": guidance_scale, "max_sequence_length": 4}
+        prompts, batches = digits.prompts() * 25, range(count // 250)
+        bar = tqdm(batches, desc=f"{num_steps} steps, guidance {guidance_scale}", mininterval=5)
+        return torch.cat([pipeline(prompts, output_type="pt", **call).images for _ in bar])
+
+    statistics_file = out / "teacher_statistics.safetensors"
+    if not statistics_file.exists():
+        made = feature_statistics(sample(40, GUIDANCE, num_reference, seed=1000))
+        save_file(
+            {
+                "teacher_feature_total": made.total,
+                "teacher_feature_products": made.products,
+                "teacher_feature_count": torch.tensor(made.count),
+            },
+            statistics_file,
+        )
+    stored = load_file(statistics_file)
+    reference = FeatureStatistics(
+        stored["teacher_feature_total"], stored["teacher_feature_products"], int(stored["teacher_feature_count"])
+    )
+    train = scans_to_images(load_split()["train_scans"])
+    figures: dict[str, object] = {"training digits, FID to held-out": frechet_distance(train, digits.heldout_images())}
+    for num_steps, guidance_scale in ((40, GUIDANCE), (4, GUIDANCE), (40, 1.0), (4, 1.0)):
+        images = sample(num_steps, guidance_scale, 2000, seed=0)
+        figures[f"{num_steps} steps, guidance {guidance_scale}"] = {
+            "FID to held-out": frechet_distance(images, digits.heldout_images()),
+            "FID-SD": frechet_distance(images, reference),
+            "legibility": legibility(images, digits.prompts() * 200),
+        }
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=14000, help="diffusion steps")
+    parser.add_argument("--measure", action="store_true", help="judge the packaged teacher and make its statistics")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -325,6 +371,8 @@ def main() -> None:
         pipeline.save_pretrained(args.out / "teacher.tmp")
         (args.out / "teacher.tmp").rename(args.out / "teacher")
     figures["seconds"] = time.time() - started
+    if args.measure:
+        figures["samples"] = measure(args.out, 250 if args.smoke else 10000)
     (args.out / "figures.json").write_text(json.dumps(figures, indent=2))
     print(json.dumps(figures, indent=2))
 

@@ -38,14 +38,13 @@ def main() -> None:
         peft_config=LoraConfig(r=32, lora_alpha=32),
     )
     trainer.train()
-    trainer.save_model(str(options.output / "student"))
+    student = options.output / "student"
+    trainer.save_model(str(student))
 
     # From here on rdm_sdk is not needed: a base, a LoRA and a scheduler.
     pipeline = StableDiffusion3Pipeline.from_pretrained(digits.teacher_path())
-    pipeline.load_lora_weights(str(options.output / "student"))
-    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
-        options.output / "student", subfolder="scheduler"
-    )
+    pipeline.load_lora_weights(str(student))
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(student, subfolder="scheduler")
     torch.manual_seed(0)
     images = pipeline(
         digits.prompts(), num_inference_steps=4, guidance_scale=1.0, max_sequence_length=4, output_type="pt"

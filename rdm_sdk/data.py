@@ -88,11 +88,11 @@ class PromptCache:
 
     def __call__(self, prompts: Sequence[str]) -> Condition:
         """Return the condition of the prompts, `[N, ...]`, in their order."""
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
-        if missing:
-            encoded = self._encode(missing)
-            for row, prompt in enumerate(missing):
-                self._rows[prompt] = {name: tensor[row] for name, tensor in encoded.items()}
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._rows:
+                # One at a time: in a batch, an encoding's last bits depend on the prompts beside it, and a resumed run,
+                # which starts with an empty cache, would not repeat the uninterrupted one.
+                self._rows[prompt] = {name: tensor[0] for name, tensor in self._encode([prompt]).items()}
         rows = [self._rows[prompt] for prompt in prompts]
         for prompt in prompts:
             self._rows.move_to_end(prompt)

@@ -1,6 +1,72 @@
-"""Settings every test shares."""
+"""Settings and fixtures every test shares."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
+
+from rdm_sdk import RDMConfig, RDMTrainer, digits
 
 # The tests' tensors are tiny: more threads only cost time, and change the order of sums.
 torch.set_num_threads(1)
+
+SMALL: dict[str, Any] = {
+    "per_device_train_batch_size": 8,
+    "num_generations": 4,
+    "max_sequence_length": 4,
+    "guidance_scale": 1.0,
+    "critic_steps": 2,
+    "max_steps": 2,
+    "logging_steps": 1,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "save_strategy": "no",
+}
+"""Settings of a run that takes about a second."""
+
+
+@pytest.fixture(scope="session")
+def small_config() -> Callable[..., RDMConfig]:
+    """Return `make(output_dir, **settings)`: the config of a small run, with some settings replaced."""
+
+    def make(output_dir: str | Path, **settings: Any) -> RDMConfig:
+        return RDMConfig(output_dir=str(output_dir), **(SMALL | settings))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_trainer(small_config: Callable[..., RDMConfig]) -> Callable[..., RDMTrainer]:
+    """Return `make(output_dir, rewards=..., prompts=..., **settings)`: a small run on the embedded teacher.
+
+    `peft_config`, `fake_peft_config`, `callbacks`, `eval_dataset` and `model` go to the trainer, the rest to `RDMConfig`.
+    """
+    own = ("model", "peft_config", "fake_peft_config", "callbacks", "eval_dataset")
+
+    def make(output_dir: str | Path, rewards: Any = "dm", prompts: object = None, **settings: Any) -> RDMTrainer:
+        passed = {name: settings.pop(name) for name in own if name in settings}
+        return RDMTrainer(
+            passed.pop("model", digits.teacher_path()),
+            rewards,
+            small_config(output_dir, **settings),
+            digits.prompts() if prompts is None else prompts,
+            **passed,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def losses_of() -> Callable[[RDMTrainer], list[dict[str, float]]]:
+    """Return `losses(trainer)`: what it logged per step, without figures of time."""
+
+    def losses(trainer: RDMTrainer) -> list[dict[str, float]]:
+        rows = [row for row in trainer.state.log_history if "loss" in row]
+        return [{k: v for k, v in row.items() if "second" not in k and "runtime" not in k} for row in rows]
+
+    return losses

@@ -1,0 +1,276 @@
+"""Roles on one base: the teacher stays what it is, gradients reach whom they should, the base is held once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError as ReplayError
+from torch.utils.checkpoint import checkpoint
+from transformers import TrainerCallback
+
+from rdm_sdk import ConfigError, RDMTrainer, digits
+from rdm_sdk.hosting import add_roles
+from rdm_sdk.models.base import ModelAdapter
+from rdm_sdk.models.load import load_adapter
+from rdm_sdk.models.roles import check_lora_config
+
+PROMPTS = ["a handwritten seven", "a handwritten two", "the digit four"]
+
+
+def two_roles() -> ModelAdapter:
+    """Return the embedded teacher with roles "student" and "fake" whose adapters are not zero."""
+    adapter = load_adapter(digits.teacher_path(), torch.float32, max_sequence_length=4)
+    add_roles(adapter, {"student": LoraConfig(r=4), "fake": LoraConfig(r=4)})
+    generator = torch.Generator().manual_seed(3)
+    for role in ("student", "fake"):
+        for parameter in adapter.roles.parameters_of(role).values():
+            parameter.data.normal_(std=0.1, generator=generator)
+    return adapter
+
+
+def inputs_of(adapter: ModelAdapter) -> tuple[Tensor, Tensor]:
+    """Return fixed noisy latents and noise levels for PROMPTS."""
+    generator = torch.Generator().manual_seed(4)
+    shape = adapter.latent_shape(None, None)
+    return torch.randn(len(PROMPTS), *shape, generator=generator), torch.tensor([0.9, 0.5, 0.3])
+
+
+def output_of(adapter: ModelAdapter, role: str) -> Tensor:
+    """Return a role's x_0 for fixed inputs."""
+    with torch.no_grad():
+        return adapter.denoiser(adapter.roles, role, adapter.encode_prompts(PROMPTS))(*inputs_of(adapter))
+
+
+def gradients(adapter: ModelAdapter, between: Callable[[], object] | None = None) -> dict[str, Tensor]:
+    """Return the student's gradients of a fixed loss, with something happening between forward and backward."""
+    student = adapter.denoiser(adapter.roles, "student", adapter.encode_prompts(PROMPTS))
+    loss = student(*inputs_of(adapter)).square().mean()
+    if between is not None:
+        between()
+    loss.backward()
+    return {n: p.grad for n, p in adapter.roles.parameters_of("student").items() if p.grad is not None}
+
+
+def test_teacher_output_is_bit_equal_before_and_after_training(
+    make_trainer: Callable[..., RDMTrainer], tmp_path: Path
+) -> None:
+    """The leak check: with trained adapters present, the teacher role is still the untouched base."""
+    fresh = load_adapter(digits.teacher_path(), torch.float32, max_sequence_length=4)
+    before = output_of(fresh, "teacher")
+    trainer = make_trainer(tmp_path, learning_rate=1e-2, guidance_scale=1.5, max_steps=3)
+    assert torch.equal(output_of(trainer.adapter, "student"), before)  # adapters start at the teacher
+    trainer.train()
+    assert torch.equal(output_of(trainer.adapter, "teacher"), before)
+    assert not torch.allclose(output_of(trainer.adapter, "student"), before, atol=1e-3)
+    assert not torch.allclose(output_of(trainer.adapter, "fake"), before, atol=1e-3)
+
+
+class Snapshots(TrainerCallback):
+    """Copies all parameters at a step's beginning, after the critic's updates and after the student's."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self.taken: list[dict[str, Tensor]] = []
+
+    def take(self, *_: Any, **__: Any) -> None:
+        self.taken.append({name: p.detach().clone() for name, p in self.trainer.roles.named_parameters()})
+
+    on_step_begin = on_pre_optimizer_step = on_optimizer_step = take
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_an_update_changes_only_its_own_role(
+    make_trainer: Callable[..., RDMTrainer], tmp_path: Path, accumulation: int
+) -> None:
+    """A critic update moves only the critic's weights, a student update only the student's (law 7)."""
+    snapshots = Snapshots()
+    trainer = make_trainer(tmp_path, gradient_accumulation_steps=accumulation, weight_decay=0.1, callbacks=[snapshots])
+    snapshots.trainer = trainer
+    trainer.train()
+    assert len(snapshots.taken) == 3 * trainer.args.max_steps
+
+    def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+        names = [name for name in before if not torch.equal(before[name], after[name])]
+        return {role for name in names for role in ("base", "student", "fake") if f".{role}." in f"{name}."} | {
+            "base" for name in names if "lora_" not in name
+        }
+
+    for start, critic_done, student_done in zip(*[iter(snapshots.taken)] * 3, strict=True):
+        assert changed(start, critic_done) == {"fake"}
+        assert changed(critic_done, student_done) == {"student"}
+
+
+@pytest.mark.parametrize("other", ["teacher", "fake"])
+def test_student_gradient_survives_another_role_between_forward_and_backward(other: str) -> None:
+    """Running another role before the backward pass neither loses nor changes the student's gradient."""
+    adapter = two_roles()
+    expected = {name: g.clone() for name, g in gradients(adapter).items()}
+    assert len(expected) == len(adapter.roles.parameters_of("student"))
+    adapter = two_roles()
+    got = gradients(adapter, lambda: output_of(adapter, other))
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert max(g.abs().max() for g in got.values()) > 1e-4
+
+
+@pytest.mark.parametrize("other", ["teacher", "fake"])
+def test_gradient_checkpointing_replays_under_the_role_of_the_forward(other: str) -> None:
+    """Checkpointed gradients equal plain ones although another role ran in between."""
+    expected = {name: g.clone() for name, g in gradients(two_roles()).items()}
+    adapter = two_roles()
+    adapter.roles.gradient_checkpointing_enable()
+    got = gradients(adapter, lambda: output_of(adapter, other))
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-6)
+
+
+def test_gradient_checkpointing_without_the_role_context_is_wrong() -> None:
+    """The trap that the test above guards against is real: diffusers' plain switch replays as the teacher."""
+    expected = {name: g.clone() for name, g in gradients(two_roles()).items()}
+    adapter = two_roles()
+    adapter.backbone.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
+    try:
+        got = gradients(adapter, lambda: output_of(adapter, "fake"))
+    except ReplayError:
+        return
+    worst = max((got.get(name, torch.zeros_like(g)) - g).abs().max().item() for name, g in expected.items())
+    assert worst > 1e-4
+
+
+def test_replay_leaves_the_active_role_as_it_was() -> None:
+    """After a checkpointed backward pass the model is back in the role it had."""
+    adapter = two_roles()
+    adapter.roles.gradient_checkpointing_enable()
+    gradients(adapter)
+    layers = [m for m in adapter.backbone.modules() if isinstance(m, BaseTunerLayer)]
+    assert layers
+    assert all(layer.disable_adapters for layer in layers)
+
+
+def test_the_base_is_held_once(make_trainer: Callable[..., RDMTrainer], tmp_path: Path) -> None:
+    """The trained module's storages add up to one base and two LoRA adapters (acceptance 5)."""
+    rank, base = 4, DiffusionPipeline.from_pretrained(digits.teacher_path()).transformer
+    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=["attn.to_q", "attn.add_k_proj"])
+    trainer = make_trainer(tmp_path, peft_config=lora)
+    trainer.train()
+
+    def storage_bytes(module: nn.Module) -> int:
+        tensors = [*module.parameters(), *module.buffers()]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return sum(storages.values())
+
+    targets = [m for n, m in base.named_modules() if n.endswith(("attn.to_q", "attn.add_k_proj"))]
+    one_adapter = sum(4 * rank * (m.in_features + m.out_features) for m in targets)
+    assert targets
+    assert storage_bytes(trainer.model) == storage_bytes(base) + 2 * one_adapter
+    assert one_adapter < storage_bytes(base) / 10
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("bias", "all"),
+        ("bias", "lora_only"),
+        ("modules_to_save", ["proj_out"]),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", False),
+        ("lora_dropout", 0.1),
+        ("use_dora", True),
+    ],
+)
+def test_lora_options_that_touch_the_base_are_refused(option: str, value: object) -> None:
+    """Options that would change the teacher or make a forward random raise, naming option and value."""
+    with pytest.raises(ConfigError, match=rf"fake_peft_config\.{option}=.*cannot be used.*Use "):
+        check_lora_config(LoraConfig(**{option: value}), "fake_peft_config")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r": 4, "lora_alpha": 12},
+        {"use_rslora": True},
+        {"rank_pattern": {"attn.to_q": 2}, "alpha_pattern": {"attn.to_q": 3}},
+        {"exclude_modules": ["attn.to_q"]},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "orthogonal"},
+    ],
+)
+def test_harmless_lora_options_are_allowed(options: dict[str, Any]) -> None:
+    """Rank, alpha, their patterns, exclusions and safe initializations work and start at the teacher."""
+    config = LoraConfig(**options)
+    check_lora_config(config)
+    adapter = load_adapter(digits.teacher_path(), torch.float32, max_sequence_length=4)
+    before = output_of(adapter, "teacher")
+    add_roles(adapter, {"student": config})
+    torch.testing.assert_close(output_of(adapter, "student"), before, rtol=0, atol=1e-6)
+
+
+def test_unknown_target_modules_name_the_layers_there_are(
+    make_trainer: Callable[..., RDMTrainer], tmp_path: Path
+) -> None:
+    """Targets that match nothing raise, and the message lists linear layers that exist."""
+    with pytest.raises(ConfigError, match=r"Linear layers of this model: .*add_k_proj.*to_q"):
+        make_trainer(tmp_path, peft_config=LoraConfig(target_modules=["query"]))
+
+
+def test_a_role_is_added_once() -> None:
+    """The same role twice, the teacher's name, or an unknown role raise."""
+    adapter = two_roles()
+    with pytest.raises(ConfigError, match="already a role 'student'"):
+        adapter.roles.add_role("student", LoraConfig(r=4, target_modules=["attn.to_q"]))
+    with pytest.raises(ConfigError, match="already a role 'teacher'"):
+        adapter.roles.add_role("teacher", LoraConfig(r=4, target_modules=["attn.to_q"]))
+    with pytest.raises(ConfigError, match="no role 'critic'; there are teacher, student, fake"):
+        adapter.roles("critic", hidden_states=inputs_of(adapter)[0])
+
+
+def test_a_base_with_roles_is_refused_by_a_second_trainer(
+    make_trainer: Callable[..., RDMTrainer], tmp_path: Path
+) -> None:
+    """A pipeline or adapter that another trainer has put adapters on is not silently trained on."""
+    with pytest.raises(ConfigError, match="already has trainable roles"):
+        make_trainer(tmp_path, model=two_roles())
+
+
+def test_roles_differ_and_add_no_state_to_each_other() -> None:
+    """Each role's output is its own, whatever ran before it."""
+    adapter = two_roles()
+    alone = {role: output_of(adapter, role) for role in ("teacher", "student", "fake")}
+    for role in ("fake", "teacher", "student", "teacher", "fake"):
+        assert torch.equal(output_of(adapter, role), alone[role])
+    assert not torch.allclose(alone["student"], alone["teacher"], atol=1e-3)
+    assert not torch.allclose(alone["student"], alone["fake"], atol=1e-3)
+
+
+def test_switching_never_touches_requires_grad() -> None:
+    """Every role's parameters stay trainable, and the base stays frozen, through any switch."""
+    adapter = two_roles()
+    for role in ("student", "teacher", "fake"):
+        output_of(adapter, role)
+        for name, parameter in adapter.roles.named_parameters():
+            assert parameter.requires_grad == ("lora_" in name), name
+
+
+def test_pefts_private_flags_are_still_there() -> None:
+    """A version guard: the attributes that switch roles exist and do what their public readers say."""
+    adapter = two_roles()
+    layers = [m for m in adapter.backbone.modules() if isinstance(m, BaseTunerLayer)]
+    assert all("_disable_adapters" in vars(type(m)) or hasattr(m, "_disable_adapters") for m in layers)
+    assert all(hasattr(m, "_active_adapter") for m in layers)
+    with adapter.roles.use("fake"):
+        assert all(m.active_adapters == ["fake"] and not m.disable_adapters for m in layers)
+        with adapter.roles.use("student"):
+            assert all(m.active_adapters == ["student"] and not m.disable_adapters for m in layers)
+        assert all(m.active_adapters == ["fake"] for m in layers)
+    assert all(m.disable_adapters for m in layers)
