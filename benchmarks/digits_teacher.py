@@ -303,29 +303,25 @@ def measure(out: Path, num_reference: int) -> dict[str, object]:
         bar = tqdm(batches, desc=f"{num_steps} steps, guidance {guidance_scale}", mininterval=5)
         return torch.cat([pipeline(prompts, output_type="pt", **call).images for _ in bar])
 
-    statistics_file = out / "teacher_statistics.safetensors"
-    if not statistics_file.exists():
+    evaluation_file = out / "evaluation.safetensors"
+    stored = load_file(evaluation_file)
+    if "teacher_feature_count" not in stored:
         made = feature_statistics(sample(40, GUIDANCE, num_reference, seed=1000))
-        save_file(
-            {
-                "teacher_feature_total": made.total,
-                "teacher_feature_products": made.products,
-                "teacher_feature_count": torch.tensor(made.count),
-            },
-            statistics_file,
-        )
-    stored = load_file(statistics_file)
+        stored["teacher_feature_total"], stored["teacher_feature_products"] = made.total, made.products
+        stored["teacher_feature_count"] = torch.tensor(made.count)
+        save_file(stored, evaluation_file)
     reference = FeatureStatistics(
         stored["teacher_feature_total"], stored["teacher_feature_products"], int(stored["teacher_feature_count"])
     )
     train = scans_to_images(load_split()["train_scans"])
     figures: dict[str, object] = {"training digits, FID to held-out": frechet_distance(train, digits.heldout_images())}
-    for num_steps, guidance_scale in ((40, GUIDANCE), (4, GUIDANCE), (40, 1.0), (4, 1.0)):
-        images = sample(num_steps, guidance_scale, 2000, seed=0)
+    for num_steps, guidance_scale, count in ((40, 1.0, 2000), (4, 1.0, 10000), (40, 2.0, 2000)):
+        images = sample(num_steps, guidance_scale, count, seed=0)
         figures[f"{num_steps} steps, guidance {guidance_scale}"] = {
             "FID to held-out": frechet_distance(images, digits.heldout_images()),
             "FID-SD": frechet_distance(images, reference),
-            "legibility": legibility(images, digits.prompts() * 200),
+            "legibility": legibility(images, digits.prompts() * (count // 10)),
+            "images": count,
         }
     return figures
 

@@ -28,7 +28,7 @@ def main() -> None:
             per_device_train_batch_size=64,
             num_generations=8,
             learning_rate=3e-4,
-            guidance_scale=1.5,
+            guidance_scale=1.0,
             max_sequence_length=4,  # the digits teacher needs no more text tokens
             ema_decay=0.98,
             log_images=max(1, options.steps // 2),

@@ -23,7 +23,7 @@ from rdm_sdk import (
     teacher_statistics,
 )
 
-GUIDANCE = 1.5
+GUIDANCE = 1.0
 CALL = {"max_sequence_length": 4, "output_type": "pt"}  # the digits teacher needs no more text tokens
 HEADER = ("", "FID to real digits", "FID-SD", "legibility", "ms / image")
 

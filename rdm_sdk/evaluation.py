@@ -48,7 +48,7 @@ def feature_statistics(images: Tensor) -> FeatureStatistics:
 
 
 def teacher_statistics() -> FeatureStatistics:
-    """Return the statistics of 10,000 samples of the embedded teacher at 40 steps, guidance scale 1.5.
+    """Return the statistics of 10,000 samples of the embedded teacher at 40 steps without guidance.
 
     They are the reference of FID-SD; `benchmarks/digits_teacher.py` makes them.
     """

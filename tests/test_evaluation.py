@@ -1,0 +1,56 @@
+"""The judges of digit samples, checked against formulas written here."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+
+from rdm_sdk import DataError, digits, feature_statistics, frechet_distance, legibility, teacher_statistics
+from rdm_sdk.digits.classifier import load_classifier
+
+
+def features(images: torch.Tensor) -> np.ndarray:
+    with torch.no_grad():
+        return load_classifier().features(images).double().numpy()
+
+
+def test_frechet_distance_is_the_formula():
+    """The distance equals its formula with scipy's matrix square root, from images and from statistics."""
+    real = digits.heldout_images()
+    a, b = features(real[:250]), features(real[250:] * 0.8)
+    covariances = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    expected = np.sum((a.mean(0) - b.mean(0)) ** 2)
+    expected += np.trace(covariances[0] + covariances[1] - 2 * sqrtm(covariances[0] @ covariances[1]).real)
+    assert frechet_distance(real[:250], real[250:] * 0.8) == pytest.approx(expected, rel=1e-3)
+    statistics = feature_statistics(real[250:] * 0.8)
+    assert frechet_distance(real[:250], statistics) == pytest.approx(expected, rel=1e-3)
+
+
+def test_real_digits_are_legible_and_near_the_teacher():
+    """Held-out digits are legible, legibility falls for wrong prompts, and the teacher's statistics are digits'."""
+    real, labels = digits.heldout_images(), digits.heldout_labels().tolist()
+    right = [digits.prompts()[label] for label in labels]
+    wrong = [digits.prompts()[(label + 1) % 10] for label in labels]
+    assert legibility(real, right) > 0.97
+    assert legibility(real, wrong) < 0.01
+    assert frechet_distance(real, teacher_statistics()) < 0.2 * frechet_distance(1 - real, teacher_statistics())
+
+
+def test_bad_input_is_named():
+    """Too few images, images of another size and prompts without a digit are errors that say so."""
+    real = digits.heldout_images()
+    with pytest.raises(DataError, match="more than 64 images"):
+        frechet_distance(real[:10], real)
+    with pytest.raises(DataError, match="reference must be"):
+        frechet_distance(real, real[..., :16])
+    with pytest.raises(DataError, match="names no digit"):
+        legibility(real[:1], ["a handwritten letter"])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "digit"),
+    [("a handwritten seven", 7), ("The digit 3", 3), ("zero", 0), ("one or two", None), ("a cat", None), ("17", None)],
+)
+def test_digit_in_prompt(prompt, digit):
+    """A prompt's digit is found as a word or a numeral, and only if it is the only one."""
+    assert digits.digit_in_prompt(prompt) == digit

@@ -1,0 +1,66 @@
+"""The README's code, the example and the demo run as written."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def readme_blocks() -> list[str]:
+    """Return the Python blocks of the README."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+
+
+def run(code: str, folder: Path) -> None:
+    """Run code in a fresh interpreter inside a folder."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_readme_lines(tmp_path):
+    """The README's training lines and its plain diffusers lines run; only the number of steps is lowered."""
+    training, sampling = readme_blocks()
+    assert "max_steps=100" in training
+    run(training.replace("max_steps=100", "max_steps=2").replace("log_images=50", "log_images=1"), tmp_path)
+    assert (tmp_path / "outputs" / "images" / "step_000001.png").is_file()
+    run(sampling + "\nimage.save('seven.png')", tmp_path)
+    assert (tmp_path / "seven.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_readme_lines_to_the_letter(tmp_path):
+    """The README's training lines run with not a character changed."""
+    run(readme_blocks()[0], tmp_path)
+    assert (tmp_path / "student" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_quickstart(tmp_path):
+    """The example trains, saves and samples."""
+    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--output", str(tmp_path), "--steps", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "student.png").is_file()
+    assert (tmp_path / "student" / "peft" / "adapter_config.json").is_file()
+
+
+def test_demo(tmp_path, capsys):
+    """The demo prints its table and writes its grid; the untrained 4-step student is worse than its teacher."""
+    from rdm_sdk.demo import run_demo
+
+    figures = run_demo(tmp_path, steps=1, num_samples=100)
+    assert (tmp_path / "grid.png").is_file()
+    assert "FID-SD" in capsys.readouterr().out
+    assert list(figures) == ["teacher, 40 steps", "teacher, 4 steps", "student, 4 steps"]
+    assert figures["student, 4 steps"]["FID-SD"] > figures["teacher, 40 steps"]["FID-SD"]
+    assert figures["teacher, 40 steps"]["legibility"] > 0.9
+
+
+def test_demo_and_example_use_public_names_only():
+    """The demo and the example import nothing of the package but its public names."""
+    for path in (ROOT / "rdm_sdk" / "demo.py", ROOT / "examples" / "quickstart.py"):
+        imports = re.findall(r"^(?:from|import) (rdm_sdk\S*)", path.read_text(encoding="utf-8"), re.M)
+        assert set(imports) == {"rdm_sdk"}, (path, imports)
