@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -73,9 +75,12 @@ def check(directory: str | Path, fingerprint: str, rewards: list[str], with_ema:
         )
     try:
         state = RunState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        for name in ("optimizer.pt", "scheduler.pt"):
+            torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
         with safe_open(folder / WEIGHTS, framework="pt") as file:
-            has_ema = "ema.0" in file.keys()  # noqa: SIM118 - a safetensors file is no mapping
-    except (json.JSONDecodeError, TypeError, SafetensorError, UnicodeDecodeError) as error:
+            has_ema = any(name.startswith("ema.") for name in file.keys())  # noqa: SIM118 - it is no mapping
+    except (OSError, ValueError, TypeError, EOFError, RuntimeError, UnpicklingError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot resume from {str(directory)!r}: it is damaged ({type(error).__name__}: {error}). Use an earlier "
             "checkpoint."
@@ -97,11 +102,11 @@ def check(directory: str | Path, fingerprint: str, rewards: list[str], with_ema:
     return state
 
 
-def load_weights(directory: str | Path, adapter: ModelAdapter) -> list[Tensor]:
-    """Load every role's weights from a checked checkpoint; returns the moving average's tensors, if any."""
+def load_weights(directory: str | Path, adapter: ModelAdapter) -> dict[int, Tensor]:
+    """Load every role's weights from a checked checkpoint; returns the moving average's tensors by position."""
     tensors = load_file(Path(directory) / WEIGHTS)
     for role in adapter.roles.trainable_roles:
         prefix = f"{role}."
         own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         adapter.roles.load_lora_state_dict(role, own)
-    return [tensors[f"ema.{i}"] for i in range(sum(name.startswith("ema.") for name in tensors))]
+    return {int(name.removeprefix("ema.")): t for name, t in tensors.items() if name.startswith("ema.")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ def load_prompts(source: object, argument: str = "train_dataset") -> Dataset:
         lines = path.read_text(encoding="utf-8").splitlines()
         source = [line.strip() for line in lines if line.strip()]
     if isinstance(source, Sequence):
+        _check_texts(source, argument)
         source = Dataset.from_dict({"prompt": list(source)})
     if not isinstance(source, Dataset):
         raise DataError(
@@ -44,10 +45,14 @@ def load_prompts(source: object, argument: str = "train_dataset") -> Dataset:
             f"{argument} has no column 'prompt' (it has: {found}).{nearest('prompt', source.column_names)} Rename the "
             "column that holds the prompts."
         )
-    for row, prompt in enumerate(source["prompt"]):
+    _check_texts(source["prompt"], argument)
+    return source
+
+
+def _check_texts(prompts: Iterable[object], argument: str) -> None:
+    for row, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip():
             raise DataError(f"{argument}: prompt {row} must be a text that is not empty; got {prompt!r}")
-    return source
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -238,8 +238,13 @@ class RoleTrainer(Trainer):
             raise CheckpointError("a checkpoint is loaded through train(resume_from_checkpoint=...)")
         shadow = checkpoint.load_weights(resume_from_checkpoint, self.adapter)
         if self.ema is not None:
-            for own, loaded in zip(self.ema.shadow_params, shadow, strict=True):
-                own.copy_(loaded)
+            if sorted(shadow) != list(range(len(self.ema.shadow_params))):
+                raise CheckpointError(
+                    f"cannot resume from {resume_from_checkpoint!r}: its moving average holds {len(shadow)} tensors, "
+                    f"this run's {len(self.ema.shadow_params)}; was the run started with other LoRA targets?"
+                )
+            for position, own in enumerate(self.ema.shadow_params):
+                own.copy_(shadow[position])
             self.ema.optimization_step = state.ema_steps or 0
         self.restore_state(state)
 

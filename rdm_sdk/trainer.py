@@ -133,7 +133,8 @@ class RDMTrainer(RoleTrainer):
         if not bool(loss.isfinite()):
             raise RDMError(f"the student's loss is {loss.item()}; lower the learning rates or look at log_images")
         self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
-        self._check_student_gradient()
+        if signal.field is not None:
+            self._check_student_gradient()
         self._record(outputs, signal)
         return loss.detach() / self.current_gradient_accumulation_steps
 
@@ -367,6 +368,8 @@ def critic_roles(terms: Sequence[RewardTerm]) -> list[str]:
 def _check_run(args: RDMConfig, terms: Sequence[RewardTerm]) -> None:
     """Raise `ConfigError` for what cannot work together, before anything is loaded."""
     check_output_dir(str(args.output_dir))
+    if not any(term.weight for term in terms):
+        raise ConfigError("every reward has weight 0, so nothing would be learned; give one a weight other than 0")
     scored = [term.name for term in terms if term.weight and term.reward.capabilities.gradient == "none"]
     if scored and args.num_inference_steps == 1:
         raise ConfigError(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 from rdm_sdk import RDMTrainer
 
 # Ten prompts, two per micro-batch: 5 steps per epoch without accumulation, 3 (12 prompts) with two micro-batches.
 STEPS_PER_EPOCH = {1: 5, 2: 3}
+# SD3's last block throws its text stream away, so the text queries there get no gradient in any SD3 model.
+DEAD = "transformer_blocks.2.attn.add_q_proj"
 
 
 def brightness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -104,21 +107,24 @@ def test_every_part_that_is_compared_was_moving(
     _, make, whole = uninterrupted
     before = {k: p.clone() for r in ("student", "fake") for k, p in make(tmp_path).roles.parameters_of(r).items()}
     after = {k: p for r in ("student", "fake") for k, p in whole.roles.parameters_of(r).items()}
-    assert different(before, after) == list(before)
-    student = list(whole.roles.parameters_of("student").values())
+    assert different(before, after) == [name for name in before if DEAD not in name]
     assert whole.ema is not None
-    assert not any(torch.equal(s, p) for s, p in zip(whole.ema.shadow_params, student, strict=True))
+    student = whole.roles.parameters_of("student")
+    shadow = dict(zip(student, whole.ema.shadow_params, strict=True))
+    assert different(shadow, dict(student)) == [name for name in student if DEAD not in name]
     assert all(row["grad_norm"] > 0 and row["dm/critic_grad_norm"] > 0 for row in losses_of(whole))
     assert {"loss/pathwise", "loss/policy"} <= losses_of(whole)[-1].keys()
 
 
-def test_resume_from_the_latest_checkpoint(make_trainer: Callable[..., RDMTrainer], tmp_path: Path) -> None:
+def test_resume_from_the_latest_checkpoint(
+    make_trainer: Callable[..., RDMTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`resume_from_checkpoint=True` finds the last checkpoint of the output folder and does only what is left."""
     make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
     resumed = make_trainer(tmp_path, max_steps=3)
     ran: list[int] = []
     step = resumed.training_step
-    resumed.training_step = lambda *args, **kwargs: (ran.append(1), step(*args, **kwargs))[1]  # type: ignore[method-assign]
+    monkeypatch.setattr(resumed, "training_step", lambda *args: (ran.append(1), step(*args))[1])
     resumed.train(resume_from_checkpoint=True)
     assert (resumed.state.global_step, len(ran)) == (3, 1)
     assert resumed.costs()["cost/critic_steps"] == 6
@@ -128,10 +134,8 @@ def test_training_state_in_a_checkpoint_is_raw_not_averaged(
     uninterrupted: tuple[int, Callable[[Path], RDMTrainer], RDMTrainer],
 ) -> None:
     """The exported LoRA of a checkpoint is the moving average, the training state the raw weights: they differ."""
-    from safetensors.torch import load_file
-
     _, _, whole = uninterrupted
     folder = sorted(Path(whole.args.output_dir).glob("checkpoint-*"))[-1]
     raw, exported = load_file(folder / "rdm_state.safetensors"), load_file(folder / "peft/adapter_model.safetensors")
-    names: Iterable[str] = [n.removeprefix("student.") for n in raw if n.startswith("student.")]
+    names = [n.removeprefix("student.") for n in raw if n.startswith("student.") and DEAD not in n]
     assert all(not torch.equal(raw[f"student.{n}"], exported[f"base_model.model.{n}"]) for n in names)

@@ -213,7 +213,7 @@ def test_harmless_lora_options_are_allowed(options: dict[str, Any]) -> None:
     adapter = load_adapter(digits.teacher_path(), torch.float32, max_sequence_length=4)
     before = output_of(adapter, "teacher")
     add_roles(adapter, {"student": config})
-    torch.testing.assert_close(output_of(adapter, "student"), before, rtol=0, atol=1e-6)
+    torch.testing.assert_close(output_of(adapter, "student"), before, rtol=0, atol=1e-5)
 
 
 def test_unknown_target_modules_name_the_layers_there_are(

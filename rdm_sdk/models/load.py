@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from rdm_sdk.errors import ModelError
 from rdm_sdk.models.base import ModelAdapter
@@ -29,6 +30,7 @@ def load_adapter(model: object, dtype: torch.dtype, **options: Any) -> ModelAdap
         ModelError: the base is missing, cannot be read, is of an unsupported family, or holds NaN weights.
     """
     if isinstance(model, ModelAdapter):
+        _check_weights(model.pipeline)
         return model
     pipeline: Any = _load_pipeline(str(model), dtype) if isinstance(model, (str, Path)) else model
     name = type(pipeline).__name__
@@ -38,9 +40,15 @@ def load_adapter(model: object, dtype: torch.dtype, **options: Any) -> ModelAdap
             "or your own rdm_sdk.ModelAdapter (docs/models.md says how to write one)."
         )
     module, attribute = ADAPTERS[name].split(":")
-    check_finite(getattr(pipeline, "transformer", None) or pipeline.unet, "base model")
+    _check_weights(pipeline)
     adapter: ModelAdapter = getattr(import_module(module), attribute)(pipeline, **options)
     return adapter
+
+
+def _check_weights(pipeline: Any) -> None:
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            check_finite(part, f"base model's {name}")
 
 
 def _load_pipeline(source: str, dtype: torch.dtype) -> Any:
