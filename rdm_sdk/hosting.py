@@ -67,6 +67,8 @@ class RoleTrainer(Trainer):
             )
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ConfigError("DeepSpeed and FSDP are not supported yet; use plain distributed data parallel")
+        if args.process_index:
+            torch.manual_seed(args.seed + args.process_index)  # other noise than the first process, same weights
         self.ema: EMAModel | None = None
         if args.ema_decay:
             self.ema = EMAModel(self.parameters_of(STUDENT), decay=args.ema_decay, foreach=True)
@@ -88,17 +90,23 @@ class RoleTrainer(Trainer):
     def parameters_of(self, role: str) -> list[nn.Parameter]:
         return list(self.roles.parameters_of(role).values())
 
-    def denoiser(self, role: str, condition: Condition, network: nn.Module | None = None) -> Denoiser:
-        network = self.roles if network is None else network
+    def denoiser(self, role: str, condition: Condition) -> Denoiser:
+        """Return a role's denoiser for a condition; the teacher's is guided as the run says."""
         if role != TEACHER or self.args.guidance_scale == 1.0:
-            return self.adapter.denoiser(network, role, condition)
+            return self.adapter.denoiser(self.roles, role, condition)
         count = next(iter(condition.values())).shape[0]
-        return self.adapter.denoiser(network, role, condition, self.encode([""] * count), self.args.guidance_scale)
+        return self.adapter.denoiser(self.roles, role, condition, self.encode([""] * count), self.args.guidance_scale)
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Average gradients over the processes.
+
+        The roles take turns in one step, which distributed data parallel's own hooks cannot follow; they stay idle,
+        because no forward goes through its wrapper.
+        """
         if self.accelerator.num_processes > 1:
             for parameter in parameters:
-                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create one optimizer with a parameter group per role: the student's first, then the critics'."""

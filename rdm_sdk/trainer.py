@@ -129,12 +129,14 @@ class RDMTrainer(RoleTrainer):
             self.args.normalization,
             self.args.scale_rewards,
         )
-        loss = self._student_loss(model, experience, signal)
+        loss = self._student_loss(experience, signal)
         if not bool(loss.isfinite()):
             raise RDMError(f"the student's loss is {loss.item()}; lower the learning rates or look at log_images")
         self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
         if signal.field is not None:
             self._check_student_gradient()
+        if self.accelerator.sync_gradients:
+            self.average_gradients(self.parameters_of(STUDENT))
         self._record(outputs, signal)
         return loss.detach() / self.current_gradient_accumulation_steps
 
@@ -191,11 +193,11 @@ class RDMTrainer(RoleTrainer):
             self._reward_calls += len(experience.prompts)
         return outputs
 
-    def _student_loss(self, model: nn.Module, experience: Experience, signal: Signal) -> Tensor:
+    def _student_loss(self, experience: Experience, signal: Signal) -> Tensor:
         """Replay the stop step with gradients; move x_0 along the field and make good transitions likelier."""
         done = experience.rollout
         sigma = torch.tensor(self.sigmas, device=self.args.device)[done.steps]
-        x_0 = self.denoiser(STUDENT, experience.condition, model)(done.states, sigma)
+        x_0 = self.denoiser(STUDENT, experience.condition)(done.states, sigma)
         losses = []
         if signal.field is not None:
             losses.append(pathwise_loss(x_0, signal.field))

@@ -181,7 +181,7 @@ def test_training_without_prompts_is_refused(small_config: Callable[..., RDMConf
 @pytest.mark.usefixtures("no_training")
 def test_a_missing_base_folder_is_refused(make_trainer: Make, tmp_path: Path) -> None:
     """A path that does not exist is not taken for a hub id."""
-    with pytest.raises(ModelError, match="no base model at .*nowhere.*no such folder"):
+    with pytest.raises(ModelError, match=r"no base model at .*nowhere.*no such folder"):
         make_trainer(tmp_path, model=str(tmp_path / "nowhere"))
 
 
@@ -200,7 +200,7 @@ def test_a_hub_id_that_cannot_be_had_is_refused(
     """Offline, an unknown hub id gives a ModelError that repeats the id and says what to pass."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="cannot load the base model 'nobody/no-such-model'.*Pass a hub id"):
+    with pytest.raises(ModelError, match=r"cannot load the base model 'nobody/no-such-model'.*Pass a hub id"):
         make_trainer(tmp_path, model="nobody/no-such-model")
 
 
@@ -364,14 +364,14 @@ def test_resuming_without_the_moving_average_is_refused(
 @pytest.mark.usefixtures("no_training")
 def test_resuming_with_another_rank_is_refused(make_trainer: Make, tmp_path: Path, whole_checkpoint: Path) -> None:
     """Weights of another shape are refused, and the rank is named as the likely cause."""
-    with pytest.raises((CheckpointError, ModelError), match="do not fit.*another LoRA rank"):
+    with pytest.raises((CheckpointError, ModelError), match=r"do not fit.*another LoRA rank"):
         resume(make_trainer, tmp_path, whole_checkpoint, peft_config=LoraConfig(r=8))
 
 
 @pytest.mark.usefixtures("no_training")
 def test_resuming_with_other_targets_is_refused(make_trainer: Make, tmp_path: Path, whole_checkpoint: Path) -> None:
     """Weights for other layers are refused, and the targets are named as the likely cause."""
-    with pytest.raises((CheckpointError, ModelError), match="do not fit.*LoRA targets"):
+    with pytest.raises((CheckpointError, ModelError), match=r"do not fit.*LoRA targets"):
         resume(make_trainer, tmp_path, whole_checkpoint, peft_config=LoraConfig(target_modules=["attn.to_q"]))
 
 

@@ -14,7 +14,16 @@ from PIL import Image
 from torch import Tensor
 from transformers import TrainerCallback
 
-from rdm_sdk import Capabilities, ConfigError, Reward, RewardBatch, RewardOutput, digits
+from rdm_sdk import (
+    Capabilities,
+    ConfigError,
+    Reward,
+    RewardBatch,
+    RewardOutput,
+    digits,
+    frechet_distance,
+    legibility,
+)
 
 Make = Callable[..., Any]
 Losses = Callable[[Any], list[dict[str, float]]]
@@ -49,9 +58,7 @@ def test_a_spec_with_a_pixel_reward_trains_and_logs(make_trainer: Make, tmp_path
     assert not keys & {"loss/policy", "frac_reward_zero_std"}
 
 
-def test_a_callable_takes_the_same_path_with_its_columns(
-    make_trainer: Make, tmp_path: Path, losses_of: Losses
-) -> None:
+def test_a_callable_takes_the_same_path_with_its_columns(make_trainer: Make, tmp_path: Path, losses_of: Losses) -> None:
     """A plain function sees images in [0, 1], prompts and the data set's other columns, sample by sample."""
     seen: list[tuple[Tensor, list[str], list[Any]]] = []
 
@@ -125,16 +132,37 @@ def test_a_strangers_reward_may_train_its_own_role(make_trainer: Make, tmp_path:
     assert losses_of(trainer)[0]["cost/judge_forwards"] == 2 * 8 + 8
 
 
-def test_a_pixel_reward_alone_needs_no_critic(make_trainer: Make, tmp_path: Path, losses_of: Losses) -> None:
-    """ "legibility" without "dm" has no role "fake", runs no teacher and no critic step, and raises legibility."""
-    trainer = make_trainer(tmp_path, "legibility", critic_steps=0, learning_rate=3e-3, max_steps=15)
+class Bright(Reward):
+    """A differentiable pixel reward: the mean of the picture."""
+
+    name = "bright"
+    capabilities = Capabilities(space="pixel", gradient="autograd")
+
+    def score(self, batch: RewardBatch) -> Tensor:
+        return batch.images.mean(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize("reward", ["legibility", Bright()], ids=["builtin", "object"])
+def test_a_pixel_reward_alone_needs_no_critic(
+    make_trainer: Make, tmp_path: Path, losses_of: Losses, reward: object
+) -> None:
+    """Without "dm" there is no role "fake", no teacher evaluation and no critic step."""
+    trainer = make_trainer(tmp_path, reward, critic_steps=0)
     trainer.train()
     assert trainer.roles.trainable_roles == ("student",)
-    rows = losses_of(trainer)
-    assert rows[-1]["cost/critic_steps"] == 0
     assert trainer.roles.forwards.keys() == {"student"}
-    means = [row["rewards/legibility/mean"] for row in rows]
-    assert sum(means[-4:]) > sum(means[:4])
+    assert losses_of(trainer)[-1]["cost/critic_steps"] == 0
+    assert losses_of(trainer)[-1]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_pixel_reward_moves_the_samples_its_way(make_trainer: Make, tmp_path: Path, sign: float) -> None:
+    """Gradients reach the student through the decoder with the right sign."""
+    trainer = make_trainer(tmp_path, Bright(), critic_steps=0, learning_rate=1e-3, max_steps=8, reward_weights=[sign])
+    prompts = digits.prompts() * 4
+    before = trainer.sample(prompts, seed=0).mean()
+    trainer.train()
+    assert sign * (trainer.sample(prompts, seed=0).mean() - before) > 0.01
 
 
 def test_dm_with_weight_zero_is_plain_reward_tuning(make_trainer: Make, tmp_path: Path) -> None:
@@ -145,47 +173,44 @@ def test_dm_with_weight_zero_is_plain_reward_tuning(make_trainer: Make, tmp_path
     assert trainer.state.log_history[0]["legibility/pull"] > 0
 
 
-def test_a_callable_on_brightness_raises_brightness(make_trainer: Make, tmp_path: Path, losses_of: Losses) -> None:
+def test_a_callable_on_brightness_raises_brightness(make_trainer: Make, tmp_path: Path) -> None:
     """The policy route learns: a plain function that likes bright pictures gets brighter ones."""
     trainer = make_trainer(
-        tmp_path,
-        brightness,
-        per_device_train_batch_size=32,
-        num_generations=16,
-        learning_rate=2e-3,
-        max_steps=40,
-        logging_steps=5,
+        tmp_path, brightness, per_device_train_batch_size=16, num_generations=16, learning_rate=2e-3, max_steps=25
     )
-    prompts = digits.prompts() * 4
+    prompts = digits.prompts() * 10
     before = trainer.sample(prompts, seed=0).mean()
     trainer.train()
-    after = trainer.sample(prompts, seed=0).mean()
-    assert after > before + 0.03
-    means = [row["rewards/brightness/mean"] for row in losses_of(trainer)]
-    assert means[-1] > means[0] + 0.02
+    assert trainer.sample(prompts, seed=0).mean() > before + 0.02
 
 
-def test_distillation_pulls_the_student_to_the_teacher(make_trainer: Make, tmp_path: Path, losses_of: Losses) -> None:
-    """Thirty steps of "dm" bring the student's samples nearer to what the teacher makes of them."""
+def test_distribution_matching_repairs_a_spoiled_student(make_trainer: Make, tmp_path: Path) -> None:
+    """From a student whose weights were disturbed, "dm" finds the way back to the teacher's digits."""
     trainer = make_trainer(
         tmp_path,
-        per_device_train_batch_size=32,
+        per_device_train_batch_size=16,
         num_generations=8,
         learning_rate=1e-3,
-        critic_learning_rate=1e-3,
+        critic_learning_rate=2e-3,
         guidance_scale=1.5,
         critic_steps=3,
-        max_steps=40,
-        logging_steps=5,
+        max_steps=20,
     )
-    from rdm_sdk import legibility
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in trainer.roles.parameters_of("student").items():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.4, generator=generator)
+    prompts = digits.prompts() * 20
 
-    prompts = digits.prompts() * 10
-    before = legibility(trainer.sample(prompts, seed=0), prompts)
+    def figures() -> tuple[float, float]:
+        images = trainer.sample(prompts, seed=0)
+        return frechet_distance(images, digits.heldout_images()), legibility(images, prompts)
+
+    (distance, legible) = figures()
     trainer.train()
-    after = legibility(trainer.sample(prompts, seed=0), prompts)
-    print(before, after, [(r["dm/residual"], r["loss/dm"]) for r in losses_of(trainer)])
-    assert after > before
+    (after, legible_after) = figures()
+    assert after < 0.6 * distance  # measured: 753 to 243
+    assert legible < 0.9 < 0.97 < legible_after  # measured: 0.80 to 1.00
 
 
 # ---- Hosting ----------------------------------------------------------------------------------------------------
@@ -299,7 +324,7 @@ class OptimizerSteps(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         state = self.trainer.optimizer.state
         counts = [
-            {int(state[p]["step"]) for p in self.trainer.parameters_of(role) if p in state and state[p]}
+            {int(state[p]["step"]) for p in self.trainer.parameters_of(role) if state.get(p)}
             for role in ("student", "fake")
         ]
         self.read.append((max(counts[0]), max(counts[1])))
