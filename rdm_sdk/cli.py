@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo = commands.add_parser("demo", help="distill the embedded digits teacher and compare, in about five minutes")
     demo.add_argument("--output", type=Path, default=Path("demo"))
     demo.add_argument("--steps", type=int, default=None, help="optimizer steps of the student")
-    demo.add_argument("--samples", type=int, default=2000, help="images per row of the table, a multiple of 10")
+    demo.add_argument("--samples", type=int, default=1000, help="images per row of the table, a multiple of 10")
     demo.add_argument("--seed", type=int, default=0)
     sample = commands.add_parser("sample", help="sample a trained student with plain diffusers")
     sample.add_argument("--model", required=True, help="the base that the student was trained on ('digits' works too)")
