@@ -44,7 +44,7 @@ def small_config() -> Callable[..., RDMConfig]:
 def make_trainer(small_config: Callable[..., RDMConfig]) -> Callable[..., RDMTrainer]:
     """Return `make(output_dir, rewards=..., prompts=..., **settings)`: a small run on the embedded teacher.
 
-    `model`, `peft_config`, `fake_peft_config`, `callbacks` and `eval_dataset` are the trainer's, all else is the config's.
+    `model`, `peft_config`, `fake_peft_config`, `callbacks` and `eval_dataset` go to the trainer, all else to `args`.
     """
     own = ("model", "peft_config", "fake_peft_config", "callbacks", "eval_dataset")
 

@@ -39,7 +39,8 @@ def test_train_then_sample(run_file, tmp_path, capsys):
     out = tmp_path / "sample.png"
     arguments = ["sample", "--model", "digits", "--student", str(tmp_path / "s"), "--max_sequence_length", "4"]
     assert main([*arguments, "--prompt", "a handwritten two", "--prompt", "five", "--output", str(out)]) == 0
-    assert Image.open(out).height > 30
+    with Image.open(out) as picture:
+        assert picture.height > 30
     assert "wrote" in capsys.readouterr().out
 
 

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -480,6 +481,40 @@ def test_sample_shows_the_moving_average(make_trainer: Make, tmp_path: Path) -> 
     assert (trainer.sample(["seven"], seed=0) - averaged).abs().max() > 1e-3
 
 
+class RawWeights(TrainerCallback):
+    """Copies the student's raw weights after each optimizer step."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self.taken: list[list[Tensor]] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.taken.append([p.detach().clone() for p in self.trainer.parameters_of("student")])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_moving_average_is_one_of_all_steps(make_trainer: Make, tmp_path: Path, accumulation: int) -> None:
+    """Once per optimizer step, average = d average + (1 - d) weights, with diffusers' warm-up of d."""
+    raw = RawWeights()
+    trainer = make_trainer(
+        tmp_path,
+        ema_decay=0.15,
+        learning_rate=1e-2,
+        max_steps=4,
+        gradient_accumulation_steps=accumulation,
+        callbacks=[raw],
+    )
+    raw.trainer = trainer
+    trainer.train()
+    average = raw.taken[0]
+    for step, weights in enumerate(raw.taken[1:], start=1):
+        decay = min(0.15, (1 + step) / (10 + step))
+        average = [decay * old + (1 - decay) * new for old, new in zip(average, weights, strict=True)]
+    for got, expected in zip(trainer.ema.shadow_params, average, strict=True):
+        torch.testing.assert_close(got, expected)
+    assert any((got - p).abs().max() > 1e-4 for got, p in zip(trainer.ema.shadow_params, raw.taken[-1], strict=True))
+
+
 def test_evaluate_scores_finished_samples(make_trainer: Make, tmp_path: Path) -> None:
     """`evaluate` gives each image reward's mean, the same each time, and costs the training nothing."""
     trainer = make_trainer(tmp_path, "dm + 0*legibility", eval_dataset=digits.prompts() * 3)
@@ -513,3 +548,26 @@ def test_evaluate_needs_a_judge_of_images(make_trainer: Make, tmp_path: Path) ->
         make_trainer(tmp_path, "dm", eval_dataset=["seven"]).evaluate()
     with pytest.raises(ConfigError, match="eval_dataset"):
         make_trainer(tmp_path, "legibility").evaluate()
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(make_trainer: Make, tmp_path: Path) -> None:
+    """`load_best_model_at_end` really brings the best checkpoint's weights back (here: the first, brightest one)."""
+    trainer = make_trainer(
+        tmp_path,
+        Bright(),
+        reward_weights=[-1.0],
+        critic_steps=0,
+        learning_rate=1e-2,
+        max_steps=3,
+        eval_dataset=digits.prompts(),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    best = load_file(tmp_path / "checkpoint-1" / "rdm_state.safetensors")
+    for name, tensor in trainer.roles.lora_state_dict("student").items():
+        assert torch.equal(tensor, best[f"student.{name}"]), name
