@@ -31,6 +31,8 @@ class RunState:
     fingerprint: str
     """Of the base model."""
     rewards: list[str]
+    adapters: dict[str, str]
+    """Role to the LoRA settings that its weights only mean something with."""
     forwards: dict[str, int]
     """Network evaluations so far, in samples, per role."""
     critic_steps: int
@@ -52,8 +54,8 @@ def save_state(directory: Path, adapter: ModelAdapter, ema: list[Tensor] | None,
     (directory / STATE).write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
 
 
-def check(directory: str | Path, fingerprint: str, rewards: list[str], with_ema: bool) -> RunState:
-    """Return the run state of a checkpoint after checking that it is whole and belongs to this run.
+def check(directory: str | Path, own: RunState) -> RunState:
+    """Return the run state of a checkpoint after checking that it is whole and belongs to the run whose state is `own`.
 
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged, of another kind, or of a run with another base,
@@ -87,14 +89,21 @@ def check(directory: str | Path, fingerprint: str, rewards: list[str], with_ema:
         ) from error
     if state.format != FORMAT:
         raise CheckpointError(f"checkpoint {str(directory)!r} has format {state.format}; this version reads {FORMAT}")
-    if state.fingerprint != fingerprint:
+    if state.fingerprint != own.fingerprint:
         raise CheckpointError(f"checkpoint {str(directory)!r} was made with another base model; pass the same one")
-    if state.rewards != rewards:
+    if state.rewards != own.rewards:
         raise CheckpointError(
-            f"checkpoint {str(directory)!r} was made with the rewards {state.rewards}, this run has {rewards}; resume "
-            "with the same ones"
+            f"checkpoint {str(directory)!r} was made with the rewards {state.rewards}, this run has {own.rewards}; "
+            "resume with the same ones"
         )
-    if has_ema != with_ema:
+    if state.adapters != own.adapters and state.adapters.keys() == own.adapters.keys():
+        role = next(role for role in own.adapters if state.adapters[role] != own.adapters[role])
+        raise CheckpointError(
+            f"weights of checkpoint {str(directory)!r} do not fit: its {role!r} has {state.adapters[role]}, this run's "
+            f"{own.adapters[role]}; resume with the same ones (weights trained with another LoRA rank or alpha mean "
+            "something else)"
+        )
+    if has_ema != (own.ema_steps is not None):
         raise CheckpointError(
             f"checkpoint {str(directory)!r} was made {'with' if has_ema else 'without'} a moving average of the "
             f"student; set ema_decay {'above 0' if has_ema else 'to 0'} to resume from it"

@@ -234,27 +234,32 @@ class RoleTrainer(Trainer):
                 if latest is None:
                     raise CheckpointError(f"cannot resume: there is no checkpoint in {self.args.output_dir!r}")
                 resume_from_checkpoint = latest
-            own = self.capture_state()
-            self.run_state = checkpoint.check(
-                resume_from_checkpoint, own.fingerprint, own.rewards, with_ema=self.ema is not None
-            )
+            self.run_state = checkpoint.check(resume_from_checkpoint, self.capture_state())
         return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         state = self.run_state
         if state is None:
             raise CheckpointError("a checkpoint is loaded through train(resume_from_checkpoint=...)")
-        shadow = checkpoint.load_weights(resume_from_checkpoint, self.adapter)
+        self._load_weights(resume_from_checkpoint)
+        if self.ema is not None:
+            self.ema.optimization_step = state.ema_steps or 0
+        self.restore_state(state)
+
+    def _load_best_model(self) -> None:
+        """Put the best checkpoint's weights and moving average in place (`load_best_model_at_end`)."""
+        self._load_weights(str(self.state.best_model_checkpoint))
+
+    def _load_weights(self, directory: str) -> None:
+        shadow = checkpoint.load_weights(directory, self.adapter)
         if self.ema is not None:
             if sorted(shadow) != list(range(len(self.ema.shadow_params))):
                 raise CheckpointError(
-                    f"cannot resume from {resume_from_checkpoint!r}: its moving average holds {len(shadow)} tensors, "
+                    f"cannot load {directory!r}: its moving average holds {len(shadow)} tensors, "
                     f"this run's {len(self.ema.shadow_params)}; was the run started with other LoRA targets?"
                 )
             for position, own in enumerate(self.ema.shadow_params):
                 own.copy_(shadow[position])
-            self.ema.optimization_step = state.ema_steps or 0
-        self.restore_state(state)
 
 
 class _Bookkeeper(TrainerCallback):

@@ -22,7 +22,7 @@ from rdm_sdk.errors import ConfigError, DataError, RDMError
 from rdm_sdk.export import STUDENT, StudentInfo, non_default_settings
 from rdm_sdk.hosting import RoleTrainer, add_roles, check_output_dir
 from rdm_sdk.models.load import load_adapter
-from rdm_sdk.models.roles import TEACHER, check_lora_config
+from rdm_sdk.models.roles import TEACHER, check_lora_config, describe_lora
 from rdm_sdk.objective import Signal, combine, zero_std_share
 from rdm_sdk.report import image_grid
 from rdm_sdk.rewards.base import DiffusionContext, RewardBatch
@@ -350,6 +350,7 @@ class RDMTrainer(RoleTrainer):
         return RunState(
             fingerprint=self.fingerprint,
             rewards=[term.name for term in self.terms],
+            adapters={role: describe_lora(self.roles.lora_config(role)) for role in self.roles.trainable_roles},
             forwards=dict(self.roles.forwards),
             critic_steps=self._critic_steps,
             reward_calls=self._reward_calls,

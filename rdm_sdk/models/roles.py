@@ -50,6 +50,13 @@ def check_lora_config(config: LoraConfig, argument: str = "peft_config") -> None
             raise ConfigError(f"{argument}.{option}={value!r} cannot be used: {reason}. Use {choices}.")
 
 
+def describe_lora(config: LoraConfig) -> str:
+    """Return the settings that decide what LoRA weights mean, for people and for comparison."""
+    parts: dict[str, object] = {"rank": config.r, "alpha": config.lora_alpha, "rslora": config.use_rslora}
+    parts |= {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
+    return ", ".join(f"{name} {value}" for name, value in parts.items() if value or name in ("rank", "alpha"))
+
+
 class Roles(nn.Module):
     """A frozen backbone with switchable LoRA roles; `roles(role, **inputs)` runs it as that role.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -145,6 +146,8 @@ class CallableReward(Reward):
         values = self.function(images=batch.images, prompts=batch.prompts, **batch.columns)
         if isinstance(values, Tensor):
             return values.detach().float()
+        if isinstance(values, np.ndarray):
+            values = values.tolist()
         if not isinstance(values, (list, tuple)):
             raise RewardError(
                 f"reward function {self.name!r} must return a list of numbers (or None) or a tensor, one entry per "

@@ -58,6 +58,11 @@ def _checked(reward: Reward, batch: RewardBatch, output: RewardOutput) -> Reward
     if scores.isinf().any():
         raise RewardError(f"reward {reward.name!r} returned an infinite score: {_shown(scores)}")
     if scores.isnan().all():
+        if reward.capabilities.trains:
+            raise RewardError(
+                f"reward {reward.name!r} is NaN for every sample: its {reward.capabilities.trains!r} role or the "
+                "student has diverged; lower critic_learning_rate or learning_rate"
+            )
         raise RewardError(
             f"reward {reward.name!r} returned NaN (not applicable) for every sample; first prompt: {batch.prompts[0]!r}"
         )
