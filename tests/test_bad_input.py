@@ -372,7 +372,12 @@ def test_resuming_with_another_rank_is_refused(make_trainer: Make, tmp_path: Pat
 def test_resuming_with_other_targets_is_refused(make_trainer: Make, tmp_path: Path, whole_checkpoint: Path) -> None:
     """Weights for other layers are refused, and the targets are named as the likely cause."""
     with pytest.raises((CheckpointError, ModelError), match=r"do not fit.*LoRA targets"):
-        resume(make_trainer, tmp_path, whole_checkpoint, peft_config=LoraConfig(r=16, lora_alpha=16, target_modules=["attn.to_q"]))
+        resume(
+            make_trainer,
+            tmp_path,
+            whole_checkpoint,
+            peft_config=LoraConfig(r=16, lora_alpha=16, target_modules=["attn.to_q"]),
+        )
 
 
 @pytest.mark.usefixtures("no_training")
