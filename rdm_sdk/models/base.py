@@ -18,7 +18,7 @@ from rdm_sdk.models.roles import Roles
 from rdm_sdk.types import Condition, Denoiser
 
 Network = Callable[..., Tensor]
-"""`(role, **backbone inputs) -> prediction`: `Roles`, or `Roles` wrapped for distributed training."""
+"""`(role, **backbone inputs) -> prediction`, as `Roles` does it."""
 
 
 class ModelAdapter(ABC):
