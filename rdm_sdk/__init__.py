@@ -16,7 +16,13 @@ _PUBLIC = {
     "Reward": "rdm_sdk.rewards.base",
     "RewardBatch": "rdm_sdk.rewards.base",
     "RewardOutput": "rdm_sdk.types",
+    "RewardConfig": "rdm_sdk.rewards.base",
     "Capabilities": "rdm_sdk.rewards.base",
+    "RewardTerm": "rdm_sdk.rewards.spec",
+    "parse_spec": "rdm_sdk.rewards.spec",
+    "score_images": "rdm_sdk.rewards.scoring",
+    "hookimpl": "rdm_sdk.hookspecs",
+    "RegisterReward": "rdm_sdk.hookspecs",
     "ModelAdapter": "rdm_sdk.models.base",
     "RDMError": "rdm_sdk.errors",
     "ConfigError": "rdm_sdk.errors",
@@ -39,7 +45,13 @@ __all__ = [  # noqa: RUF022 - in the order of _PUBLIC
     "Reward",
     "RewardBatch",
     "RewardOutput",
+    "RewardConfig",
     "Capabilities",
+    "RewardTerm",
+    "parse_spec",
+    "score_images",
+    "hookimpl",
+    "RegisterReward",
     "ModelAdapter",
     "RDMError",
     "ConfigError",
@@ -81,12 +93,18 @@ if TYPE_CHECKING:
     from rdm_sdk.evaluation import frechet_distance as frechet_distance
     from rdm_sdk.evaluation import legibility as legibility
     from rdm_sdk.evaluation import teacher_statistics as teacher_statistics
+    from rdm_sdk.hookspecs import RegisterReward as RegisterReward
+    from rdm_sdk.hookspecs import hookimpl as hookimpl
     from rdm_sdk.models.base import ModelAdapter as ModelAdapter
     from rdm_sdk.report import image_grid as image_grid
     from rdm_sdk.report import markdown_table as markdown_table
     from rdm_sdk.rewards.base import Capabilities as Capabilities
     from rdm_sdk.rewards.base import Reward as Reward
     from rdm_sdk.rewards.base import RewardBatch as RewardBatch
+    from rdm_sdk.rewards.base import RewardConfig as RewardConfig
+    from rdm_sdk.rewards.scoring import score_images as score_images
+    from rdm_sdk.rewards.spec import RewardTerm as RewardTerm
+    from rdm_sdk.rewards.spec import parse_spec as parse_spec
     from rdm_sdk.trainer import RDMTrainer as RDMTrainer
     from rdm_sdk.types import RewardOutput as RewardOutput
 

@@ -7,6 +7,7 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from transformers import TrainingArguments
 
 from rdm_sdk.errors import ConfigError, nearest
@@ -70,6 +71,21 @@ class RDMConfig(TrainingArguments):
     )
     epsilon: float = field(default=0.2, metadata={"help": "Clip range of the policy ratio, for scored rewards."})
 
+    reward_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Samples that rewards judge at a time, to save memory; None is the whole micro-batch."},
+    )
+    reward_device: str | None = field(
+        default=None, metadata={"help": "Device of the rewards' own models, such as 'cuda:1'; None is the run's."}
+    )
+    reward_offload: bool = field(
+        default=False, metadata={"help": "Keep the rewards' models on the CPU between uses, to save memory."}
+    )
+    reward_on_error: Literal["raise", "skip"] = field(
+        default="raise",
+        metadata={"help": "What an exception inside a reward does: stop, or go on without that reward and count it."},
+    )
+
     log_images: int = field(
         default=0, metadata={"help": "Write a grid of student, teacher and critic x_0 every so many steps; 0 is never."}
     )
@@ -77,6 +93,9 @@ class RDMConfig(TrainingArguments):
     def __post_init__(self) -> None:
         for name in ("num_generations", "num_inference_steps", "num_draws"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        chunk, device = self.reward_batch_size, self.reward_device
+        _require(chunk is None or chunk >= 1, "reward_batch_size", chunk, "at least 1 or None")
+        _require(device is None or _is_device(device), "reward_device", device, "a device such as 'cpu' or 'cuda:1'")
         for name in ("critic_steps", "log_images", "critic_max_grad_norm"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(
@@ -92,6 +111,7 @@ class RDMConfig(TrainingArguments):
         for name, choices in (
             ("normalization", ("group", "sample", "batch")),
             ("scale_rewards", ("group", "batch", "none")),
+            ("reward_on_error", ("raise", "skip")),
         ):
             value = getattr(self, name)
             _require(value in choices, name, value, f"one of {', '.join(choices)}.{nearest(str(value), choices)}")
@@ -108,6 +128,14 @@ class RDMConfig(TrainingArguments):
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:
     if not holds:
         raise ConfigError(f"{name}={value!r} cannot be used; it must be {wanted}")
+
+
+def _is_device(name: str) -> bool:
+    try:
+        torch.device(name)
+    except RuntimeError:
+        return False
+    return True
 
 
 def check_known(names: list[str], known: list[str]) -> None:

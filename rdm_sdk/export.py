@@ -13,7 +13,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 
 from rdm_sdk.models.base import ModelAdapter
-from rdm_sdk.rewards.spec import RewardTerm
+from rdm_sdk.rewards.resolve import WeightedReward
+from rdm_sdk.rewards.spec import show_spec
 
 STUDENT = "student"
 PEFT_FOLDER = "peft"
@@ -25,7 +26,7 @@ class StudentInfo:
 
     num_steps: int
     shift: float | None
-    terms: Sequence[RewardTerm]
+    rewards: Sequence[WeightedReward]
     settings: Mapping[str, object]
     """The settings that differ from the defaults, for the model card."""
 
@@ -69,7 +70,7 @@ def move_into(staged: Path, target: Path) -> None:
 
 def model_card(adapter: ModelAdapter, info: StudentInfo) -> str:
     """Return the model card: base, method, rewards, settings, and the code that samples the student."""
-    rewards = " + ".join(f"{term.weight:g} * {term.name}" for term in info.terms)
+    rewards = show_spec([own.term for own in info.rewards])
     pipeline = type(adapter.pipeline).__name__
     scheduler = type(adapter.pipeline.scheduler).__name__
     data = ModelCardData(
@@ -98,7 +99,7 @@ pipe.scheduler = {scheduler}.from_pretrained(folder, subfolder="scheduler")
 image = pipe("{{your prompt}}", {adapter.inference_call(info.num_steps)}).images[0]
 ```
 
-- Rewards: {rewards}
+- Rewards: `{rewards}`
 - Noise levels of the steps: {grid} (in `scheduler/`; each step predicts the image and noises it again)
 - The same weights in PEFT's format: `{PEFT_FOLDER}/`
 

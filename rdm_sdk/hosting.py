@@ -287,13 +287,3 @@ def add_roles(adapter: ModelAdapter, configs: Mapping[str, LoraConfig]) -> None:
         own = copy.deepcopy(config)
         own.target_modules = own.target_modules or list(adapter.lora_targets)
         adapter.roles.add_role(role, own)
-
-
-def check_output_dir(output_dir: str) -> None:
-    """Create the output folder and raise `ConfigError` if it cannot be written to."""
-    try:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        raise ConfigError(f"output_dir={output_dir!r} cannot be written to: {error}") from error

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
+from transformers.utils import logging
 
 from rdm_sdk.checkpoint import RunState
 from rdm_sdk.config import RDMConfig
@@ -20,16 +21,19 @@ from rdm_sdk.core.transitions import log_probability
 from rdm_sdk.data import collate, load_prompts
 from rdm_sdk.errors import ConfigError, DataError, RDMError
 from rdm_sdk.export import STUDENT, StudentInfo, non_default_settings
-from rdm_sdk.hosting import RoleTrainer, add_roles, check_output_dir
+from rdm_sdk.hosting import RoleTrainer, add_roles
 from rdm_sdk.models.load import load_adapter
 from rdm_sdk.models.roles import TEACHER, check_lora_config, describe_lora
 from rdm_sdk.objective import Signal, combine, zero_std_share
 from rdm_sdk.report import image_grid
-from rdm_sdk.rewards.base import DiffusionContext, RewardBatch
-from rdm_sdk.rewards.evaluate import evaluate_reward
-from rdm_sdk.rewards.spec import RewardFuncs, RewardTerm, resolve_rewards
+from rdm_sdk.requirements import check_run, check_same_plugins, critic_roles
+from rdm_sdk.rewards.base import DiffusionContext, Reward, RewardBatch
+from rdm_sdk.rewards.evaluate import evaluate_rewards
+from rdm_sdk.rewards.resolve import RewardFuncs, resolve_rewards
 from rdm_sdk.sampling import draw_steps, rollout, transition_to
 from rdm_sdk.types import Condition, Denoiser, Experience, RewardOutput, select
+
+logger = logging.get_logger(__name__)
 
 
 class RDMTrainer(RoleTrainer):
@@ -70,10 +74,10 @@ class RDMTrainer(RoleTrainer):
         args = RDMConfig() if args is None else args
         if not isinstance(args, RDMConfig):
             raise ConfigError(f"args must be an RDMConfig; got {type(args).__name__}")
-        self.terms = resolve_rewards(reward_funcs, args.reward_weights)
         train_dataset = None if train_dataset is None else load_prompts(train_dataset)
         eval_dataset = None if eval_dataset is None else load_prompts(eval_dataset, "eval_dataset")
-        _check_run(args, self.terms)
+        self.rewards = resolve_rewards(reward_funcs, args.reward_weights)
+        check_run(args, self.rewards, {"train_dataset": train_dataset, "eval_dataset": eval_dataset})
         for argument, lora in (("peft_config", peft_config), ("fake_peft_config", fake_peft_config)):
             if lora is not None:
                 check_lora_config(lora, argument)
@@ -83,7 +87,7 @@ class RDMTrainer(RoleTrainer):
         )
         set_seed(args.seed)  # the adapters' initial weights are part of the run
         student = peft_config or LoraConfig(r=16, lora_alpha=16)
-        add_roles(adapter, {STUDENT: student} | dict.fromkeys(critic_roles(self.terms), fake_peft_config or student))
+        add_roles(adapter, {STUDENT: student} | dict.fromkeys(critic_roles(self.rewards), fake_peft_config or student))
         self._window: list[dict[str, Any]] = []
         self._experiences: list[Experience] = []
         self._metrics: dict[str, list[float]] = defaultdict(list)
@@ -98,6 +102,7 @@ class RDMTrainer(RoleTrainer):
             processing_class=processing_class,
             optimizers=optimizers,
         )
+        check_same_plugins(self.accelerator.num_processes)
 
     # ---- The step -----------------------------------------------------------------------------------------------
 
@@ -124,7 +129,7 @@ class RDMTrainer(RoleTrainer):
         outputs = self._judge(experience)
         signal = combine(
             outputs,
-            {term.name: term.weight for term in self.terms},
+            {reward.label: reward.weight for reward in self.rewards},
             self.args.num_generations,
             self.args.normalization,
             self.args.scale_rewards,
@@ -158,16 +163,16 @@ class RDMTrainer(RoleTrainer):
 
     def _train_critic(self, experiences: Sequence[Experience]) -> None:
         """One optimizer step for every trainable reward, on the student's latest samples."""
-        critics = [(term, role) for term in self.terms if (role := term.reward.capabilities.trains)]
+        critics = [(own, role) for own in self.rewards if (role := own.reward.capabilities.trains)]
         if not critics:
             return
         parameters = [parameter for _, role in critics for parameter in self.parameters_of(role)]
         for experience in experiences:
-            for term, role in critics:
+            for own, role in critics:
                 batch = self._batch(experience, experience.rollout.x_0, trained=role)
-                loss = term.reward.training_loss(batch)
+                loss = own.reward.training_loss(batch)
                 (loss / len(experiences)).backward()
-                self._log_value(f"loss/{term.name}", loss)
+                self._log_value(f"loss/{own.label}", loss)
         self.average_gradients(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, self.args.critic_max_grad_norm or torch.inf)
         if not bool(norm.isfinite()):
@@ -183,15 +188,36 @@ class RDMTrainer(RoleTrainer):
 
     def _judge(self, experience: Experience) -> dict[str, RewardOutput]:
         """Evaluate every reward: gradients where the trajectory stopped, scores at its end."""
-        stopped = self._batch(experience, experience.rollout.x_0)
         final = experience.rollout.final
-        ended = stopped if final is None else self._batch(experience, final)
-        outputs = {}
-        for term in self.terms:
-            batch = ended if term.reward.capabilities.gradient == "none" else stopped
-            outputs[term.name] = evaluate_reward(term.reward, batch)
-            self._reward_calls += len(experience.prompts)
+        outputs: dict[str, RewardOutput] = {}
+        for scored, latents in ((False, experience.rollout.x_0), (True, final)):
+            rewards = {
+                own.label: own.reward
+                for own in self.rewards
+                if (own.reward.capabilities.gradient == "none" and final is not None) == scored
+            }
+            if rewards and latents is not None:
+                outputs |= self._score(rewards, self._batch(experience, latents))
         return outputs
+
+    def _score(self, rewards: dict[str, Reward], batch: RewardBatch) -> dict[str, RewardOutput]:
+        args = self.args
+        result = evaluate_rewards(
+            rewards,
+            batch,
+            chunk_size=args.reward_batch_size,
+            device=args.reward_device,
+            offload=args.reward_offload,
+            on_error=args.reward_on_error,
+        )
+        self._reward_calls += len(result.outputs) * len(batch)
+        for name in rewards:
+            self._log_value(f"rewards/{name}/seconds", result.seconds[name])
+            if args.reward_on_error == "skip":
+                self._log_value(f"rewards/{name}/skipped", float(name in result.skipped))
+        for name, error in result.skipped.items():
+            logger.warning("reward %r was skipped: %s: %s", name, type(error).__name__, error)
+        return result.outputs
 
     def _student_loss(self, experience: Experience, signal: Signal) -> Tensor:
         """Replay the stop step with gradients; move x_0 along the field and make good transitions likelier."""
@@ -210,6 +236,8 @@ class RDMTrainer(RoleTrainer):
             surrogate = clipped_surrogate(importance_ratio(log_p, log_p), signal.advantage[rows], self.args.epsilon)
             losses.append(surrogate.sum() / len(x_0))
             self._log_value("loss/policy", losses[-1])
+        if not losses:
+            raise RDMError("every reward was skipped, so there is nothing to learn from; the warnings above say why")
         return torch.stack(losses).sum()
 
     # ---- What the step is made of -------------------------------------------------------------------------------
@@ -229,11 +257,11 @@ class RDMTrainer(RoleTrainer):
 
     @property
     def _has_field(self) -> bool:
-        return any(t.weight and t.reward.capabilities.gradient != "none" for t in self.terms)
+        return any(own.weight and own.reward.capabilities.gradient != "none" for own in self.rewards)
 
     @property
     def _has_advantage(self) -> bool:
-        return any(t.weight and t.reward.capabilities.gradient == "none" for t in self.terms)
+        return any(own.weight and own.reward.capabilities.gradient == "none" for own in self.rewards)
 
     def _check_student_gradient(self) -> None:
         """Raise at the first step if no gradient reaches the student: training on would silently do nothing."""
@@ -249,16 +277,18 @@ class RDMTrainer(RoleTrainer):
 
     def _record(self, outputs: dict[str, RewardOutput], signal: Signal) -> None:
         group = self.args.num_generations
-        for term in self.terms:
-            scores = outputs[term.name].scores
+        for own in self.rewards:
+            self._log_value(f"weights/{own.label}", own.weight)
+            if own.label not in outputs:
+                continue
+            scores, magnitude = outputs[own.label].scores, outputs[own.label].magnitude
             valid = scores[~scores.isnan()]
-            self._log_value(f"rewards/{term.name}/mean", valid.mean())
-            self._log_value(f"rewards/{term.name}/std", valid.std() if len(valid) > 1 else 0.0)
-            self._log_value(f"weights/{term.name}", term.weight)
-            magnitude = outputs[term.name].magnitude
+            self._log_value(f"rewards/{own.label}/mean", valid.mean())
+            self._log_value(f"rewards/{own.label}/std", valid.std() if len(valid) > 1 else 0.0)
+            self._log_value(f"rewards/{own.label}/zero_std", zero_std_share(scores, group))
             if magnitude is not None:
-                self._log_value(f"{term.name}/residual", magnitude.mean())
-            if term.reward.capabilities.gradient == "none":
+                self._log_value(f"{own.label}/residual", magnitude.mean())
+            if own.reward.capabilities.gradient == "none":
                 self._log_value("frac_reward_zero_std", zero_std_share(scores, group))
         for name, pull in signal.magnitudes.items():
             self._log_value(f"{name}/pull", pull)
@@ -315,26 +345,25 @@ class RDMTrainer(RoleTrainer):
         Raises:
             ConfigError: no reward judges finished samples, or there are no evaluation prompts.
         """
-        judges = [term for term in self.terms if term.reward.capabilities.gradient != "field"]
+        judges = {own.label: own.reward for own in self.rewards if own.reward.capabilities.gradient != "field"}
         dataset = self.eval_dataset if eval_dataset is None else load_prompts(eval_dataset, "eval_dataset")
         if not judges or dataset is None:
             raise ConfigError(
                 "evaluate() needs eval_dataset and a reward that judges images, beside or instead of 'dm'; add one "
                 "with weight 0 to watch it without training on it, such as 'dm + 0*legibility'"
             )
-        scores: dict[str, list[Tensor]] = defaultdict(list)
+        size = self.args.per_device_eval_batch_size
+        in_groups = any(reward.capabilities.scope == "group" for reward in judges.values())
+        group = self.args.num_generations if in_groups else 1
+        inputs = collate([row for row in dataset for _ in range(group)])
+        prompts = inputs["prompts"]
         with self.seeded(self.args.seed), self.exported_weights(), torch.no_grad():
-            for start in range(0, len(dataset), self.args.per_device_eval_batch_size):
-                inputs = collate(
-                    list(dataset.select(range(start, min(start + self.args.per_device_eval_batch_size, len(dataset)))))
-                )
-                prompts = inputs["prompts"]
-                batch = RewardBatch(self.sample_latents(prompts), prompts, 1, self.adapter.decode, inputs["columns"])
-                for term in judges:
-                    scores[term.name].append(term.reward.score(batch).float().cpu())
-        metrics = {
-            f"{metric_key_prefix}_rewards/{n}/mean": torch.cat(parts).nanmean().item() for n, parts in scores.items()
-        }
+            latents = [self.sample_latents(prompts[i : i + size]) for i in range(0, len(prompts), size)]
+            batch = RewardBatch(torch.cat(latents), prompts, group, self.adapter.decode, inputs["columns"])
+            outputs = evaluate_rewards(
+                judges, batch, chunk_size=size, device=self.args.reward_device, differentiate=False
+            ).outputs
+        metrics = {f"{metric_key_prefix}_rewards/{n}/mean": o.scores.nanmean().item() for n, o in outputs.items()}
         metrics[f"{metric_key_prefix}_loss"] = -next(iter(metrics.values()))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -344,12 +373,12 @@ class RDMTrainer(RoleTrainer):
 
     def student_info(self) -> StudentInfo:
         args = self.args
-        return StudentInfo(args.num_inference_steps, args.shift, self.terms, non_default_settings(args))
+        return StudentInfo(args.num_inference_steps, args.shift, self.rewards, non_default_settings(args))
 
     def capture_state(self) -> RunState:
         return RunState(
             fingerprint=self.fingerprint,
-            rewards=[term.name for term in self.terms],
+            rewards=[own.label for own in self.rewards],
             adapters={role: describe_lora(self.roles.lora_config(role)) for role in self.roles.trainable_roles},
             forwards=dict(self.roles.forwards),
             critic_steps=self._critic_steps,
@@ -361,28 +390,3 @@ class RDMTrainer(RoleTrainer):
         self.roles.forwards.clear()
         self.roles.forwards.update(state.forwards)
         self._critic_steps, self._reward_calls = state.critic_steps, state.reward_calls
-
-
-def critic_roles(terms: Sequence[RewardTerm]) -> list[str]:
-    """Return the roles that the rewards train, in order, each once."""
-    return list(dict.fromkeys(t.reward.capabilities.trains for t in terms if t.reward.capabilities.trains))
-
-
-def _check_run(args: RDMConfig, terms: Sequence[RewardTerm]) -> None:
-    """Raise `ConfigError` for what cannot work together, before anything is loaded."""
-    check_output_dir(str(args.output_dir))
-    if not any(term.weight for term in terms):
-        raise ConfigError("every reward has weight 0, so nothing would be learned; give one a weight other than 0")
-    scored = [term.name for term in terms if term.weight and term.reward.capabilities.gradient == "none"]
-    if scored and args.num_inference_steps == 1:
-        raise ConfigError(
-            f"reward {scored[0]!r} has no gradient, so it acts on the random steps of the sampler, and a student with "
-            "num_inference_steps=1 has none; use more steps or a differentiable reward"
-        )
-    if scored and args.num_generations == 1:
-        raise ConfigError(
-            f"reward {scored[0]!r} has no gradient, so samples of one prompt are compared with each other, and "
-            "num_generations=1 leaves nothing to compare with; use at least 2"
-        )
-    if critic_roles(terms) and args.critic_steps == 0:
-        raise ConfigError("critic_steps=0 would leave the critics of the rewards untrained; use at least 1")

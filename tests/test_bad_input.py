@@ -398,9 +398,9 @@ def test_a_checkpoint_that_is_none_is_refused(make_trainer: Make, tmp_path: Path
 @pytest.mark.parametrize(
     ("rewards", "words"),
     [
-        ("legibilty", "unknown reward 'legibilty'.*Did you mean 'legibility'.*Known rewards: dm, legibility"),
-        ("dm + ", "column 4"),
-        ("dm + + legibility", "column 6|column 4"),
+        ("legibilty", "unknown reward 'legibilty'.*Did you mean 'legibility'.*Known rewards: dm, .*legibility"),
+        ("dm + ", "column 6"),
+        ("dm + + legibility", "column 6"),
         ("dm legibility", "column 4"),
         ("dm + 0.5*", "column"),
         ("1.2.3*dm", r"1\.2\.3.*not a number"),
@@ -409,7 +409,7 @@ def test_a_checkpoint_that_is_none_is_refused(make_trainer: Make, tmp_path: Path
         ([], "no rewards"),
         ("dm + dm", "two rewards have the name 'dm'"),
         (["dm", 7], "got 7"),
-        ([RDMTrainer], "a reward is a name, a callable or a Reward object"),
+        ([RDMTrainer], "a reward is a name, a spec, a callable or a Reward object"),
     ],
 )
 @pytest.mark.usefixtures("no_training")

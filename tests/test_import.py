@@ -15,12 +15,14 @@ import rdm_sdk
 ROOT = Path(rdm_sdk.__file__).parent
 
 LAYERS: list[set[str]] = [
-    {"errors", "types"},
+    {"errors", "types", "hookspecs"},
+    {"registry"},
     {"core"},
     {"digits"},  # the embedded data set: data and a classifier, no part of the method
     {"sampling", "rewards", "models"},
     {"objective"},
     {"config", "data"},
+    {"requirements"},
     {"export", "evaluation", "report", "checkpoint"},
     {"hosting"},
     {"trainer"},
@@ -33,14 +35,21 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 WITHIN: dict[str, list[set[str]]] = {
     "core": [{"noise", "importance", "losses"}, {"groups", "matching", "transitions"}],
-    "rewards": [{"base"}, {"dm", "legibility", "evaluate"}, {"spec"}],
+    "rewards": [
+        {"spec"},
+        {"base"},
+        {"dm", "legibility", "callables", "evaluate"},
+        {"resolve"},
+        {"scoring", "builtin"},
+    ],
     "models": [{"roles"}, {"base"}, {"sd3"}, {"load"}],
     "digits": [{"__init__"}, {"classifier"}],
 }
 """The same inside the packages; "__init__" imports nothing unless it is named here."""
 
-LAZY = {("digits", "digits.classifier")}
-"""Exceptions: the front of the digits opens its own back room when a function asks for tensors."""
+LAZY = {("digits", "digits.classifier"), ("registry", "rewards.builtin")}
+"""Exceptions: the front of the digits opens its own back room when a function asks for tensors; the registry loads the
+built-in rewards' registrations by name, as it does any plugin's."""
 
 MODULES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
 

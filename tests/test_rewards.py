@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from rdm_sdk import CheckpointError, RewardError
-from rdm_sdk.rewards.base import CallableReward, RewardBatch
+from rdm_sdk.rewards.base import RewardBatch
+from rdm_sdk.rewards.callables import CallableReward
 from rdm_sdk.rewards.evaluate import evaluate_reward
 
 

@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
 
+import rdm_sdk
 from rdm_sdk.core.noise import NoiseSchedule, add_noise, draw_sigma
 from rdm_sdk.errors import RewardError
+from rdm_sdk.rewards.spec import checked_model
 from rdm_sdk.types import Denoiser, RewardOutput
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a reward can do; declared by its author, never sniffed."""
+    """What a reward can do and needs; declared by its author, never sniffed."""
 
     space: Literal["pixel", "latent"] = "pixel"
     """Whether it reads decoded images or latents."""
     gradient: Literal["none", "autograd", "field"] = "none"
     """"autograd": `score` is differentiable; "field": the reward computes its own gradient in `field`."""
-    trains: str | None = None
-    """The role (a LoRA adapter on the base model) that the reward trains with `training_loss`, if any."""
+    scope: Literal["sample", "group"] = "sample"
+    """"group": a sample's score depends on the other samples of its prompt, so groups are never torn apart."""
+    prompts: bool = False
+    """Whether the prompt matters to the score."""
+    columns: tuple[str, ...] = ()
+    """Columns of the dataset that it cannot do without."""
+    range: tuple[float, float] | None = None
+    """Bounds of the scores in native units, where there are any (they may be infinite)."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the images or latents that it is given."""
     stochastic: bool = False
     """Whether two calls on the same batch may differ."""
+    asynchronous: bool = False
+    """Whether it is awaited (`score_async`); such rewards run at the same time as the others."""
+    trains: str | None = None
+    """The role (a LoRA adapter on the base model) that the reward trains with `training_loss`, if any."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,36 @@ class RewardBatch:
     """The dataset's other columns, N entries each."""
     context: DiffusionContext | None = None
 
+    @classmethod
+    def from_images(
+        cls,
+        images: Tensor,
+        prompts: Sequence[str] | None = None,
+        group_size: int = 1,
+        columns: Mapping[str, list[object]] | None = None,
+    ) -> RewardBatch:
+        """Return a batch of finished RGB images `[N, 3, H, W]`, float in [0, 1]; gradients are then on the images.
+
+        Raises:
+            RewardError: images that are not such a tensor, or another number of prompts.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise RewardError(
+                f"images must be an RGB float tensor [N, 3, H, W] in [0, 1]; got {list(images.shape)} {images.dtype}"
+            )
+        if images.numel() and not (images.amin() >= 0 and images.amax() <= 1):
+            raise RewardError(
+                f"images must lie in [0, 1]; they span [{images.amin():.4g}, {images.amax():.4g}]. Divide 8-bit images "
+                "by 255, map [-1, 1] by x / 2 + 0.5"
+            )
+        texts = [""] * len(images) if prompts is None else list(prompts)
+        if len(texts) != len(images) or len(images) % group_size:
+            raise RewardError(f"{len(images)} images do not go with {len(texts)} prompts in groups of {group_size}")
+        return cls(images.detach(), texts, group_size, lambda pixels: pixels, columns or {})
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
     @cached_property
     def images(self) -> Tensor:
         """RGB images `[N, 3, H, W]`, float in [0, 1], decoded at first use and once for all rewards."""
@@ -87,6 +132,23 @@ class RewardBatch:
         (gradient,) = torch.autograd.grad(images, latents, image_gradient, retain_graph=True)
         return gradient
 
+    @property
+    def tracked_images(self) -> Tensor:
+        """The images, decoded so that `pull_back` works; `images` then takes them from here."""
+        return self._decoded[1]
+
+    def split(self, size: int) -> list[RewardBatch]:
+        """Return the batch in chunks of `size` samples, without the diffusion context (it knows the whole batch)."""
+        if size >= len(self):
+            return [self]
+        chunks = []
+        for start in range(0, len(self), size):
+            rows = slice(start, start + size)
+            columns = {name: values[rows] for name, values in self.columns.items()}
+            chunk = replace(self, latents=self.latents[rows], prompts=self.prompts[rows], columns=columns, context=None)
+            chunks.append(chunk)
+        return chunks
+
     def with_images(self, images: Tensor) -> RewardBatch:
         """Return the same batch with other images (used to differentiate with respect to them)."""
         batch = replace(self)
@@ -104,21 +166,53 @@ class RewardBatch:
         return self.context
 
 
+class RewardConfig(BaseModel):
+    """Base of a reward's options: a frozen pydantic model that knows every key it takes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
 class Reward(ABC):
     """A reward: higher scores are better, in the reward's own units.
 
     Subclasses write `score`. One that declares `gradient="autograd"` keeps `score` differentiable with respect to
-    `batch.images` (or `batch.latents`, as `space` says); the host does the differentiating. One that declares
-    `gradient="field"` writes `field` and returns scores and gradient itself. One that `trains` a role writes
-    `training_loss`.
+    `batch.images` (or `batch.latents`, as `space` says); the host does the differentiating, and chunks, devices,
+    dtypes, errors and logs besides. One that declares `gradient="field"` writes `field` and returns scores and
+    gradient itself. One that `trains` a role writes `training_loss`.
+
+    Options are the fields of a nested `Config`; `Sharpness(radius=3)`, `"acme/sharpness[radius=3]"` and
+    `Sharpness(Sharpness.Config(radius=3))` are the same reward. A `Config` with a field `variant` (`revision`) takes it
+    from `name:variant` (`name@revision`). Models belong in `__init__`, as `nn.Module` attributes, so that a missing
+    checkpoint is found before training starts and the host can move them.
+
+    Raises:
+        RewardError: an unknown option, or a value that it cannot have.
     """
 
-    name: str
+    name: str = ""
+    """What logs call it; the name it is registered under, by default the class's in lower case."""
     capabilities: Capabilities
+    preprocessing: str = "none"
+    """Names what is done to the images before a model sees them; kept with the scores, which depend on it."""
+
+    class Config(RewardConfig):
+        """No options."""
+
+    def __init__(self, config: RewardConfig | None = None, **options: object) -> None:
+        self.name = self.name or type(self).__name__.lower()
+        if config is not None and not isinstance(config, type(self).Config):
+            raise RewardError(
+                f"reward {self.name!r} takes a {type(self).Config.__qualname__} or options as keywords; got {config!r}"
+            )
+        self.config: Any = config or checked_model(type(self).Config, options, f"reward {self.name!r}", RewardError)
 
     @abstractmethod
     def score(self, batch: RewardBatch) -> Tensor:
         """Return scores, float32 `[N]`; NaN marks a sample to which the reward does not apply."""
+
+    async def score_async(self, batch: RewardBatch) -> Tensor:
+        """Return scores `[N]`; for `asynchronous=True` only."""
+        raise RewardError(f"reward {self.name!r} declares asynchronous=True but does not implement score_async(batch)")
 
     def field(self, batch: RewardBatch) -> RewardOutput:
         """Return scores and the gradient with respect to `batch.latents`; for `gradient="field"` only."""
@@ -128,29 +222,20 @@ class Reward(ABC):
         """Return the scalar loss of the reward's trainable role on the batch; for rewards that `trains` one."""
         raise RewardError(f"reward {self.name!r} declares trains={self.capabilities.trains!r} but no training_loss")
 
+    def to(self, device: torch.device | str) -> None:
+        """Move the reward's modules; by default all attributes that are an `nn.Module`."""
+        for part in vars(self).values():
+            if isinstance(part, nn.Module):
+                part.to(device)
 
-class CallableReward(Reward):
-    """A plain function as a reward: `f(images=..., prompts=..., **columns) -> list[float | None] | Tensor`.
-
-    It is scored, never differentiated, so it acts on the student as group-normalized advantages. None marks a sample
-    to which it does not apply.
-    """
-
-    capabilities = Capabilities()
-
-    def __init__(self, function: Callable[..., object], name: str | None = None) -> None:
-        self.function = function
-        self.name = name or str(getattr(function, "__name__", type(function).__name__))
-
-    def score(self, batch: RewardBatch) -> Tensor:
-        values = self.function(images=batch.images, prompts=batch.prompts, **batch.columns)
-        if isinstance(values, Tensor):
-            return values.detach().float()
-        if isinstance(values, np.ndarray):
-            values = values.tolist()
-        if not isinstance(values, (list, tuple)):
-            raise RewardError(
-                f"reward function {self.name!r} must return a list of numbers (or None) or a tensor, one entry per "
-                f"image; got {type(values).__name__}"
-            )
-        return torch.tensor([float("nan") if value is None else float(value) for value in values])
+    def provenance(self) -> dict[str, object]:
+        """Return what a score must be stored with to be comparable: reward, options, preprocessing, versions."""
+        package = type(self).__module__.partition(".")[0]
+        return {
+            "reward": self.name,
+            "options": self.config.model_dump(mode="json"),
+            "preprocessing": self.preprocessing,
+            "package": package,
+            "package_version": getattr(sys.modules.get(package), "__version__", None),
+            "sdk_version": rdm_sdk.__version__,
+        }

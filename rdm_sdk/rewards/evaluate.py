@@ -1,6 +1,17 @@
-"""Evaluating any reward on a batch, by what it declares and nothing else."""
+"""Evaluating any set of rewards on a batch, by what they declare and nothing else.
+
+The batch is walked through in chunks; a chunk is decoded once, judged by every reward, and its graph dropped before the
+next one, so that memory does not grow with the batch and nothing touches the student's graph.
+"""
 
 from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -9,55 +20,245 @@ from rdm_sdk.errors import RewardError
 from rdm_sdk.rewards.base import Reward, RewardBatch
 from rdm_sdk.types import RewardOutput
 
+OnError = Literal["raise", "skip"]
 
-def evaluate_reward(reward: Reward, batch: RewardBatch) -> RewardOutput:
-    """Return scores `[N]` and, if the reward has one, its gradient with respect to the latents `[N, *x]`.
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a set of rewards says of a batch."""
+
+    outputs: dict[str, RewardOutput]
+    """By the names that the rewards were given; a reward that was skipped is missing."""
+    seconds: dict[str, float]
+    """Time per reward; asynchronous ones share theirs, decoding is counted to none."""
+    provenance: dict[str, dict[str, object]]
+    """Per reward, what its scores must be stored with to be comparable."""
+    skipped: dict[str, Exception] = field(default_factory=dict)
+    """Rewards that raised, under `on_error="skip"`."""
+
+
+@dataclass
+class _Tally:
+    """One reward's chunks so far."""
+
+    outputs: list[RewardOutput] = field(default_factory=list)
+    seconds: float = 0.0
+    error: Exception | None = None
+
+
+def evaluate_rewards(
+    rewards: Mapping[str, Reward],
+    batch: RewardBatch,
+    *,
+    chunk_size: int | None = None,
+    device: torch.device | str | None = None,
+    offload: bool = False,
+    on_error: OnError = "raise",
+    differentiate: bool = True,
+) -> Evaluation:
+    """Return every reward's scores `[N]` and, where it has one, its gradient with respect to the latents `[N, *x]`.
+
+    Args:
+        rewards: name to reward.
+        batch: the samples, group-major.
+        chunk_size: samples judged at a time, rounded up to whole groups if a reward compares within groups; None is
+            all at once. Rewards with a field of their own always see the whole batch. The result does not depend on it.
+        device: where the rewards' models run; None is where the latents are.
+        offload: move the rewards' models back to the CPU afterwards.
+        on_error: what an exception inside a reward does: "raise", or "skip", which leaves the reward out of the
+            outputs. What a reward returns is checked in either case: nonsense is never skipped over.
+        differentiate: False asks for scores alone.
 
     Raises:
-        RewardError: the reward returned something of the wrong shape, an infinite score, only NaN, or a gradient that
-            is not finite. Nothing is repaired: a reward that returns nonsense must not train a model.
+        RewardError: a reward returned something of the wrong type or shape, an infinite score, only NaN, or a gradient
+            that is not finite. Nothing is repaired: a reward that returns nonsense must not train a model.
     """
-    kind = reward.capabilities.gradient
-    if kind == "field":
-        output = reward.field(batch)
-    elif kind == "autograd":
-        output = _differentiate(reward, batch)
+    place = torch.device(device) if device is not None else batch.latents.device
+    tallies = {name: _Tally() for name in rewards}
+    whole = {n: r for n, r in rewards.items() if r.capabilities.gradient == "field"}
+    chunked = {n: r for n, r in rewards.items() if n not in whole}
+    try:
+        for reward in rewards.values():
+            reward.to(place)
+        for chunk in batch.split(_chunk_size(chunked, batch, chunk_size)) if chunked else []:
+            _judge_chunk(chunked, chunk, tallies, place, on_error, differentiate)
+        _run_each(whole, batch, tallies, on_error, lambda reward: _own_field(reward, batch, differentiate))
+    finally:
+        if offload:
+            for reward in rewards.values():
+                reward.to("cpu")
+    kept = [name for name in rewards if tallies[name].error is None]
+    return Evaluation(
+        {name: _merged(rewards[name], batch, tallies[name].outputs) for name in kept},
+        {name: tally.seconds for name, tally in tallies.items()},
+        {name: rewards[name].provenance() for name in kept},
+        {name: tally.error for name, tally in tallies.items() if tally.error is not None},
+    )
+
+
+def evaluate_reward(reward: Reward, batch: RewardBatch, **options: Any) -> RewardOutput:
+    """Return one reward's output; see `evaluate_rewards`."""
+    return evaluate_rewards({reward.name: reward}, batch, **options).outputs[reward.name]
+
+
+def _chunk_size(rewards: Mapping[str, Reward], batch: RewardBatch, wanted: int | None) -> int:
+    size = len(batch) if wanted is None else wanted
+    if size < 1:
+        raise RewardError(f"chunk_size must be at least 1 or None; got {wanted}")
+    if any(reward.capabilities.scope == "group" for reward in rewards.values()):
+        size = -(-size // batch.group_size) * batch.group_size
+    return size
+
+
+def _judge_chunk(
+    rewards: Mapping[str, Reward],
+    chunk: RewardBatch,
+    tallies: Mapping[str, _Tally],
+    device: torch.device,
+    on_error: OnError,
+    differentiate: bool,
+) -> None:
+    """Judge one chunk by every reward; the asynchronous ones run in a thread while the others compute."""
+    # Decoded before any reward runs: once for all of them, with a graph if one needs it, and on nobody's time.
+    pixels = [reward for reward in rewards.values() if reward.capabilities.space == "pixel"]
+    if differentiate and any(reward.capabilities.gradient == "autograd" for reward in pixels):
+        _ = chunk.tracked_images
+    elif pixels:
+        _ = chunk.images
+    awaited = {n: r for n, r in rewards.items() if r.capabilities.asynchronous and tallies[n].error is None}
+    if awaited:
+        # A thread of its own, because this one may already run an event loop (in a notebook it does).
+        judged = {name: _given(reward, chunk, device) for name, reward in awaited.items()}
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(_await_all, awaited, judged)
+            _judge_synchronously(rewards, chunk, tallies, device, on_error, differentiate)
+            _collect_awaited(awaited, chunk, future, tallies, on_error)
     else:
+        _judge_synchronously(rewards, chunk, tallies, device, on_error, differentiate)
+
+
+def _judge_synchronously(
+    rewards: Mapping[str, Reward],
+    chunk: RewardBatch,
+    tallies: Mapping[str, _Tally],
+    device: torch.device,
+    on_error: OnError,
+    differentiate: bool,
+) -> None:
+    def judge(reward: Reward) -> RewardOutput:
+        if differentiate and reward.capabilities.gradient == "autograd":
+            return _differentiated(reward, chunk, device)
         with torch.no_grad():
-            output = RewardOutput(reward.score(batch))
-    return _checked(reward, batch, output)
+            return RewardOutput(_checked_scores(reward, chunk, reward.score(_given(reward, chunk, device))))
+
+    waiting = {n: r for n, r in rewards.items() if not r.capabilities.asynchronous and tallies[n].error is None}
+    _run_each(waiting, chunk, tallies, on_error, judge)
 
 
-def _differentiate(reward: Reward, batch: RewardBatch) -> RewardOutput:
-    if reward.capabilities.space == "latent":
-        leaf = batch.latents.detach().requires_grad_()
-        judged = batch.with_latents(leaf)
+def _run_each(
+    rewards: Mapping[str, Reward],
+    batch: RewardBatch,
+    tallies: Mapping[str, _Tally],
+    on_error: OnError,
+    judge: Callable[[Reward], RewardOutput],
+) -> None:
+    """Run `judge(reward)` for each reward, with its time and its errors on its own account."""
+    for name, reward in rewards.items():
+        started = _now(batch.latents.device)
+        try:
+            tallies[name].outputs.append(judge(reward))
+        except _UnusableError:
+            raise
+        except Exception as error:
+            _give_up(tallies[name], error, on_error)
+        tallies[name].seconds += _now(batch.latents.device) - started
+
+
+def _give_up(tally: _Tally, error: Exception, on_error: OnError) -> None:
+    if on_error == "raise":
+        raise error
+    tally.error = error
+
+
+def _await_all(rewards: Mapping[str, Reward], judged: Mapping[str, RewardBatch]) -> list[Any]:
+    """Await all rewards together; each result is scores and seconds, or the exception it raised."""
+
+    async def timed(reward: Reward, batch: RewardBatch) -> tuple[Tensor, float]:
+        started = time.perf_counter()
+        return await reward.score_async(batch), time.perf_counter() - started
+
+    async def together() -> list[Any]:
+        calls = [timed(reward, judged[name]) for name, reward in rewards.items()]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    with torch.no_grad():
+        return asyncio.run(together())
+
+
+def _collect_awaited(
+    rewards: Mapping[str, Reward],
+    chunk: RewardBatch,
+    future: Future[list[Any]],
+    tallies: Mapping[str, _Tally],
+    on_error: OnError,
+) -> None:
+    for (name, reward), result in zip(rewards.items(), future.result(), strict=True):
+        if isinstance(result, Exception):
+            _give_up(tallies[name], result, on_error)
+            continue
+        scores, seconds = result
+        tallies[name].seconds += seconds
+        tallies[name].outputs.append(RewardOutput(_checked_scores(reward, chunk, scores)))
+
+
+def _given(reward: Reward, chunk: RewardBatch, device: torch.device) -> RewardBatch:
+    """Return the chunk as the reward wants it: its dtype, on its device, without a graph."""
+    dtype = getattr(torch, reward.capabilities.dtype)
+    if reward.capabilities.space == "pixel":
+        return chunk.with_images(chunk.images.detach().to(device, dtype))
+    return chunk.with_latents(chunk.latents.detach().to(device, dtype))
+
+
+def _differentiated(reward: Reward, chunk: RewardBatch, device: torch.device) -> RewardOutput:
+    judged = _given(reward, chunk, device)
+    pixels = reward.capabilities.space == "pixel"
+    leaf = (judged.images if pixels else judged.latents).requires_grad_()
+    with torch.enable_grad():
+        scores = reward.score(judged)
+    checked = _checked_scores(reward, chunk, scores)
+    if scores.requires_grad:
+        (gradient,) = torch.autograd.grad(scores.nansum(), leaf, allow_unused=True)
+    elif checked.isnan().all():
+        gradient = torch.zeros_like(leaf)  # a chunk to which the reward does not apply
     else:
-        # Decode with a graph before the images are asked for, so that they are decoded once.
-        leaf = batch._decoded[1].detach().requires_grad_()
-        judged = batch.with_images(leaf)
-    scores = reward.score(judged)
-    if not scores.requires_grad:
-        raise RewardError(
+        gradient = None
+    if gradient is None:
+        raise _UnusableError(
             f"reward {reward.name!r} declares gradient='autograd', but its scores carry no gradient: remove no_grad, "
             "detach, PIL or NumPy from score(), or declare gradient='none'"
         )
-    (gradient,) = torch.autograd.grad(scores.nansum(), leaf)
-    if reward.capabilities.space == "pixel":
-        gradient = batch.pull_back(gradient)
-    return RewardOutput(scores.detach(), gradient)
+    gradient = gradient.to(chunk.latents.device, torch.float32)
+    return RewardOutput(checked, chunk.pull_back(gradient) if pixels else gradient)
 
 
-def _checked(reward: Reward, batch: RewardBatch, output: RewardOutput) -> RewardOutput:
-    count = len(batch.prompts)
-    scores = output.scores.detach().to(batch.latents.device, torch.float32)
-    if scores.shape != (count,):
-        raise RewardError(
-            f"reward {reward.name!r} must return one score per sample, shape [{count}]; got {list(scores.shape)}"
+def _own_field(reward: Reward, batch: RewardBatch, differentiate: bool) -> RewardOutput:
+    output = reward.field(batch) if differentiate else RewardOutput(reward.score(batch))
+    if not isinstance(output, RewardOutput):
+        raise _UnusableError(
+            f"reward {reward.name!r}: field(batch) must return a RewardOutput; got {type(output).__name__}"
         )
-    if scores.isinf().any():
-        raise RewardError(f"reward {reward.name!r} returned an infinite score: {_shown(scores)}")
-    if scores.isnan().all():
+    return RewardOutput(_checked_scores(reward, batch, output.scores), output.gradient, output.magnitude)
+
+
+def _merged(reward: Reward, batch: RewardBatch, outputs: Sequence[RewardOutput]) -> RewardOutput:
+    """Put a reward's chunks together and check what only the whole shows."""
+    if len(outputs) == 1:
+        (output,) = outputs
+    else:
+        gradients = [output.gradient for output in outputs if output.gradient is not None]
+        scores = torch.cat([output.scores for output in outputs])
+        output = RewardOutput(scores, torch.cat(gradients) if gradients else None)
+    if len(output.scores) and output.scores.isnan().all():
         if reward.capabilities.trains:
             raise RewardError(
                 f"reward {reward.name!r} is NaN for every sample: its {reward.capabilities.trains!r} role or the "
@@ -66,17 +267,37 @@ def _checked(reward: Reward, batch: RewardBatch, output: RewardOutput) -> Reward
         raise RewardError(
             f"reward {reward.name!r} returned NaN (not applicable) for every sample; first prompt: {batch.prompts[0]!r}"
         )
-    gradient = output.gradient
-    if gradient is not None:
-        if gradient.shape != batch.latents.shape:
+    if output.gradient is not None:
+        if output.gradient.shape != batch.latents.shape:
             raise RewardError(
                 f"reward {reward.name!r} must return a gradient of the latents' shape {list(batch.latents.shape)}; "
-                f"got {list(gradient.shape)}"
+                f"got {list(output.gradient.shape)}"
             )
-        if not bool(gradient.isfinite().all()):
+        if not bool(output.gradient.isfinite().all()):
             raise RewardError(f"reward {reward.name!r} returned a gradient that is not finite")
-    return RewardOutput(scores, gradient, output.magnitude)
+    return output
 
 
-def _shown(scores: Tensor) -> str:
-    return ", ".join(f"{value:.4g}" for value in scores[:8].tolist()) + (", ..." if len(scores) > 8 else "")
+class _UnusableError(RewardError):
+    """What a reward returned cannot be used; unlike an exception of its own, this is never skipped."""
+
+
+def _checked_scores(reward: Reward, batch: RewardBatch, scores: object) -> Tensor:
+    if not isinstance(scores, Tensor) or not scores.is_floating_point():
+        got = f"a tensor of {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise _UnusableError(f"reward {reward.name!r} must return a floating-point tensor of scores; got {got}")
+    if scores.shape != (len(batch),):
+        raise _UnusableError(
+            f"reward {reward.name!r} must return one score per sample, shape [{len(batch)}]; got {list(scores.shape)}"
+        )
+    scores = scores.detach().to(batch.latents.device, torch.float32)
+    if scores.isinf().any():
+        shown = ", ".join(f"{value:.4g}" for value in scores[:8].tolist()) + (", ..." if len(scores) > 8 else "")
+        raise _UnusableError(f"reward {reward.name!r} returned an infinite score: {shown}")
+    return scores
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

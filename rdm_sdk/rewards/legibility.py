@@ -17,14 +17,15 @@ class Legibility(Reward):
     """
 
     name = "legibility"
-    capabilities = Capabilities(space="pixel", gradient="autograd")
+    capabilities = Capabilities(space="pixel", gradient="autograd", prompts=True, range=(0.0, 1.0))
+    preprocessing = "gray, area-resized to 16x16"
 
     def __init__(self) -> None:
+        super().__init__()
         self.classifier = load_classifier().requires_grad_(False)
 
     def score(self, batch: RewardBatch) -> Tensor:
         images = batch.images
-        self.classifier.to(images.device)
         digits = [digit_in_prompt(prompt) for prompt in batch.prompts]
         asked = torch.tensor([0 if digit is None else digit for digit in digits], device=images.device)
         named = torch.tensor([digit is not None for digit in digits], device=images.device)

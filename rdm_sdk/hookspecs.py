@@ -1,0 +1,42 @@
+"""The hooks a plugin may implement (pluggy). Hook arguments are only ever added, so that old plugins keep working."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import pluggy
+
+PROJECT = "rdm_sdk"
+"""pluggy's project name, and the entry-point group that plugins are found by."""
+
+CONTRACT_VERSION = 1
+"""Of the reward contract; a plugin says which one it was written for, and one from the future is refused by name."""
+
+# A hyphen inside a name is part of it; at the end of one it is the minus of a reward spec.
+_WORD = r"[A-Za-z](?:[A-Za-z0-9_]|-(?=[A-Za-z0-9_]))*"
+REWARD_NAME = rf"(?:{_WORD}/)?{_WORD}"
+"""Pattern of a reward's name: bare for the SDK's own rewards, `owner/name` for everyone else's."""
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Decorates a plugin's hook functions."""
+
+
+class RegisterReward(Protocol):
+    """What `rdm_register_rewards` is given."""
+
+    def __call__(self, name: str, target: str, *, description: str = "", contract: int = 1) -> None:
+        """Register a reward.
+
+        Args:
+            name: `owner/name`; bare names are the SDK's own.
+            target: "package.module:attribute" of a `Reward` class or of a function, imported when it is first used.
+            description: one line for `rdm-sdk rewards list`.
+            contract: the contract version that the reward was written for.
+        """
+        ...
+
+
+@hookspec
+def rdm_register_rewards(register: RegisterReward) -> None:
+    """Register rewards by dotted strings; import nothing heavy."""

@@ -1,0 +1,312 @@
+"""Finding plugins and the rewards they register, so that no plugin can take down another.
+
+pluggy's own entry-point loader stops at the first plugin that fails to import and silently skips a second entry point
+of one name. So entry points are loaded one at a time here, each into a plugin manager of its own; what fails is kept
+by name, with its cause, and raised again only when somebody asks for a reward of that plugin. Nothing here imports
+torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import pluggy
+
+import rdm_sdk
+from rdm_sdk import hookspecs
+from rdm_sdk.errors import ConfigError, RewardError, nearest
+
+BUILTIN = "rdm-sdk"
+ONLY, WITHOUT, STRICT = "RDM_SDK_PLUGINS", "RDM_SDK_DISABLE_PLUGINS", "RDM_SDK_STRICT_PLUGINS"
+
+KNOWN_PLUGINS = {
+    "aesthetic": "rdm-reward-aesthetic",
+    "clip": "rdm-reward-clip",
+    "dino": "rdm-reward-dino",
+    "hps": "rdm-reward-hps",
+    "imagereward": "rdm-reward-imagereward",
+    "jpeg": "rdm-reward-jpeg",
+    "pickscore": "rdm-reward-pickscore",
+    "vlm": "rdm-reward-vlm",
+}
+"""The project's own rewards that are installed on their own: bare name to distribution."""
+
+
+class PluginWarning(UserWarning):
+    """A plugin that could not be loaded, or a part of it."""
+
+
+@dataclass(frozen=True)
+class RewardEntry:
+    """A reward that somebody registered."""
+
+    name: str
+    target: str
+    """"module:attribute"."""
+    distribution: str
+    description: str = ""
+
+
+@dataclass
+class Plugin:
+    """One entry point, loaded or not."""
+
+    name: str
+    """The entry point's name."""
+    distribution: str
+    version: str
+    module: str = ""
+    hooks: list[str] = field(default_factory=list)
+    rewards: list[RewardEntry] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    """Rewards it tried to register in vain, with the reason."""
+    failures: list[str] = field(default_factory=list)
+    """What is wrong with it, one sentence each; empty for a sound plugin."""
+    cause: Exception | None = None
+    """The exception behind the first failure, if there was one."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.distribution}:{self.name}"
+
+    def fail(self, problem: str, cause: Exception | None = None) -> None:
+        self.failures.append(problem)
+        self.cause = self.cause or cause
+
+
+@dataclass(frozen=True)
+class Registry:
+    """All plugins found, and who owns which reward."""
+
+    plugins: list[Plugin]
+    rewards: Mapping[str, RewardEntry]
+    """The rewards that can be had, by name."""
+    contested: Mapping[str, list[str]]
+    """Names that several distributions claim, with their distributions; none of them can be had."""
+
+    def find(self, name: str) -> RewardEntry:
+        """Return the entry of a reward.
+
+        Raises:
+            RewardError: the name is unknown, claimed twice, or its plugin is broken; says what to do.
+        """
+        if name in self.rewards:
+            return self.rewards[name]
+        if name in self.contested:
+            owners = self.contested[name]
+            raise RewardError(
+                f"the reward {name!r} is registered by {' and by '.join(owners)}, and nothing says which one is meant; "
+                f"uninstall one, or set {WITHOUT}={owners[-1]}"
+            )
+        broken = [plugin for plugin in self.plugins if plugin.failures]
+        for plugin in broken:
+            if name in plugin.refused or _is_home(plugin, name):
+                problem = plugin.refused.get(name, plugin.failures[0])
+                raise RewardError(
+                    f"the reward {name!r} cannot be had, because the plugin {plugin.key} ({plugin.version}) is broken: "
+                    f"{problem}. Repair or upgrade {plugin.distribution}; 'rdm-sdk plugins' lists all plugins."
+                ) from plugin.cause
+        if name in KNOWN_PLUGINS:
+            raise RewardError(
+                f"the reward {name!r} is a plugin that is not installed (or switched off by {ONLY} or {WITHOUT}): "
+                f"pip install {KNOWN_PLUGINS[name]}"
+            )
+        known = sorted({*self.rewards, *KNOWN_PLUGINS})
+        raise RewardError(
+            f"unknown reward {name!r}.{nearest(name, known)}{_missing_spaces(name, self.rewards)} "
+            f"Known rewards: {', '.join(sorted(self.rewards))}{_suspects(broken)}"
+        )
+
+    def load(self, name: str) -> Any:
+        """Import and return what a reward's target names: a class or a function.
+
+        Raises:
+            RewardError: as `find`; or its module cannot be imported.
+        """
+        entry = self.find(name)
+        module, _, attribute = entry.target.partition(":")
+        try:
+            return getattr(import_module(module), attribute)
+        except Exception as error:
+            raise RewardError(
+                f"the reward {name!r} of {entry.distribution} cannot be imported from {entry.target!r}: "
+                f"{type(error).__name__}: {error}. Repair or upgrade {entry.distribution}."
+            ) from error
+
+    def fingerprint(self) -> list[str]:
+        """Return what must be the same on every process of a run: plugins, versions and failures."""
+        return sorted(f"{p.key}=={p.version}{' (broken)' if p.failures else ''}" for p in self.plugins)
+
+
+@cache
+def registry() -> Registry:
+    """Return the registry of this process, built at first use; faults become one `PluginWarning` per plugin.
+
+    Environment variables: RDM_SDK_PLUGINS ("none", or the only distributions to load), RDM_SDK_DISABLE_PLUGINS
+    (distributions not to load), RDM_SDK_STRICT_PLUGINS=1 (faults raise).
+
+    Raises:
+        ConfigError: a fault in strict mode, or a variable names a distribution that is not installed.
+    """
+    found = entry_points(group=hookspecs.PROJECT)
+    built = build_registry(_selected(found, os.environ))
+    for plugin in built.plugins:
+        for failure in plugin.failures:
+            message = f"rdm-sdk plugin {plugin.key} ({plugin.version}): {failure}"
+            if os.environ.get(STRICT, "0") not in ("", "0"):
+                raise ConfigError(f"{message}. {STRICT} is set, so this stops the program.") from plugin.cause
+            warnings.warn(message, PluginWarning, stacklevel=2)
+    return built
+
+
+def build_registry(points: Iterable[EntryPoint]) -> Registry:
+    """Load the SDK's own rewards and the given entry points, in the order of their distributions' names."""
+    builtin = Plugin("builtin", BUILTIN, rdm_sdk.__version__, "rdm_sdk.rewards.builtin")
+    _load(builtin, lambda: import_module(builtin.module))
+    plugins = [builtin]
+    for point in sorted(points, key=lambda point: (_distribution(point), point.name)):
+        version = point.dist.version if point.dist is not None else "?"
+        plugin = Plugin(point.name, _distribution(point), version, point.value)
+        _load(plugin, point.load)
+        plugins.append(plugin)
+    return _settle(plugins)
+
+
+def _load(plugin: Plugin, load: Any) -> None:
+    """Load one plugin and run its hooks; whatever goes wrong stays with the plugin."""
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    known = [name for name in vars(hookspecs) if name.startswith("rdm_")]
+    try:
+        module = load()
+    except Exception as error:
+        plugin.fail(f"it cannot be imported: {type(error).__name__}: {error}", error)
+        return
+    try:
+        manager.register(module, plugin.key)
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        plugin.fail(_explain(error, known), error)
+        return
+    plugin.hooks = [caller.name for caller in manager.get_hookcallers(module) or []]
+    if not plugin.hooks:
+        plugin.fail(f"it implements no hook; decorate a function named {' or '.join(known)} with @rdm_sdk.hookimpl")
+        return
+
+    def register(name: str, target: str, *, description: str = "", contract: int = 1) -> None:
+        problem = _unacceptable(name, target, contract, plugin)
+        if problem:
+            plugin.refused[str(name)] = problem
+            plugin.fail(problem)
+        else:
+            plugin.rewards.append(RewardEntry(name, target, plugin.distribution, description))
+
+    try:
+        manager.hook.rdm_register_rewards(register=register)
+    except Exception as error:
+        plugin.fail(f"its hook rdm_register_rewards raised {type(error).__name__}: {error}", error)
+
+
+def _explain(error: pluggy.PluginValidationError, known: list[str]) -> str:
+    """Say in the reader's terms why pluggy refused a plugin."""
+    text = " ".join(str(error).split())
+    unknown = re.search(r"unknown hook '(\w+)'", text)
+    if unknown:
+        return (
+            f"it implements the hook {unknown[1]!r}, which rdm-sdk {rdm_sdk.__version__} does not have."
+            f"{nearest(unknown[1], known)} It is misspelt, or the plugin needs a newer rdm-sdk"
+        )
+    future = re.search(r"hook '(\w+)'.*?hookimpl definition: (.*?) Argument\(s\) (\{.*?\})", text)
+    if future:
+        return (
+            f"its hook {future[1]!r} asks for {future[3]}, which rdm-sdk {rdm_sdk.__version__} does not give; the "
+            "plugin needs a newer rdm-sdk"
+        )
+    return f"pluggy refuses it: {text}"
+
+
+def _unacceptable(name: object, target: object, contract: object, plugin: Plugin) -> str | None:
+    if not isinstance(name, str) or not re.fullmatch(hookspecs.REWARD_NAME, name, re.ASCII):
+        return f"it registers a reward named {name!r}; names are written 'owner/name' in letters, digits, '-' and '_'"
+    if not isinstance(target, str) or not re.fullmatch(r"[\w.]+:\w+", target):
+        return f"it registers {name!r} with the target {target!r}; write 'package.module:attribute'"
+    if not isinstance(contract, int) or contract > hookspecs.CONTRACT_VERSION:
+        return (
+            f"it registers {name!r} for version {contract!r} of the reward contract, and rdm-sdk {rdm_sdk.__version__} "
+            f"has version {hookspecs.CONTRACT_VERSION}; upgrade rdm-sdk"
+        )
+    if "/" not in name and plugin.distribution not in (BUILTIN, KNOWN_PLUGINS.get(name)):
+        return f"it registers the bare name {name!r}, which is kept for the SDK's own rewards; name it 'owner/{name}'"
+    return None
+
+
+def _settle(plugins: list[Plugin]) -> Registry:
+    """Decide who owns which name; a name with two owners belongs to neither."""
+    claims: dict[str, list[tuple[Plugin, RewardEntry]]] = {}
+    for plugin in plugins:
+        for entry in plugin.rewards:
+            claims.setdefault(entry.name, []).append((plugin, entry))
+    contested = {name: [p.distribution for p, _ in owners] for name, owners in claims.items() if len(owners) > 1}
+    for name, owners in contested.items():
+        for plugin, _ in claims[name]:
+            plugin.fail(f"the reward {name!r} is registered by {' and by '.join(owners)}, so it cannot be used")
+    rewards = {name: owners[0][1] for name, owners in claims.items() if len(owners) == 1}
+    return Registry(plugins, rewards, contested)
+
+
+def _selected(points: Iterable[EntryPoint], environment: Mapping[str, str]) -> list[EntryPoint]:
+    points = list(points)
+    installed = {_distribution(point) for point in points}
+    only, without = _names(environment.get(ONLY, "")), _names(environment.get(WITHOUT, ""))
+    missing = sorted(only - {"none"} - installed)
+    if missing:
+        raise ConfigError(
+            f"{ONLY} names {missing[0]!r}, and no plugin of that distribution is installed."
+            f"{nearest(missing[0], installed)} Installed: {', '.join(sorted(installed)) or 'none'}"
+        )
+    for name in sorted(without - installed):
+        warnings.warn(
+            f"{WITHOUT} names {name!r}, and no plugin of that distribution is installed.{nearest(name, installed)}",
+            PluginWarning,
+            stacklevel=3,
+        )
+    kept = installed if not only else only - {"none"}
+    return [point for point in points if _distribution(point) in kept - without]
+
+
+def _names(text: str) -> set[str]:
+    return {_normalized(part) for part in text.split(",") if part.strip()}
+
+
+def _distribution(point: EntryPoint) -> str:
+    return _normalized(point.dist.name) if point.dist is not None else "?"
+
+
+def _normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name.strip()).lower()
+
+
+def _is_home(plugin: Plugin, name: str) -> bool:
+    """Whether a plugin is the likely home of a reward that it did not come to register."""
+    owner, slash, _ = name.partition("/")
+    if not slash:
+        return KNOWN_PLUGINS.get(name) == plugin.distribution
+    return _normalized(owner) in (plugin.name.lower(), *plugin.distribution.split("-"), plugin.distribution)
+
+
+def _suspects(broken: list[Plugin]) -> str:
+    if not broken:
+        return ""
+    return f". Broken plugins, which may hold it: {', '.join(plugin.key for plugin in broken)} (see 'rdm-sdk plugins')"
+
+
+def _missing_spaces(name: str, known: Iterable[str]) -> str:
+    return " Put spaces around a minus." if "-" in name and name.partition("-")[0] in known else ""

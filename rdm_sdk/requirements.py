@@ -1,0 +1,78 @@
+"""What must hold before a run starts: settings, rewards and prompts that fit together, the same on every process."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from accelerate.utils import gather_object
+from datasets import Dataset
+
+from rdm_sdk.config import RDMConfig
+from rdm_sdk.errors import ConfigError, DataError, nearest
+from rdm_sdk.registry import registry
+from rdm_sdk.rewards.resolve import WeightedReward
+
+
+def critic_roles(rewards: Sequence[WeightedReward]) -> list[str]:
+    """Return the roles that the rewards train, in order, each once."""
+    return list(dict.fromkeys(own.reward.capabilities.trains for own in rewards if own.reward.capabilities.trains))
+
+
+def check_run(args: RDMConfig, rewards: Sequence[WeightedReward], datasets: Mapping[str, Dataset | None]) -> None:
+    """Raise `ConfigError` or `DataError` for what cannot work together, before the base is loaded."""
+    check_output_dir(str(args.output_dir))
+    if not any(own.weight for own in rewards):
+        raise ConfigError("every reward has weight 0, so nothing would be learned; give one a weight other than 0")
+    scored = [own.label for own in rewards if own.weight and own.reward.capabilities.gradient == "none"]
+    if scored and args.num_inference_steps == 1:
+        raise ConfigError(
+            f"reward {scored[0]!r} has no gradient, so it acts on the random steps of the sampler, and a student with "
+            "num_inference_steps=1 has none; use more steps or a differentiable reward"
+        )
+    if scored and args.num_generations == 1:
+        raise ConfigError(
+            f"reward {scored[0]!r} has no gradient, so samples of one prompt are compared with each other, and "
+            "num_generations=1 leaves nothing to compare with; use at least 2"
+        )
+    if critic_roles(rewards) and args.critic_steps == 0:
+        raise ConfigError("critic_steps=0 would leave the critics of the rewards untrained; use at least 1")
+    grouped = [own.label for own in rewards if own.reward.capabilities.scope == "group"]
+    if grouped and args.num_generations == 1:
+        raise ConfigError(
+            f"reward {grouped[0]!r} compares the samples of one prompt, and num_generations=1 leaves nothing to "
+            "compare with; use at least 2"
+        )
+    for own in rewards:
+        for argument, dataset in datasets.items():
+            for column in own.reward.capabilities.columns:
+                if dataset is not None and column not in dataset.column_names:
+                    raise DataError(
+                        f"reward {own.label!r} needs a column {column!r}, and {argument} has none."
+                        f"{nearest(column, dataset.column_names)} It has: {', '.join(dataset.column_names)}"
+                    )
+
+
+def check_same_plugins(num_processes: int) -> None:
+    """Raise `ConfigError` on every process if one of them has other plugins: rewards would differ between them."""
+    if num_processes == 1:
+        return
+    everyone: list[list[str]] = gather_object([registry().fingerprint()])
+    for rank, plugins in enumerate(everyone):
+        different = sorted(set(plugins) ^ set(everyone[0]))
+        if different:
+            raise ConfigError(
+                f"process {rank} does not have the same rdm-sdk plugins as process 0: {', '.join(different)}. Install "
+                "the same versions everywhere"
+            )
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Create the output folder and raise `ConfigError` if it cannot be written to."""
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise ConfigError(f"output_dir={output_dir!r} cannot be written to: {error}") from error

@@ -1,0 +1,19 @@
+"""The SDK's own rewards, registered as any plugin registers its own."""
+
+from __future__ import annotations
+
+from rdm_sdk.hookspecs import RegisterReward, hookimpl
+
+
+@hookimpl
+def rdm_register_rewards(register: RegisterReward) -> None:
+    register(
+        "dm",
+        "rdm_sdk.rewards.dm:DistributionMatching",
+        description="distribution matching: the teacher against a critic of the student's samples",
+    )
+    register(
+        "legibility",
+        "rdm_sdk.rewards.legibility:Legibility",
+        description="probability that an image of the embedded digits shows the prompt's digit",
+    )

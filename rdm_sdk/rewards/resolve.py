@@ -1,0 +1,144 @@
+"""From what a user writes (a spec, names, functions, objects, mappings, lists) to rewards with weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any, TypeAlias
+
+from rdm_sdk.errors import RewardError
+from rdm_sdk.hookspecs import REWARD_NAME
+from rdm_sdk.registry import registry
+from rdm_sdk.rewards.base import Reward
+from rdm_sdk.rewards.callables import as_reward
+from rdm_sdk.rewards.spec import RewardTerm, checked_model, label_terms, make_term, parse_spec
+
+RewardLike: TypeAlias = str | RewardTerm | Reward | Callable[..., object] | Mapping[str, Any]
+RewardFuncs: TypeAlias = RewardLike | Sequence[RewardLike | tuple[RewardLike, float]] | None
+
+
+@dataclass(frozen=True)
+class WeightedReward:
+    """One reward of a run."""
+
+    label: str
+    """What logs call it: as short as tells it apart from the run's other rewards."""
+    term: RewardTerm
+    reward: Reward
+
+    @property
+    def weight(self) -> float:
+        return self.term.weight
+
+
+def resolve_rewards(reward_funcs: RewardFuncs, weights: Sequence[float] | None = None) -> list[WeightedReward]:
+    """Turn `reward_funcs` into rewards with weights; None means distribution matching alone.
+
+    Args:
+        reward_funcs: a spec ("dm + 0.5*clip"), a `RewardTerm`, a function, a `Reward`, a mapping of one term's fields
+            (`{"name": "hps", "variant": "v2.1", "weight": 0.5}`) or of terms to weights (`{"dm": 1, "clip": 0.5}`), or
+            a list of these and of pairs `(one of these, weight)`.
+        weights: one factor per reward, in order, on top of those above.
+
+    Raises:
+        RewardError: an unknown name, a malformed spec, the same reward twice, a wrong option, or weights that do not
+            fit.
+    """
+    found = _resolve("dm" if reward_funcs is None else reward_funcs)
+    if not found:
+        raise RewardError("no rewards given: pass at least one, such as reward_funcs='dm'")
+    if weights is not None:
+        if len(weights) != len(found):
+            raise RewardError(f"reward_weights has {len(weights)} entries for {len(found)} rewards")
+        found = [_scaled(item, weight) for item, weight in zip(found, weights, strict=True)]
+    # All terms are checked before the first reward is made, because that may load a model.
+    labels = label_terms([term for term, _ in found])
+    for term, made in found:
+        if made is None:
+            registry().find(term.name)
+    return [
+        WeightedReward(label, term, load_reward(term) if made is None else made)
+        for label, (term, made) in zip(labels, found, strict=True)
+    ]
+
+
+_Found: TypeAlias = tuple[RewardTerm, Reward | None]
+
+
+def _resolve(item: object) -> list[_Found]:
+    if isinstance(item, str):
+        return [(term, None) for term in parse_spec(item)]
+    if isinstance(item, RewardTerm):
+        return [(item, None)]
+    if isinstance(item, Reward):
+        return [(_term_of(item), item)]
+    if isinstance(item, Mapping):
+        if isinstance(item.get("name"), str):
+            return [(make_term(item), None)]
+        return [found for key, weight in item.items() for found in _weighed(key, weight)]
+    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], (int, float)):
+        return _weighed(*item)
+    if isinstance(item, (list, tuple)):
+        return [found for part in item for found in _resolve(part)]
+    if callable(item) and not isinstance(item, type):
+        reward = as_reward(item)
+        return [(_term_of(reward), reward)]
+    raise RewardError(
+        f"a reward is a name, a spec, a callable or a Reward object (or a mapping or list of them); got {item!r}"
+    )
+
+
+def _weighed(item: object, weight: object) -> list[_Found]:
+    found = _resolve(item)
+    if len(found) != 1:
+        raise RewardError(f"a weight belongs to exactly one reward; {item!r} names {len(found)}")
+    return [_scaled(found[0], weight)]
+
+
+def _scaled(found: _Found, factor: object) -> _Found:
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not isfinite(factor):
+        raise RewardError(f"reward weights must be finite numbers; got {factor!r} for {found[0].name!r}")
+    return found[0].model_copy(update={"weight": found[0].weight * float(factor)}), found[1]
+
+
+def _term_of(reward: Reward) -> RewardTerm:
+    """Return the term of a reward that was made by the user; its options are what its config has set."""
+    if "config" not in vars(reward):
+        raise RewardError(f"{type(reward).__name__}.__init__ must call super().__init__() of rdm_sdk.Reward first")
+    name = reward.name if re.fullmatch(REWARD_NAME, reward.name, re.ASCII) else type(reward).__name__
+    given = reward.config.model_dump(mode="json", exclude_unset=True)
+    return make_term(
+        {"name": name, "variant": given.pop("variant", None), "revision": given.pop("revision", None), "options": given}
+    )
+
+
+def load_reward(term: RewardTerm) -> Reward:
+    """Create the registered reward that a term names, with its options.
+
+    Raises:
+        RewardError: the reward is unknown, its plugin is broken, or it does not take one of the options.
+    """
+    target = registry().load(term.name)
+    options: dict[str, Any] = dict(term.options)
+    options |= {"variant": term.variant} if term.variant is not None else {}
+    options |= {"revision": term.revision} if term.revision is not None else {}
+    if isinstance(target, type) and issubclass(target, Reward):
+        config = checked_model(target.Config, options, f"reward {term.name!r}", RewardError)
+        # A reward without options need not take a config.
+        reward = target(config) if target.Config.model_fields else target()
+        reward.name = term.name
+        return reward
+    if isinstance(target, type) or not callable(target):
+        entry = registry().find(term.name)
+        raise RewardError(
+            f"the reward {term.name!r} names {entry.target!r}, which is neither a Reward class nor a function but "
+            f"{target!r}; this is a mistake in {entry.distribution}"
+        )
+    if options:
+        raise RewardError(
+            f"reward {term.name!r} is a plain function and takes no options; got {', '.join(options)}. A Reward class "
+            "with a Config takes them."
+        )
+    return as_reward(target, term.name)

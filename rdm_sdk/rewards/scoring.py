@@ -1,0 +1,57 @@
+"""Scoring finished images, outside of any training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from rdm_sdk.errors import RewardError
+from rdm_sdk.rewards.base import RewardBatch
+from rdm_sdk.rewards.evaluate import Evaluation, OnError, evaluate_rewards
+from rdm_sdk.rewards.resolve import RewardFuncs, resolve_rewards
+
+
+def score_images(
+    rewards: RewardFuncs,
+    images: Tensor,
+    prompts: Sequence[str] | None = None,
+    *,
+    columns: Mapping[str, list[object]] | None = None,
+    group_size: int = 1,
+    batch_size: int | None = 32,
+    device: torch.device | str | None = None,
+    on_error: OnError = "raise",
+) -> Evaluation:
+    """Score images by any set of rewards: `score_images("hps:v2.1 + clip", images, prompts).outputs["clip"].scores`.
+
+    Args:
+        rewards: as `RDMTrainer`'s `reward_funcs`; weights mean nothing here.
+        images: RGB float `[N, 3, H, W]` in [0, 1].
+        prompts: N prompts, for the rewards that read them.
+        columns: further columns, N entries each.
+        group_size: samples per prompt, adjacent; for rewards that compare within groups.
+        batch_size: images judged at a time, None for all at once.
+        device: where the rewards' models run; None is where the images are.
+        on_error: "raise" or "skip", for exceptions inside a reward.
+
+    Raises:
+        RewardError: an unknown reward, images that are not in [0, 1], or a reward that cannot judge finished images.
+    """
+    found = resolve_rewards(rewards)
+    for own in found:
+        if own.reward.capabilities.gradient == "field":
+            raise RewardError(
+                f"reward {own.label!r} needs the models of a training run, so it cannot score images alone"
+            )
+        if own.reward.capabilities.prompts and prompts is None:
+            raise RewardError(f"reward {own.label!r} reads prompts; pass one per image")
+    return evaluate_rewards(
+        {own.label: own.reward for own in found},
+        RewardBatch.from_images(images, prompts, group_size, columns),
+        chunk_size=batch_size,
+        device=device,
+        on_error=on_error,
+        differentiate=False,
+    )
