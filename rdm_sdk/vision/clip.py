@@ -1,0 +1,231 @@
+"""CLIP for rewards: embeddings, shared backbones, cached prompts, and checkpoints with open_clip's names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+
+from rdm_sdk.errors import RewardError
+from rdm_sdk.rewards.base import Capabilities, Reward, RewardBatch
+from rdm_sdk.vision.preprocess import ImageTransform
+from rdm_sdk.vision.weights import PretrainedConfig, load_checked, unavailable
+
+# The heads' width is not visible in a checkpoint. open_clip pads texts with 0, which causal attention never looks at.
+CLIP_VIT_H = {
+    "text_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "hidden_act": "gelu",
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+    },
+    "vision_config": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "hidden_act": "gelu",
+    },
+    "projection_dim": 1024,
+}
+"""CLIP ViT-H/14 as open_clip trained it, in the terms of `transformers.CLIPConfig`."""
+
+_MAX_CACHED_PROMPTS = 4096
+
+
+class ClipEncoder(nn.Module):
+    """A frozen CLIP with its tokenizer: images and prompts to unit vectors.
+
+    Prompt embeddings are cached, and each is computed alone: in a batch, its last bits would depend on its neighbors.
+    """
+
+    def __init__(self, model: CLIPModel, tokenizer: Any) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self._prompts: dict[str, Tensor] = {}
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images that the model takes."""
+        size: int = self.model.config.vision_config.image_size
+        return size
+
+    @property
+    def logit_scale(self) -> float:
+        """The model's learned factor of the cosine, already exponentiated."""
+        return float(self.model.logit_scale.exp())
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """Map preprocessed images `[N, 3, H, W]` to unit vectors, float32 `[N, D]`; differentiable."""
+        features = self.model.get_image_features(pixel_values=pixels.to(self.model.dtype)).pooler_output
+        return F.normalize(features.float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Map N prompts (cut at the model's length) to unit vectors, float32 `[N, D]`."""
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._prompts:
+                while len(self._prompts) >= _MAX_CACHED_PROMPTS:
+                    self._prompts.pop(next(iter(self._prompts)))
+                self._prompts[prompt] = self._embed_prompt(prompt)
+        return torch.stack([self._prompts[prompt] for prompt in prompts]).to(self.model.device)
+
+    def _embed_prompt(self, prompt: str) -> Tensor:
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer([prompt], truncation=True, max_length=length, return_tensors="pt").to(self.model.device)
+        features = self.model.get_text_features(tokens.input_ids, tokens.attention_mask).pooler_output
+        return F.normalize(features.float(), dim=-1)[0].cpu()
+
+
+_SHARED: WeakValueDictionary[tuple[object, ...], ClipEncoder] = WeakValueDictionary()
+
+
+def load_clip(source: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> ClipEncoder:
+    """Return the CLIP at a hub id or local folder; rewards that ask for the same one share it as long as one lives.
+
+    Raises:
+        RewardError: there is no CLIP in `transformers` format there.
+    """
+    path = Path(source).expanduser()
+    key = (str(path.resolve()) if path.exists() else source, revision, dtype)
+    shared = _SHARED.get(key)
+    if shared is None:
+        where = str(path) if path.exists() else source
+        try:
+            loader: Any = CLIPModel  # its annotations know nothing of output_loading_info
+            model, report = loader.from_pretrained(
+                where, revision=revision, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
+        except Exception as error:
+            raise unavailable(source, error) from error
+        _check_report(report, source)
+        shared = _SHARED[key] = ClipEncoder(model, tokenizer)
+    return shared
+
+
+def _check_report(report: Mapping[str, Any], source: str) -> None:
+    """Refuse a checkpoint that `from_pretrained` has filled up with random weights."""
+    missing = sorted(key for key in report["missing_keys"] if not key.endswith("position_ids"))
+    mismatched = sorted(str(key[0]) for key in report["mismatched_keys"])
+    if missing or mismatched:
+        raise RewardError(
+            f"the checkpoint at {source!r} does not fit CLIP: missing {missing[:3]}, of another shape {mismatched[:3]} "
+            f"({len(missing)} and {len(mismatched)} in all); is it another model's?"
+        )
+
+
+def clip_from_open_clip(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], tokenizer: str, what: str
+) -> ClipEncoder:
+    """Return a CLIP from open_clip's tensors and an architecture (see `CLIP_VIT_H`).
+
+    Raises:
+        RewardError: the tensors are not those of that architecture, or there is no tokenizer.
+    """
+    with torch.device("meta"):
+        model = CLIPModel(CLIPConfig(**config))
+    model.to_empty(device="cpu")
+    for tower in (model.text_model, model.vision_model):  # buffers, which checkpoints leave out
+        positions = tower.embeddings.position_ids
+        positions.copy_(torch.arange(positions.shape[-1])[None])
+    load_checked(model, convert_open_clip(tensors, what), what)
+    try:
+        return ClipEncoder(model, AutoTokenizer.from_pretrained(tokenizer))
+    except Exception as error:
+        raise unavailable(tokenizer, error) from error
+
+
+_TOWER_NAMES = (
+    (r"ln_1\.", "layer_norm1."),
+    (r"ln_2\.", "layer_norm2."),
+    (r"attn\.out_proj\.", "self_attn.out_proj."),
+    (r"mlp\.c_fc\.", "mlp.fc1."),
+    (r"mlp\.c_proj\.", "mlp.fc2."),
+)
+_NAMES = {
+    "logit_scale": "logit_scale",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",  # transformers spells it so
+    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+}
+_TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
+
+
+def convert_open_clip(tensors: Mapping[str, Tensor], what: str = "CLIP") -> dict[str, Tensor]:
+    """Rename open_clip's tensors to those of `transformers.CLIPModel`; a fused in_proj becomes q, k and v.
+
+    Raises:
+        RewardError: a name that open_clip's CLIP does not have.
+    """
+    converted: dict[str, Tensor] = {}
+    for full_name, tensor in tensors.items():
+        name = full_name.removeprefix("module.").removeprefix("text.")
+        block = re.fullmatch(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)", name)
+        if name in _NAMES:
+            converted[_NAMES[name]] = tensor
+        elif name in _TRANSPOSED:
+            converted[_TRANSPOSED[name]] = tensor.T.contiguous()
+        elif block:
+            prefix = f"{'vision' if block[1] else 'text'}_model.encoder.layers.{block[2]}."
+            fused = re.fullmatch(r"attn\.in_proj_(weight|bias)", block[3])
+            if fused:
+                for part, values in zip("qkv", tensor.chunk(3), strict=True):
+                    converted[f"{prefix}self_attn.{part}_proj.{fused[1]}"] = values.contiguous()
+            else:
+                renamed = block[3]
+                for pattern, target in _TOWER_NAMES:
+                    renamed = re.sub(f"^{pattern}", target, renamed)
+                converted[prefix + renamed] = tensor
+        elif name != "attn_mask":  # a constant that some checkpoints carry along
+            raise RewardError(f"the checkpoint of {what} holds {full_name!r}, which open_clip's CLIP does not have")
+    return converted
+
+
+class ClipReward(Reward):
+    """A reward by the cosine between an image and its prompt; subclasses load `encoder` and set `scale`.
+
+    Score: `scale * cosine`, with the images prepared by `transform`.
+    """
+
+    capabilities = Capabilities(space="pixel", gradient="autograd", prompts=True, range=(-1.0, 1.0))
+
+    class Config(PretrainedConfig):
+        antialias: bool = True
+        """False resizes without a low-pass filter, as some published scores were computed."""
+
+    config: Config
+    encoder: ClipEncoder
+    transform = ImageTransform(224)
+    scale = 1.0
+
+    def use(self, encoder: ClipEncoder) -> None:
+        """Take an encoder, and its image size."""
+        self.encoder = encoder
+        self.transform = replace(self.transform, size=encoder.image_size, antialias=self.config.antialias)
+        self.preprocessing = str(self.transform)
+
+    def score(self, batch: RewardBatch) -> Tensor:
+        images = self.encoder.embed_images(self.transform(batch.images))
+        return self.scale * (images * self.encoder.embed_prompts(batch.prompts)).sum(dim=-1)
