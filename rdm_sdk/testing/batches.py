@@ -1,0 +1,72 @@
+"""Batches to try rewards on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rdm_sdk.core.noise import FlowSchedule
+from rdm_sdk.rewards.base import DiffusionContext, Reward, RewardBatch
+from rdm_sdk.types import Denoiser
+
+PROMPTS = ("a red fox in the snow", "two boats at night", "an old wooden chair", "a bowl of green apples")
+GROUP_SIZE = 2
+
+
+def example_images(count: int, height: int = 64, width: int = 64, seed: int = 0) -> Tensor:
+    """Return random RGB images `[count, 3, height, width]` inside (0, 1): smooth patches with some grain."""
+    generator = torch.Generator().manual_seed(seed)
+    patches = torch.rand(count, 3, 4, 4, generator=generator)
+    smooth = F.interpolate(patches, size=(height, width), mode="bilinear", align_corners=False)
+    grain = torch.rand(count, 3, height, width, generator=generator)
+    return 0.1 + 0.7 * smooth + 0.1 * grain
+
+
+def example_batch(reward: Reward, height: int = 64, width: int = 64, seed: int = 0) -> RewardBatch:
+    """Return eight samples, two per prompt, of the space that a reward reads.
+
+    Latents come with a diffusion context whose teacher and critic are the exact denoisers of two Gaussians, so that
+    rewards which read the run's models have something sound to read.
+    """
+    count = GROUP_SIZE * len(PROMPTS)
+    prompts = [prompt for prompt in PROMPTS for _ in range(GROUP_SIZE)]
+    if reward.capabilities.space == "pixel":
+        return RewardBatch.from_images(example_images(count, height, width, seed), prompts, GROUP_SIZE)
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(count, 4, height // 8, width // 8, generator=generator)
+    return RewardBatch(latents, prompts, GROUP_SIZE, _decode, context=gaussian_context())
+
+
+def gaussian_context() -> DiffusionContext:
+    """Return a context in which teacher and critic know data of mean 1 and -1 and unit variance, exactly."""
+    means = {"teacher": 1.0, "fake": -1.0}
+
+    def denoiser(role: str) -> Denoiser:
+        def posterior_mean(x_t: Tensor, sigma: Tensor) -> Tensor:
+            sigma = sigma.reshape(-1, *[1] * (x_t.ndim - 1))
+            alpha = 1 - sigma
+            return means[role] + alpha / (alpha**2 + sigma**2) * (x_t - alpha * means[role])
+
+        return posterior_mean
+
+    return DiffusionContext(FlowSchedule(), denoiser, 0.02, 0.98, 8)
+
+
+def rows(batch: RewardBatch, order: Tensor) -> RewardBatch:
+    """Return a batch with its samples in another order (int64 `[N]`)."""
+    picked = order.tolist()
+    columns = {name: [values[i] for i in picked] for name, values in batch.columns.items()}
+    return replace(batch, latents=batch.latents[order], prompts=[batch.prompts[i] for i in picked], columns=columns)
+
+
+def copied(batch: RewardBatch) -> RewardBatch:
+    """Return a batch that shares no data with the given one."""
+    columns = {name: list(values) for name, values in batch.columns.items()}
+    return replace(batch, latents=batch.latents.clone(), prompts=list(batch.prompts), columns=columns)
+
+
+def _decode(latents: Tensor) -> Tensor:
+    return latents[:, :3].sigmoid()

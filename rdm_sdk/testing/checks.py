@@ -1,0 +1,433 @@
+"""The checks of the reward contract, one function each; `rewards.py` runs them.
+
+A check takes a `Subject`, raises `AssertionError` with a message for the reward's author, or returns a `Remark`. It may
+rely on the checks that it `needs`: it is not run where one of them failed.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import random
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rdm_sdk.errors import RDMError
+from rdm_sdk.rewards.base import Reward, RewardBatch, RewardConfig
+from rdm_sdk.rewards.evaluate import evaluate_reward
+from rdm_sdk.rewards.resolve import resolve_rewards
+from rdm_sdk.rewards.spec import checked_model, parse_spec
+from rdm_sdk.testing.batches import copied, example_batch, rows
+from rdm_sdk.types import RewardOutput
+
+TOLERANCE = 1e-4
+"""Relative to the scores' own size; models add up differently in batches of different sizes."""
+STEPS = (0.003, 0.01, 0.03)
+"""Ascent steps in units of an image's or latent's range; more than one, because 8-bit rounding swallows small ones."""
+
+
+@dataclass(frozen=True)
+class Remark:
+    """What a check has to say without failing."""
+
+    kind: str
+    """"skipped" (it does not apply) or "warning"."""
+    text: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A reward and a batch to try it on; every use gets a copy of the batch and the same random state."""
+
+    reward: Reward
+    batch: RewardBatch
+
+    def raw_scores(self, batch: RewardBatch) -> Any:
+        """Return what `score` returns, unchecked."""
+        if self.reward.capabilities.asynchronous:
+            return evaluate_reward(self.reward, batch, differentiate=False).scores
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return self.reward.score(batch)
+
+    def judge(self, batch: RewardBatch | None = None, differentiate: bool = False, **options: object) -> RewardOutput:
+        """Return what the host makes of the reward."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            batch = copied(self.batch) if batch is None else batch
+            return evaluate_reward(self.reward, batch, differentiate=differentiate, **options)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of the kit."""
+
+    name: str
+    run: Callable[[Subject], Remark | None]
+    needs: tuple[str, ...]
+
+    @property
+    def promise(self) -> str:
+        """What a reward that passes it keeps to."""
+        return (self.run.__doc__ or "").strip().splitlines()[0]
+
+
+CHECKS: list[Check] = []
+
+
+def check(*needs: str) -> Callable[[Callable[[Subject], Remark | None]], Callable[[Subject], Remark | None]]:
+    def add(run: Callable[[Subject], Remark | None]) -> Callable[[Subject], Remark | None]:
+        CHECKS.append(Check(run.__name__, run, needs))
+        return run
+
+    return add
+
+
+@check()
+def returns_scores(subject: Subject) -> None:
+    """`score` returns a floating-point tensor with one entry per sample."""
+    scores = subject.raw_scores(copied(subject.batch))
+    if not isinstance(scores, Tensor):
+        raise AssertionError(f"score() returned {type(scores).__name__}; return a tensor of shape [N]")
+    count = len(subject.batch)
+    _demand(
+        scores.shape == (count,),
+        f"score() returned shape {list(scores.shape)} for {count} samples; return one score per sample, [{count}], "
+        "reducing over channels, height and width only",
+    )
+    _demand(scores.is_floating_point(), f"score() returned {scores.dtype}; return floats")
+
+
+@check("returns_scores")
+def finite_or_nan(subject: Subject) -> None:
+    """Scores are finite; NaN is kept for samples that the reward does not apply to."""
+    scores = subject.raw_scores(copied(subject.batch))
+    _demand(
+        not scores.isinf().any(),
+        f"scores hold infinities: {_shown(scores)}; keep logarithms and divisions away from 0 (add a small number)",
+    )
+    _demand(
+        not scores.isnan().all(),
+        "every score is NaN; if the reward applies to none of the kit's samples, pass batch= with some that it "
+        "applies to",
+    )
+
+
+@check("finite_or_nan")
+def declared_range(subject: Subject) -> Remark | None:
+    """Scores lie in the range that the capabilities declare."""
+    declared = subject.reward.capabilities.range
+    if declared is None:
+        return Remark("skipped", "no range is declared")
+    scores = subject.judge().scores
+    scores = scores[~scores.isnan()]
+    slack = 1e-5 * max([1.0, *(abs(bound) for bound in declared if abs(bound) != float("inf"))])
+    _demand(
+        scores.min() >= declared[0] - slack and scores.max() <= declared[1] + slack,
+        f"scores span [{scores.min():.4g}, {scores.max():.4g}], outside the declared range {list(declared)}; correct "
+        "Capabilities(range=...) or the scores",
+    )
+    return None
+
+
+@check("finite_or_nan")
+def leaves_inputs_alone(subject: Subject) -> None:
+    """`score` changes neither images nor latents, prompts or columns."""
+    batch = copied(subject.batch)
+    before = copied(batch)
+    subject.raw_scores(batch)
+    _demand(
+        torch.equal(batch.latents, before.latents) and batch.prompts == before.prompts,
+        "score() changed its batch in place, which other rewards share; use x * 2 instead of x.mul_(2), sorted() "
+        "instead of list.sort()",
+    )
+    _demand(dict(batch.columns) == dict(before.columns), "score() changed the batch's columns in place")
+
+
+@check("finite_or_nan")
+def deterministic(subject: Subject) -> Remark | None:
+    """Two calls on the same batch give the same scores, unless the reward declares that it is stochastic."""
+    if subject.reward.capabilities.stochastic:
+        return Remark("skipped", "the reward is declared stochastic")
+    first, second = (subject.judge().scores for _ in range(2))
+    _demand(
+        _same(first, second),
+        f"two calls on the same batch differ by up to {(first - second).abs().max():.3g}; put dropout in eval mode, "
+        "fix the generator, or declare Capabilities(stochastic=True)",
+    )
+    return None
+
+
+@check("finite_or_nan")
+def rng_untouched(subject: Subject) -> Remark | None:
+    """`score` leaves the random states of torch, NumPy and Python alone, unless it is declared stochastic."""
+    if subject.reward.capabilities.stochastic:
+        return Remark("skipped", "the reward is declared stochastic")
+    with torch.random.fork_rng(devices=[]):
+        before = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()  # noqa: NPY002 - theirs is watched
+        evaluate_reward(subject.reward, copied(subject.batch), differentiate=False)
+        after = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()  # noqa: NPY002
+    moved = [
+        name
+        for name, same in (
+            ("torch", torch.equal(before[0], after[0])),
+            ("NumPy", before[1] == after[1]),
+            ("Python", before[2] == after[2]),
+        )
+        if not same
+    ]
+    _demand(
+        not moved,
+        f"score() moved the random state of {', '.join(moved)}, which changes the training run; use a "
+        "torch.Generator of your own, and never call manual_seed() in score()",
+    )
+    return None
+
+
+@check("finite_or_nan")
+def retains_no_graph(subject: Subject) -> None:
+    """Nothing keeps the images or latents (and with them a graph) alive after `score` has returned."""
+    reward = subject.reward
+    batch = copied(subject.batch)
+    leaf = batch.latents.clone()
+    judged = batch.with_images(leaf) if reward.capabilities.space == "pixel" else batch.with_latents(leaf)
+    del batch
+    if reward.capabilities.gradient == "autograd":
+        leaf.requires_grad_()
+        reward.score(judged)
+    else:
+        subject.raw_scores(judged)
+    watched = weakref.ref(leaf)
+    del leaf, judged
+    gc.collect()
+    _demand(
+        watched() is None,
+        "the reward keeps the images or latents of its last call alive, so memory grows with every step; do not store "
+        "them, or tensors computed from them, on self (store .item() or .detach().clone())",
+    )
+
+
+@check("deterministic")
+def chunk_invariant(subject: Subject) -> Remark | None:
+    """Judging a batch in chunks gives the same scores and gradients as judging it at once."""
+    if subject.reward.capabilities.stochastic:
+        return Remark("skipped", "the reward is declared stochastic")
+    size = subject.batch.group_size if subject.reward.capabilities.scope == "group" else 1
+    differentiate = subject.reward.capabilities.gradient != "none"
+    whole = subject.judge(differentiate=differentiate)
+    parts = subject.judge(differentiate=differentiate, chunk_size=size)
+    advice = (
+        "a sample's score must not depend on the others in the batch (no batch means, no batch norm in training "
+        "mode, no prompts[0]); if it compares samples of one prompt, declare Capabilities(scope='group')"
+    )
+    _assert_close(parts.scores, whole.scores, f"in chunks of {size}, scores", advice)
+    if whole.gradient is not None and parts.gradient is not None:
+        _assert_close(parts.gradient, whole.gradient, f"in chunks of {size}, gradients", advice, 1e-3)
+    return None
+
+
+@check("chunk_invariant")
+def permutation_equivariant(subject: Subject) -> Remark | None:
+    """Shuffling images and prompts together shuffles the scores, and nothing else."""
+    if subject.reward.capabilities.stochastic:
+        return Remark("skipped", "the reward is declared stochastic")
+    count, group = len(subject.batch), subject.batch.group_size
+    generator = torch.Generator().manual_seed(1)
+    if subject.reward.capabilities.scope == "group":
+        groups = torch.arange(count).reshape(-1, group).flip(0)
+        order = torch.stack([row.roll(1) for row in groups]).flatten()
+    else:
+        order = torch.randperm(count, generator=generator)
+    _assert_close(
+        subject.judge(rows(copied(subject.batch), order)).scores,
+        subject.judge().scores[order],
+        "with images and prompts shuffled together, scores",
+        "pair images[i] with prompts[i], and do not use a sample's position",
+    )
+    return None
+
+
+@check("deterministic")
+def follows_the_prompt(subject: Subject) -> Remark | None:
+    """Where the capabilities say that the prompt matters, other prompts give other scores (a warning if not)."""
+    if not subject.reward.capabilities.prompts:
+        return Remark("skipped", "the reward does not declare prompts=True")
+    batch = copied(subject.batch)
+    shift = batch.group_size
+    batch.prompts[:] = [*batch.prompts[shift:], *batch.prompts[:shift]]
+    if _same(subject.judge(batch).scores, subject.judge().scores):
+        return Remark(
+            "warning", "the scores do not change with the prompts; declare prompts=False, or read batch.prompts"
+        )
+    return None
+
+
+@check("finite_or_nan")
+def odd_sizes(subject: Subject) -> None:
+    """Images (or latents) of sizes that nothing divides are judged too."""
+    batch = example_batch(subject.reward, 37, 53)
+    if subject.reward.capabilities.space == "latent":
+        batch = example_batch(subject.reward, 5 * 8, 7 * 8)
+    own = subject.batch
+    if len(own) == len(batch):
+        batch = RewardBatch(
+            batch.latents, list(own.prompts), own.group_size, batch.decode, dict(own.columns), batch.context
+        )
+    with _advice("resize or pad inside score(); reshape() and view() by fixed factors need sizes that divide"):
+        subject.judge(batch)
+
+
+@check("finite_or_nan")
+def bfloat16_input(subject: Subject) -> None:
+    """Samples in bfloat16 are judged like the same values in float32."""
+    half = copied(subject.batch)
+    half = half.with_latents(half.latents.bfloat16())
+    full = half.with_latents(half.latents.float())
+    with _advice("read batch.images (or batch.latents) as the host hands them over; do not decode on your own"):
+        ours, theirs = subject.judge(half).scores, subject.judge(full).scores
+    _assert_close(ours, theirs, "in bfloat16, scores", "let the host convert: it hands over Capabilities.dtype", 0.02)
+
+
+@check("deterministic")
+def device_round_trip(subject: Subject) -> None:
+    """Moving the reward to another device and back changes nothing."""
+    before = subject.judge().scores
+    if torch.cuda.is_available():
+        there = subject.judge(device="cuda").scores
+        _assert_close(there, before, "on CUDA, scores", "keep modules as attributes, or override to(device)", 0.02)
+    subject.reward.to("cpu")
+    _assert_close(
+        subject.judge().scores, before, "after to(device), scores", "to() must move modules, nothing else", 0.0
+    )
+
+
+@check("finite_or_nan")
+def gradient_not_zero(subject: Subject) -> Remark | None:
+    """A reward that declares a gradient has one, for every sample that it applies to."""
+    if subject.reward.capabilities.gradient == "none":
+        return Remark("skipped", "the reward declares no gradient")
+    with _advice("compute the score in torch from batch.images, without PIL, NumPy, no_grad, detach, round or argmax"):
+        output = subject.judge(differentiate=True)
+    if output.gradient is None:
+        raise AssertionError("field() returned no gradient; return RewardOutput(scores, gradient)")
+    flat = output.gradient.flatten(1).abs().amax(1) == 0
+    _demand(
+        not (flat & ~output.scores.isnan()).any(),
+        f"{int(flat.sum())} of {len(flat)} samples have a gradient of zero; is something rounded, clamped or detached?",
+    )
+    return None
+
+
+@check("gradient_not_zero")
+def ascent_raises_score(subject: Subject) -> Remark | None:
+    """A small step along the gradient raises the score."""
+    if subject.reward.capabilities.gradient == "none":
+        return Remark("skipped", "the reward declares no gradient")
+    output = subject.judge(differentiate=True)
+    gradient = output.gradient if output.gradient is not None else torch.zeros(())
+    largest = gradient.abs().flatten(1).amax(1).clamp_min(torch.finfo(torch.float32).tiny)
+    direction = gradient / largest.reshape(-1, *[1] * (gradient.ndim - 1))
+    pixels = subject.reward.capabilities.space == "pixel"
+    gains = []
+    for step in STEPS:
+        moved = subject.batch.latents + step * direction
+        batch = copied(subject.batch).with_latents(moved.clamp(0, 1) if pixels else moved)
+        gains.append(float((subject.judge(batch).scores - output.scores).nanmean()))
+    _demand(
+        max(gains) > 0,
+        f"steps of {STEPS} along the gradient change the mean score by {', '.join(f'{gain:.3g}' for gain in gains)}; "
+        "is its sign wrong, or is it the gradient of something else?",
+    )
+    return None
+
+
+@check("finite_or_nan")
+def config_round_trip(subject: Subject) -> None:
+    """The reward's options survive being stored as JSON and being written into a spec."""
+    config = subject.reward.config
+    stored = config.model_dump(mode="json")
+    with _advice(
+        "options must be numbers, texts, true, false, null or lists of them, and validators must not change them"
+    ):
+        again: RewardConfig = checked_model(type(config), stored, f"reward {subject.reward.name!r}")
+        _demand(again == config, f"the options {config!r} came back from JSON as {again!r}")
+        term = resolve_rewards(subject.reward)[0].term
+        (parsed,) = parse_spec(str(term))
+        _demand(parsed == term, f"the spec {str(term)!r} parses to {parsed!r}")
+        given = parsed.options | {
+            key: value
+            for key, value in (("variant", parsed.variant), ("revision", parsed.revision))
+            if value is not None
+        }
+        written: RewardConfig = checked_model(type(config), given, f"reward {subject.reward.name!r}")
+        _demand(written == config, f"the options {config!r} came back from the spec {str(term)!r} as {written!r}")
+
+
+@check("returns_scores")
+def imports_without_cuda(subject: Subject) -> None:
+    """Importing the reward's module does not initialize CUDA, which would break forked workers and other devices."""
+    problem = _import_problem(type(subject.reward).__module__)
+    _demand(not problem, f"{problem}; create nothing on a device at import, only in __init__ or score()")
+
+
+@cache
+def _import_problem(module: str) -> str:
+    """Import a module in a fresh interpreter in which CUDA must stay asleep; returns what went wrong."""
+    if importlib.util.find_spec(module) is None:
+        return f"the module {module!r} cannot be found"
+    code = (
+        "import sys, torch\n"
+        "def awake(*_): raise RuntimeError('CUDA was initialized at import')\n"
+        "torch.cuda._lazy_init = torch.cuda.init = awake\n"
+        "import importlib; importlib.import_module(sys.argv[1])"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-c", code, module], capture_output=True, text=True, env=environment)
+    return "" if done.returncode == 0 else f"importing {module!r} failed: {done.stderr.strip().splitlines()[-1]}"
+
+
+class _advice:  # noqa: N801 - reads as a statement
+    """Turn an exception inside the block into a failure of the check that says what to do."""
+
+    def __init__(self, advice: str) -> None:
+        self.advice = advice
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, AssertionError):
+            said = str(error) if isinstance(error, RDMError) else f"{type(error).__name__}: {error}"
+            raise AssertionError(f"{said}. {self.advice}") from error
+
+
+def _assert_close(found: Tensor, wanted: Tensor, what: str, advice: str, tolerance: float = TOLERANCE) -> None:
+    _demand(torch.equal(found.isnan(), wanted.isnan()), f"{what} are NaN for other samples; {advice}")
+    found, wanted = found[~found.isnan()], wanted[~wanted.isnan()]
+    size = max(float(wanted.abs().max()), 1e-6)
+    apart = float((found - wanted).abs().max())
+    _demand(apart <= tolerance * size, f"{what} differ by up to {apart:.3g} (of {size:.3g}); {advice}")
+
+
+def _demand(holds: object, message: str) -> None:
+    """An assertion that `python -O` does not remove."""
+    if not holds:
+        raise AssertionError(message)
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
+
+
+def _shown(scores: Tensor) -> str:
+    return ", ".join(f"{value:.4g}" for value in scores.flatten()[:8].tolist())

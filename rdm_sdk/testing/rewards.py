@@ -1,0 +1,158 @@
+"""The contract kit for rewards: what every author should run, and what the SDK's own rewards have to pass."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rdm_sdk.rewards.base import Reward, RewardBatch
+from rdm_sdk.rewards.resolve import RewardFuncs, resolve_rewards
+from rdm_sdk.testing.batches import example_batch
+from rdm_sdk.testing.checks import CHECKS, Subject
+
+
+class RewardCheckError(AssertionError):
+    """A reward does not keep its contract; the message lists every check that failed and what to do."""
+
+
+class RewardCheckWarning(UserWarning):
+    """A reward keeps its contract, and something about it is odd."""
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """The outcome of one check."""
+
+    name: str
+    status: Literal["passed", "failed", "skipped", "warning"]
+    message: str
+    """What is wrong and what to do, why it was skipped, or empty."""
+
+
+def check_reward(
+    reward: RewardFuncs,
+    *,
+    batch: RewardBatch | None = None,
+    expected_failures: Mapping[str, str] | None = None,
+) -> list[CheckResult]:
+    """Check that a reward keeps the contract; see `CHECKS` for what that is.
+
+    Args:
+        reward: a `Reward`, a function, or a spec such as "acme/sharpness[radius=3]".
+        batch: samples to try it on; by default eight random ones (`example_batch`). A reward that applies to special
+            images, prompts or columns only needs its own: at least two groups of at least two samples.
+        expected_failures: check name to reason, for what is known and accepted; such a check must fail.
+
+    Returns:
+        The result of every check.
+
+    Raises:
+        RewardCheckError: a check failed, or one that was expected to fail did not.
+    """
+    results = run_reward_checks(reward, batch)
+    problems = _problems(results, expected_failures or {})
+    for result in results:
+        if result.status == "warning":
+            warnings.warn(f"{result.name}: {result.message}", RewardCheckWarning, stacklevel=2)
+    if problems:
+        lines = "\n".join(f"- {problem}" for problem in problems)
+        raise RewardCheckError(f"{_only(reward).name!r} does not keep the reward contract:\n{lines}")
+    return results
+
+
+def run_reward_checks(reward: RewardFuncs, batch: RewardBatch | None = None) -> list[CheckResult]:
+    """Run every check and return the results; a check whose prerequisite failed is skipped."""
+    made = _only(reward)
+    subject = Subject(made, example_batch(made) if batch is None else batch)
+    results: dict[str, CheckResult] = {}
+    for own in CHECKS:
+        unmet = [
+            name for name in own.needs if results[name].status == "failed" or "was not run" in results[name].message
+        ]
+        if unmet:
+            results[own.name] = CheckResult(own.name, "skipped", f"{unmet[0]} failed, so this was not run")
+            continue
+        try:
+            remark = own.run(subject)
+        except AssertionError as error:
+            results[own.name] = CheckResult(own.name, "failed", str(error))
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            results[own.name] = CheckResult(own.name, "failed", f"the reward raised {said}. It promises: {own.promise}")
+        else:
+            passed = CheckResult(own.name, "passed", "")
+            results[own.name] = passed if remark is None else _remarked(own.name, remark.kind, remark.text)
+    return list(results.values())
+
+
+def parametrize_reward_checks(
+    make: Callable[[], RewardFuncs],
+    *,
+    batch: Callable[[], RewardBatch] | None = None,
+    expected_failures: Mapping[str, str] | None = None,
+) -> Any:
+    """Return a pytest decorator that runs a test once per check, as its argument `check`; call it: `check()`.
+
+    Args:
+        make: makes the reward; called once, when the first check runs.
+        batch: makes the samples, as in `check_reward`.
+        expected_failures: as in `check_reward`.
+
+    Example:
+        @parametrize_reward_checks(lambda: Sharpness(radius=3))
+        def test_contract(check):
+            check()
+    """
+    import pytest  # only authors' tests need it
+
+    expected = expected_failures or {}
+    _problems([], {name: reason for name, reason in expected.items() if name not in [c.name for c in CHECKS]})
+    cache: dict[str, CheckResult] = {}
+
+    def run(name: str) -> None:
+        if not cache:
+            results = run_reward_checks(make(), None if batch is None else batch())
+            cache.update({result.name: result for result in results})
+        result = cache[name]
+        if result.status == "skipped":
+            pytest.skip(result.message)
+        if result.status == "warning":
+            warnings.warn(f"{name}: {result.message}", RewardCheckWarning, stacklevel=2)
+        problems = _problems([result], {name: expected[name]} if name in expected else {})
+        if problems:
+            raise RewardCheckError(problems[0])
+
+    return pytest.mark.parametrize("check", [pytest.param(_bound(run, c.name), id=c.name) for c in CHECKS])
+
+
+def _bound(run: Callable[[str], None], name: str) -> Callable[[], None]:
+    return lambda: run(name)
+
+
+def _problems(results: list[CheckResult], expected: Mapping[str, str]) -> list[str]:
+    known = [own.name for own in CHECKS]
+    unknown = [name for name in expected if name not in known]
+    if unknown:
+        raise ValueError(
+            f"expected_failures names {unknown[0]!r}, which is no check; the checks are {', '.join(known)}"
+        )
+    problems = [f"{r.name}: {r.message}" for r in results if r.status == "failed" and r.name not in expected]
+    problems += [
+        f"{r.name}: was expected to fail ({expected[r.name]}), but {r.status}; remove it from expected_failures"
+        for r in results
+        if r.name in expected and r.status != "failed"
+    ]
+    return problems
+
+
+def _remarked(name: str, kind: str, text: str) -> CheckResult:
+    return CheckResult(name, "warning" if kind == "warning" else "skipped", text)
+
+
+def _only(reward: RewardFuncs) -> Reward:
+    found = resolve_rewards(reward)
+    if len(found) != 1:
+        raise ValueError(f"one reward is checked at a time; got {', '.join(own.label for own in found)}")
+    return found[0].reward
