@@ -1,4 +1,4 @@
-"""The command line: `rdm-sdk demo`, `rdm-sdk train`, `rdm-sdk sample`."""
+"""The command line: `rdm-sdk demo`, `train`, `sample`; `cli_rewards.py` adds `rewards`, `plugins`, `new-reward`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import rdm_sdk
+from rdm_sdk.cli_rewards import add_commands
 from rdm_sdk.errors import ConfigError, RDMError
 
 
@@ -57,19 +58,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="train a student: --config run.yaml and any setting as a flag; 'train --help' lists them",
         add_help=False,
     )
+    demo.set_defaults(run=_demo)
+    sample.set_defaults(run=_sample)
+    add_commands(commands)
     try:
         if arguments[:1] == ["train"]:
-            train(arguments[1:])
-        else:
-            options = parser.parse_args(arguments)
-            _demo(options) if options.command == "demo" else _sample(options)
+            return train(arguments[1:])
+        options = parser.parse_args(arguments)
+        status: int = options.run(options)
     except RDMError as error:
         print(f"rdm-sdk: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status
 
 
-def train(arguments: list[str]) -> None:
+def train(arguments: list[str]) -> int:
     """Train from a YAML file (`--config`) and flags; flags win."""
     from peft import LoraConfig
     from trl.scripts.utils import TrlParser
@@ -93,6 +96,7 @@ def train(arguments: list[str]) -> None:
     target = run.save_to or str(Path(config.output_dir) / "student")
     trainer.save_model(target)
     print(f"wrote the student to {target}")
+    return 0
 
 
 def _yaml_keys(rest: list[str]) -> list[str]:
@@ -109,16 +113,17 @@ def _yaml_keys(rest: list[str]) -> list[str]:
     return list(content)
 
 
-def _demo(options: argparse.Namespace) -> None:
+def _demo(options: argparse.Namespace) -> int:
     if options.samples < 100 or options.samples % 10:
         raise ConfigError(f"--samples must be a multiple of 10, at least 100; got {options.samples}")
     from rdm_sdk.demo import run_demo
 
     given = {} if options.steps is None else {"steps": options.steps}
     run_demo(options.output, num_samples=options.samples, seed=options.seed, **given)
+    return 0
 
 
-def _sample(options: argparse.Namespace) -> None:
+def _sample(options: argparse.Namespace) -> int:
     import torch
     from diffusers import DiffusionPipeline
 
@@ -141,6 +146,7 @@ def _sample(options: argparse.Namespace) -> None:
     ).images
     path = rdm_sdk.image_grid([("", images)], options.output)
     print(f"wrote {path}")
+    return 0
 
 
 def _base(model: str) -> str:

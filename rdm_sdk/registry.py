@@ -147,17 +147,26 @@ class Registry:
 
 
 @cache
-def registry() -> Registry:
-    """Return the registry of this process, built at first use; faults become one `PluginWarning` per plugin.
+def discover() -> Registry:
+    """Return what is installed in this process, found at first use, faults and all.
 
     Environment variables: RDM_SDK_PLUGINS ("none", or the only distributions to load), RDM_SDK_DISABLE_PLUGINS
-    (distributions not to load), RDM_SDK_STRICT_PLUGINS=1 (faults raise).
+    (distributions not to load); several are separated by commas.
 
     Raises:
-        ConfigError: a fault in strict mode, or a variable names a distribution that is not installed.
+        ConfigError: RDM_SDK_PLUGINS names a distribution that is not installed.
     """
-    found = entry_points(group=hookspecs.PROJECT)
-    built = build_registry(_selected(found, os.environ))
+    return build_registry(_selected(entry_points(group=hookspecs.PROJECT), os.environ))
+
+
+@cache
+def registry() -> Registry:
+    """Return what `discover` finds; each fault becomes a `PluginWarning`, once.
+
+    Raises:
+        ConfigError: there is a fault and RDM_SDK_STRICT_PLUGINS is set (to anything but 0).
+    """
+    built = discover()
     for plugin in built.plugins:
         for failure in plugin.failures:
             message = f"rdm-sdk plugin {plugin.key} ({plugin.version}): {failure}"

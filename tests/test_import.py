@@ -26,7 +26,9 @@ LAYERS: list[set[str]] = [
     {"export", "evaluation", "report", "checkpoint"},
     {"hosting"},
     {"trainer"},
-    {"demo"},
+    {"vision"},
+    {"testing", "scaffold", "demo"},
+    {"cli_rewards"},
     {"cli"},
 ]
 """Bottom first. A part imports from layers below its own and from itself, never sideways or upwards."""
@@ -42,6 +44,8 @@ WITHIN: dict[str, list[set[str]]] = {
         {"resolve"},
         {"scoring", "builtin"},
     ],
+    "vision": [{"preprocess", "weights"}, {"clip"}, {"__init__"}],
+    "testing": [{"batches", "models"}, {"checks"}, {"rewards"}, {"__init__"}],
     "models": [{"roles"}, {"base"}, {"sd3"}, {"load"}],
     "digits": [{"__init__"}, {"classifier"}],
 }

@@ -169,7 +169,7 @@ class RewardBatch:
 class RewardConfig(BaseModel):
     """Base of a reward's options: a frozen pydantic model that knows every key it takes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Reward(ABC):
@@ -227,6 +227,10 @@ class Reward(ABC):
         for part in vars(self).values():
             if isinstance(part, nn.Module):
                 part.to(device)
+
+    def example(self) -> RewardBatch | None:
+        """Return samples for the contract kit, if random images and prompts will not do: two groups of two or more."""
+        return None
 
     def provenance(self) -> dict[str, object]:
         """Return what a score must be stored with to be comparable: reward, options, preprocessing, versions."""

@@ -26,7 +26,7 @@ def example_images(count: int, height: int = 64, width: int = 64, seed: int = 0)
 
 
 def example_batch(reward: Reward, height: int = 64, width: int = 64, seed: int = 0) -> RewardBatch:
-    """Return eight samples, two per prompt, of the space that a reward reads.
+    """Return random samples of the space that a reward reads: eight, two per prompt.
 
     Latents come with a diffusion context whose teacher and critic are the exact denoisers of two Gaussians, so that
     rewards which read the run's models have something sound to read.

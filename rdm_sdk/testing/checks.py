@@ -217,7 +217,24 @@ def retains_no_graph(subject: Subject) -> None:
     )
 
 
-@check("deterministic")
+@check("finite_or_nan")
+def gradient_not_zero(subject: Subject) -> Remark | None:
+    """A reward that declares a gradient has one, for every sample that it applies to."""
+    if subject.reward.capabilities.gradient == "none":
+        return Remark("skipped", "the reward declares no gradient")
+    with _advice("compute the score in torch from batch.images, without PIL, NumPy, no_grad, detach, round or argmax"):
+        output = subject.judge(differentiate=True)
+    if output.gradient is None:
+        raise AssertionError("field() returned no gradient; return RewardOutput(scores, gradient)")
+    flat = output.gradient.flatten(1).abs().amax(1) == 0
+    _demand(
+        not (flat & ~output.scores.isnan()).any(),
+        f"{int(flat.sum())} of {len(flat)} samples have a gradient of zero; is something rounded, clamped or detached?",
+    )
+    return None
+
+
+@check("deterministic", "gradient_not_zero")
 def chunk_invariant(subject: Subject) -> Remark | None:
     """Judging a batch in chunks gives the same scores and gradients as judging it at once."""
     if subject.reward.capabilities.stochastic:
@@ -287,7 +304,7 @@ def odd_sizes(subject: Subject) -> None:
         subject.judge(batch)
 
 
-@check("finite_or_nan")
+@check("deterministic")
 def bfloat16_input(subject: Subject) -> None:
     """Samples in bfloat16 are judged like the same values in float32."""
     half = copied(subject.batch)
@@ -309,23 +326,6 @@ def device_round_trip(subject: Subject) -> None:
     _assert_close(
         subject.judge().scores, before, "after to(device), scores", "to() must move modules, nothing else", 0.0
     )
-
-
-@check("finite_or_nan")
-def gradient_not_zero(subject: Subject) -> Remark | None:
-    """A reward that declares a gradient has one, for every sample that it applies to."""
-    if subject.reward.capabilities.gradient == "none":
-        return Remark("skipped", "the reward declares no gradient")
-    with _advice("compute the score in torch from batch.images, without PIL, NumPy, no_grad, detach, round or argmax"):
-        output = subject.judge(differentiate=True)
-    if output.gradient is None:
-        raise AssertionError("field() returned no gradient; return RewardOutput(scores, gradient)")
-    flat = output.gradient.flatten(1).abs().amax(1) == 0
-    _demand(
-        not (flat & ~output.scores.isnan()).any(),
-        f"{int(flat.sum())} of {len(flat)} samples have a gradient of zero; is something rounded, clamped or detached?",
-    )
-    return None
 
 
 @check("gradient_not_zero")

@@ -41,8 +41,8 @@ def check_reward(
 
     Args:
         reward: a `Reward`, a function, or a spec such as "acme/sharpness[radius=3]".
-        batch: samples to try it on; by default eight random ones (`example_batch`). A reward that applies to special
-            images, prompts or columns only needs its own: at least two groups of at least two samples.
+        batch: samples to try it on: at least two groups of at least two samples; by default the reward's own
+            `example()`, or eight random ones (`example_batch`).
         expected_failures: check name to reason, for what is known and accepted; such a check must fail.
 
     Returns:
@@ -65,7 +65,7 @@ def check_reward(
 def run_reward_checks(reward: RewardFuncs, batch: RewardBatch | None = None) -> list[CheckResult]:
     """Run every check and return the results; a check whose prerequisite failed is skipped."""
     made = _only(reward)
-    subject = Subject(made, example_batch(made) if batch is None else batch)
+    subject = Subject(made, batch or made.example() or example_batch(made))
     results: dict[str, CheckResult] = {}
     for own in CHECKS:
         unmet = [

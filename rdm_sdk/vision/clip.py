@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 from rdm_sdk.errors import RewardError
 from rdm_sdk.rewards.base import Capabilities, Reward, RewardBatch
 from rdm_sdk.vision.preprocess import ImageTransform
-from rdm_sdk.vision.weights import PretrainedConfig, load_checked, unavailable
+from rdm_sdk.vision.weights import PretrainedConfig, expanded, load_checked, load_pretrained, unavailable
 
 # The heads' width is not visible in a checkpoint. open_clip pads texts with 0, which causal attention never looks at.
 CLIP_VIT_H = {
@@ -45,6 +45,12 @@ CLIP_VIT_H = {
 _MAX_CACHED_PROMPTS = 4096
 
 
+class _Clip(CLIPModel):
+    """A CLIP whose logit scale is float32 in any case: rounded to bfloat16, all its logits would be 1 % off."""
+
+    _keep_in_fp32_modules_strict = ["logit_scale"]  # noqa: RUF012 - as transformers declares it
+
+
 class ClipEncoder(nn.Module):
     """A frozen CLIP with its tokenizer: images and prompts to unit vectors.
 
@@ -53,6 +59,7 @@ class ClipEncoder(nn.Module):
 
     def __init__(self, model: CLIPModel, tokenizer: Any) -> None:
         super().__init__()
+        _check_tokenizer(tokenizer, model.config.text_config)
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self._prompts: dict[str, Tensor] = {}
@@ -70,7 +77,8 @@ class ClipEncoder(nn.Module):
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         """Map preprocessed images `[N, 3, H, W]` to unit vectors, float32 `[N, D]`; differentiable."""
-        features = self.model.get_image_features(pixel_values=pixels.to(self.model.dtype)).pooler_output
+        pixels = pixels.to(self.model.visual_projection.weight.dtype)
+        features = self.model.get_image_features(pixel_values=pixels).pooler_output
         return F.normalize(features.float(), dim=-1)
 
     @torch.no_grad()
@@ -93,60 +101,72 @@ class ClipEncoder(nn.Module):
 _SHARED: WeakValueDictionary[tuple[object, ...], ClipEncoder] = WeakValueDictionary()
 
 
-def load_clip(source: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> ClipEncoder:
+def load_clip(
+    source: str, revision: str | None = None, dtype: torch.dtype = torch.float32, tokenizer: str | None = None
+) -> ClipEncoder:
     """Return the CLIP at a hub id or local folder; rewards that ask for the same one share it as long as one lives.
 
+    `tokenizer` is the hub id or local folder of its tokenizer; None is where the model is.
+
     Raises:
-        RewardError: there is no CLIP in `transformers` format there.
+        RewardError: there is no CLIP in `transformers` format there, or no tokenizer that fits it.
     """
     path = Path(source).expanduser()
-    key = (str(path.resolve()) if path.exists() else source, revision, dtype)
+    key = (str(path.resolve()) if path.exists() else source, revision, dtype, tokenizer)
     shared = _SHARED.get(key)
     if shared is None:
-        where = str(path) if path.exists() else source
-        try:
-            loader: Any = CLIPModel  # its annotations know nothing of output_loading_info
-            model, report = loader.from_pretrained(
-                where, revision=revision, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-            tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
-        except Exception as error:
-            raise unavailable(source, error) from error
-        _check_report(report, source)
-        shared = _SHARED[key] = ClipEncoder(model, tokenizer)
+        model = load_pretrained(_Clip, source, "CLIP", revision, dtype)
+        words = _load_tokenizer(source, revision) if tokenizer is None else _load_tokenizer(tokenizer)
+        shared = _SHARED[key] = ClipEncoder(model, words)
     return shared
 
 
-def _check_report(report: Mapping[str, Any], source: str) -> None:
-    """Refuse a checkpoint that `from_pretrained` has filled up with random weights."""
-    missing = sorted(key for key in report["missing_keys"] if not key.endswith("position_ids"))
-    mismatched = sorted(str(key[0]) for key in report["mismatched_keys"])
-    if missing or mismatched:
+def _load_tokenizer(source: str, revision: str | None = None) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(expanded(source), revision=revision)
+    except Exception as error:
+        raise unavailable(source, error, "tokenizer") from error
+
+
+def _check_tokenizer(tokenizer: Any, config: Any) -> None:
+    """Refuse a tokenizer of another model: CLIP reads a prompt's meaning where the end token stands."""
+    legacy = config.eos_token_id == 2  # old configs say so and mean the highest id, see transformers' CLIPTextModel
+    if len(tokenizer) > config.vocab_size or (not legacy and tokenizer.eos_token_id != config.eos_token_id):
         raise RewardError(
-            f"the checkpoint at {source!r} does not fit CLIP: missing {missing[:3]}, of another shape {mismatched[:3]} "
-            f"({len(missing)} and {len(mismatched)} in all); is it another model's?"
+            f"the tokenizer {tokenizer.name_or_path!r} does not fit its CLIP: it has {len(tokenizer)} tokens and ends "
+            f"texts with {tokenizer.eos_token_id}, the model has {config.vocab_size} and {config.eos_token_id}; pass "
+            "the tokenizer that the model was trained with"
         )
 
 
 def clip_from_open_clip(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any], tokenizer: str, what: str
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    tokenizer: str,
+    what: str,
+    dtype: torch.dtype = torch.float32,
 ) -> ClipEncoder:
     """Return a CLIP from open_clip's tensors and an architecture (see `CLIP_VIT_H`).
 
     Raises:
-        RewardError: the tensors are not those of that architecture, or there is no tokenizer.
+        RewardError: the architecture is impossible, the tensors are not of it, or there is no tokenizer that fits.
     """
-    with torch.device("meta"):
-        model = CLIPModel(CLIPConfig(**config))
+    try:
+        with torch.device("meta"):
+            model = CLIPModel(CLIPConfig(**config))
+    except Exception as error:
+        raise RewardError(
+            f"the architecture of {what} cannot be built: {type(error).__name__}: {error}. Its config must be one of "
+            "transformers.CLIPConfig."
+        ) from error
+    for part in model.children():  # not the logit scale, as in `_Clip`
+        part.to(dtype)
     model.to_empty(device="cpu")
     for tower in (model.text_model, model.vision_model):  # buffers, which checkpoints leave out
         positions = tower.embeddings.position_ids
         positions.copy_(torch.arange(positions.shape[-1])[None])
     load_checked(model, convert_open_clip(tensors, what), what)
-    try:
-        return ClipEncoder(model, AutoTokenizer.from_pretrained(tokenizer))
-    except Exception as error:
-        raise unavailable(tokenizer, error) from error
+    return ClipEncoder(model, _load_tokenizer(tokenizer))
 
 
 _TOWER_NAMES = (
@@ -177,7 +197,7 @@ def convert_open_clip(tensors: Mapping[str, Tensor], what: str = "CLIP") -> dict
     """Rename open_clip's tensors to those of `transformers.CLIPModel`; a fused in_proj becomes q, k and v.
 
     Raises:
-        RewardError: a name that open_clip's CLIP does not have.
+        RewardError: a name that open_clip's CLIP does not have, or a matrix that cannot be one of its.
     """
     converted: dict[str, Tensor] = {}
     for full_name, tensor in tensors.items():
@@ -186,11 +206,14 @@ def convert_open_clip(tensors: Mapping[str, Tensor], what: str = "CLIP") -> dict
         if name in _NAMES:
             converted[_NAMES[name]] = tensor
         elif name in _TRANSPOSED:
+            _require(tensor.ndim == 2, what, full_name, tensor, "two dimensions")
             converted[_TRANSPOSED[name]] = tensor.T.contiguous()
         elif block:
             prefix = f"{'vision' if block[1] else 'text'}_model.encoder.layers.{block[2]}."
             fused = re.fullmatch(r"attn\.in_proj_(weight|bias)", block[3])
             if fused:
+                divisible = tensor.ndim > 0 and len(tensor) >= 3 and len(tensor) % 3 == 0
+                _require(divisible, what, full_name, tensor, "a first dimension of three equal parts")
                 for part, values in zip("qkv", tensor.chunk(3), strict=True):
                     converted[f"{prefix}self_attn.{part}_proj.{fused[1]}"] = values.contiguous()
             else:
@@ -201,6 +224,14 @@ def convert_open_clip(tensors: Mapping[str, Tensor], what: str = "CLIP") -> dict
         elif name != "attn_mask":  # a constant that some checkpoints carry along
             raise RewardError(f"the checkpoint of {what} holds {full_name!r}, which open_clip's CLIP does not have")
     return converted
+
+
+def _require(fits: bool, what: str, name: str, tensor: Tensor, expected: str) -> None:
+    if not fits:
+        raise RewardError(
+            f"the checkpoint of {what} does not fit: {name!r} has shape {list(tensor.shape)}, expected {expected}; "
+            "is it another model's?"
+        )
 
 
 class ClipReward(Reward):

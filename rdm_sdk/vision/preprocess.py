@@ -2,7 +2,8 @@
 
 Reward models were trained on 8-bit images resized by PIL, and their scores move when the resize does. PIL resizes in
 two one-dimensional passes, width first, and rounds to 8 bits after each; so does this, with rounding that gradients
-pass straight through.
+pass straight through. Since version 13, Pillow resizes images more than about twice as tall as wide by height first;
+the models were trained and their scores published with earlier ones, so width comes first here in any case.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ def resize(images: Tensor, size: tuple[int, int], method: Filter = "bicubic", an
         images: the images.
         size: height and width to resize to.
         method: PIL's filter of that name.
-        antialias: False leaves out the low-pass filter and the rounding, as torchvision did to tensors before 0.17.
-            Some published scores were computed so; most of the pixels then get no gradient.
+        antialias: False leaves out the low-pass filter, the rounding and the clamping, as torchvision did to float
+            tensors before 0.17. Some published scores were computed so; most of the pixels then get no gradient.
     """
     if not antialias:
-        return F.interpolate(images, size=size, mode=method, align_corners=False).clamp(0, 1)
+        return F.interpolate(images, size=size, mode=method, align_corners=False)
     for passed in ((images.shape[-2], size[1]), size):
         if images.shape[-2:] != passed:
             images = to_8_bits(F.interpolate(images, size=passed, mode=method, align_corners=False, antialias=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,6 @@ from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -38,6 +38,12 @@ def looks_local(source: str) -> bool:
     return Path(source).expanduser().exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
 
 
+def expanded(source: str) -> str:
+    """Return a hub id as it is, and an existing path with its `~` resolved, for `from_pretrained`."""
+    path = Path(source).expanduser()
+    return str(path) if path.exists() else source
+
+
 def find_file(source: str, filename: str, revision: str | None = None) -> Path:
     """Return a file of a hub repository or a local folder; a source that is a file is taken as it is.
 
@@ -59,12 +65,46 @@ def find_file(source: str, filename: str, revision: str | None = None) -> Path:
         raise unavailable(source, error) from error
 
 
-def unavailable(source: str, error: Exception) -> RewardError:
-    """Return the error for weights that cannot be had."""
+def unavailable(source: str, error: Exception, what: str = "weights") -> RewardError:
+    """Return the error for weights (or what else a model needs) that cannot be had."""
+    problem = _reason(error) if isinstance(error, UnpicklingError) else f"{type(error).__name__}: {error}"
     return RewardError(
-        f"the weights {source!r} cannot be loaded: {type(error).__name__}: {error}. Pass path= a hub id you have "
+        f"the {what} {source!r} cannot be loaded: {problem}. Pass path= a hub id you have "
         "access to, or a local file or folder."
     )
+
+
+def load_pretrained(
+    loader: Any, source: str, what: str, revision: str | None = None, dtype: torch.dtype = torch.float32
+) -> Any:
+    """Return `loader.from_pretrained` of a hub id or local folder, frozen and in eval mode.
+
+    `from_pretrained` fills up what a checkpoint lacks with random weights and only logs it; here that is an error.
+
+    Args:
+        loader: a model class of transformers, or one of its Auto classes.
+        source: a hub id or a local folder.
+        what: the model's name in errors.
+        revision: of the hub repository.
+        dtype: of the weights.
+
+    Raises:
+        RewardError: there is no such model in `transformers` format there.
+    """
+    try:
+        model, report = loader.from_pretrained(
+            expanded(source), revision=revision, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except Exception as error:
+        raise unavailable(source, error) from error
+    missing = sorted(key for key in report["missing_keys"] if not key.endswith("position_ids"))
+    mismatched = sorted(str(key[0]) for key in report["mismatched_keys"])
+    if missing or mismatched:
+        raise RewardError(
+            f"the checkpoint at {source!r} does not fit {what}: missing {missing[:3]}, of another shape "
+            f"{mismatched[:3]} ({len(missing)} and {len(mismatched)} in all); is it another model's?"
+        )
+    return model.requires_grad_(False).eval()
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -82,19 +122,29 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
         elif zipfile.is_zipfile(path) or path.suffix in (".pt", ".pth", ".bin"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a file of another kind is refused below, not remarked upon
+                content = torch.load(path, map_location="cpu", weights_only=True)
         else:
             raise RewardError(f"{str(path)!r} is no weights file: expected .safetensors, .pt, .pth or .bin")
-    except (OSError, ValueError, EOFError, RuntimeError, UnpicklingError, SafetensorError) as error:
+    except RewardError:
+        raise
+    except Exception as error:  # a file of another kind can break the unpickler in any way
         raise RewardError(
-            f"cannot read the weights {str(path)!r}: {type(error).__name__}: {str(error).splitlines()[0]}. Is it a "
-            "complete download of the checkpoint that the reward asks for?"
+            f"cannot read the weights {str(path)!r}: {_reason(error)}. Is it a complete download of the checkpoint "
+            "that the reward asks for?"
         ) from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not content or not all(isinstance(t, Tensor) for t in content.values()):
         raise RewardError(f"{str(path)!r} does not hold a mapping of names to tensors; got {type(content).__name__}")
     return dict(content)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnpicklingError):  # torch's own text advises to switch the protection off
+        return "it is no checkpoint, or it holds objects other than tensors, which could run code"
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '').rstrip('. ')}"
 
 
 def load_checked(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:

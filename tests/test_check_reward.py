@@ -1,0 +1,122 @@
+"""The contract kit: sound rewards pass, and for each check a planted mistake fails that check alone."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from broken_rewards import BROKEN, DeafToPrompts, Sound
+
+from rdm_sdk.testing import (
+    CHECKS,
+    RewardCheckError,
+    RewardCheckWarning,
+    check_reward,
+    parametrize_reward_checks,
+    run_reward_checks,
+)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_each_mistake_fails_its_check_alone(name):
+    """A planted mistake is found by the check it was planted for, and by no other."""
+    failed = [result.name for result in run_reward_checks(BROKEN[name]()) if result.status == "failed"]
+    assert failed == [name]
+
+
+def test_every_check_has_its_mistake():
+    """No check without a reward that fails it."""
+    elsewhere = {"follows_the_prompt", "imports_without_cuda"}
+    assert {check.name for check in CHECKS} == BROKEN.keys() | elsewhere
+
+
+def test_a_deaf_reward_is_a_warning():
+    """A reward that ignores the prompts it declares passes, with a warning that says so."""
+    with pytest.warns(RewardCheckWarning, match="do not change with the prompts"):
+        results = check_reward(DeafToPrompts())
+    assert [result.name for result in results if result.status == "warning"] == ["follows_the_prompt"]
+
+
+def test_waking_cuda_at_import_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A module that initializes CUDA when it is imported fails that check alone."""
+    (tmp_path / "wakes_cuda.py").write_text(
+        "import torch\nfrom broken_rewards import Sound\n"
+        "try:\n    torch.cuda.init()\nexcept AssertionError:\n    pass\n"
+        "class Waking(Sound):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("wakes_cuda")
+    failed = [result for result in run_reward_checks(module.Waking()) if result.status == "failed"]
+    assert [result.name for result in failed] == ["imports_without_cuda"]
+    assert "CUDA was initialized at import" in failed[0].message
+    del sys.modules["wakes_cuda"]
+
+
+@pytest.mark.parametrize("reward", ["dm", "legibility"])
+def test_built_in_rewards_pass(reward):
+    """The SDK's own rewards keep the contract."""
+    results = check_reward(reward)
+    assert {result.status for result in results} <= {"passed", "skipped"}
+    assert sum(result.status == "passed" for result in results) >= 10
+
+
+def test_a_plain_function_passes():
+    """A callable is checked like a class."""
+
+    def ink(images, prompts, **columns):
+        return (1 - images.mean(dim=(1, 2, 3))).tolist()
+
+    assert {result.status for result in check_reward(ink)} <= {"passed", "skipped"}
+
+
+def test_the_message_tells_what_to_do():
+    """The error names the reward, the check, what was found and the remedy."""
+    with pytest.raises(RewardCheckError, match=r"'wrongshape'.*\n- returns_scores: .*\[8, 3\].*one score per sample"):
+        check_reward(BROKEN["returns_scores"]())
+
+
+def test_expected_failures():
+    """A known failure is accepted, must really fail, and must be spelt right."""
+    check_reward(BROKEN["chunk_invariant"](), expected_failures={"chunk_invariant": "compares on purpose"})
+    with pytest.raises(RewardCheckError, match=r"chunk_invariant: was expected to fail .on purpose., but passed"):
+        check_reward(Sound(), expected_failures={"chunk_invariant": "on purpose"})
+    with pytest.raises(ValueError, match="'chunks', which is no check"):
+        check_reward(Sound(), expected_failures={"chunks": "on purpose"})
+
+
+def test_an_exception_is_a_failed_check():
+    """A reward that raises is reported with its exception."""
+
+    class Raising(Sound):
+        def score(self, batch):
+            raise KeyError("aspect")
+
+    failed = [result for result in run_reward_checks(Raising()) if result.status == "failed"]
+    assert "KeyError: 'aspect'" in failed[0].message
+
+
+@parametrize_reward_checks(Sound)
+def test_parametrized(check):
+    """The pytest decorator runs every check as a test of its own."""
+    check()
+
+
+def test_the_decorator_fails_what_check_reward_fails():
+    """A failing check raises in its own test."""
+    mark = parametrize_reward_checks(BROKEN["ascent_raises_score"]).mark
+    by_name = {parameter.id: parameter.values[0] for parameter in mark.args[1]}
+    by_name["odd_sizes"]()
+    with pytest.raises(RewardCheckError, match="ascent_raises_score"):
+        by_name["ascent_raises_score"]()
+
+
+def test_the_kit_leaves_the_random_state_alone():
+    """Running the kit in a test does not change what the test draws afterwards."""
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    check_reward(Sound())
+    assert torch.equal(torch.rand(1), expected)

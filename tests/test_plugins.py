@@ -1,0 +1,269 @@
+"""The plugin system: faults stay with the plugin that has them, and everything says who is to blame.
+
+The plugins here are written as pip leaves them: a module and a `.dist-info` folder on the path of a fresh interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+HOOK = "from rdm_sdk import hookimpl\n\n@hookimpl\ndef {hook}({arguments}):\n    {body}\n"
+INK = '''
+from rdm_sdk import Capabilities, Reward, RewardConfig
+
+class Ink(Reward):
+    """How dark an image is."""
+    capabilities = Capabilities(gradient="autograd")
+    class Config(RewardConfig):
+        scale: float = 1.0
+    def score(self, batch):
+        return self.config.scale * (1 - batch.images.mean(dim=(1, 2, 3)))
+
+def darkness(images, prompts, **columns):
+    return (1 - images.mean(dim=(1, 2, 3))).tolist()
+'''
+Install = Callable[..., None]
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def install(tmp_path: Path) -> Install:
+    """Return `install(distribution, entry, hook=..., arguments=..., body=..., code=...)`."""
+
+    def make(
+        distribution: str,
+        entry: str = "main",
+        hook: str = "rdm_register_rewards",
+        arguments: str = "register",
+        body: str = "pass",
+        code: str | None = None,
+    ) -> None:
+        module = distribution.replace("-", "_")
+        source = HOOK.format(hook=hook, arguments=arguments, body=body) if code is None else code
+        (tmp_path / f"{module}.py").write_text(source)
+        (tmp_path / f"{module}_rewards.py").write_text(INK)
+        info = tmp_path / f"{module}-1.2.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2\n")
+        (info / "entry_points.txt").write_text(f"[rdm_sdk]\n{entry} = {module}\n")
+
+    return make
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Return `run(code or command-line words, **environment)`: standard output and error of a fresh interpreter."""
+
+    def start(*words: str, code: str | None = None, **environment: str) -> str:
+        command = ["-c", code] if code is not None else ["-m", "rdm_sdk.cli", *words]
+        everything = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"} | environment
+        done = subprocess.run([sys.executable, *command], env=everything, capture_output=True, text=True, timeout=120)
+        return done.stdout + done.stderr
+
+    return start
+
+
+GOOD = 'register("good/ink", "good_one_rewards:Ink"); register("good/darkness", "good_one_rewards:darkness")'
+
+
+def install_one_good_and_four_bad(install: Install) -> None:
+    """One sound plugin, and four with one fault each."""
+    install("good-one", body=GOOD)
+    install("bad-import", code="import no_such_module\n")
+    install("bad-hook", hook="rdm_register_reward")
+    install("bad-future", arguments="register, quantum_flux", body='register("future/x", "bad_future_rewards:Ink")')
+    install("bad-twin", body='register("legibility", "a:B"); register("twin/ink", "bad_twin_rewards:Ink")')
+
+
+def test_four_bad_plugins_do_not_hurt_a_good_one(install: Install, run: Run) -> None:
+    """The good plugin's rewards work, and `rdm-sdk plugins` names the four faults with their distributions."""
+    install_one_good_and_four_bad(install)
+    said = run("plugins")
+    faults = {line.split()[2].split(":")[0]: line for line in said.splitlines() if line.startswith("FAULT")}
+    assert faults.keys() == {"bad-import", "bad-hook", "bad-future", "bad-twin"}
+    assert "No module named 'no_such_module'" in faults["bad-import"]
+    assert "'rdm_register_reward'" in faults["bad-hook"]
+    assert "Did you mean 'rdm_register_rewards'?" in faults["bad-hook"]
+    assert "{'quantum_flux'}" in faults["bad-future"]
+    assert "needs a newer rdm-sdk" in faults["bad-future"]
+    assert "the bare name 'legibility', which is kept for the SDK's own rewards" in faults["bad-twin"]
+    assert "Traceback" not in said
+    code = (
+        "import torch, warnings\nfrom rdm_sdk import score_images\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    scores = score_images('good/ink[scale=2] + good/darkness + twin/ink + legibility', torch.zeros(2, 3, 8, "
+        "8),  ['one', 'two']).outputs\n"
+        "print([round(o.scores[0].item(), 3) for o in list(scores.values())[:3]])\n"
+        "print(sorted(str(w.message).split()[2] for w in caught if w.category.__name__ == 'PluginWarning'))"
+    )
+    lines = run(code=code).splitlines()
+    assert lines[0] == "[2.0, 1.0, 1.0]"
+    assert lines[1] == str([f"bad-{name}:main" for name in ("future", "hook", "import", "twin")])
+
+
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [
+        ("import/x", "bad-import:main (1.2) is broken: it cannot be imported: ModuleNotFoundError"),
+        ("future/x", "bad-future:main (1.2) is broken: its hook 'rdm_register_rewards' asks for {'quantum_flux'}"),
+        ("other/x", "Broken plugins, which may hold it: bad-future:main, bad-hook:main, bad-import:main"),
+    ],
+)
+def test_asking_for_a_broken_plugins_reward_raises_its_cause(
+    install: Install, run: Run, reward: str, words: str
+) -> None:
+    """The error names the plugin, the fault and what to do."""
+    install_one_good_and_four_bad(install)
+    assert words in run("rewards", "info", reward)
+
+
+def test_the_cause_is_chained(install: Install, run: Run) -> None:
+    """The plugin's own exception is the error's cause."""
+    install("bad-import", code="raise OSError('disk on fire')\n")
+    code = (
+        "import warnings; warnings.simplefilter('ignore')\nfrom rdm_sdk.registry import registry\n"
+        "try:\n    registry().load('bad-import/x')\nexcept Exception as error:\n    print(repr(error.__cause__))"
+    )
+    assert run(code=code).strip() == "OSError('disk on fire')"
+
+
+def test_a_name_with_two_owners_belongs_to_neither(install: Install, run: Run) -> None:
+    """Both distributions are named; disabling one settles it; their other rewards work meanwhile."""
+    install("acme-one", body='register("acme/ink", "acme_one_rewards:Ink"); register("acme/a", "acme_one_rewards:Ink")')
+    install("acme-two", body='register("acme/ink", "acme_two_rewards:Ink")')
+    said = run("rewards", "info", "acme/ink")
+    assert "registered by acme-one and by acme-two" in said
+    assert "RDM_SDK_DISABLE_PLUGINS=acme-two" in said
+    assert run("plugins").count("the reward 'acme/ink' is registered by acme-one and by acme-two") == 2
+    assert "acme_one_rewards:Ink" in run("rewards", "info", "acme/a")
+    assert "acme_one_rewards:Ink" in run("rewards", "info", "acme/ink", RDM_SDK_DISABLE_PLUGINS="acme-two")
+
+
+def test_two_entry_points_of_one_name_are_two_plugins(install: Install, run: Run) -> None:
+    """pluggy would skip the second one without a word."""
+    install("acme-one", entry="acme", body='register("acme/a", "acme_one_rewards:Ink")')
+    install("acme-two", entry="acme", body='register("acme/b", "acme_two_rewards:Ink")')
+    said = run("rewards", "list")
+    assert "acme/a" in said
+    assert "acme/b" in said
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ('register("ink", "a:B")', "the bare name 'ink'"),
+        ('register("acme/i nk", "a:B")', "names are written 'owner/name'"),
+        ('register("acme/ink", "no target")', "write 'package.module:attribute'"),
+        ('register("acme/ink", "a:B", contract=2)', "for version 2 of the reward contract"),
+        ('register("acme/ink", "a:B", flavor="new")', "unexpected keyword argument 'flavor'"),
+        ("1 / 0", "its hook rdm_register_rewards raised ZeroDivisionError"),
+    ],
+)
+def test_unacceptable_registrations_are_faults(install: Install, run: Run, body: str, words: str) -> None:
+    """What a plugin registers is checked, and what cannot be used is said with its distribution."""
+    install("acme-one", body=body)
+    (fault,) = [line for line in run("plugins").splitlines() if line.startswith("FAULT")]
+    assert words in fault
+    assert "acme-one" in fault
+
+
+def test_a_plugin_without_hooks_is_a_fault(install: Install, run: Run) -> None:
+    """The decorator was forgotten."""
+    install("acme-one", code="def rdm_register_rewards(register):\n    pass\n")
+    assert "implements no hook; decorate a function named rdm_register_rewards with @rdm_sdk.hookimpl" in run("plugins")
+
+
+def test_targets_that_cannot_be_used(install: Install, run: Run) -> None:
+    """A target that is missing, or is neither a Reward nor a function, names the distribution."""
+    install(
+        "acme-one",
+        body='register("acme/gone", "acme_one_rewards:Gone"); register("acme/odd", "acme_one_rewards:RewardConfig"); '
+        'register("acme/f", "acme_one_rewards:darkness")',
+    )
+    assert "of acme-one cannot be imported from 'acme_one_rewards:Gone': AttributeError" in run(
+        "rewards", "info", "acme/gone"
+    )
+    assert "neither a Reward class nor a function" in run("rewards", "check", "acme/odd")
+    assert "takes no options; got x" in run("rewards", "check", "acme/f[x=1]")
+
+
+def test_environment_variables(install: Install, run: Run) -> None:
+    """Allow, deny and strict."""
+    install("good-one", body=GOOD)
+    install("bad-import", code="import no_such_module\n")
+
+    def listed(**environment: str) -> str:
+        return run("rewards", "list", **environment)
+
+    assert "good/ink" in listed()
+    assert "good/ink" not in listed(RDM_SDK_PLUGINS="none")
+    assert "legibility" in listed(RDM_SDK_PLUGINS="none")
+    assert "good/ink" in listed(RDM_SDK_PLUGINS="Good_One")
+    assert "good/ink" not in listed(RDM_SDK_DISABLE_PLUGINS="good-one, bad-import")
+    assert "bad-import" not in listed(RDM_SDK_DISABLE_PLUGINS="bad-import")
+    assert "RDM_SDK_PLUGINS names 'god-one'" in listed(RDM_SDK_PLUGINS="god-one")
+    assert "Did you mean 'good-one'?" in listed(RDM_SDK_PLUGINS="god-one")
+    assert "RDM_SDK_DISABLE_PLUGINS names 'god-one'" in listed(RDM_SDK_DISABLE_PLUGINS="god-one")
+    assert "RDM_SDK_STRICT_PLUGINS is set" in listed(RDM_SDK_STRICT_PLUGINS="1")
+    assert "good/ink" in listed(RDM_SDK_STRICT_PLUGINS="0")
+    assert "FAULT in bad-import" in run("plugins", RDM_SDK_STRICT_PLUGINS="1")
+
+
+def test_a_known_plugin_that_is_missing_names_its_pip_command(run: Run) -> None:
+    """The project's own plugins are told apart from unknown names."""
+    assert "pip install rdm-reward-hps" in run("rewards", "info", "hps", RDM_SDK_PLUGINS="none")
+    assert "pip install rdm-reward-hps" in run("rewards", "list", RDM_SDK_PLUGINS="none")
+    assert "Did you mean 'hps'?" in run("rewards", "info", "hsp", RDM_SDK_PLUGINS="none")
+
+
+def test_listing_rewards_imports_nothing_heavy(install: Install, run: Run) -> None:
+    """All rewards, installed plugins included, are listed without torch or transformers."""
+    install("good-one", body=GOOD)
+    code = (
+        "import sys, rdm_sdk\nfrom rdm_sdk.registry import registry\nnames = sorted(registry().rewards)\n"
+        "assert {'dm', 'legibility', 'good/ink'} <= set(names), names\n"
+        "print(len(names), sorted({'torch', 'transformers', 'diffusers', 'pydantic', 'numpy'} & sys.modules.keys()))"
+    )
+    count, heavy = run(code=code).strip().split(maxsplit=1)
+    assert int(count) >= 4
+    assert heavy == "[]"
+
+
+def test_plugins_as_json(install: Install, run: Run) -> None:
+    """The same for machines."""
+    install("good-one", body=GOOD)
+    install("bad-import", code="import no_such_module\n")
+    by_name = {plugin["distribution"]: plugin for plugin in json.loads(run("plugins", "--json"))}
+    assert by_name["good-one"]["rewards"] == ["good/ink", "good/darkness"]
+    assert by_name["good-one"]["version"] == "1.2"
+    assert by_name["good-one"]["hooks"] == ["rdm_register_rewards"]
+    assert by_name["good-one"]["failures"] == []
+    assert len(by_name["bad-import"]["failures"]) == 1
+    entries = json.loads(run("rewards", "list", "--json", RDM_SDK_DISABLE_PLUGINS="bad-import"))
+    assert {
+        "name": "good/ink",
+        "target": "good_one_rewards:Ink",
+        "distribution": "good-one",
+        "description": "",
+    } in entries
+
+
+def test_other_plugins_on_another_process_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every process of a run must see the same plugins."""
+    from rdm_sdk import ConfigError, requirements
+
+    own = requirements.registry().fingerprint()
+    monkeypatch.setattr(requirements, "gather_object", lambda mine: [own, [*own, "acme:acme==2.0"]])
+    requirements.check_same_plugins(1)
+    with pytest.raises(ConfigError, match=r"process 1 does not have the same .*: acme:acme==2\.0"):
+        requirements.check_same_plugins(2)
+    monkeypatch.setattr(requirements, "gather_object", lambda mine: mine * 2)
+    requirements.check_same_plugins(2)

@@ -1,0 +1,160 @@
+"""The grammar of reward specs: printing and parsing are inverse, and nothing but the SDK's own error ever comes out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rdm_sdk import RewardError, RewardTerm, parse_spec
+from rdm_sdk.rewards.resolve import resolve_rewards
+from rdm_sdk.rewards.spec import label_terms, make_term, show_spec
+
+WORD = st.from_regex(r"[A-Za-z][A-Za-z0-9_]{0,6}(-[A-Za-z0-9_]{1,4})?", fullmatch=True)
+PART = st.from_regex(r"[A-Za-z0-9_.][A-Za-z0-9_./-]{0,8}", fullmatch=True)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+SCALAR = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT
+OPTIONS = st.dictionaries(
+    st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,5}", fullmatch=True),
+    SCALAR | st.lists(SCALAR, max_size=3).map(tuple),
+    max_size=3,
+)
+TERMS = st.builds(
+    lambda **fields: make_term(fields),
+    name=WORD | st.builds("{}/{}".format, WORD, WORD),
+    variant=st.none() | PART,
+    revision=st.none() | PART,
+    options=OPTIONS,
+    weight=st.floats(allow_nan=False, allow_infinity=False),
+)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.lists(TERMS, min_size=1, max_size=3))
+def test_print_then_parse_is_the_identity(terms):
+    """A printed term, and a printed sum of terms, parses back to equal terms, types included."""
+    assert parse_spec(show_spec(terms)) == terms
+    for term in terms:
+        (parsed,) = parse_spec(str(term))
+        assert parsed == term
+        assert repr(parsed.options) == repr(term.options)
+
+
+# Half the strings are made of what specs are made of, so that they get past the first character.
+TOKENS = st.sampled_from(
+    [*'+-*:@[]=,./ "\\\n', "dm", "0.5", "1e9", "1e999", "hps:v2", "a/b", "true", "[k=1]", '"x"', "٣", "é", "9" * 5000]
+)
+STRINGS = st.text(max_size=20) | st.lists(TOKENS, max_size=12).map("".join)
+
+
+@settings(max_examples=10_000, deadline=None)
+@given(STRINGS)
+def test_random_strings_raise_nothing_else(text):
+    """Whatever is typed, the answer is terms or a `RewardError`."""
+    try:
+        terms = parse_spec(text)
+    except RewardError:
+        return
+    assert terms
+    assert all(isinstance(term, RewardTerm) and math.isfinite(term.weight) for term in terms)
+
+
+def test_the_example_of_the_docs():
+    """Variants, revisions, options, products and signs end up where they belong."""
+    spec = 'dm + 0.5*hps:v2.1 - 2*0.15*acme/sharpness@main[radius=3, mode="a b", sizes=[1, 2.5], fast=true, x=null]'
+    dm, hps, sharpness = parse_spec(spec)
+    assert (dm.name, dm.weight, dm.options) == ("dm", 1.0, {})
+    assert (hps.name, hps.variant, hps.weight) == ("hps", "v2.1", 0.5)
+    assert (sharpness.name, sharpness.revision, sharpness.weight) == ("acme/sharpness", "main", -0.3)
+    assert sharpness.options == {"radius": 3, "mode": "a b", "sizes": (1, 2.5), "fast": True, "x": None}
+
+
+@pytest.mark.parametrize(
+    ("spec", "column", "words"),
+    [
+        ("dm + 0.5*hps:", 14, "expected a variant after ':'"),
+        ("dm + hps@", 10, "expected a revision after '@'"),
+        ("dm * legibility", 6, "a second reward"),
+        ("2 * 3", 6, "a reward after the number"),
+        ("dm[x=1, x=2]", 10, "the option 'x' is given twice"),
+        ("dm[x 1]", 6, "expected '=' after the option 'x'"),
+        ("dm[x=1 y=2]", 8, "expected ',' or ']'"),
+        ("dm[x=1", 7, "expected ',' or ']'"),
+        ("dm[=1]", 4, "expected an option"),
+        ("dm[x=]", 6, "expected a value"),
+        ("dm[x=1a]", 8, "needs double quotes"),
+        ('dm[x="\\q"]', 10, "as in JSON"),
+        ("1e999*dm", 1, "weight"),
+        ("3.*.5.1*dm", 8, "'.5.1' is not a number"),
+        ("dm ? clip", 4, "expected '+', '-' or '*'"),
+    ],
+)
+def test_problems_have_a_column(spec, column, words):
+    """The message shows the spec, the column and the problem."""
+    with pytest.raises(RewardError) as caught:
+        parse_spec(spec)
+    assert f"at column {column}: " in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_labels_are_as_short_as_tells_apart():
+    """The name, else the variant too, else everything; the same reward twice is refused."""
+    terms = parse_spec("dm + hps:v2 + hps:v2.1 + clip[path=a] + clip[path=b]")
+    assert label_terms(terms) == ["dm", "hps:v2", "hps:v2.1", "clip[path=a]", "clip[path=b]"]
+    with pytest.raises(RewardError, match="two rewards have the name 'hps:v2'"):
+        label_terms(parse_spec("hps:v2 + 0.5*hps:v2"))
+
+
+def ink(images, prompts, **columns):
+    """A plain function."""
+    return [0.0] * len(prompts)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "dm + 0.5*legibility",
+        ["dm", "0.5*legibility"],
+        {"dm": 1, "legibility": 0.5},
+        [{"dm": 1.0}, {"name": "legibility", "weight": 0.5}],
+        ["dm", ("legibility", 0.5)],
+        [RewardTerm(name="dm"), RewardTerm(name="legibility", weight=0.5)],
+        (("dm", 1), ("0.25*legibility", 2)),
+    ],
+)
+def test_every_form_ends_in_the_same_terms(given):
+    """Spec, list, mapping, fields, pairs and terms: one validated form."""
+    assert [own.term for own in resolve_rewards(given)] == parse_spec("dm + 0.5*legibility")
+
+
+def test_functions_and_objects_have_terms_too():
+    """A function is called by its name; an object prints its options."""
+    (own,) = resolve_rewards((ink, 0.2))
+    assert str(own.term) == "0.2*ink"
+    assert own.label == "ink"
+    first, second = resolve_rewards(["dm", lambda images, prompts: [0.0]])
+    assert str(second.term) == "CallableReward"
+    assert first.term == parse_spec("dm")[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"name": "dm", "wieght": 1}, r"'dm' has no option 'wieght'. Did you mean 'weight'\?"),
+        ({"dm": "much"}, "reward weights must be finite numbers; got 'much'"),
+        ({"dm": True}, "finite numbers; got True"),
+        ({"dm + legibility": 1.0}, "exactly one reward; 'dm . legibility' names 2"),
+        ({"name": "d m"}, "characters that a spec has no place for; got 'd m'"),
+        ({"name": "dm", "options": {"a-b": 1}}, "'a-b' is not a name that an option can have"),
+        ({"name": "dm", "options": {"a": {"b": 1}}}, "options"),
+        ({"name": "dm", "weight": float("nan")}, "finite number"),
+        ("dm[radius=3]", "reward 'dm' has no option 'radius'. It takes none."),
+        ("dm:v2", "reward 'dm' has no option 'variant'"),
+    ],
+)
+def test_unusable_forms_are_refused(given, words):
+    """Each mistake names itself, with the nearest match where there is one."""
+    with pytest.raises(RewardError, match=words):
+        resolve_rewards(given)
