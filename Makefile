@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PLUGINS := $(wildcard plugins/*)
 # Small tensors: a second thread per process costs more than it brings, and many times more on busy cores.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
@@ -31,7 +32,7 @@ teacher: $(VENV)/.installed
 	$(BIN)/python benchmarks/digits_teacher.py --out build/digits
 
 # Torch first and by its exact version, so that a local or CPU build of it is taken where there is one.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt $(addsuffix /pyproject.toml,$(PLUGINS))
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' || \
@@ -40,6 +41,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing the tested versions into $(VENV); this takes a few minutes."
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)" -c constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps $(addprefix -e ,$(PLUGINS))
 	@touch $@
 
 clean:

@@ -12,6 +12,8 @@ class ClipScore(ClipReward):
     CLIP ViT-L/14 by default, on which good pairs score .27 to .32; another CLIP has another scale.
     """
 
+    name = "clip"
+
     def __init__(self, config: RewardConfig | None = None, **options: object) -> None:
         super().__init__(config, **options)
         source = self.config.path or "openai/clip-vit-large-patch14"

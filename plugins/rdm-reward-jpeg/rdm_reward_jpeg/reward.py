@@ -19,6 +19,7 @@ class JpegCompressibility(Reward):
     score high; `-1*jpeg` in a spec asks for detail instead.
     """
 
+    name = "jpeg"
     capabilities = Capabilities(space="pixel", gradient="none", range=(-float("inf"), 0.0))
     preprocessing = "8 bits, JPEG by Pillow, 4:2:0"
 
