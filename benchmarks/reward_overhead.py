@@ -1,7 +1,7 @@
 """What evaluating a reward costs beside the bare model call.
 
-    OMP_NUM_THREADS=1 python benchmarks/reward_overhead.py               # CLIP ViT-B/16 shapes, batch 32, random weights
-    python benchmarks/reward_overhead.py --model ViT-L-14 --size 1024    # CLIPScore's own shapes
+    OMP_NUM_THREADS=1 python benchmarks/reward_overhead.py              # CLIP ViT-B/16 shapes, batch 32, random weights
+    python benchmarks/reward_overhead.py --model ViT-L-14 --size 1024   # CLIPScore's own shapes
 
 Bare: the CLIP image tower on preprocessed pixels and the cosines with ready prompt embeddings, with back-propagation to
 the pixels where a gradient is asked for. Evaluation: `evaluate_rewards` on images of `--size`: decoding, preprocessing,
@@ -88,7 +88,7 @@ def main() -> None:
 
     def evaluated(differentiate: bool) -> object:
         batch = RewardBatch.from_images(images, prompts)
-        return evaluate_rewards({"clip": reward}, batch, differentiate=differentiate)
+        return evaluate_rewards({"clip": reward}, batch, gradients_of=None if differentiate else ())
 
     rows = []
     for differentiate in (False, True):

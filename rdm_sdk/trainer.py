@@ -209,6 +209,7 @@ class RDMTrainer(RoleTrainer):
             device=args.reward_device,
             offload=args.reward_offload,
             on_error=args.reward_on_error,
+            gradients_of=[own.label for own in self.rewards if own.weight],  # of the others, scores are watched
         )
         self._reward_calls += len(result.outputs) * len(batch)
         for name in rewards:
@@ -361,7 +362,7 @@ class RDMTrainer(RoleTrainer):
             latents = [self.sample_latents(prompts[i : i + size]) for i in range(0, len(prompts), size)]
             batch = RewardBatch(torch.cat(latents), prompts, group, self.adapter.decode, inputs["columns"])
             outputs = evaluate_rewards(
-                judges, batch, chunk_size=size, device=self.args.reward_device, differentiate=False
+                judges, batch, chunk_size=size, device=self.args.reward_device, gradients_of=()
             ).outputs
         metrics = {f"{metric_key_prefix}_rewards/{n}/mean": o.scores.nanmean().item() for n, o in outputs.items()}
         metrics[f"{metric_key_prefix}_loss"] = -next(iter(metrics.values()))

@@ -398,7 +398,7 @@ def test_a_checkpoint_that_is_none_is_refused(make_trainer: Make, tmp_path: Path
 @pytest.mark.parametrize(
     ("rewards", "words"),
     [
-        ("legibilty", "unknown reward 'legibilty'.*Did you mean 'legibility'.*Known rewards: dm, .*legibility"),
+        ("legibilty", "unknown reward 'legibilty'.*Did you mean 'legibility'.*Known rewards: .*legibility"),
         ("dm + ", "column 6"),
         ("dm + + legibility", "column 6"),
         ("dm legibility", "column 4"),

@@ -104,6 +104,16 @@ def test_images_are_decoded_once_and_only_if_asked_for(chunk_size: int | None) -
     assert decoded == []
 
 
+def test_gradients_are_taken_only_where_they_are_wanted() -> None:
+    """Of the other rewards there are scores; without any wanted gradient, nothing is decoded with a graph."""
+    outputs = evaluate_rewards(every_kind(), latent_batch(), gradients_of=["norm"]).outputs
+    assert [name for name, output in outputs.items() if output.gradient is not None] == ["norm"]
+    batch = latent_batch()
+    evaluate_rewards(every_kind(), batch, gradients_of=["norm"])
+    assert not batch.images.requires_grad
+    assert "_decoded" not in batch.__dict__
+
+
 def test_columns_and_prompts_go_with_their_samples() -> None:
     """In chunks, each function call sees its own rows."""
     seen: list[tuple[list[str], list[Any]]] = []

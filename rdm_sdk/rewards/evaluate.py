@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -54,7 +54,7 @@ def evaluate_rewards(
     device: torch.device | str | None = None,
     offload: bool = False,
     on_error: OnError = "raise",
-    differentiate: bool = True,
+    gradients_of: Collection[str] | None = None,
 ) -> Evaluation:
     """Return every reward's scores `[N]` and, where it has one, its gradient with respect to the latents `[N, *x]`.
 
@@ -67,7 +67,7 @@ def evaluate_rewards(
         offload: move the rewards' models back to the CPU afterwards.
         on_error: what an exception inside a reward does: "raise", or "skip", which leaves the reward out of the
             outputs. What a reward returns is checked in either case: nonsense is never skipped over.
-        differentiate: False asks for scores alone.
+        gradients_of: the names of the rewards whose gradient is wanted; None is all that have one, () is none.
 
     Raises:
         RewardError: a reward returned something of the wrong type or shape, an infinite score, only NaN, or a gradient
@@ -75,14 +75,16 @@ def evaluate_rewards(
     """
     place = torch.device(device) if device is not None else batch.latents.device
     tallies = {name: _Tally() for name in rewards}
+    wanted = rewards.keys() if gradients_of is None else set(gradients_of)
+    graded = {name for name, reward in rewards.items() if reward.capabilities.gradient != "none"} & wanted
     whole = {n: r for n, r in rewards.items() if r.capabilities.gradient == "field"}
     chunked = {n: r for n, r in rewards.items() if n not in whole}
     try:
         for reward in rewards.values():
             reward.to(place)
         for chunk in batch.split(_chunk_size(chunked, batch, chunk_size)) if chunked else []:
-            _judge_chunk(chunked, chunk, tallies, place, on_error, differentiate)
-        _run_each(whole, batch, tallies, on_error, lambda reward: _own_field(reward, batch, differentiate))
+            _judge_chunk(chunked, chunk, tallies, place, on_error, graded)
+        _run_each(whole, batch, tallies, on_error, lambda name, reward: _own_field(reward, batch, name in graded))
     finally:
         if offload:
             for reward in rewards.values():
@@ -116,12 +118,12 @@ def _judge_chunk(
     tallies: Mapping[str, _Tally],
     device: torch.device,
     on_error: OnError,
-    differentiate: bool,
+    graded: Collection[str],
 ) -> None:
     """Judge one chunk by every reward; the asynchronous ones run in a thread while the others compute."""
     # Decoded before any reward runs: once for all of them, with a graph if one needs it, and on nobody's time.
-    pixels = [reward for reward in rewards.values() if reward.capabilities.space == "pixel"]
-    if differentiate and any(reward.capabilities.gradient == "autograd" for reward in pixels):
+    pixels = [name for name, reward in rewards.items() if reward.capabilities.space == "pixel"]
+    if any(name in graded for name in pixels):
         _ = chunk.tracked_images
     elif pixels:
         _ = chunk.images
@@ -131,10 +133,10 @@ def _judge_chunk(
         judged = {name: _given(reward, chunk, device) for name, reward in awaited.items()}
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(_await_all, awaited, judged)
-            _judge_synchronously(rewards, chunk, tallies, device, on_error, differentiate)
+            _judge_synchronously(rewards, chunk, tallies, device, on_error, graded)
             _collect_awaited(awaited, chunk, future, tallies, on_error)
     else:
-        _judge_synchronously(rewards, chunk, tallies, device, on_error, differentiate)
+        _judge_synchronously(rewards, chunk, tallies, device, on_error, graded)
 
 
 def _judge_synchronously(
@@ -143,10 +145,10 @@ def _judge_synchronously(
     tallies: Mapping[str, _Tally],
     device: torch.device,
     on_error: OnError,
-    differentiate: bool,
+    graded: Collection[str],
 ) -> None:
-    def judge(reward: Reward) -> RewardOutput:
-        if differentiate and reward.capabilities.gradient == "autograd":
+    def judge(name: str, reward: Reward) -> RewardOutput:
+        if name in graded:
             return _differentiated(reward, chunk, device)
         with torch.no_grad():
             return RewardOutput(_checked_scores(reward, chunk, reward.score(_given(reward, chunk, device))))
@@ -160,13 +162,13 @@ def _run_each(
     batch: RewardBatch,
     tallies: Mapping[str, _Tally],
     on_error: OnError,
-    judge: Callable[[Reward], RewardOutput],
+    judge: Callable[[str, Reward], RewardOutput],
 ) -> None:
-    """Run `judge(reward)` for each reward, with its time and its errors on its own account."""
+    """Run `judge(name, reward)` for each reward, with its time and its errors on its own account."""
     for name, reward in rewards.items():
         started = _now(batch.latents.device)
         try:
-            tallies[name].outputs.append(judge(reward))
+            tallies[name].outputs.append(judge(name, reward))
         except _UnusableError:
             raise
         except Exception as error:

@@ -53,5 +53,5 @@ def score_images(
         chunk_size=batch_size,
         device=device,
         on_error=on_error,
-        differentiate=False,
+        gradients_of=(),
     )

@@ -55,7 +55,7 @@ class Subject:
     def raw_scores(self, batch: RewardBatch) -> Any:
         """Return what `score` returns, unchecked."""
         if self.reward.capabilities.asynchronous:
-            return evaluate_reward(self.reward, batch, differentiate=False).scores
+            return evaluate_reward(self.reward, batch, gradients_of=()).scores
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return self.reward.score(batch)
@@ -65,7 +65,8 @@ class Subject:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             batch = copied(self.batch) if batch is None else batch
-            return evaluate_reward(self.reward, batch, differentiate=differentiate, **options)
+            wanted = None if differentiate else ()
+            return evaluate_reward(self.reward, batch, gradients_of=wanted, **options)
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def rng_untouched(subject: Subject) -> Remark | None:
         return Remark("skipped", "the reward is declared stochastic")
     with torch.random.fork_rng(devices=[]):
         before = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()  # noqa: NPY002 - theirs is watched
-        evaluate_reward(subject.reward, copied(subject.batch), differentiate=False)
+        evaluate_reward(subject.reward, copied(subject.batch), gradients_of=())
         after = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()  # noqa: NPY002
     moved = [
         name

@@ -79,7 +79,7 @@ def test_gradient_and_ascent(folder):
     output = evaluate_reward(reward, RewardBatch.from_images(start, group_size=3))
     assert (output.gradient.flatten(1).abs().amax(1) > 0).all()
     uphill = (start + 0.02 * F.normalize(output.gradient.flatten(1), p=torch.inf).view_as(start)).clamp(0, 1)
-    raised = evaluate_reward(reward, RewardBatch.from_images(uphill, group_size=3), differentiate=False).scores
+    raised = evaluate_reward(reward, RewardBatch.from_images(uphill, group_size=3), gradients_of=()).scores
     assert raised.mean() > output.scores.mean()
 
 

@@ -1,0 +1,114 @@
+"""A stranger's package: written from docs/write-a-reward.md, or by `rdm-sdk new-reward`, installed by pip, and used."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rdm_sdk import ConfigError
+from rdm_sdk.scaffold import new_reward
+
+PAGE = Path(__file__).parent.parent / "docs" / "write-a-reward.md"
+Run = Callable[..., str]
+
+TRAIN = """
+from rdm_sdk import RDMConfig, RDMTrainer, digits
+args = RDMConfig(
+    output_dir="run", max_steps=1, per_device_train_batch_size=4, num_generations=2, max_sequence_length=4,
+    guidance_scale=1.0, critic_steps=1, logging_steps=1, report_to="none", use_cpu=True, save_strategy="no",
+)
+trainer = RDMTrainer(digits.teacher_path(), reward_funcs="{spec}", args=args, train_dataset=digits.prompts())
+trainer.train()
+print(sorted(key for key in trainer.state.log_history[0] if key.startswith("rewards/") and key.endswith("/mean")))
+"""
+
+
+def files_of_the_page() -> dict[str, str]:
+    """Return the files that the page tells its reader to write: a name in backquotes, a colon, and a block of code."""
+    text = PAGE.read_text(encoding="utf-8")
+    found = re.findall(r"^`([\w./-]+)`:.*?\n\n```\w+\n(.*?)```", text, re.M | re.S)
+    return dict(found)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Return `run(*arguments, expect=0)`: a Python process that sees what was installed into `tmp_path/site`."""
+
+    def start(*arguments: str, expect: int = 0) -> str:
+        everything = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=everything, capture_output=True, text=True, timeout=280
+        )
+        assert done.returncode == expect, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return start
+
+
+def install(run: Run, folder: Path, site: Path) -> None:
+    """Install a distribution with pip; nothing is downloaded."""
+    quietly = ("--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
+    run("-m", "pip", "install", *quietly, "--target", str(site), str(folder))
+
+
+def test_the_page_from_an_empty_folder_to_a_run(tmp_path: Path, run: Run) -> None:
+    """The page's own files, installed with pip, are listed, checked and trained with, without touching the SDK."""
+    files = files_of_the_page()
+    assert files.keys() == {
+        "pyproject.toml",
+        "acme_rewards/__init__.py",
+        "acme_rewards/rewards.py",
+        "tests/test_rewards.py",
+    }
+    for name, text in files.items():
+        path = tmp_path / "acme-rewards" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    install(run, tmp_path / "acme-rewards", tmp_path / "site")
+    listed = run("-m", "rdm_sdk.cli", "rewards", "list")
+    assert "acme/ink" in listed
+    assert "how much neighboring pixels differ" in listed
+    assert "radius  int  default 1  Distance of the compared pixels." in run(
+        "-m", "rdm_sdk.cli", "rewards", "info", "acme/sharpness"
+    )
+    assert "keeps the contract" in run("-m", "rdm_sdk.cli", "rewards", "check", "acme/sharpness[radius=2]")
+    assert "passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "acme-rewards"))
+    spec = "dm + 0.2*acme/ink + 0.1*acme/sharpness[radius=2]"
+    means = [f"rewards/{name}/mean" for name in ("acme/ink", "acme/sharpness", "dm")]
+    assert str(means) in run("-c", TRAIN.format(spec=spec))
+
+
+def test_a_new_reward_passes_its_own_tests_at_once(tmp_path: Path, run: Run) -> None:
+    """The generated distribution installs, its tests pass, and its reward can be named."""
+    folder = new_reward("acme/fine-Grain_2", tmp_path)
+    assert folder.name == "rdm-reward-acme-fine-grain-2"
+    install(run, folder, tmp_path / "site")
+    said = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder))
+    assert re.search(r"\d+ passed", said)
+    assert "failed" not in said
+    info = run("-m", "rdm_sdk.cli", "rewards", "info", "acme/fine-Grain_2")
+    assert "rdm_reward_acme_fine_grain_2.reward:FineGrain2" in info
+
+
+@pytest.mark.parametrize("name", ["sharpness", "acme/", "/x", "acme/a b", "acme/x/y", "ac.me/x", ""])
+def test_unusable_names_are_refused(tmp_path: Path, name: str) -> None:
+    """Nothing is written for a name that no spec could hold."""
+    with pytest.raises(ConfigError, match="write 'owner/name'"):
+        new_reward(name, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
+    """A second call does not overwrite what the author wrote."""
+    folder = new_reward("acme/sharpness", tmp_path)
+    (folder / "README.md").write_text("mine")
+    with pytest.raises(ConfigError, match="exists already; nothing was written"):
+        new_reward("acme/sharpness", tmp_path)
+    assert (folder / "README.md").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
