@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -112,6 +114,22 @@ def test_gradients_are_taken_only_where_they_are_wanted() -> None:
     evaluate_rewards(every_kind(), batch, gradients_of=["norm"])
     assert not batch.images.requires_grad
     assert "_decoded" not in batch.__dict__
+
+
+def test_a_chunk_is_let_go_before_the_next_is_decoded() -> None:
+    """Memory holds the images and the graph of one chunk, however large the batch is."""
+    decoded: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def decode(z: Tensor) -> Tensor:
+        alive.append(sum(images() is not None for images in decoded))
+        images = z.sigmoid()
+        decoded.append(weakref.ref(images))
+        return images
+
+    batch = replace(latent_batch(), decode=decode)
+    evaluate_rewards({"bright": Brightness(), "ink": as_reward(count_ink)}, batch, chunk_size=2)
+    assert alive == [0, 0, 0]
 
 
 def test_columns_and_prompts_go_with_their_samples() -> None:
@@ -268,6 +286,24 @@ def test_unusable_gradients_raise(returned: object, words: str) -> None:
     """A gradient has the latents' shape and is finite."""
     with pytest.raises(RewardError, match=words):
         evaluate_reward(OwnField(returned), latent_batch())
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_nonsense_from_functions_raises_under_every_policy(on_error: Any) -> None:
+    """Plain and asynchronous functions are held to the same."""
+
+    async def words(images, prompts, **columns):
+        return ["good"] * len(prompts)
+
+    def none(images, prompts, **columns):
+        return None
+
+    with pytest.raises(
+        RewardError, match=r"'words' must return numbers .or None., one per image; got \['good', 'good'"
+    ):
+        evaluate_reward(as_reward(words), latent_batch(), on_error=on_error)
+    with pytest.raises(RewardError, match=r"'none' must return a list of numbers.*got NoneType"):
+        evaluate_reward(as_reward(none), latent_batch(), on_error=on_error)
 
 
 def test_a_declared_gradient_must_be_there() -> None:

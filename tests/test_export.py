@@ -160,7 +160,7 @@ def test_the_model_card_names_base_method_rewards_and_settings(trained: tuple[RD
         digits.teacher_path(),
         "arXiv 2603.28460",
         "distribution matching",
-        "1 * dm + 0.25 * darkness",
+        "`dm + 0.25*darkness`",
         "rank 4, alpha 12",
         "| `learning_rate` | `0.02` |",
         "| `ema_decay` | `0.5` |",

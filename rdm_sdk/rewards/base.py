@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -137,17 +137,18 @@ class RewardBatch:
         """The images, decoded so that `pull_back` works; `images` then takes them from here."""
         return self._decoded[1]
 
-    def split(self, size: int) -> list[RewardBatch]:
-        """Return the batch in chunks of `size` samples, without the diffusion context (it knows the whole batch)."""
+    def split(self, size: int) -> Iterator[RewardBatch]:
+        """Yield the batch in chunks of `size` samples, without the diffusion context (it knows the whole batch).
+
+        One at a time: a chunk takes its images and their graph with it when it is let go.
+        """
         if size >= len(self):
-            return [self]
-        chunks = []
+            yield self
+            return
         for start in range(0, len(self), size):
             rows = slice(start, start + size)
             columns = {name: values[rows] for name, values in self.columns.items()}
-            chunk = replace(self, latents=self.latents[rows], prompts=self.prompts[rows], columns=columns, context=None)
-            chunks.append(chunk)
-        return chunks
+            yield replace(self, latents=self.latents[rows], prompts=self.prompts[rows], columns=columns, context=None)
 
     def with_images(self, images: Tensor) -> RewardBatch:
         """Return the same batch with other images (used to differentiate with respect to them)."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -35,15 +36,6 @@ class Evaluation:
     """Per reward, what its scores must be stored with to be comparable."""
     skipped: dict[str, Exception] = field(default_factory=dict)
     """Rewards that raised, under `on_error="skip"`."""
-
-
-@dataclass
-class _Tally:
-    """One reward's chunks so far."""
-
-    outputs: list[RewardOutput] = field(default_factory=list)
-    seconds: float = 0.0
-    error: Exception | None = None
 
 
 def evaluate_rewards(
@@ -73,28 +65,30 @@ def evaluate_rewards(
         RewardError: a reward returned something of the wrong type or shape, an infinite score, only NaN, or a gradient
             that is not finite. Nothing is repaired: a reward that returns nonsense must not train a model.
     """
-    place = torch.device(device) if device is not None else batch.latents.device
-    tallies = {name: _Tally() for name in rewards}
     wanted = rewards.keys() if gradients_of is None else set(gradients_of)
-    graded = {name for name, reward in rewards.items() if reward.capabilities.gradient != "none"} & wanted
-    whole = {n: r for n, r in rewards.items() if r.capabilities.gradient == "field"}
-    chunked = {n: r for n, r in rewards.items() if n not in whole}
+    run = _Run(
+        rewards,
+        torch.device(device) if device is not None else batch.latents.device,
+        on_error,
+        {name for name, reward in rewards.items() if reward.capabilities.gradient != "none"} & wanted,
+    )
+    size = _chunk_size(rewards, batch, chunk_size)
     try:
         for reward in rewards.values():
-            reward.to(place)
-        for chunk in batch.split(_chunk_size(chunked, batch, chunk_size)) if chunked else []:
-            _judge_chunk(chunked, chunk, tallies, place, on_error, graded)
-        _run_each(whole, batch, tallies, on_error, lambda name, reward: _own_field(reward, batch, name in graded))
+            reward.to(run.device)
+        for chunk in batch.split(size):
+            run.judge_chunk(chunk)
+        run.judge_whole(batch)
     finally:
         if offload:
             for reward in rewards.values():
                 reward.to("cpu")
-    kept = [name for name in rewards if tallies[name].error is None]
+    kept = [name for name in rewards if name not in run.skipped]
     return Evaluation(
-        {name: _merged(rewards[name], batch, tallies[name].outputs) for name in kept},
-        {name: tally.seconds for name, tally in tallies.items()},
+        {name: _merged(rewards[name], batch, run.outputs[name]) for name in kept},
+        run.seconds,
         {name: rewards[name].provenance() for name in kept},
-        {name: tally.error for name, tally in tallies.items() if tally.error is not None},
+        run.skipped,
     )
 
 
@@ -104,6 +98,7 @@ def evaluate_reward(reward: Reward, batch: RewardBatch, **options: Any) -> Rewar
 
 
 def _chunk_size(rewards: Mapping[str, Reward], batch: RewardBatch, wanted: int | None) -> int:
+    """Return how many samples to judge at a time: whole groups where a reward compares within them."""
     size = len(batch) if wanted is None else wanted
     if size < 1:
         raise RewardError(f"chunk_size must be at least 1 or None; got {wanted}")
@@ -112,77 +107,83 @@ def _chunk_size(rewards: Mapping[str, Reward], batch: RewardBatch, wanted: int |
     return size
 
 
-def _judge_chunk(
-    rewards: Mapping[str, Reward],
-    chunk: RewardBatch,
-    tallies: Mapping[str, _Tally],
-    device: torch.device,
-    on_error: OnError,
-    graded: Collection[str],
-) -> None:
-    """Judge one chunk by every reward; the asynchronous ones run in a thread while the others compute."""
-    # Decoded before any reward runs: once for all of them, with a graph if one needs it, and on nobody's time.
-    pixels = [name for name, reward in rewards.items() if reward.capabilities.space == "pixel"]
-    if any(name in graded for name in pixels):
-        _ = chunk.tracked_images
-    elif pixels:
-        _ = chunk.images
-    awaited = {n: r for n, r in rewards.items() if r.capabilities.asynchronous and tallies[n].error is None}
-    if awaited:
+class _Run:
+    """One evaluation on its way through the chunks."""
+
+    def __init__(
+        self, rewards: Mapping[str, Reward], device: torch.device, on_error: OnError, graded: Collection[str]
+    ) -> None:
+        self.device, self.on_error, self.graded = device, on_error, graded
+        self.whole = {n: r for n, r in rewards.items() if r.capabilities.gradient == "field"}
+        self.awaited = {n: r for n, r in rewards.items() if r.capabilities.asynchronous and n not in self.whole}
+        self.plain = {n: r for n, r in rewards.items() if n not in self.whole and n not in self.awaited}
+        self.outputs: dict[str, list[RewardOutput]] = {name: [] for name in rewards}
+        self.seconds = dict.fromkeys(rewards, 0.0)
+        self.skipped: dict[str, Exception] = {}
+
+    def judge_chunk(self, chunk: RewardBatch) -> None:
+        """Judge one chunk; the asynchronous rewards wait in a thread while the others compute."""
+        # Decoded before any reward runs: once for all of them, with a graph if one needs it, and on nobody's time.
+        readers = [n for n, r in (self.plain | self.awaited).items() if r.capabilities.space == "pixel"]
+        if any(name in self.graded for name in readers):
+            _ = chunk.tracked_images
+        elif readers:
+            _ = chunk.images
+        if not self.awaited:
+            self._judge_plain(chunk)
+            return
         # A thread of its own, because this one may already run an event loop (in a notebook it does).
-        judged = {name: _given(reward, chunk, device) for name, reward in awaited.items()}
+        given = {name: _given(reward, chunk, self.device) for name, reward in self._left(self.awaited)}
         with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(_await_all, awaited, judged)
-            _judge_synchronously(rewards, chunk, tallies, device, on_error, graded)
-            _collect_awaited(awaited, chunk, future, tallies, on_error)
-    else:
-        _judge_synchronously(rewards, chunk, tallies, device, on_error, graded)
+            future = pool.submit(_await_all, dict(self._left(self.awaited)), given)
+            self._judge_plain(chunk)
+            results = future.result()
+        for name, result in results.items():
+            if isinstance(result, BaseException):
+                self._give_up(name, result)
+            else:
+                scores, seconds = result
+                self.seconds[name] += seconds
+                self.outputs[name].append(RewardOutput(_checked_scores(self.awaited[name], chunk, scores)))
 
+    def judge_whole(self, batch: RewardBatch) -> None:
+        """Judge the batch by the rewards that have a field of their own."""
+        for name, reward in self.whole.items():
+            with self._account(name):
+                self.outputs[name].append(_own_field(reward, batch, name in self.graded))
 
-def _judge_synchronously(
-    rewards: Mapping[str, Reward],
-    chunk: RewardBatch,
-    tallies: Mapping[str, _Tally],
-    device: torch.device,
-    on_error: OnError,
-    graded: Collection[str],
-) -> None:
-    def judge(name: str, reward: Reward) -> RewardOutput:
-        if name in graded:
-            return _differentiated(reward, chunk, device)
-        with torch.no_grad():
-            return RewardOutput(_checked_scores(reward, chunk, reward.score(_given(reward, chunk, device))))
+    def _judge_plain(self, chunk: RewardBatch) -> None:
+        for name, reward in self._left(self.plain):
+            with self._account(name):
+                if name in self.graded:
+                    output = _differentiated(reward, chunk, self.device)
+                else:
+                    with torch.no_grad():
+                        scores = reward.score(_given(reward, chunk, self.device))
+                    output = RewardOutput(_checked_scores(reward, chunk, scores))
+                self.outputs[name].append(output)
 
-    waiting = {n: r for n, r in rewards.items() if not r.capabilities.asynchronous and tallies[n].error is None}
-    _run_each(waiting, chunk, tallies, on_error, judge)
+    def _left(self, rewards: Mapping[str, Reward]) -> list[tuple[str, Reward]]:
+        return [(name, reward) for name, reward in rewards.items() if name not in self.skipped]
 
-
-def _run_each(
-    rewards: Mapping[str, Reward],
-    batch: RewardBatch,
-    tallies: Mapping[str, _Tally],
-    on_error: OnError,
-    judge: Callable[[str, Reward], RewardOutput],
-) -> None:
-    """Run `judge(name, reward)` for each reward, with its time and its errors on its own account."""
-    for name, reward in rewards.items():
-        started = _now(batch.latents.device)
+    @contextmanager
+    def _account(self, name: str) -> Iterator[None]:
+        """Charge the block's time and its exceptions to a reward."""
+        started = _now(self.device)
         try:
-            tallies[name].outputs.append(judge(name, reward))
-        except _UnusableError:
-            raise
+            yield
         except Exception as error:
-            _give_up(tallies[name], error, on_error)
-        tallies[name].seconds += _now(batch.latents.device) - started
+            self._give_up(name, error)
+        self.seconds[name] += _now(self.device) - started
+
+    def _give_up(self, name: str, error: BaseException) -> None:
+        """Skip a reward if that is the policy; the SDK's own errors say that it returned nonsense, and always count."""
+        if self.on_error == "raise" or isinstance(error, RewardError) or not isinstance(error, Exception):
+            raise error
+        self.skipped[name] = error
 
 
-def _give_up(tally: _Tally, error: Exception, on_error: OnError) -> None:
-    if on_error == "raise":
-        raise error
-    tally.error = error
-
-
-def _await_all(rewards: Mapping[str, Reward], judged: Mapping[str, RewardBatch]) -> list[Any]:
+def _await_all(rewards: Mapping[str, Reward], given: Mapping[str, RewardBatch]) -> dict[str, Any]:
     """Await all rewards together; each result is scores and seconds, or the exception it raised."""
 
     async def timed(reward: Reward, batch: RewardBatch) -> tuple[Tensor, float]:
@@ -190,27 +191,11 @@ def _await_all(rewards: Mapping[str, Reward], judged: Mapping[str, RewardBatch])
         return await reward.score_async(batch), time.perf_counter() - started
 
     async def together() -> list[Any]:
-        calls = [timed(reward, judged[name]) for name, reward in rewards.items()]
+        calls = [timed(reward, given[name]) for name, reward in rewards.items()]
         return await asyncio.gather(*calls, return_exceptions=True)
 
     with torch.no_grad():
-        return asyncio.run(together())
-
-
-def _collect_awaited(
-    rewards: Mapping[str, Reward],
-    chunk: RewardBatch,
-    future: Future[list[Any]],
-    tallies: Mapping[str, _Tally],
-    on_error: OnError,
-) -> None:
-    for (name, reward), result in zip(rewards.items(), future.result(), strict=True):
-        if isinstance(result, Exception):
-            _give_up(tallies[name], result, on_error)
-            continue
-        scores, seconds = result
-        tallies[name].seconds += seconds
-        tallies[name].outputs.append(RewardOutput(_checked_scores(reward, chunk, scores)))
+        return dict(zip(rewards, asyncio.run(together()), strict=True))
 
 
 def _given(reward: Reward, chunk: RewardBatch, device: torch.device) -> RewardBatch:
@@ -235,7 +220,7 @@ def _differentiated(reward: Reward, chunk: RewardBatch, device: torch.device) ->
     else:
         gradient = None
     if gradient is None:
-        raise _UnusableError(
+        raise RewardError(
             f"reward {reward.name!r} declares gradient='autograd', but its scores carry no gradient: remove no_grad, "
             "detach, PIL or NumPy from score(), or declare gradient='none'"
         )
@@ -246,7 +231,7 @@ def _differentiated(reward: Reward, chunk: RewardBatch, device: torch.device) ->
 def _own_field(reward: Reward, batch: RewardBatch, differentiate: bool) -> RewardOutput:
     output = reward.field(batch) if differentiate else RewardOutput(reward.score(batch))
     if not isinstance(output, RewardOutput):
-        raise _UnusableError(
+        raise RewardError(
             f"reward {reward.name!r}: field(batch) must return a RewardOutput; got {type(output).__name__}"
         )
     return RewardOutput(_checked_scores(reward, batch, output.scores), output.gradient, output.magnitude)
@@ -280,22 +265,18 @@ def _merged(reward: Reward, batch: RewardBatch, outputs: Sequence[RewardOutput])
     return output
 
 
-class _UnusableError(RewardError):
-    """What a reward returned cannot be used; unlike an exception of its own, this is never skipped."""
-
-
 def _checked_scores(reward: Reward, batch: RewardBatch, scores: object) -> Tensor:
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         got = f"a tensor of {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
-        raise _UnusableError(f"reward {reward.name!r} must return a floating-point tensor of scores; got {got}")
+        raise RewardError(f"reward {reward.name!r} must return a floating-point tensor of scores; got {got}")
     if scores.shape != (len(batch),):
-        raise _UnusableError(
+        raise RewardError(
             f"reward {reward.name!r} must return one score per sample, shape [{len(batch)}]; got {list(scores.shape)}"
         )
     scores = scores.detach().to(batch.latents.device, torch.float32)
     if scores.isinf().any():
         shown = ", ".join(f"{value:.4g}" for value in scores[:8].tolist()) + (", ..." if len(scores) > 8 else "")
-        raise _UnusableError(f"reward {reward.name!r} returned an infinite score: {shown}")
+        raise RewardError(f"reward {reward.name!r} returned an infinite score: {shown}")
     return scores
 
 
