@@ -63,7 +63,8 @@ def table(rows: list[dict[str, object]]) -> str:
         for name in (*COLUMNS, "FID-SD"):
             values = [float(str(row[name])) for row in own]
             spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-            cells.append(f"{statistics.mean(values):.4f} ± {spread:.4f}")
+            digits_shown = 5 if name == "legibility" else 4 if name == "jpeg" else 2
+            cells.append(f"{statistics.mean(values):.{digits_shown}f} ± {spread:.{digits_shown}f}")
         lines.append(cells)
     return markdown_table(("rewards", "seeds", *COLUMNS, "FID-SD"), lines)
 

@@ -18,6 +18,9 @@ from rdm_sdk.core.losses import pathwise_loss
 from rdm_sdk.core.matching import matching_gradient, residual_magnitude
 from rdm_sdk.hosting import add_roles
 from rdm_sdk.models.load import load_adapter
+from rdm_sdk.rewards.base import RewardBatch
+from rdm_sdk.rewards.evaluate import evaluate_reward
+from rdm_sdk.rewards.resolve import resolve_rewards
 
 pytestmark = [
     pytest.mark.gpu,
@@ -133,3 +136,25 @@ def test_resume_on_cuda_is_bit_exact(make_trainer: Callable[..., Any], tmp_path:
     for role in ("student", "fake"):
         for one, other in zip(whole.parameters_of(role), resumed.parameters_of(role), strict=True):
             assert torch.equal(one, other)
+
+
+def test_rewards_agree_with_the_cpu_and_are_offloaded() -> None:
+    """Scores and gradients are the CPU's; with offloading, the reward's model is back on the CPU afterwards."""
+    weights = Path(__file__).parent / "assets" / "digits_clip"
+    reward = resolve_rewards(f'clip[path="{weights}"]')[0].reward
+    images, prompts = digits.heldout_images()[:20], digits.prompts() * 2
+    on_cpu = evaluate_reward(reward, RewardBatch.from_images(images, prompts))
+    on_gpu = evaluate_reward(reward, RewardBatch.from_images(images.cuda(), prompts), chunk_size=6, offload=True)
+    assert on_gpu.scores.device.type == "cuda"
+    assert torch.allclose(on_gpu.scores.cpu(), on_cpu.scores, atol=1e-4)
+    assert on_gpu.gradient is not None
+    assert on_cpu.gradient is not None
+    assert torch.nn.functional.cosine_similarity(on_gpu.gradient.cpu().flatten(), on_cpu.gradient.flatten(), 0) > 0.999
+    assert {parameter.device.type for parameter in reward.encoder.parameters()} == {"cpu"}
+
+
+def test_a_reward_on_a_device_of_its_own(make_trainer: Callable[..., Any], tmp_path: Path) -> None:
+    """A run on CUDA with its reward on the CPU."""
+    trainer = make_trainer(tmp_path, "dm + 0.5*legibility", use_cpu=False, reward_device="cpu", bf16=True)
+    trainer.train()
+    assert trainer.state.global_step == 2
