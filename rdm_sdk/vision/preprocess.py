@@ -24,7 +24,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def to_8_bits(images: Tensor) -> Tensor:
     """Clamp images to [0, 1] and round them to multiples of 1/255; the rounding passes gradients unchanged."""
     inside = images.clamp(0, 1)
-    return inside + ((inside * 255).round() / 255 - inside).detach()
+    # Halves go up, as in PIL; torch.round would send them to the even neighbor.
+    return inside + ((inside * 255 + 0.5).floor() / 255 - inside).detach()
 
 
 def resize(images: Tensor, size: tuple[int, int], method: Filter = "bicubic", antialias: bool = True) -> Tensor:
