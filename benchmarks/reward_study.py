@@ -1,6 +1,6 @@
 """What a reward beside distribution matching brings, and what it costs: reward against FID-SD on the embedded teacher.
 
-    OMP_NUM_THREADS=1 python benchmarks/reward_study.py --out build/reward_study    # three seeds, about half an hour
+    OMP_NUM_THREADS=1 python benchmarks/reward_study.py --out build/reward_study    # three seeds, about an hour
     python benchmarks/reward_study.py --out build/reward_study --smoke              # a minute, to see that it runs
 
 Each run's figures are written to `<out>/runs.jsonl` as it ends; a run that is already there is not repeated. The table
@@ -23,10 +23,12 @@ from rdm_sdk.demo import LORA_TARGETS, demo_config
 
 SPECS = (
     "dm",
+    "dm + 0.02*legibility",
     "dm + 0.1*legibility",
     "dm + 0.5*legibility",
     "dm + 0.1*jpeg",
     "dm + 0.5*jpeg",
+    "dm + 2*jpeg",
 )
 COLUMNS = ("legibility", "jpeg")
 
@@ -57,7 +59,8 @@ def run(spec: str, seed: int, steps: int, num_samples: int, out: Path) -> dict[s
 def table(rows: list[dict[str, object]]) -> str:
     """Return the table of all runs: mean and standard deviation over the seeds."""
     lines = []
-    for spec in dict.fromkeys(str(row["spec"]) for row in rows):
+    ran = {str(row["spec"]) for row in rows}
+    for spec in [spec for spec in SPECS if spec in ran] + sorted(ran - set(SPECS)):
         own = [row for row in rows if row["spec"] == spec]
         cells = [spec, len(own)]
         for name in (*COLUMNS, "FID-SD"):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rdm_sdk.registry import KNOWN_PLUGINS, Plugin, PluginWarning, discover, registry
+from rdm_sdk.registry import KNOWN_PLUGINS, Plugin, PluginWarning, discover, registry, strict
 
 
 def add_commands(commands: Any) -> None:
@@ -52,7 +52,10 @@ def list_rewards(options: argparse.Namespace) -> int:
 
 
 def show_reward(options: argparse.Namespace) -> int:
-    entry, target = registry().find(options.name), registry().load(options.name)
+    from rdm_sdk.rewards.spec import parse_spec
+
+    name = parse_spec(options.name)[0].name  # options and a variant may be written along
+    entry, target = registry().find(name), registry().load(name)
     print(f"{entry.name}  ({entry.distribution}, {entry.target})\n")
     print(inspect.cleandoc(target.__doc__ or entry.description or "no description"))
     capabilities = getattr(target, "capabilities", None)
@@ -103,7 +106,7 @@ def show_plugins(options: argparse.Namespace) -> int:
     for plugin in plugins:
         for failure in plugin.failures:
             print(f"\nFAULT in {plugin.key} ({plugin.version}): {failure}")
-    return 0
+    return 1 if strict() and any(plugin.failures for plugin in plugins) else 0
 
 
 def new_reward(options: argparse.Namespace) -> int:

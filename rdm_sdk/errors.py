@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class RDMError(Exception):
@@ -28,6 +30,13 @@ class CheckpointError(RDMError):
 
 class RewardError(RDMError):
     """A reward that is unknown, misused or returned something unusable."""
+
+
+def said(error: BaseException) -> str:
+    """Return an exception as "Type: message (file.py, line 12)", the place being where it was raised."""
+    text = f"{type(error).__name__}: {str(error).rstrip('. ')}"
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{text} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else text
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

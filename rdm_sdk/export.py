@@ -71,6 +71,7 @@ def move_into(staged: Path, target: Path) -> None:
 def model_card(adapter: ModelAdapter, info: StudentInfo) -> str:
     """Return the model card: base, method, rewards, settings, and the code that samples the student."""
     rewards = show_spec([own.term for own in info.rewards])
+    origins = ", ".join(dict.fromkeys(str(own.reward.provenance()["origin"]) for own in info.rewards))
     pipeline = type(adapter.pipeline).__name__
     scheduler = type(adapter.pipeline.scheduler).__name__
     data = ModelCardData(
@@ -99,7 +100,7 @@ pipe.scheduler = {scheduler}.from_pretrained(folder, subfolder="scheduler")
 image = pipe("{{your prompt}}", {adapter.inference_call(info.num_steps)}).images[0]
 ```
 
-- Rewards: `{rewards}`
+- Rewards: `{rewards}` (from {origins})
 - Noise levels of the steps: {grid} (in `scheduler/`; each step predicts the image and noises it again)
 - The same weights in PEFT's format: `{PEFT_FOLDER}/`
 

@@ -12,8 +12,8 @@ PROJECT = "rdm_sdk"
 CONTRACT_VERSION = 1
 """Of the reward contract; a plugin says which one it was written for, and one from the future is refused by name."""
 
-# A hyphen inside a name is part of it; at the end of one it is the minus of a reward spec.
-_WORD = r"[A-Za-z](?:[A-Za-z0-9_]|-(?=[A-Za-z0-9_]))*"
+# A hyphen before a letter is part of the name; any other is the minus of a reward spec.
+_WORD = r"[A-Za-z](?:[A-Za-z0-9_]|-(?=[A-Za-z]))*"
 REWARD_NAME = rf"(?:{_WORD}/)?{_WORD}"
 """Pattern of a reward's name: bare for the SDK's own rewards, `owner/name` for everyone else's."""
 
@@ -35,6 +35,10 @@ class RegisterReward(Protocol):
             contract: the contract version that the reward was written for.
         """
         ...
+
+
+ARGUMENTS = {"rdm_register_rewards": ("register",)}
+"""What each hook is given, for messages."""
 
 
 @hookspec

@@ -22,7 +22,7 @@ import pluggy
 
 import rdm_sdk
 from rdm_sdk import hookspecs
-from rdm_sdk.errors import ConfigError, RewardError, nearest
+from rdm_sdk.errors import ConfigError, RewardError, nearest, said
 
 BUILTIN = "rdm-sdk"
 ONLY, WITHOUT, STRICT = "RDM_SDK_PLUGINS", "RDM_SDK_DISABLE_PLUGINS", "RDM_SDK_STRICT_PLUGINS"
@@ -52,7 +52,13 @@ class RewardEntry:
     target: str
     """"module:attribute"."""
     distribution: str
+    version: str
+    """Of the distribution."""
     description: str = ""
+
+    @property
+    def origin(self) -> str:
+        return f"{self.distribution} {self.version}"
 
 
 @dataclass
@@ -138,7 +144,7 @@ class Registry:
         except Exception as error:
             raise RewardError(
                 f"the reward {name!r} of {entry.distribution} cannot be imported from {entry.target!r}: "
-                f"{type(error).__name__}: {error}. Repair or upgrade {entry.distribution}."
+                f"{said(error)}. Repair or upgrade {entry.distribution}."
             ) from error
 
     def fingerprint(self) -> list[str]:
@@ -159,6 +165,11 @@ def discover() -> Registry:
     return build_registry(_selected(entry_points(group=hookspecs.PROJECT), os.environ))
 
 
+def strict() -> bool:
+    """Whether a plugin's fault is an error: RDM_SDK_STRICT_PLUGINS is set to anything but 0."""
+    return os.environ.get(STRICT, "0") not in ("", "0")
+
+
 @cache
 def registry() -> Registry:
     """Return what `discover` finds; each fault becomes a `PluginWarning`, once.
@@ -170,7 +181,7 @@ def registry() -> Registry:
     for plugin in built.plugins:
         for failure in plugin.failures:
             message = f"rdm-sdk plugin {plugin.key} ({plugin.version}): {failure}"
-            if os.environ.get(STRICT, "0") not in ("", "0"):
+            if strict():
                 raise ConfigError(f"{message}. {STRICT} is set, so this stops the program.") from plugin.cause
             warnings.warn(message, PluginWarning, stacklevel=2)
     return built
@@ -197,7 +208,7 @@ def _load(plugin: Plugin, load: Any) -> None:
     try:
         module = load()
     except Exception as error:
-        plugin.fail(f"it cannot be imported: {type(error).__name__}: {error}", error)
+        plugin.fail(f"it cannot be imported: {said(error)}", error)
         return
     try:
         manager.register(module, plugin.key)
@@ -216,12 +227,12 @@ def _load(plugin: Plugin, load: Any) -> None:
             plugin.refused[str(name)] = problem
             plugin.fail(problem)
         else:
-            plugin.rewards.append(RewardEntry(name, target, plugin.distribution, description))
+            plugin.rewards.append(RewardEntry(name, target, plugin.distribution, plugin.version, description))
 
     try:
         manager.hook.rdm_register_rewards(register=register)
     except Exception as error:
-        plugin.fail(f"its hook rdm_register_rewards raised {type(error).__name__}: {error}", error)
+        plugin.fail(f"its hook rdm_register_rewards raised {said(error)}", error)
 
 
 def _explain(error: pluggy.PluginValidationError, known: list[str]) -> str:
@@ -236,8 +247,8 @@ def _explain(error: pluggy.PluginValidationError, known: list[str]) -> str:
     future = re.search(r"hook '(\w+)'.*?hookimpl definition: (.*?) Argument\(s\) (\{.*?\})", text)
     if future:
         return (
-            f"its hook {future[1]!r} asks for {future[3]}, which rdm-sdk {rdm_sdk.__version__} does not give; the "
-            "plugin needs a newer rdm-sdk"
+            f"its hook {future[1]!r} asks for {future[3]}, which rdm-sdk {rdm_sdk.__version__} does not give (it "
+            f"gives: {', '.join(hookspecs.ARGUMENTS[future[1]])}); it is misspelt, or the plugin needs a newer rdm-sdk"
         )
     return f"pluggy refuses it: {text}"
 
@@ -254,6 +265,8 @@ def _unacceptable(name: object, target: object, contract: object, plugin: Plugin
         )
     if "/" not in name and plugin.distribution not in (BUILTIN, KNOWN_PLUGINS.get(name)):
         return f"it registers the bare name {name!r}, which is kept for the SDK's own rewards; name it 'owner/{name}'"
+    if name in [entry.name for entry in plugin.rewards]:
+        return f"it registers {name!r} twice"
     return None
 
 

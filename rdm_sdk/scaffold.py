@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 import shutil
 import tempfile
@@ -31,19 +32,19 @@ def new_reward(name: str, directory: Path) -> Path:
     """
     if not re.fullmatch(REWARD_NAME, name, re.ASCII) or "/" not in name:
         raise ConfigError(
-            f"{name!r} cannot be a reward's name; write 'owner/name' in letters, digits, '-' and '_', such as "
-            "acme/sharpness (bare names are the SDK's own)"
+            f"{name!r} cannot be a reward's name; write 'owner/name', each beginning with a letter and going on "
+            "with letters, digits, '-' and '_', such as acme/sharpness (bare names are the SDK's own)"
         )
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower())
     major, minor = rdm_sdk.__version__.split(".")[:2]
-    own = name.partition("/")[2]
+    classname = "".join(part[:1].upper() + part[1:] for part in re.split(r"[-_]", name.partition("/")[2]))
     values = {
         "name": name,
         "distribution": f"rdm-reward-{slug}",
         "package": f"rdm_reward_{slug.replace('-', '_')}",
         "module": slug.replace("-", "_"),
         "entry": slug,
-        "classname": "".join(part[:1].upper() + part[1:] for part in re.split(r"[-_]", own)),
+        "classname": f"{classname}Reward" if keyword.iskeyword(classname) else classname,
         "minimum": f"{major}.{minor}",
         "limit": f"{major}.{int(minor) + 1}",
     }

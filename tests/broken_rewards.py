@@ -148,6 +148,14 @@ class Rounded(Sound):
         return (batch.images * 255).detach().round().mean(dim=(1, 2, 3))
 
 
+class NeighborlyGradient(Sound):
+    """Its score is a sample's own; its gradient is that of the whole batch."""
+
+    def score(self, batch: RewardBatch) -> Tensor:
+        own = brightness(batch)
+        return own + own.sum() - own.sum().detach()
+
+
 class WrongSign(Sound):
     """Its gradient points downhill."""
 
@@ -185,6 +193,7 @@ BROKEN: dict[str, type[Reward]] = {
     "bfloat16_input": OwnDecoding,
     "device_round_trip": DeviceByName,
     "gradient_not_zero": Rounded,
+    "gradient_chunk_invariant": NeighborlyGradient,
     "ascent_raises_score": WrongSign,
     "config_round_trip": DriftingConfig,
 }

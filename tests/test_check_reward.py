@@ -10,6 +10,7 @@ import pytest
 import torch
 from broken_rewards import BROKEN, DeafToPrompts, Sound
 
+from rdm_sdk import Capabilities, RewardError
 from rdm_sdk.testing import (
     CHECKS,
     RewardCheckError,
@@ -88,14 +89,34 @@ def test_expected_failures():
 
 
 def test_an_exception_is_a_failed_check():
-    """A reward that raises is reported with its exception."""
+    """A reward that raises is reported once, with its exception, its place, and its traceback as the cause."""
 
     class Raising(Sound):
         def score(self, batch):
             raise KeyError("aspect")
 
-    failed = [result for result in run_reward_checks(Raising()) if result.status == "failed"]
-    assert "KeyError: 'aspect'" in failed[0].message
+    (failed,) = [result for result in run_reward_checks(Raising()) if result.status == "failed"]
+    assert "KeyError: 'aspect' (test_check_reward.py, line " in failed.message
+    with pytest.raises(RewardCheckError) as caught:
+        check_reward(Raising())
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_reward_with_columns_must_bring_its_example():
+    """The kit cannot make up a stranger's columns."""
+
+    class Captioned(Sound):
+        capabilities = Capabilities(columns=("caption",))
+
+    with pytest.raises(RewardError, match=r"needs the columns caption: write example\(self\)"):
+        check_reward(Captioned())
+
+
+def test_a_reward_defined_in_a_script(monkeypatch):
+    """What cannot be imported afresh is not held against it."""
+    monkeypatch.setattr(Sound, "__module__", "__main__")
+    results = {result.name: result for result in check_reward(Sound())}
+    assert results["imports_without_cuda"].status == "skipped"
 
 
 @parametrize_reward_checks(Sound)

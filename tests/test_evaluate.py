@@ -245,7 +245,6 @@ class Failing(Reward):
         ([1.0] * 6, "got list"),
         (None, "got NoneType"),
         (torch.tensor([1.0] * 5 + [float("inf")]), "an infinite score: 1, 1, 1, 1, 1, inf"),
-        (torch.full((6,), float("nan")), "NaN .not applicable. for every sample"),
     ],
 )
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
@@ -253,6 +252,44 @@ def test_nonsense_raises_under_every_policy(returned: object, words: str, on_err
     """What a reward returns is never skipped over."""
     with pytest.raises(RewardError, match=words):
         evaluate_reward(Failing(returned), latent_batch(), on_error=on_error)
+
+
+@pytest.mark.parametrize("returned", [torch.full((6,), float("nan")), [None] * 6], ids=["tensor", "function"])
+def test_a_reward_that_applies_to_nothing(returned: Any) -> None:
+    """It raises and says what to do; under "skip" it sits the batch out."""
+    reward = (
+        Failing(returned) if isinstance(returned, Tensor) else as_reward(lambda images, prompts: returned, "failing")
+    )
+    with pytest.raises(
+        RewardError, match=r"NaN .not applicable. for every sample; first prompt: 'p0'.*on_error='skip'"
+    ):
+        evaluate_rewards({"failing": reward}, latent_batch())
+    result = evaluate_rewards({"failing": reward, "bright": Brightness()}, latent_batch(), on_error="skip")
+    assert list(result.outputs) == ["bright"]
+    assert list(result.skipped) == ["failing"]
+
+
+def test_changing_the_images_in_place_is_caught() -> None:
+    """The culprit is named before another reward judges what it left behind; lists are copies anyway."""
+
+    def evil(images, prompts, row):
+        prompts.clear()
+        row.append(7)
+        images.mul_(2)
+        return [0.0] * len(images)
+
+    batch = latent_batch()
+    with pytest.raises(RewardError, match=r"'evil' changes its images in place.*use x [*] 2 instead"):
+        evaluate_rewards({"evil": as_reward(evil), "bright": Brightness()}, batch)
+    assert batch.prompts == [f"p{i // 2}" for i in range(6)]
+    assert batch.columns["row"] == list(range(6))
+
+
+def test_an_exception_names_its_reward() -> None:
+    """The author's exception arrives as it was raised, with a note."""
+    with pytest.raises(OSError, match="no route") as caught:
+        evaluate_rewards({"judge": Failing(OSError("no route"))}, latent_batch())
+    assert caught.value.__notes__ == ["(raised by the reward 'judge')"]
 
 
 class OwnField(Reward):
@@ -400,7 +437,8 @@ def test_times_and_provenance() -> None:
     stored = result.provenance["bright"]
     assert stored["reward"] == "brightness"
     assert stored["options"] == {"power": 3.0}
-    assert stored.keys() >= {"preprocessing", "package", "package_version", "sdk_version"}
+    assert stored["origin"] == __name__
+    assert stored.keys() >= {"preprocessing", "sdk_version"}
 
 
 # ---- Finished images ----------------------------------------------------------------------------------------------
@@ -414,6 +452,7 @@ def test_score_images() -> None:
     assert (result.outputs["jpeg"].scores < 0).all()
     assert result.outputs["brightness"].gradient is None
     assert result.provenance["jpeg"]["options"] == {"quality": 95}
+    assert result.provenance["jpeg"]["origin"] == "rdm-reward-jpeg 0.1.0"
 
 
 @pytest.mark.parametrize(
@@ -423,7 +462,14 @@ def test_score_images() -> None:
         ("jpeg", torch.rand(2, 8, 8, 3), None, r"\[N, 3, H, W\].*got \[2, 8, 8, 3\]"),
         ("jpeg", torch.zeros(2, 3, 8, 8, dtype=torch.uint8), None, "got .*uint8"),
         ("jpeg", torch.rand(2, 3, 8, 8), ["a"], "2 images do not go with 1 prompts"),
+        ("jpeg", [[0.5]], None, "got list"),
         ("legibility", torch.rand(2, 3, 8, 8), None, "'legibility' reads prompts; pass one per image"),
+        (
+            lambda images, caption: [0.0],
+            torch.rand(2, 3, 8, 8),
+            None,
+            r"needs a column 'caption'; pass columns={'caption'",
+        ),
         ("dm", torch.rand(2, 3, 8, 8), None, "'dm' needs the models of a training run"),
     ],
 )

@@ -104,6 +104,26 @@ def test_unusable_names_are_refused(tmp_path: Path, name: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_models_example_of_the_page(tmp_path: Path) -> None:
+    """The page's class with a CLIP is made, keeps its options apart and scores."""
+    import torch
+
+    from rdm_sdk.testing import check_reward, save_tiny_clip
+
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if "class Score" in block]
+    names: dict[str, object] = {"__name__": __name__}
+    exec(code, names)
+    reward = names["Score"](path=str(save_tiny_clip(tmp_path)), variant="v1")
+    assert {result.status for result in check_reward(reward)} <= {"passed", "skipped"}
+    assert torch.is_tensor(reward.clip.model.logit_scale)
+
+
+def test_a_keyword_is_no_class_name(tmp_path: Path) -> None:
+    """`you/true` becomes TrueReward."""
+    folder = new_reward("you/true", tmp_path)
+    assert "class TrueReward(Reward)" in (folder / "rdm_reward_you_true" / "reward.py").read_text()
+
+
 def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
     """A second call does not overwrite what the author wrote."""
     folder = new_reward("acme/sharpness", tmp_path)

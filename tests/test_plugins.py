@@ -252,6 +252,7 @@ def test_plugins_as_json(install: Install, run: Run) -> None:
         "name": "good/ink",
         "target": "good_one_rewards:Ink",
         "distribution": "good-one",
+        "version": "1.2",
         "description": "",
     } in entries
 

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from rdm_sdk import CheckpointError, RewardError
+from rdm_sdk import Capabilities, CheckpointError, Reward, RewardError
 from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.callables import CallableReward
 from rdm_sdk.rewards.evaluate import evaluate_reward
+from rdm_sdk.rewards.resolve import resolve_rewards
 
 
 def batch(count: int = 4) -> RewardBatch:
@@ -48,3 +49,117 @@ def test_resuming_with_another_alpha_is_refused(make_trainer, tmp_path):
     other = make_trainer(tmp_path, peft_config=LoraConfig(r=4, lora_alpha=8), max_steps=2)
     with pytest.raises(CheckpointError, match="alpha 4"):
         other.train(resume_from_checkpoint=True)
+
+
+def test_a_function_gets_the_columns_that_it_takes():
+    """With **columns it gets all; without, those in its signature, and those without a default are required."""
+    full = RewardBatch.from_images(torch.rand(2, 3, 8, 8), ["a", "b"], columns={"size": [1, 2], "other": [3, 4]})
+
+    def named(images, size, prompts=None, weight=2.0):
+        return [weight * value for value in size]
+
+    reward = CallableReward(named)
+    assert reward.capabilities.columns == ("size",)
+    assert evaluate_reward(reward, full).scores.tolist() == [2.0, 4.0]
+
+    def everything(images, prompts, **columns):
+        return columns["other"]
+
+    assert evaluate_reward(CallableReward(everything), full).scores.tolist() == [3.0, 4.0]
+    assert CallableReward(everything).capabilities.columns == ()
+
+
+@pytest.mark.parametrize(
+    ("declared", "words"),
+    [
+        ({"space": "pixels"}, r"space='pixels'.*one of 'pixel', 'latent'. Did you mean 'pixel'"),
+        ({"gradient": True}, "gradient=True"),
+        ({"scope": "groups"}, "Did you mean 'group'"),
+        ({"dtype": "fp16"}, "dtype='fp16'"),
+        ({"columns": "caption"}, r"must be a tuple of names: \('caption',\)"),
+        ({"range": (1, 0)}, "must be .low, high. or None"),
+    ],
+)
+def test_capabilities_are_checked(declared, words):
+    """A misspelt declaration would be ignored silently otherwise."""
+    with pytest.raises(RewardError, match=words):
+        Capabilities(**declared)
+
+
+class Silent(Reward):
+    """Declares, and writes nothing."""
+
+    capabilities = Capabilities()
+
+
+class Unclear(Reward):
+    """Declares nothing."""
+
+    def score(self, batch):
+        return batch.images.mean(dim=(1, 2, 3))
+
+
+class Bare(Unclear):
+    """Forgets its parent."""
+
+    capabilities = Capabilities()
+
+    def __init__(self):
+        self.model = None
+
+
+class Odd(Unclear):
+    """Its options are no RewardConfig."""
+
+    capabilities = Capabilities()
+
+    class Config:
+        radius = 1
+
+
+class Waiting(Reward):
+    """Asynchronous, with nothing but `score_async`."""
+
+    capabilities = Capabilities(asynchronous=True)
+
+    async def score_async(self, batch):
+        return batch.images.mean(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (Silent, r"Silent must write score\(self, batch\)"),
+        (Unclear, r"Unclear must have a class attribute capabilities = Capabilities\(...\)"),
+        (Odd, "Odd.Config must be a subclass of rdm_sdk.RewardConfig"),
+        (lambda: resolve_rewards(Bare()), r"Bare.__init__ must call super\(\).__init__\(\)"),
+        (lambda: resolve_rewards(Waiting), r"pass Waiting\(\) instead of Waiting"),
+        (lambda: Waiting().score(None), "score_async.batch. is to be awaited"),
+    ],
+)
+def test_unusable_classes_are_refused(make, words):
+    """What a subclass forgot is said by its name."""
+    with pytest.raises(RewardError, match=words):
+        make()
+
+
+def test_an_asynchronous_class_needs_no_score():
+    """`score_async` is enough."""
+    images = torch.rand(3, 3, 8, 8)
+    scores = evaluate_reward(Waiting(), RewardBatch.from_images(images)).scores
+    assert torch.equal(scores, images.mean(dim=(1, 2, 3)))
+
+
+def test_models_in_lists_and_dicts_are_moved():
+    """The host finds modules one level deep."""
+
+    class Nested(Unclear):
+        capabilities = Capabilities()
+
+        def __init__(self):
+            super().__init__()
+            self.listed, self.named = [torch.nn.Linear(1, 1)], {"a": torch.nn.Linear(1, 1)}
+
+    reward = Nested()
+    reward.to("meta")
+    assert reward.listed[0].weight.device.type == reward.named["a"].weight.device.type == "meta"

@@ -12,7 +12,7 @@ from rdm_sdk import RewardError, RewardTerm, parse_spec
 from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.rewards.spec import label_terms, make_term, show_spec
 
-WORD = st.from_regex(r"[A-Za-z][A-Za-z0-9_]{0,6}(-[A-Za-z0-9_]{1,4})?", fullmatch=True)
+WORD = st.from_regex(r"[A-Za-z][A-Za-z0-9_]{0,6}(-[A-Za-z][A-Za-z0-9_]{0,3})?", fullmatch=True)
 PART = st.from_regex(r"[A-Za-z0-9_.][A-Za-z0-9_./-]{0,8}", fullmatch=True)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 SCALAR = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT
@@ -59,6 +59,35 @@ def test_random_strings_raise_nothing_else(text):
         return
     assert terms
     assert all(isinstance(term, RewardTerm) and math.isfinite(term.weight) for term in terms)
+
+
+@pytest.mark.parametrize(
+    "text", ["true", "null", "1", "-2.5", "1e3", ".5x", "", "a b", '"', "\\", "x+-y", "1e+16", "é"]
+)
+def test_texts_that_look_like_something_else(text):
+    """A text stays a text, whatever it looks like."""
+    term = make_term({"name": "dm", "options": {"x": text, "y": [text, True, 1, 1e16]}})
+    (parsed,) = parse_spec(str(term))
+    assert parsed.options == {"x": text, "y": (text, True, 1, 1e16)}
+    assert [type(value) for value in parsed.options["y"]] == [str, bool, int, float]
+
+
+def test_numbers_that_no_spec_can_hold():
+    """Infinity, NaN and numbers longer than Python reads are refused as the SDK refuses things."""
+    for value in (float("inf"), float("nan")):
+        with pytest.raises(RewardError, match="option"):
+            make_term({"name": "dm", "options": {"x": value}})
+    with pytest.raises(RewardError, match="column"):
+        parse_spec(f"dm[x={'9' * 5000}]")
+    for weight in (float("inf"), float("nan")):
+        with pytest.raises(RewardError, match="finite"):
+            resolve_rewards([("dm", weight)])
+
+
+def test_a_minus_needs_no_spaces_before_a_number():
+    """A hyphen belongs to a name only before a letter."""
+    assert parse_spec("dm-0.2*jpeg") == parse_spec("dm - 0.2*jpeg")
+    assert parse_spec("fine-grain")[0].name == "fine-grain"
 
 
 def test_the_example_of_the_docs():

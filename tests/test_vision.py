@@ -19,7 +19,6 @@ from rdm_sdk.testing import example_images, save_tiny_clip
 from rdm_sdk.vision import CLIP_MEAN, CLIP_STD, ImageTransform, find_file, load_checked, load_clip, read_tensors, resize
 
 SIZES = [(512, 512), (300, 400), (400, 300), (37, 53), (64, 64), (768, 1024), (224, 224), (200, 600)]
-FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 def photograph(height: int, width: int) -> np.ndarray:
@@ -32,15 +31,15 @@ def as_tensor(picture: np.ndarray) -> Tensor:
     return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 255
 
 
-@pytest.mark.parametrize("method", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_resize_equals_pil(size: tuple[int, int], method: str) -> None:
+def test_resize_equals_pil(size: tuple[int, int]) -> None:
     """The mean difference from PIL is below 0.01 of 255, upwards and downwards."""
     picture = photograph(*size)
     shorter = min(size)
-    for target in ((224 * size[0] // shorter, 224 * size[1] // shorter), (48, 224)):
-        expected = np.asarray(Image.fromarray(picture).resize(target[::-1], FILTERS[method])).astype(float)
-        found = resize(as_tensor(picture), target, method)[0].permute(1, 2, 0).numpy() * 255
+    for side in (224, 48):
+        target = (side * size[0] // shorter, side * size[1] // shorter)
+        expected = np.asarray(Image.fromarray(picture).resize(target[::-1], Image.Resampling.BICUBIC)).astype(float)
+        found = resize(as_tensor(picture), target)[0].permute(1, 2, 0).numpy() * 255
         assert np.abs(found - expected).mean() < 0.01
         assert np.abs(found - expected).max() <= 2
 

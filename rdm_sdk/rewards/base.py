@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,9 +14,16 @@ from torch import Tensor, nn
 
 import rdm_sdk
 from rdm_sdk.core.noise import NoiseSchedule, add_noise, draw_sigma
-from rdm_sdk.errors import RewardError
+from rdm_sdk.errors import RewardError, nearest
 from rdm_sdk.rewards.spec import checked_model
 from rdm_sdk.types import Denoiser, RewardOutput
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "space": ("pixel", "latent"),
+    "gradient": ("none", "autograd", "field"),
+    "scope": ("sample", "group"),
+    "dtype": ("float32", "bfloat16", "float16"),
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,21 @@ class Capabilities:
     """Whether it is awaited (`score_async`); such rewards run at the same time as the others."""
     trains: str | None = None
     """The role (a LoRA adapter on the base model) that the reward trains with `training_loss`, if any."""
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                offered = ", ".join(repr(choice) for choice in choices)
+                raise RewardError(
+                    f"Capabilities({name}={value!r}) cannot be used; it must be one of {offered}."
+                    f"{nearest(str(value), choices)}"
+                )
+        columns: object = self.columns  # type checkers believe the annotation, authors do not read it
+        if isinstance(columns, str):
+            raise RewardError(f"Capabilities(columns={self.columns!r}) must be a tuple of names: ({self.columns!r},)")
+        if self.range is not None and not (len(self.range) == 2 and self.range[0] < self.range[1]):
+            raise RewardError(f"Capabilities(range={self.range!r}) cannot be used; it must be (low, high) or None")
 
 
 @dataclass(frozen=True)
@@ -96,10 +117,9 @@ class RewardBatch:
         Raises:
             RewardError: images that are not such a tensor, or another number of prompts.
         """
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise RewardError(
-                f"images must be an RGB float tensor [N, 3, H, W] in [0, 1]; got {list(images.shape)} {images.dtype}"
-            )
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            got = f"{list(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+            raise RewardError(f"images must be an RGB float tensor [N, 3, H, W] in [0, 1]; got {got}")
         if images.numel() and not (images.amin() >= 0 and images.amax() <= 1):
             raise RewardError(
                 f"images must lie in [0, 1]; they span [{images.amin():.4g}, {images.amax():.4g}]. Divide 8-bit images "
@@ -108,6 +128,9 @@ class RewardBatch:
         texts = [""] * len(images) if prompts is None else list(prompts)
         if len(texts) != len(images) or len(images) % group_size:
             raise RewardError(f"{len(images)} images do not go with {len(texts)} prompts in groups of {group_size}")
+        for name, values in (columns or {}).items():
+            if len(values) != len(images):
+                raise RewardError(f"column {name!r} has {len(values)} entries for {len(images)} images")
         return cls(images.detach(), texts, group_size, lambda pixels: pixels, columns or {})
 
     def __len__(self) -> int:
@@ -193,6 +216,8 @@ class Reward(ABC):
     name: str = ""
     """What logs call it; the name it is registered under, by default the class's in lower case."""
     capabilities: Capabilities
+    origin: str = ""
+    """The distribution that it comes from, with its version; set by the registry."""
     preprocessing: str = "none"
     """Names what is done to the images before a model sees them; kept with the scores, which depend on it."""
 
@@ -201,15 +226,16 @@ class Reward(ABC):
 
     def __init__(self, config: RewardConfig | None = None, **options: object) -> None:
         self.name = self.name or type(self).__name__.lower()
+        _check_class(type(self))
         if config is not None and not isinstance(config, type(self).Config):
             raise RewardError(
                 f"reward {self.name!r} takes a {type(self).Config.__qualname__} or options as keywords; got {config!r}"
             )
         self.config: Any = config or checked_model(type(self).Config, options, f"reward {self.name!r}", RewardError)
 
-    @abstractmethod
     def score(self, batch: RewardBatch) -> Tensor:
         """Return scores, float32 `[N]`; NaN marks a sample to which the reward does not apply."""
+        raise RewardError(f"reward {self.name!r} is asynchronous, so score_async(batch) is to be awaited instead")
 
     async def score_async(self, batch: RewardBatch) -> Tensor:
         """Return scores `[N]`; for `asynchronous=True` only."""
@@ -224,10 +250,14 @@ class Reward(ABC):
         raise RewardError(f"reward {self.name!r} declares trains={self.capabilities.trains!r} but no training_loss")
 
     def to(self, device: torch.device | str) -> None:
-        """Move the reward's modules; by default all attributes that are an `nn.Module`."""
-        for part in vars(self).values():
-            if isinstance(part, nn.Module):
-                part.to(device)
+        """Move the reward's modules; by default all attributes that are an `nn.Module`, or a list or dict of them."""
+        for value in vars(self).values():
+            parts = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+            )
+            for part in parts:
+                if isinstance(part, nn.Module):
+                    part.to(device)
 
     def example(self) -> RewardBatch | None:
         """Return samples for the contract kit, if random images and prompts will not do: two groups of two or more."""
@@ -235,12 +265,25 @@ class Reward(ABC):
 
     def provenance(self) -> dict[str, object]:
         """Return what a score must be stored with to be comparable: reward, options, preprocessing, versions."""
-        package = type(self).__module__.partition(".")[0]
         return {
             "reward": self.name,
             "options": self.config.model_dump(mode="json"),
             "preprocessing": self.preprocessing,
-            "package": package,
-            "package_version": getattr(sys.modules.get(package), "__version__", None),
+            "origin": self.origin or self.defined_in(),
             "sdk_version": rdm_sdk.__version__,
         }
+
+    def defined_in(self) -> str:
+        """Return the module that the reward's code is in."""
+        return type(self).__module__
+
+
+def _check_class(cls: type[Reward]) -> None:
+    """Raise `RewardError` for what a subclass of `Reward` must have and has not."""
+    if not isinstance(getattr(cls, "capabilities", None), Capabilities):
+        raise RewardError(f"{cls.__name__} must have a class attribute capabilities = Capabilities(...)")
+    if not (isinstance(cls.Config, type) and issubclass(cls.Config, RewardConfig)):
+        raise RewardError(f"{cls.__name__}.Config must be a subclass of rdm_sdk.RewardConfig; got {cls.Config!r}")
+    needed = "score_async" if cls.capabilities.asynchronous else "score"
+    if getattr(cls, needed) is getattr(Reward, needed):
+        raise RewardError(f"{cls.__name__} must write {needed}(self, batch), which returns the scores [N]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -25,9 +26,24 @@ class CallableReward(Reward):
         self.function = function
         self.name = name or str(getattr(function, "__name__", type(function).__name__))
         super().__init__()
+        taken = _parameters(function)
+        self._takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken)
+        self._taken = {p.name for p in taken}
+        needed = tuple(
+            p.name for p in taken if p.name not in ("images", "prompts") and p.default is p.empty and p.kind in _NAMED
+        )
+        self.capabilities = replace(self.capabilities, columns=needed)
+
+    def call(self, batch: RewardBatch) -> object:
+        """Call the function with the images, the prompts and the columns that it takes."""
+        given = {"images": batch.images, "prompts": batch.prompts, **batch.columns}
+        return self.function(**{name: value for name, value in given.items() if self._takes_all or name in self._taken})
 
     def score(self, batch: RewardBatch) -> Tensor:
-        return self.read(self.function(images=batch.images, prompts=batch.prompts, **batch.columns))
+        return self.read(self.call(batch))
+
+    def defined_in(self) -> str:
+        return str(getattr(self.function, "__module__", type(self.function).__module__))
 
     def read(self, values: object) -> Tensor:
         """Turn what the function returned into scores `[N]`."""
@@ -54,8 +70,19 @@ class AsyncCallableReward(CallableReward):
     capabilities = Capabilities(asynchronous=True)
 
     async def score_async(self, batch: RewardBatch) -> Tensor:
-        returned = self.function(images=batch.images, prompts=batch.prompts, **batch.columns)
+        returned = self.call(batch)
         return self.read(await returned if inspect.isawaitable(returned) else returned)
+
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def _parameters(function: Callable[..., object]) -> list[inspect.Parameter]:
+    """Return a function's parameters; one whose signature cannot be read is taken to accept everything."""
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return [inspect.Parameter("anything", inspect.Parameter.VAR_KEYWORD)]
 
 
 def as_reward(function: Callable[..., object], name: str | None = None) -> CallableReward:

@@ -7,11 +7,12 @@ next one, so that memory does not grow with the batch and nothing touches the st
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -58,7 +59,8 @@ def evaluate_rewards(
         device: where the rewards' models run; None is where the latents are.
         offload: move the rewards' models back to the CPU afterwards.
         on_error: what an exception inside a reward does: "raise", or "skip", which leaves the reward out of the
-            outputs. What a reward returns is checked in either case: nonsense is never skipped over.
+            outputs, as it does for a reward that applies to none of the batch. What a reward returns is checked in
+            either case: nonsense is never skipped over.
         gradients_of: the names of the rewards whose gradient is wanted; None is all that have one, () is none.
 
     Raises:
@@ -83,9 +85,17 @@ def evaluate_rewards(
         if offload:
             for reward in rewards.values():
                 reward.to("cpu")
+    outputs = {}
+    for name, reward in rewards.items():
+        if name not in run.skipped:
+            outputs[name] = _merged(run.outputs[name])
+            if outputs[name].scores.isnan().all():
+                run.give_up(name, _nothing_applies(reward, batch))
+            else:
+                _check_gradient(reward, batch, outputs[name].gradient)
     kept = [name for name in rewards if name not in run.skipped]
     return Evaluation(
-        {name: _merged(rewards[name], batch, run.outputs[name]) for name in kept},
+        {name: outputs[name] for name in kept},
         run.seconds,
         {name: rewards[name].provenance() for name in kept},
         run.skipped,
@@ -93,8 +103,11 @@ def evaluate_rewards(
 
 
 def evaluate_reward(reward: Reward, batch: RewardBatch, **options: Any) -> RewardOutput:
-    """Return one reward's output; see `evaluate_rewards`."""
-    return evaluate_rewards({reward.name: reward}, batch, **options).outputs[reward.name]
+    """Return one reward's output, or raise what it raised; see `evaluate_rewards` for the options."""
+    result = evaluate_rewards({reward.name: reward}, batch, **options)
+    for error in result.skipped.values():
+        raise error
+    return result.outputs[reward.name]
 
 
 def _chunk_size(rewards: Mapping[str, Reward], batch: RewardBatch, wanted: int | None) -> int:
@@ -140,7 +153,7 @@ class _Run:
             results = future.result()
         for name, result in results.items():
             if isinstance(result, BaseException):
-                self._give_up(name, result)
+                self.give_up(name, result)
             else:
                 scores, seconds = result
                 self.seconds[name] += seconds
@@ -158,8 +171,9 @@ class _Run:
                 if name in self.graded:
                     output = _differentiated(reward, chunk, self.device)
                 else:
-                    with torch.no_grad():
-                        scores = reward.score(_given(reward, chunk, self.device))
+                    given = _given(reward, chunk, self.device)
+                    with torch.no_grad(), _left_alone(reward, given):
+                        scores = reward.score(given)
                     output = RewardOutput(_checked_scores(reward, chunk, scores))
                 self.outputs[name].append(output)
 
@@ -173,12 +187,15 @@ class _Run:
         try:
             yield
         except Exception as error:
-            self._give_up(name, error)
+            self.give_up(name, error)
         self.seconds[name] += _now(self.device) - started
 
-    def _give_up(self, name: str, error: BaseException) -> None:
-        """Skip a reward if that is the policy; the SDK's own errors say that it returned nonsense, and always count."""
-        if self.on_error == "raise" or isinstance(error, RewardError) or not isinstance(error, Exception):
+    def give_up(self, name: str, error: BaseException) -> None:
+        """Skip a reward if that is the policy; the SDK's own errors say that it returned nonsense, and always stop."""
+        always = isinstance(error, RewardError) and not isinstance(error, InapplicableError)
+        if self.on_error == "raise" or always or not isinstance(error, Exception):
+            if not isinstance(error, RewardError):
+                error.add_note(f"(raised by the reward {name!r})")
             raise error
         self.skipped[name] = error
 
@@ -199,11 +216,27 @@ def _await_all(rewards: Mapping[str, Reward], given: Mapping[str, RewardBatch]) 
 
 
 def _given(reward: Reward, chunk: RewardBatch, device: torch.device) -> RewardBatch:
-    """Return the chunk as the reward wants it: its dtype, on its device, without a graph."""
+    """Return the chunk as the reward wants it: its dtype, on its device, without a graph, with lists of its own."""
     dtype = getattr(torch, reward.capabilities.dtype)
-    if reward.capabilities.space == "pixel":
-        return chunk.with_images(chunk.images.detach().to(device, dtype))
+    columns = {name: list(values) for name, values in chunk.columns.items()}
+    images = chunk.images if reward.capabilities.space == "pixel" else None
+    chunk = replace(chunk, prompts=list(chunk.prompts), columns=columns)
+    if images is not None:
+        return chunk.with_images(images.detach().to(device, dtype))
     return chunk.with_latents(chunk.latents.detach().to(device, dtype))
+
+
+@contextmanager
+def _left_alone(reward: Reward, given: RewardBatch) -> Iterator[None]:
+    """Raise if the block changes the images or latents in place: other rewards, and the caller, share their memory."""
+    watched = given.images if reward.capabilities.space == "pixel" else given.latents
+    before = watched._version
+    yield
+    if watched._version != before:
+        raise RewardError(
+            f"reward {reward.name!r} changes its {'images' if watched is not given.latents else 'latents'} in place, "
+            "which other rewards share; use x * 2 instead of x.mul_(2), or clone() first"
+        )
 
 
 def _differentiated(reward: Reward, chunk: RewardBatch, device: torch.device) -> RewardOutput:
@@ -237,37 +270,49 @@ def _own_field(reward: Reward, batch: RewardBatch, differentiate: bool) -> Rewar
     return RewardOutput(_checked_scores(reward, batch, output.scores), output.gradient, output.magnitude)
 
 
-def _merged(reward: Reward, batch: RewardBatch, outputs: Sequence[RewardOutput]) -> RewardOutput:
-    """Put a reward's chunks together and check what only the whole shows."""
+def _merged(outputs: Sequence[RewardOutput]) -> RewardOutput:
+    """Put a reward's chunks together."""
     if len(outputs) == 1:
-        (output,) = outputs
-    else:
-        gradients = [output.gradient for output in outputs if output.gradient is not None]
-        scores = torch.cat([output.scores for output in outputs])
-        output = RewardOutput(scores, torch.cat(gradients) if gradients else None)
-    if len(output.scores) and output.scores.isnan().all():
-        if reward.capabilities.trains:
-            raise RewardError(
-                f"reward {reward.name!r} is NaN for every sample: its {reward.capabilities.trains!r} role or the "
-                "student has diverged; lower critic_learning_rate or learning_rate"
-            )
+        return outputs[0]
+    gradients = [output.gradient for output in outputs if output.gradient is not None]
+    return RewardOutput(torch.cat([output.scores for output in outputs]), torch.cat(gradients) if gradients else None)
+
+
+def _check_gradient(reward: Reward, batch: RewardBatch, gradient: Tensor | None) -> None:
+    if gradient is None:
+        return
+    if gradient.shape != batch.latents.shape:
         raise RewardError(
-            f"reward {reward.name!r} returned NaN (not applicable) for every sample; first prompt: {batch.prompts[0]!r}"
+            f"reward {reward.name!r} must return a gradient of the latents' shape {list(batch.latents.shape)}; "
+            f"got {list(gradient.shape)}"
         )
-    if output.gradient is not None:
-        if output.gradient.shape != batch.latents.shape:
-            raise RewardError(
-                f"reward {reward.name!r} must return a gradient of the latents' shape {list(batch.latents.shape)}; "
-                f"got {list(output.gradient.shape)}"
-            )
-        if not bool(output.gradient.isfinite().all()):
-            raise RewardError(f"reward {reward.name!r} returned a gradient that is not finite")
-    return output
+    if not bool(gradient.isfinite().all()):
+        raise RewardError(f"reward {reward.name!r} returned a gradient that is not finite")
+
+
+class InapplicableError(RewardError):
+    """A reward that applies to none of a batch's samples; under `on_error="skip"` it sits this batch out."""
+
+
+def _nothing_applies(reward: Reward, batch: RewardBatch) -> RewardError:
+    if reward.capabilities.trains:
+        return RewardError(
+            f"reward {reward.name!r} is NaN for every sample: its {reward.capabilities.trains!r} role or the student "
+            "has diverged; lower critic_learning_rate or learning_rate"
+        )
+    return InapplicableError(
+        f"reward {reward.name!r} returned NaN (not applicable) for every sample; first prompt: {batch.prompts[0]!r}. "
+        "If it applies to some prompts only, put more prompts into a batch, or let it sit batches out: "
+        "reward_on_error='skip' in a run, on_error='skip' elsewhere"
+    )
 
 
 def _checked_scores(reward: Reward, batch: RewardBatch, scores: object) -> Tensor:
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         got = f"a tensor of {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
+        if inspect.iscoroutine(scores):
+            scores.close()
+            got += "; an asynchronous reward declares Capabilities(asynchronous=True) and writes score_async"
         raise RewardError(f"reward {reward.name!r} must return a floating-point tensor of scores; got {got}")
     if scores.shape != (len(batch),):
         raise RewardError(

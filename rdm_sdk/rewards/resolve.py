@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,6 +86,8 @@ def _resolve(item: object) -> list[_Found]:
     if callable(item) and not isinstance(item, type):
         reward = as_reward(item)
         return [(_term_of(reward), reward)]
+    if isinstance(item, type) and issubclass(item, Reward):
+        raise RewardError(f"a reward is an object, not its class: pass {item.__name__}() instead of {item.__name__}")
     raise RewardError(
         f"a reward is a name, a spec, a callable or a Reward object (or a mapping or list of them); got {item!r}"
     )
@@ -105,13 +108,18 @@ def _scaled(found: _Found, factor: object) -> _Found:
 
 def _term_of(reward: Reward) -> RewardTerm:
     """Return the term of a reward that was made by the user; its options are what its config has set."""
-    if "config" not in vars(reward):
-        raise RewardError(f"{type(reward).__name__}.__init__ must call super().__init__() of rdm_sdk.Reward first")
+    _initialized(reward)
     name = reward.name if re.fullmatch(REWARD_NAME, reward.name, re.ASCII) else type(reward).__name__
     given = reward.config.model_dump(mode="json", exclude_unset=True)
     return make_term(
         {"name": name, "variant": given.pop("variant", None), "revision": given.pop("revision", None), "options": given}
     )
+
+
+def _initialized(reward: Reward) -> Reward:
+    if "config" not in vars(reward):
+        raise RewardError(f"{type(reward).__name__}.__init__ must call super().__init__() of rdm_sdk.Reward first")
+    return reward
 
 
 def load_reward(term: RewardTerm) -> Reward:
@@ -120,18 +128,25 @@ def load_reward(term: RewardTerm) -> Reward:
     Raises:
         RewardError: the reward is unknown, its plugin is broken, or it does not take one of the options.
     """
-    target = registry().load(term.name)
+    entry, target = registry().find(term.name), registry().load(term.name)
     options: dict[str, Any] = dict(term.options)
     options |= {"variant": term.variant} if term.variant is not None else {}
     options |= {"revision": term.revision} if term.revision is not None else {}
     if isinstance(target, type) and issubclass(target, Reward):
         config = checked_model(target.Config, options, f"reward {term.name!r}", RewardError)
         # A reward without options need not take a config.
-        reward = target(config) if target.Config.model_fields else target()
-        reward.name = term.name
+        given = (config,) if target.Config.model_fields else ()
+        try:
+            inspect.signature(target).bind(*given)
+        except TypeError as error:
+            raise RewardError(
+                f"reward {term.name!r} cannot be made by its name: {target.__name__}.__init__ must take "
+                f"(self, config=None, **options); {error}"
+            ) from error
+        reward = _initialized(target(*given))
+        reward.name, reward.origin = term.name, entry.origin
         return reward
     if isinstance(target, type) or not callable(target):
-        entry = registry().find(term.name)
         raise RewardError(
             f"the reward {term.name!r} names {entry.target!r}, which is neither a Reward class nor a function but "
             f"{target!r}; this is a mistake in {entry.distribution}"
@@ -141,4 +156,6 @@ def load_reward(term: RewardTerm) -> Reward:
             f"reward {term.name!r} is a plain function and takes no options; got {', '.join(options)}. A Reward class "
             "with a Config takes them."
         )
-    return as_reward(target, term.name)
+    reward = as_reward(target, term.name)
+    reward.origin = entry.origin
+    return reward

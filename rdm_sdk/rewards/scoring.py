@@ -47,6 +47,9 @@ def score_images(
             )
         if own.reward.capabilities.prompts and prompts is None:
             raise RewardError(f"reward {own.label!r} reads prompts; pass one per image")
+        for column in own.reward.capabilities.columns:
+            if column not in (columns or {}):
+                raise RewardError(f"reward {own.label!r} needs a column {column!r}; pass columns={{{column!r}: [...]}}")
     return evaluate_rewards(
         {own.label: own.reward for own in found},
         RewardBatch.from_images(images, prompts, group_size, columns),

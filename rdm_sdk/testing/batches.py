@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rdm_sdk.core.noise import FlowSchedule
+from rdm_sdk.errors import RewardError
 from rdm_sdk.rewards.base import DiffusionContext, Reward, RewardBatch
 from rdm_sdk.types import Denoiser
 
@@ -31,6 +32,12 @@ def example_batch(reward: Reward, height: int = 64, width: int = 64, seed: int =
     Latents come with a diffusion context whose teacher and critic are the exact denoisers of two Gaussians, so that
     rewards which read the run's models have something sound to read.
     """
+    if reward.capabilities.columns:
+        names = ", ".join(reward.capabilities.columns)
+        raise RewardError(
+            f"reward {reward.name!r} needs the columns {names}: write example(self), which returns a RewardBatch that "
+            "has them, such as RewardBatch.from_images(images, prompts, 2, columns)"
+        )
     count = GROUP_SIZE * len(PROMPTS)
     prompts = [prompt for prompt in PROMPTS for _ in range(GROUP_SIZE)]
     if reward.capabilities.space == "pixel":

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rdm_sdk.errors import RDMError
+from rdm_sdk.errors import RDMError, said
 from rdm_sdk.rewards.base import Reward, RewardBatch, RewardConfig
 from rdm_sdk.rewards.evaluate import evaluate_reward
 from rdm_sdk.rewards.resolve import resolve_rewards
@@ -51,6 +51,11 @@ class Subject:
 
     reward: Reward
     batch: RewardBatch
+
+    @property
+    def chunk(self) -> int:
+        """The smallest chunk that the reward may be given."""
+        return self.batch.group_size if self.reward.capabilities.scope == "group" else 1
 
     def raw_scores(self, batch: RewardBatch) -> Any:
         """Return what `score` returns, unchecked."""
@@ -119,26 +124,9 @@ def finite_or_nan(subject: Subject) -> None:
     )
     _demand(
         not scores.isnan().all(),
-        "every score is NaN; if the reward applies to none of the kit's samples, pass batch= with some that it "
-        "applies to",
+        "every score is NaN; if the reward applies to none of the kit's samples, write example(self), which returns "
+        "a RewardBatch that it applies to",
     )
-
-
-@check("finite_or_nan")
-def declared_range(subject: Subject) -> Remark | None:
-    """Scores lie in the range that the capabilities declare."""
-    declared = subject.reward.capabilities.range
-    if declared is None:
-        return Remark("skipped", "no range is declared")
-    scores = subject.judge().scores
-    scores = scores[~scores.isnan()]
-    slack = 1e-5 * max([1.0, *(abs(bound) for bound in declared if abs(bound) != float("inf"))])
-    _demand(
-        scores.min() >= declared[0] - slack and scores.max() <= declared[1] + slack,
-        f"scores span [{scores.min():.4g}, {scores.max():.4g}], outside the declared range {list(declared)}; correct "
-        "Capabilities(range=...) or the scores",
-    )
-    return None
 
 
 @check("finite_or_nan")
@@ -155,7 +143,24 @@ def leaves_inputs_alone(subject: Subject) -> None:
     _demand(dict(batch.columns) == dict(before.columns), "score() changed the batch's columns in place")
 
 
-@check("finite_or_nan")
+@check("leaves_inputs_alone")
+def declared_range(subject: Subject) -> Remark | None:
+    """Scores lie in the range that the capabilities declare."""
+    declared = subject.reward.capabilities.range
+    if declared is None:
+        return Remark("skipped", "no range is declared")
+    scores = subject.judge().scores
+    scores = scores[~scores.isnan()]
+    slack = 1e-5 * max([1.0, *(abs(bound) for bound in declared if abs(bound) != float("inf"))])
+    _demand(
+        scores.min() >= declared[0] - slack and scores.max() <= declared[1] + slack,
+        f"scores span [{scores.min():.4g}, {scores.max():.4g}], outside the declared range {list(declared)}; correct "
+        "Capabilities(range=...) or the scores",
+    )
+    return None
+
+
+@check("leaves_inputs_alone")
 def deterministic(subject: Subject) -> Remark | None:
     """Two calls on the same batch give the same scores, unless the reward declares that it is stochastic."""
     if subject.reward.capabilities.stochastic:
@@ -169,7 +174,7 @@ def deterministic(subject: Subject) -> Remark | None:
     return None
 
 
-@check("finite_or_nan")
+@check("leaves_inputs_alone")
 def rng_untouched(subject: Subject) -> Remark | None:
     """`score` leaves the random states of torch, NumPy and Python alone, unless it is declared stochastic."""
     if subject.reward.capabilities.stochastic:
@@ -195,62 +200,17 @@ def rng_untouched(subject: Subject) -> Remark | None:
     return None
 
 
-@check("finite_or_nan")
-def retains_no_graph(subject: Subject) -> None:
-    """Nothing keeps the images or latents (and with them a graph) alive after `score` has returned."""
-    reward = subject.reward
-    batch = copied(subject.batch)
-    leaf = batch.latents.clone()
-    judged = batch.with_images(leaf) if reward.capabilities.space == "pixel" else batch.with_latents(leaf)
-    del batch
-    if reward.capabilities.gradient == "autograd":
-        leaf.requires_grad_()
-        reward.score(judged)
-    else:
-        subject.raw_scores(judged)
-    watched = weakref.ref(leaf)
-    del leaf, judged
-    gc.collect()
-    _demand(
-        watched() is None,
-        "the reward keeps the images or latents of its last call alive, so memory grows with every step; do not store "
-        "them, or tensors computed from them, on self (store .item() or .detach().clone())",
-    )
-
-
-@check("finite_or_nan")
-def gradient_not_zero(subject: Subject) -> Remark | None:
-    """A reward that declares a gradient has one, for every sample that it applies to."""
-    if subject.reward.capabilities.gradient == "none":
-        return Remark("skipped", "the reward declares no gradient")
-    with _advice("compute the score in torch from batch.images, without PIL, NumPy, no_grad, detach, round or argmax"):
-        output = subject.judge(differentiate=True)
-    if output.gradient is None:
-        raise AssertionError("field() returned no gradient; return RewardOutput(scores, gradient)")
-    flat = output.gradient.flatten(1).abs().amax(1) == 0
-    _demand(
-        not (flat & ~output.scores.isnan()).any(),
-        f"{int(flat.sum())} of {len(flat)} samples have a gradient of zero; is something rounded, clamped or detached?",
-    )
-    return None
-
-
-@check("deterministic", "gradient_not_zero")
+@check("deterministic")
 def chunk_invariant(subject: Subject) -> Remark | None:
-    """Judging a batch in chunks gives the same scores and gradients as judging it at once."""
+    """Judging a batch in chunks gives the same scores as judging it at once."""
     if subject.reward.capabilities.stochastic:
         return Remark("skipped", "the reward is declared stochastic")
-    size = subject.batch.group_size if subject.reward.capabilities.scope == "group" else 1
-    differentiate = subject.reward.capabilities.gradient != "none"
-    whole = subject.judge(differentiate=differentiate)
-    parts = subject.judge(differentiate=differentiate, chunk_size=size)
     advice = (
-        "a sample's score must not depend on the others in the batch (no batch means, no batch norm in training "
-        "mode, no prompts[0]); if it compares samples of one prompt, declare Capabilities(scope='group')"
+        "a sample's score must not depend on the others in the batch (no batch means, no batch norm in training mode, "
+        "no prompts[0]); if it compares samples of one prompt, declare Capabilities(scope='group')"
     )
-    _assert_close(parts.scores, whole.scores, f"in chunks of {size}, scores", advice)
-    if whole.gradient is not None and parts.gradient is not None:
-        _assert_close(parts.gradient, whole.gradient, f"in chunks of {size}, gradients", advice, 1e-3)
+    parts = subject.judge(chunk_size=subject.chunk).scores
+    _assert_close(parts, subject.judge().scores, f"in chunks of {subject.chunk}, scores", advice)
     return None
 
 
@@ -290,7 +250,63 @@ def follows_the_prompt(subject: Subject) -> Remark | None:
     return None
 
 
-@check("finite_or_nan")
+@check("leaves_inputs_alone")
+def gradient_not_zero(subject: Subject) -> Remark | None:
+    """A reward that declares a gradient has one, for every sample that it applies to."""
+    if subject.reward.capabilities.gradient == "none":
+        return Remark("skipped", "the reward declares no gradient")
+    own = subject.reward.capabilities.gradient == "field"
+    advice = "compute the score in torch from batch.images, without PIL, NumPy, no_grad, detach, round or argmax"
+    with _advice("field(batch) must return a RewardOutput with a gradient" if own else advice):
+        output = subject.judge(differentiate=True)
+    if output.gradient is None:
+        raise AssertionError("field() returned no gradient; return RewardOutput(scores, gradient)")
+    flat = output.gradient.flatten(1).abs().amax(1) == 0
+    _demand(
+        not (flat & ~output.scores.isnan()).any(),
+        f"{int(flat.sum())} of {len(flat)} samples have a gradient of zero; is something rounded, clamped or detached?",
+    )
+    return None
+
+
+@check("chunk_invariant", "gradient_not_zero")
+def gradient_chunk_invariant(subject: Subject) -> Remark | None:
+    """Gradients, too, are the same in chunks as at once."""
+    if subject.reward.capabilities.gradient == "none":
+        return Remark("skipped", "the reward declares no gradient")
+    if subject.reward.capabilities.stochastic:
+        return Remark("skipped", "the reward is declared stochastic")
+    whole, parts = (subject.judge(differentiate=True, chunk_size=size).gradient for size in (None, subject.chunk))
+    if whole is not None and parts is not None:
+        advice = "a sample's gradient must not depend on the others in the batch"
+        _assert_close(parts, whole, f"in chunks of {subject.chunk}, gradients", advice, 1e-3)
+    return None
+
+
+@check("gradient_not_zero")
+def retains_no_graph(subject: Subject) -> None:
+    """Nothing keeps the images or latents (and with them a graph) alive after `score` has returned."""
+    reward = subject.reward
+    batch = copied(subject.batch)
+    leaf = batch.latents.clone()
+    judged = batch.with_images(leaf) if reward.capabilities.space == "pixel" else batch.with_latents(leaf)
+    del batch
+    if reward.capabilities.gradient == "autograd":
+        leaf.requires_grad_()
+        reward.score(judged)
+    else:
+        subject.raw_scores(judged)
+    watched = weakref.ref(leaf)
+    del leaf, judged
+    gc.collect()
+    _demand(
+        watched() is None,
+        "the reward keeps the images or latents of its last call alive, so memory grows with every step; do not store "
+        "them, or tensors computed from them, on self (store .item() or .detach().clone())",
+    )
+
+
+@check("leaves_inputs_alone")
 def odd_sizes(subject: Subject) -> None:
     """Images (or latents) of sizes that nothing divides are judged too."""
     batch = example_batch(subject.reward, 37, 53)
@@ -352,7 +368,7 @@ def ascent_raises_score(subject: Subject) -> Remark | None:
     return None
 
 
-@check("finite_or_nan")
+@check("leaves_inputs_alone")
 def config_round_trip(subject: Subject) -> None:
     """The reward's options survive being stored as JSON and being written into a spec."""
     config = subject.reward.config
@@ -375,10 +391,14 @@ def config_round_trip(subject: Subject) -> None:
 
 
 @check("returns_scores")
-def imports_without_cuda(subject: Subject) -> None:
+def imports_without_cuda(subject: Subject) -> Remark | None:
     """Importing the reward's module does not initialize CUDA, which would break forked workers and other devices."""
-    problem = _import_problem(type(subject.reward).__module__)
+    module = subject.reward.defined_in()
+    if module == "__main__":
+        return Remark("skipped", "the reward is defined in a script or a notebook")
+    problem = _import_problem(module)
     _demand(not problem, f"{problem}; create nothing on a device at import, only in __init__ or score()")
+    return None
 
 
 @cache
@@ -408,8 +428,8 @@ class _advice:  # noqa: N801 - reads as a statement
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, AssertionError):
-            said = str(error) if isinstance(error, RDMError) else f"{type(error).__name__}: {error}"
-            raise AssertionError(f"{said}. {self.advice}") from error
+            text = str(error) if isinstance(error, RDMError) else said(error)
+            raise AssertionError(f"{text.rstrip('. ')}. {self.advice}") from error
 
 
 def _assert_close(found: Tensor, wanted: Tensor, what: str, advice: str, tolerance: float = TOLERANCE) -> None:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rdm_sdk.errors import RewardError, said
 from rdm_sdk.rewards.base import Reward, RewardBatch
 from rdm_sdk.rewards.resolve import RewardFuncs, resolve_rewards
 from rdm_sdk.testing.batches import example_batch
-from rdm_sdk.testing.checks import CHECKS, Subject
+from rdm_sdk.testing.checks import CHECKS, Check, Subject
 
 
 class RewardCheckError(AssertionError):
@@ -29,6 +30,8 @@ class CheckResult:
     status: Literal["passed", "failed", "skipped", "warning"]
     message: str
     """What is wrong and what to do, why it was skipped, or empty."""
+    cause: BaseException | None = None
+    """The reward's own exception, if it raised one."""
 
 
 def check_reward(
@@ -58,7 +61,8 @@ def check_reward(
             warnings.warn(f"{result.name}: {result.message}", RewardCheckWarning, stacklevel=2)
     if problems:
         lines = "\n".join(f"- {problem}" for problem in problems)
-        raise RewardCheckError(f"{_only(reward).name!r} does not keep the reward contract:\n{lines}")
+        cause = next((result.cause for result in results if result.cause is not None), None)
+        raise RewardCheckError(f"{_only(reward).name!r} does not keep the reward contract:\n{lines}") from cause
     return results
 
 
@@ -67,24 +71,30 @@ def run_reward_checks(reward: RewardFuncs, batch: RewardBatch | None = None) -> 
     made = _only(reward)
     subject = Subject(made, batch or made.example() or example_batch(made))
     results: dict[str, CheckResult] = {}
+    root: dict[str, str] = {}
     for own in CHECKS:
-        unmet = [
-            name for name in own.needs if results[name].status == "failed" or "was not run" in results[name].message
-        ]
-        if unmet:
-            results[own.name] = CheckResult(own.name, "skipped", f"{unmet[0]} failed, so this was not run")
+        unmet = next((root[name] for name in own.needs if name in root), None)
+        if unmet is not None:
+            root[own.name] = unmet
+            results[own.name] = CheckResult(own.name, "skipped", f"{unmet} failed, so this was not run")
             continue
-        try:
-            remark = own.run(subject)
-        except AssertionError as error:
-            results[own.name] = CheckResult(own.name, "failed", str(error))
-        except Exception as error:
-            said = f"{type(error).__name__}: {error}"
-            results[own.name] = CheckResult(own.name, "failed", f"the reward raised {said}. It promises: {own.promise}")
-        else:
-            passed = CheckResult(own.name, "passed", "")
-            results[own.name] = passed if remark is None else _remarked(own.name, remark.kind, remark.text)
+        results[own.name] = _outcome(own, subject)
+        if results[own.name].status == "failed":
+            root[own.name] = own.name
     return list(results.values())
+
+
+def _outcome(check: Check, subject: Subject) -> CheckResult:
+    try:
+        remark = check.run(subject)
+    except AssertionError as error:
+        return CheckResult(check.name, "failed", str(error), error.__cause__)
+    except Exception as error:
+        message = f"the reward raised {said(error)}. It promises: {check.promise}"
+        return CheckResult(check.name, "failed", message, error)
+    if remark is None:
+        return CheckResult(check.name, "passed", "")
+    return CheckResult(check.name, "warning" if remark.kind == "warning" else "skipped", remark.text)
 
 
 def parametrize_reward_checks(
@@ -122,7 +132,7 @@ def parametrize_reward_checks(
             warnings.warn(f"{name}: {result.message}", RewardCheckWarning, stacklevel=2)
         problems = _problems([result], {name: expected[name]} if name in expected else {})
         if problems:
-            raise RewardCheckError(problems[0])
+            raise RewardCheckError(problems[0]) from result.cause
 
     return pytest.mark.parametrize("check", [pytest.param(_bound(run, c.name), id=c.name) for c in CHECKS])
 
@@ -147,12 +157,8 @@ def _problems(results: list[CheckResult], expected: Mapping[str, str]) -> list[s
     return problems
 
 
-def _remarked(name: str, kind: str, text: str) -> CheckResult:
-    return CheckResult(name, "warning" if kind == "warning" else "skipped", text)
-
-
 def _only(reward: RewardFuncs) -> Reward:
     found = resolve_rewards(reward)
     if len(found) != 1:
-        raise ValueError(f"one reward is checked at a time; got {', '.join(own.label for own in found)}")
+        raise RewardError(f"one reward is checked at a time; got {', '.join(own.label for own in found)}")
     return found[0].reward

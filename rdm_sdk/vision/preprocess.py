@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Filter = Literal["bicubic", "bilinear"]
-
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -28,21 +26,20 @@ def to_8_bits(images: Tensor) -> Tensor:
     return inside + ((inside * 255 + 0.5).floor() / 255 - inside).detach()
 
 
-def resize(images: Tensor, size: tuple[int, int], method: Filter = "bicubic", antialias: bool = True) -> Tensor:
-    """Resize 8-bit images `[N, 3, H, W]` (multiples of 1/255 in [0, 1]) to `size` (height, width) as PIL does.
+def resize(images: Tensor, size: tuple[int, int], antialias: bool = True) -> Tensor:
+    """Resize 8-bit images `[N, 3, H, W]` (multiples of 1/255 in [0, 1]) to `size` (height, width) as PIL does, bicubic.
 
     Args:
         images: the images.
         size: height and width to resize to.
-        method: PIL's filter of that name.
         antialias: False leaves out the low-pass filter, the rounding and the clamping, as torchvision did to float
             tensors before 0.17. Some published scores were computed so; most of the pixels then get no gradient.
     """
     if not antialias:
-        return F.interpolate(images, size=size, mode=method, align_corners=False)
+        return F.interpolate(images, size=size, mode="bicubic", align_corners=False)
     for passed in ((images.shape[-2], size[1]), size):
         if images.shape[-2:] != passed:
-            images = to_8_bits(F.interpolate(images, size=passed, mode=method, align_corners=False, antialias=True))
+            images = to_8_bits(F.interpolate(images, size=passed, mode="bicubic", align_corners=False, antialias=True))
     return images
 
 
@@ -59,14 +56,13 @@ class ImageTransform:
     fit: Literal["crop", "pad", "stretch"] = "crop"
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
-    method: Filter = "bicubic"
     resize_to: int | None = None
     antialias: bool = True
 
     def __str__(self) -> str:
         """A short name, to be kept with the scores."""
         target = self.size if self.resize_to is None else self.resize_to
-        filtered = self.method if self.antialias else f"{self.method} without antialiasing"
+        filtered = "bicubic" if self.antialias else "bicubic without antialiasing"
         return f"8 bits, {filtered} to {target}, {self.fit} {self.size}"
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -74,17 +70,17 @@ class ImageTransform:
         images = to_8_bits(images.float())
         height, width = images.shape[-2:]
         if self.fit == "stretch":
-            images = resize(images, (self.size, self.size), self.method, self.antialias)
+            images = resize(images, (self.size, self.size), self.antialias)
         elif self.fit == "pad":
             scale = self.size / max(height, width)
             fitted = (max(1, round(height * scale)), max(1, round(width * scale)))
-            images = resize(images, fitted, self.method, self.antialias)
+            images = resize(images, fitted, self.antialias)
             down, right = self.size - fitted[0], self.size - fitted[1]
             images = F.pad(images, (right // 2, right - right // 2, down // 2, down - down // 2))
         else:
             target, shorter = self.size if self.resize_to is None else self.resize_to, min(height, width)
             fitted = (target * height // shorter, target * width // shorter)
-            images = resize(images, fitted, self.method, self.antialias)
+            images = resize(images, fitted, self.antialias)
             top, left = (fitted[0] - self.size) // 2, (fitted[1] - self.size) // 2
             images = images[..., top : top + self.size, left : left + self.size]
         mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (self.mean, self.std))

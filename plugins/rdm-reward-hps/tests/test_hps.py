@@ -207,12 +207,12 @@ def test_provenance_tells_variants_and_resizes_apart(tmp_path, tensors):
     assert found["options"]["variant"] == "v2.1"
     assert found["options"]["antialias"] is True
     assert found["preprocessing"] == "8 bits, bicubic to 32, pad 32"
-    assert found["package"] == "rdm_reward_hps"
-    assert found["package_version"]
+    assert found["origin"] == "rdm_reward_hps.reward"
     images = torch.rand(1, 3, 32, 32)
     evaluation = score_images(f'hps:v2[path="{file}",antialias=false]', images, ["a"])
     stored = evaluation.provenance["hps"]
     assert stored["options"]["variant"] == "v2"
+    assert stored["origin"] == "rdm-reward-hps 0.1.0"
     assert "without antialiasing" in stored["preprocessing"]
 
 
