@@ -112,7 +112,7 @@ def test_the_models_example_of_the_page(tmp_path: Path) -> None:
 
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if "class Score" in block]
     names: dict[str, object] = {"__name__": __name__}
-    exec(code, names)
+    exec(compile(code, str(PAGE), "exec", dont_inherit=True), names)
     reward = names["Score"](path=str(save_tiny_clip(tmp_path)), variant="v1")
     assert {result.status for result in check_reward(reward)} <= {"passed", "skipped"}
     assert torch.is_tensor(reward.clip.model.logit_scale)

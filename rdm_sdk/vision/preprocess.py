@@ -9,7 +9,7 @@ the models were trained and their scores published with earlier ones, so width c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,11 +19,28 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+class _Round(torch.autograd.Function):
+    """Clamp to [0, 1] and round to 8 bits; gradients pass the rounding unchanged, and nothing outside of [0, 1]."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:
+        ctx.save_for_backward(images)
+        # In place, because this touches every pixel of full-size images. Halves go up, as in PIL; torch.round would
+        # send them to the even neighbor.
+        return images.clamp(0, 1).mul_(255).add_(0.5).floor_().div_(255)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (images,), (gradient,) = ctx.saved_tensors, gradients
+        inside: Tensor = gradient * ((images >= 0) & (images <= 1))
+        return inside
+
+
 def to_8_bits(images: Tensor) -> Tensor:
     """Clamp images to [0, 1] and round them to multiples of 1/255; the rounding passes gradients unchanged."""
-    inside = images.clamp(0, 1)
-    # Halves go up, as in PIL; torch.round would send them to the even neighbor.
-    return inside + ((inside * 255 + 0.5).floor() / 255 - inside).detach()
+    apply: Any = _Round.apply  # torch leaves it without types
+    rounded: Tensor = apply(images)
+    return rounded
 
 
 def resize(images: Tensor, size: tuple[int, int], antialias: bool = True) -> Tensor:
