@@ -45,7 +45,7 @@ WITHIN: dict[str, list[set[str]]] = {
         {"scoring", "builtin"},
     ],
     "vision": [{"preprocess", "weights"}, {"clip"}, {"__init__"}],
-    "testing": [{"batches", "models"}, {"checks"}, {"rewards"}, {"__init__"}],
+    "testing": [{"batches", "models"}, {"subject"}, {"checks"}, {"rewards"}, {"__init__"}],
     "models": [{"roles"}, {"base"}, {"sd3"}, {"load"}],
     "digits": [{"__init__"}, {"classifier"}],
 }

@@ -14,78 +14,21 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rdm_sdk.errors import RDMError, said
-from rdm_sdk.rewards.base import Reward, RewardBatch, RewardConfig
+from rdm_sdk.rewards.base import RewardBatch, RewardConfig
 from rdm_sdk.rewards.evaluate import evaluate_reward
 from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.rewards.spec import checked_model, parse_spec
 from rdm_sdk.testing.batches import copied, example_batch, rows
-from rdm_sdk.types import RewardOutput
+from rdm_sdk.testing.subject import Check, Remark, Subject, advising, assert_close, demand, same, shown
 
-TOLERANCE = 1e-4
-"""Relative to the scores' own size; models add up differently in batches of different sizes."""
 STEPS = (0.003, 0.01, 0.03)
 """Ascent steps in units of an image's or latent's range; more than one, because 8-bit rounding swallows small ones."""
-
-
-@dataclass(frozen=True)
-class Remark:
-    """What a check has to say without failing."""
-
-    kind: str
-    """"skipped" (it does not apply) or "warning"."""
-    text: str
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A reward and a batch to try it on; every use gets a copy of the batch and the same random state."""
-
-    reward: Reward
-    batch: RewardBatch
-
-    @property
-    def chunk(self) -> int:
-        """The smallest chunk that the reward may be given."""
-        return self.batch.group_size if self.reward.capabilities.scope == "group" else 1
-
-    def raw_scores(self, batch: RewardBatch) -> Any:
-        """Return what `score` returns, unchecked."""
-        if self.reward.capabilities.asynchronous:
-            return evaluate_reward(self.reward, batch, gradients_of=()).scores
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return self.reward.score(batch)
-
-    def judge(self, batch: RewardBatch | None = None, differentiate: bool = False, **options: object) -> RewardOutput:
-        """Return what the host makes of the reward."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            batch = copied(self.batch) if batch is None else batch
-            wanted = None if differentiate else ()
-            return evaluate_reward(self.reward, batch, gradients_of=wanted, **options)
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check of the kit."""
-
-    name: str
-    run: Callable[[Subject], Remark | None]
-    needs: tuple[str, ...]
-
-    @property
-    def promise(self) -> str:
-        """What a reward that passes it keeps to."""
-        return (self.run.__doc__ or "").strip().splitlines()[0]
 
 
 CHECKS: list[Check] = []
@@ -106,23 +49,23 @@ def returns_scores(subject: Subject) -> None:
     if not isinstance(scores, Tensor):
         raise AssertionError(f"score() returned {type(scores).__name__}; return a tensor of shape [N]")
     count = len(subject.batch)
-    _demand(
+    demand(
         scores.shape == (count,),
         f"score() returned shape {list(scores.shape)} for {count} samples; return one score per sample, [{count}], "
         "reducing over channels, height and width only",
     )
-    _demand(scores.is_floating_point(), f"score() returned {scores.dtype}; return floats")
+    demand(scores.is_floating_point(), f"score() returned {scores.dtype}; return floats")
 
 
 @check("returns_scores")
 def finite_or_nan(subject: Subject) -> None:
     """Scores are finite; NaN is kept for samples that the reward does not apply to."""
     scores = subject.raw_scores(copied(subject.batch))
-    _demand(
+    demand(
         not scores.isinf().any(),
-        f"scores hold infinities: {_shown(scores)}; keep logarithms and divisions away from 0 (add a small number)",
+        f"scores hold infinities: {shown(scores)}; keep logarithms and divisions away from 0 (add a small number)",
     )
-    _demand(
+    demand(
         not scores.isnan().all(),
         "every score is NaN; if the reward applies to none of the kit's samples, write example(self), which returns "
         "a RewardBatch that it applies to",
@@ -135,12 +78,12 @@ def leaves_inputs_alone(subject: Subject) -> None:
     batch = copied(subject.batch)
     before = copied(batch)
     subject.raw_scores(batch)
-    _demand(
+    demand(
         torch.equal(batch.latents, before.latents) and batch.prompts == before.prompts,
         "score() changed its batch in place, which other rewards share; use x * 2 instead of x.mul_(2), sorted() "
         "instead of list.sort()",
     )
-    _demand(dict(batch.columns) == dict(before.columns), "score() changed the batch's columns in place")
+    demand(dict(batch.columns) == dict(before.columns), "score() changed the batch's columns in place")
 
 
 @check("leaves_inputs_alone")
@@ -152,7 +95,7 @@ def declared_range(subject: Subject) -> Remark | None:
     scores = subject.judge().scores
     scores = scores[~scores.isnan()]
     slack = 1e-5 * max([1.0, *(abs(bound) for bound in declared if abs(bound) != float("inf"))])
-    _demand(
+    demand(
         scores.min() >= declared[0] - slack and scores.max() <= declared[1] + slack,
         f"scores span [{scores.min():.4g}, {scores.max():.4g}], outside the declared range {list(declared)}; correct "
         "Capabilities(range=...) or the scores",
@@ -166,8 +109,8 @@ def deterministic(subject: Subject) -> Remark | None:
     if subject.reward.capabilities.stochastic:
         return Remark("skipped", "the reward is declared stochastic")
     first, second = (subject.judge().scores for _ in range(2))
-    _demand(
-        _same(first, second),
+    demand(
+        same(first, second),
         f"two calls on the same batch differ by up to {(first - second).abs().max():.3g}; put dropout in eval mode, "
         "fix the generator, or declare Capabilities(stochastic=True)",
     )
@@ -192,7 +135,7 @@ def rng_untouched(subject: Subject) -> Remark | None:
         )
         if not same
     ]
-    _demand(
+    demand(
         not moved,
         f"score() moved the random state of {', '.join(moved)}, which changes the training run; use a "
         "torch.Generator of your own, and never call manual_seed() in score()",
@@ -210,7 +153,7 @@ def chunk_invariant(subject: Subject) -> Remark | None:
         "no prompts[0]); if it compares samples of one prompt, declare Capabilities(scope='group')"
     )
     parts = subject.judge(chunk_size=subject.chunk).scores
-    _assert_close(parts, subject.judge().scores, f"in chunks of {subject.chunk}, scores", advice)
+    assert_close(parts, subject.judge().scores, f"in chunks of {subject.chunk}, scores", advice)
     return None
 
 
@@ -226,7 +169,7 @@ def permutation_equivariant(subject: Subject) -> Remark | None:
         order = torch.stack([row.roll(1) for row in groups]).flatten()
     else:
         order = torch.randperm(count, generator=generator)
-    _assert_close(
+    assert_close(
         subject.judge(rows(copied(subject.batch), order)).scores,
         subject.judge().scores[order],
         "with images and prompts shuffled together, scores",
@@ -243,7 +186,7 @@ def follows_the_prompt(subject: Subject) -> Remark | None:
     batch = copied(subject.batch)
     shift = batch.group_size
     batch.prompts[:] = [*batch.prompts[shift:], *batch.prompts[:shift]]
-    if _same(subject.judge(batch).scores, subject.judge().scores):
+    if same(subject.judge(batch).scores, subject.judge().scores):
         return Remark(
             "warning", "the scores do not change with the prompts; declare prompts=False, or read batch.prompts"
         )
@@ -257,12 +200,12 @@ def gradient_not_zero(subject: Subject) -> Remark | None:
         return Remark("skipped", "the reward declares no gradient")
     own = subject.reward.capabilities.gradient == "field"
     advice = "compute the score in torch from batch.images, without PIL, NumPy, no_grad, detach, round or argmax"
-    with _advice("field(batch) must return a RewardOutput with a gradient" if own else advice):
+    with advising("field(batch) must return a RewardOutput with a gradient" if own else advice):
         output = subject.judge(differentiate=True)
     if output.gradient is None:
         raise AssertionError("field() returned no gradient; return RewardOutput(scores, gradient)")
     flat = output.gradient.flatten(1).abs().amax(1) == 0
-    _demand(
+    demand(
         not (flat & ~output.scores.isnan()).any(),
         f"{int(flat.sum())} of {len(flat)} samples have a gradient of zero; is something rounded, clamped or detached?",
     )
@@ -279,7 +222,7 @@ def gradient_chunk_invariant(subject: Subject) -> Remark | None:
     whole, parts = (subject.judge(differentiate=True, chunk_size=size).gradient for size in (None, subject.chunk))
     if whole is not None and parts is not None:
         advice = "a sample's gradient must not depend on the others in the batch"
-        _assert_close(parts, whole, f"in chunks of {subject.chunk}, gradients", advice, 1e-3)
+        assert_close(parts, whole, f"in chunks of {subject.chunk}, gradients", advice, 1e-3)
     return None
 
 
@@ -299,7 +242,7 @@ def retains_no_graph(subject: Subject) -> None:
     watched = weakref.ref(leaf)
     del leaf, judged
     gc.collect()
-    _demand(
+    demand(
         watched() is None,
         "the reward keeps the images or latents of its last call alive, so memory grows with every step; do not store "
         "them, or tensors computed from them, on self (store .item() or .detach().clone())",
@@ -317,7 +260,7 @@ def odd_sizes(subject: Subject) -> None:
         batch = RewardBatch(
             batch.latents, list(own.prompts), own.group_size, batch.decode, dict(own.columns), batch.context
         )
-    with _advice("resize or pad inside score(); reshape() and view() by fixed factors need sizes that divide"):
+    with advising("resize or pad inside score(); reshape() and view() by fixed factors need sizes that divide"):
         subject.judge(batch)
 
 
@@ -327,9 +270,9 @@ def bfloat16_input(subject: Subject) -> None:
     half = copied(subject.batch)
     half = half.with_latents(half.latents.bfloat16())
     full = half.with_latents(half.latents.float())
-    with _advice("read batch.images (or batch.latents) as the host hands them over; do not decode on your own"):
+    with advising("read batch.images (or batch.latents) as the host hands them over; do not decode on your own"):
         ours, theirs = subject.judge(half).scores, subject.judge(full).scores
-    _assert_close(ours, theirs, "in bfloat16, scores", "let the host convert: it hands over Capabilities.dtype", 0.02)
+    assert_close(ours, theirs, "in bfloat16, scores", "let the host convert: it hands over Capabilities.dtype", 0.02)
 
 
 @check("deterministic")
@@ -338,9 +281,9 @@ def device_round_trip(subject: Subject) -> None:
     before = subject.judge().scores
     if torch.cuda.is_available():
         there = subject.judge(device="cuda").scores
-        _assert_close(there, before, "on CUDA, scores", "keep modules as attributes, or override to(device)", 0.02)
+        assert_close(there, before, "on CUDA, scores", "keep modules as attributes, or override to(device)", 0.02)
     subject.reward.to("cpu")
-    _assert_close(
+    assert_close(
         subject.judge().scores, before, "after to(device), scores", "to() must move modules, nothing else", 0.0
     )
 
@@ -360,7 +303,7 @@ def ascent_raises_score(subject: Subject) -> Remark | None:
         moved = subject.batch.latents + step * direction
         batch = copied(subject.batch).with_latents(moved.clamp(0, 1) if pixels else moved)
         gains.append(float((subject.judge(batch).scores - output.scores).nanmean()))
-    _demand(
+    demand(
         max(gains) > 0,
         f"steps of {STEPS} along the gradient change the mean score by {', '.join(f'{gain:.3g}' for gain in gains)}; "
         "is its sign wrong, or is it the gradient of something else?",
@@ -373,21 +316,21 @@ def config_round_trip(subject: Subject) -> None:
     """The reward's options survive being stored as JSON and being written into a spec."""
     config = subject.reward.config
     stored = config.model_dump(mode="json")
-    with _advice(
+    with advising(
         "options must be numbers, texts, true, false, null or lists of them, and validators must not change them"
     ):
         again: RewardConfig = checked_model(type(config), stored, f"reward {subject.reward.name!r}")
-        _demand(again == config, f"the options {config!r} came back from JSON as {again!r}")
+        demand(again == config, f"the options {config!r} came back from JSON as {again!r}")
         term = resolve_rewards(subject.reward)[0].term
         (parsed,) = parse_spec(str(term))
-        _demand(parsed == term, f"the spec {str(term)!r} parses to {parsed!r}")
+        demand(parsed == term, f"the spec {str(term)!r} parses to {parsed!r}")
         given = parsed.options | {
             key: value
             for key, value in (("variant", parsed.variant), ("revision", parsed.revision))
             if value is not None
         }
         written: RewardConfig = checked_model(type(config), given, f"reward {subject.reward.name!r}")
-        _demand(written == config, f"the options {config!r} came back from the spec {str(term)!r} as {written!r}")
+        demand(written == config, f"the options {config!r} came back from the spec {str(term)!r} as {written!r}")
 
 
 @check("returns_scores")
@@ -397,7 +340,7 @@ def imports_without_cuda(subject: Subject) -> Remark | None:
     if module == "__main__":
         return Remark("skipped", "the reward is defined in a script or a notebook")
     problem = _import_problem(module)
-    _demand(not problem, f"{problem}; create nothing on a device at import, only in __init__ or score()")
+    demand(not problem, f"{problem}; create nothing on a device at import, only in __init__ or score()")
     return None
 
 
@@ -415,40 +358,3 @@ def _import_problem(module: str) -> str:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run([sys.executable, "-c", code, module], capture_output=True, text=True, env=environment)
     return "" if done.returncode == 0 else f"importing {module!r} failed: {done.stderr.strip().splitlines()[-1]}"
-
-
-class _advice:  # noqa: N801 - reads as a statement
-    """Turn an exception inside the block into a failure of the check that says what to do."""
-
-    def __init__(self, advice: str) -> None:
-        self.advice = advice
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, AssertionError):
-            text = str(error) if isinstance(error, RDMError) else said(error)
-            raise AssertionError(f"{text.rstrip('. ')}. {self.advice}") from error
-
-
-def _assert_close(found: Tensor, wanted: Tensor, what: str, advice: str, tolerance: float = TOLERANCE) -> None:
-    _demand(torch.equal(found.isnan(), wanted.isnan()), f"{what} are NaN for other samples; {advice}")
-    found, wanted = found[~found.isnan()], wanted[~wanted.isnan()]
-    size = max(float(wanted.abs().max()), 1e-6)
-    apart = float((found - wanted).abs().max())
-    _demand(apart <= tolerance * size, f"{what} differ by up to {apart:.3g} (of {size:.3g}); {advice}")
-
-
-def _demand(holds: object, message: str) -> None:
-    """An assertion that `python -O` does not remove."""
-    if not holds:
-        raise AssertionError(message)
-
-
-def _same(first: Tensor, second: Tensor) -> bool:
-    return torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
-
-
-def _shown(scores: Tensor) -> str:
-    return ", ".join(f"{value:.4g}" for value in scores.flatten()[:8].tolist())

@@ -11,7 +11,8 @@ from rdm_sdk.errors import RewardError, said
 from rdm_sdk.rewards.base import Reward, RewardBatch
 from rdm_sdk.rewards.resolve import RewardFuncs, resolve_rewards
 from rdm_sdk.testing.batches import example_batch
-from rdm_sdk.testing.checks import CHECKS, Check, Subject
+from rdm_sdk.testing.checks import CHECKS
+from rdm_sdk.testing.subject import Check, Subject
 
 
 class RewardCheckError(AssertionError):
