@@ -217,6 +217,14 @@ def test_environment_variables(install: Install, run: Run) -> None:
     assert "FAULT in bad-import" in run("plugins", RDM_SDK_STRICT_PLUGINS="1")
 
 
+def test_faults_fail_a_strict_listing(install: Install, run: Run) -> None:
+    """`rdm-sdk plugins` exits with 1 on a fault where faults are errors, so that a build can stop."""
+    install("bad-import", code="import no_such_module\n")
+    code = "from rdm_sdk.cli import main; print('status', main(['plugins']))"
+    assert "status 1" in run(code=code, RDM_SDK_STRICT_PLUGINS="1")
+    assert "status 0" in run(code=code)
+
+
 def test_a_known_plugin_that_is_missing_names_its_pip_command(run: Run) -> None:
     """The project's own plugins are told apart from unknown names."""
     assert "pip install rdm-reward-hps" in run("rewards", "info", "hps", RDM_SDK_PLUGINS="none")

@@ -82,6 +82,18 @@ def test_memory_settings_change_nothing_else(
         assert with_setting == pytest.approx(plain, rel=1e-4, abs=1e-6)
 
 
+def test_reward_batch_size_bounds_what_a_reward_sees(make_trainer: Make, tmp_path: Path) -> None:
+    """A micro-batch of eight is judged three samples at a time."""
+    sizes: list[int] = []
+
+    def watch(images, prompts, **columns):
+        sizes.append(len(images))
+        return images.mean(dim=(1, 2, 3)).tolist()
+
+    make_trainer(tmp_path, ["dm", watch], max_steps=1, reward_batch_size=3).train()
+    assert sizes == [3, 3, 2]
+
+
 def failing_after(calls: int) -> Any:
     """A function that works for some calls and then raises."""
     count = 0
