@@ -47,6 +47,7 @@ def combine(
         if output.gradient is not None:
             own = output.gradient.abs().flatten(1).mean(1)
             magnitude = own if output.magnitude is None else output.magnitude
+            magnitude = magnitude.masked_fill(output.scores.isnan(), torch.nan)  # not applicable: in no statistic
             part = weight * scale_field(output.gradient, magnitude, group_size, normalization)
             magnitudes[name] = part.abs().mean()
             field = part if field is None else field + part
@@ -57,6 +58,8 @@ def combine(
 
 
 def zero_std_share(scores: Tensor, group_size: int) -> Tensor:
-    """Return the share of groups whose scores `[N]` are all equal: they teach nothing through advantages."""
+    """Return the share of groups whose scores `[N]` are all equal or NaN: they teach nothing through advantages."""
     groups = scores.reshape(-1, group_size)
-    return (groups.amax(1) == groups.amin(1)).float().mean() if group_size > 1 else torch.ones(())
+    missing = groups.isnan()
+    highest, lowest = groups.masked_fill(missing, -torch.inf).amax(1), groups.masked_fill(missing, torch.inf).amin(1)
+    return (highest <= lowest).float().mean()

@@ -76,14 +76,14 @@ class Plugin:
     """Rewards it tried to register in vain, with the reason."""
     failures: list[str] = field(default_factory=list)
     """What is wrong with it, one sentence each; empty for a sound plugin."""
-    cause: Exception | None = None
+    cause: BaseException | None = None
     """The exception behind the first failure, if there was one."""
 
     @property
     def key(self) -> str:
         return f"{self.distribution}:{self.name}"
 
-    def fail(self, problem: str, cause: Exception | None = None) -> None:
+    def fail(self, problem: str, cause: BaseException | None = None) -> None:
         self.failures.append(problem)
         self.cause = self.cause or cause
 
@@ -193,7 +193,7 @@ def build_registry(points: Iterable[EntryPoint]) -> Registry:
     _load(builtin, lambda: import_module(builtin.module))
     plugins = [builtin]
     for point in sorted(points, key=lambda point: (_distribution(point), point.name)):
-        version = point.dist.version if point.dist is not None else "?"
+        version = (point.dist.version if point.dist is not None else None) or "?"
         plugin = Plugin(point.name, _distribution(point), version, point.value)
         _load(plugin, point.load)
         plugins.append(plugin)
@@ -207,7 +207,7 @@ def _load(plugin: Plugin, load: Any) -> None:
     known = [name for name in vars(hookspecs) if name.startswith("rdm_")]
     try:
         module = load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         plugin.fail(f"it cannot be imported: {said(error)}", error)
         return
     try:
@@ -227,7 +227,9 @@ def _load(plugin: Plugin, load: Any) -> None:
             plugin.refused[str(name)] = problem
             plugin.fail(problem)
         else:
-            plugin.rewards.append(RewardEntry(name, target, plugin.distribution, plugin.version, description))
+            plugin.rewards.append(
+                RewardEntry(name, target, plugin.distribution, plugin.version, str(description or ""))
+            )
 
     try:
         manager.hook.rdm_register_rewards(register=register)
@@ -309,7 +311,8 @@ def _names(text: str) -> set[str]:
 
 
 def _distribution(point: EntryPoint) -> str:
-    return _normalized(point.dist.name) if point.dist is not None else "?"
+    # A damaged installation may have entry points and no name.
+    return _normalized(point.dist.name or "?") if point.dist is not None else "?"
 
 
 def _normalized(name: str) -> str:

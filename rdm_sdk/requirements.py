@@ -36,6 +36,9 @@ def check_run(args: RDMConfig, rewards: Sequence[WeightedReward], datasets: Mapp
             f"reward {scored[0]!r} has no gradient, so samples of one prompt are compared with each other, and "
             "num_generations=1 leaves nothing to compare with; use at least 2"
         )
+    for role in critic_roles(rewards):
+        if role in ("student", "teacher"):
+            raise ConfigError(f"a reward declares trains={role!r}, which is not a critic's; give its role another name")
     if critic_roles(rewards) and args.critic_steps == 0:
         raise ConfigError("critic_steps=0 would leave the critics of the rewards untrained; use at least 1")
     grouped = [own.label for own in rewards if own.reward.capabilities.scope == "group"]

@@ -35,7 +35,7 @@ def new_reward(name: str, directory: Path) -> Path:
             f"{name!r} cannot be a reward's name; write 'owner/name', each beginning with a letter and going on "
             "with letters, digits, '-' and '_', such as acme/sharpness (bare names are the SDK's own)"
         )
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower())
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     major, minor = rdm_sdk.__version__.split(".")[:2]
     classname = "".join(part[:1].upper() + part[1:] for part in re.split(r"[-_]", name.partition("/")[2]))
     values = {
@@ -51,7 +51,10 @@ def new_reward(name: str, directory: Path) -> Path:
     target = directory / values["distribution"]
     if target.exists():
         raise ConfigError(f"{target} exists already; nothing was written. Remove it or choose another --output")
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{directory} cannot be written into: {error}") from error
     with tempfile.TemporaryDirectory(dir=directory, prefix=".new-reward-") as scratch:
         staged = Path(scratch) / "distribution"
         for source, destination in FILES.items():

@@ -209,7 +209,8 @@ class RDMTrainer(RoleTrainer):
             device=args.reward_device,
             offload=args.reward_offload,
             on_error=args.reward_on_error,
-            gradients_of=[own.label for own in self.rewards if own.weight],  # of the others, scores are watched
+            # Of rewards without weight, the scores are watched.
+            gradients_of=[own.label for own in self.rewards if own.weight and own.label in rewards],
         )
         self._reward_calls += len(result.outputs) * len(batch)
         for name in rewards:
@@ -286,6 +287,7 @@ class RDMTrainer(RoleTrainer):
             valid = scores[~scores.isnan()]
             self._log_value(f"rewards/{own.label}/mean", valid.mean())
             self._log_value(f"rewards/{own.label}/std", valid.std() if len(valid) > 1 else 0.0)
+            self._log_value(f"rewards/{own.label}/nan", scores.isnan().sum())
             self._log_value(f"rewards/{own.label}/zero_std", zero_std_share(scores, group))
             if magnitude is not None:
                 self._log_value(f"{own.label}/residual", magnitude.mean())
@@ -362,8 +364,16 @@ class RDMTrainer(RoleTrainer):
             latents = [self.sample_latents(prompts[i : i + size]) for i in range(0, len(prompts), size)]
             batch = RewardBatch(torch.cat(latents), prompts, group, self.adapter.decode, inputs["columns"])
             outputs = evaluate_rewards(
-                judges, batch, chunk_size=size, device=self.args.reward_device, gradients_of=()
+                judges,
+                batch,
+                chunk_size=size,
+                device=self.args.reward_device,
+                offload=self.args.reward_offload,
+                on_error=self.args.reward_on_error,
+                gradients_of=(),
             ).outputs
+        if not outputs:
+            raise RDMError("every reward was skipped in evaluate(), so there is nothing to report")
         metrics = {f"{metric_key_prefix}_rewards/{n}/mean": o.scores.nanmean().item() for n, o in outputs.items()}
         metrics[f"{metric_key_prefix}_loss"] = -next(iter(metrics.values()))
         self.log(metrics)
@@ -379,7 +389,7 @@ class RDMTrainer(RoleTrainer):
     def capture_state(self) -> RunState:
         return RunState(
             fingerprint=self.fingerprint,
-            rewards=[own.label for own in self.rewards],
+            rewards=[own.term.reference for own in self.rewards],
             adapters={role: describe_lora(self.roles.lora_config(role)) for role in self.roles.trainable_roles},
             forwards=dict(self.roles.forwards),
             critic_steps=self._critic_steps,

@@ -12,7 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from rdm_sdk import Capabilities, Reward, RewardBatch, RewardConfig, RewardError, RewardOutput, score_images
+from rdm_sdk import (
+    Capabilities,
+    ConfigError,
+    Reward,
+    RewardBatch,
+    RewardConfig,
+    RewardError,
+    RewardOutput,
+    score_images,
+)
 from rdm_sdk.rewards.callables import as_reward
 from rdm_sdk.rewards.evaluate import Evaluation, evaluate_reward, evaluate_rewards
 from rdm_sdk.testing import example_images
@@ -217,6 +226,23 @@ def test_a_partly_inapplicable_reward() -> None:
     assert torch.equal(output.gradient, evaluate_reward(Partly(), latent_batch()).gradient)
 
 
+def test_a_score_that_became_nan_has_no_gradient() -> None:
+    """One sample's 0/0 does not reach the others, or stop the run."""
+
+    class Quotient(Brightness):
+        def score(self, batch: RewardBatch) -> Tensor:
+            bad = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+            return super().score(batch) * bad / bad
+
+    output = evaluate_reward(Quotient(), latent_batch())
+    sound = evaluate_reward(Brightness(), latent_batch())
+    assert output.gradient is not None
+    assert sound.gradient is not None
+    assert output.scores.isnan().tolist() == [False, True, False, False, False, False]
+    assert not output.gradient[1].any()
+    assert torch.allclose(output.gradient[2:], sound.gradient[2:])
+
+
 # ---- Errors -----------------------------------------------------------------------------------------------------
 
 
@@ -317,6 +343,11 @@ class OwnField(Reward):
         ),
         (RewardOutput(torch.ones(6), torch.full((6, 3, 4, 4), float("nan"))), "a gradient that is not finite"),
         (torch.ones(6), "must return a RewardOutput; got Tensor"),
+        (RewardOutput(torch.ones(6)), "its field.batch. returned no gradient"),
+        (
+            RewardOutput(torch.ones(6), torch.ones(6, 3, 4, 4), torch.ones(1)),
+            r"one magnitude per sample, shape \[6\], or None; got \[1\]",
+        ),
     ],
 )
 def test_unusable_gradients_raise(returned: object, words: str) -> None:
@@ -354,6 +385,13 @@ def test_a_declared_gradient_must_be_there() -> None:
         RewardError, match="declares gradient='autograd', but its scores carry no gradient: remove no_grad"
     ):
         evaluate_reward(Detached(), latent_batch())
+
+
+@pytest.mark.parametrize("wrong", [{"on_error": "Raise"}, {"gradients_of": ["brihgt"]}])
+def test_misspelt_arguments_are_refused(wrong: dict[str, Any]) -> None:
+    """A misspelt policy or name would silently do something else."""
+    with pytest.raises(ConfigError, match=r"on_error='Raise'|gradients_of names 'brihgt'"):
+        evaluate_rewards({"bright": Brightness()}, latent_batch(), **wrong)
 
 
 def test_skip_leaves_a_raising_reward_out() -> None:
@@ -401,6 +439,32 @@ def test_asynchronous_rewards_inside_a_running_loop() -> None:
         return evaluate_rewards({"a": as_reward(sleeping(0.01, 3.0), "a")}, latent_batch())
 
     assert asyncio.run(notebook()).outputs["a"].scores.tolist() == [3.0] * 6
+
+
+def test_asynchronous_rewards_keep_their_loop() -> None:
+    """What they keep between calls, such as a lock that was waited for, stays usable."""
+    limit = asyncio.Semaphore(1)
+
+    async def limited(images, prompts, **columns):
+        async with limit:
+            await asyncio.sleep(0.01)
+            return [1.0] * len(prompts)
+
+    rewards = {name: as_reward(limited, name) for name in "ab"}
+    for _ in range(2):
+        assert evaluate_rewards(rewards, latent_batch(), chunk_size=2).outputs["b"].scores.tolist() == [1.0] * 6
+
+
+def test_asynchronous_rewards_have_images_of_their_own() -> None:
+    """What they change in place is nobody else's."""
+
+    async def evil(images, prompts, **columns):
+        images.zero_()
+        return [0.0] * len(prompts)
+
+    rewards = {"evil": as_reward(evil, "evil"), "ink": as_reward(count_ink)}
+    found = evaluate_rewards(rewards, latent_batch()).outputs["ink"].scores
+    assert torch.equal(found, evaluate_reward(as_reward(count_ink), latent_batch()).scores)
 
 
 def test_an_object_with_an_asynchronous_call() -> None:
@@ -463,6 +527,7 @@ def test_score_images() -> None:
         ("jpeg", torch.zeros(2, 3, 8, 8, dtype=torch.uint8), None, "got .*uint8"),
         ("jpeg", torch.rand(2, 3, 8, 8), ["a"], "2 images do not go with 1 prompts"),
         ("jpeg", [[0.5]], None, "got list"),
+        ("jpeg", torch.rand(0, 3, 8, 8), None, "at least one image"),
         ("legibility", torch.rand(2, 3, 8, 8), None, "'legibility' reads prompts; pass one per image"),
         (
             lambda images, caption: [0.0],

@@ -118,6 +118,11 @@ def test_the_models_example_of_the_page(tmp_path: Path) -> None:
     assert torch.is_tensor(reward.clip.model.logit_scale)
 
 
+def test_a_distribution_name_that_pip_takes(tmp_path: Path) -> None:
+    """No hyphen at the end, whatever the reward's name ends in."""
+    assert new_reward("acme/foo_", tmp_path).name == "rdm-reward-acme-foo"
+
+
 def test_a_keyword_is_no_class_name(tmp_path: Path) -> None:
     """`you/true` becomes TrueReward."""
     folder = new_reward("you/true", tmp_path)

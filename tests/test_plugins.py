@@ -181,6 +181,18 @@ def test_a_plugin_without_hooks_is_a_fault(install: Install, run: Run) -> None:
     assert "implements no hook; decorate a function named rdm_register_rewards with @rdm_sdk.hookimpl" in run("plugins")
 
 
+def test_damage_and_exits_stay_with_their_plugin(install: Install, run: Run, tmp_path: Path) -> None:
+    """A plugin that ends the process at import, and an installation without a name, do not end the program."""
+    install("good-one", body=GOOD)
+    install("bad-exit", code="import sys; sys.exit('bye')\n")
+    install("bad-damage", body="pass")
+    (tmp_path / "bad_damage-1.2.dist-info" / "METADATA").unlink()
+    said = run("plugins")
+    assert "FAULT in bad-exit:main (1.2): it cannot be imported: SystemExit: bye" in said
+    assert "good/ink" in said
+    assert "Traceback" not in said
+
+
 def test_targets_that_cannot_be_used(install: Install, run: Run) -> None:
     """A target that is missing, or is neither a Reward nor a function, names the distribution."""
     install(

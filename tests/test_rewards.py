@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from rdm_sdk import Capabilities, CheckpointError, Reward, RewardError
+from rdm_sdk import Capabilities, CheckpointError, Reward, RewardError, RewardOutput
+from rdm_sdk.objective import combine, zero_std_share
 from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.callables import CallableReward
 from rdm_sdk.rewards.evaluate import evaluate_reward
@@ -77,6 +78,8 @@ def test_a_function_gets_the_columns_that_it_takes():
         ({"scope": "groups"}, "Did you mean 'group'"),
         ({"dtype": "fp16"}, "dtype='fp16'"),
         ({"columns": "caption"}, r"must be a tuple of names: \('caption',\)"),
+        ({"asynchronous": True, "gradient": "autograd"}, "only scored; declare gradient='none'"),
+        ({"dtype": "float16", "gradient": "autograd"}, "underflow in float16"),
         ({"range": (1, 0)}, "must be .low, high. or None"),
     ],
 )
@@ -141,6 +144,33 @@ def test_unusable_classes_are_refused(make, words):
     """What a subclass forgot is said by its name."""
     with pytest.raises(RewardError, match=words):
         make()
+
+
+def test_a_config_and_options_together_are_refused():
+    """One of them would be dropped."""
+    from rdm_sdk.rewards.legibility import Legibility
+
+    with pytest.raises(RewardError, match="a config or options, not both; got radius too"):
+        Reward.__init__(Legibility(), Legibility.Config(), radius=5)
+
+
+def test_inapplicable_samples_are_in_no_statistic():
+    """A NaN score's gradient does not count in the group's scale, and an all-NaN group gives nothing."""
+    scores = torch.tensor([1.0, float("nan"), float("nan"), float("nan")])
+    gradient = torch.tensor([2.0, 0.0, 0.0, 0.0]).reshape(4, 1)
+    for normalization in ("group", "sample", "batch"):
+        signal = combine({"r": RewardOutput(scores, gradient)}, {"r": 1.0}, 2, normalization, "group")
+        assert signal.field.flatten().tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert zero_std_share(torch.tensor([1.0, float("nan"), 1.0, 2.0]), 2) == 0.5
+
+
+def test_resuming_with_another_variant_is_refused(make_trainer, tmp_path):
+    """Another option of a reward is another reward."""
+    run = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    make_trainer(tmp_path, "dm + jpeg[quality=80]", **run).train()
+    with pytest.raises(CheckpointError, match="quality=80"):
+        make_trainer(tmp_path, "dm + jpeg[quality=90]", max_steps=2).train(resume_from_checkpoint=True)
+    make_trainer(tmp_path, "dm + 0.5*jpeg[quality=80]", max_steps=2).train(resume_from_checkpoint=True)
 
 
 def test_an_asynchronous_class_needs_no_score():

@@ -184,6 +184,29 @@ def test_evaluate_judges_groups_and_leaves_nothing_out(make_trainer: Make, tmp_p
     assert results["eval_rewards/groupspread/mean"] > 0
 
 
+def test_evaluate_follows_the_same_policy(make_trainer: Make, tmp_path: Path) -> None:
+    """A reward that raises is skipped in evaluation too; with nothing left, the error says so."""
+    settings = {"eval_dataset": digits.prompts()[:2], "reward_on_error": "skip"}
+    results = make_trainer(tmp_path, ["dm", failing_after(0), "0*jpeg"], **settings).evaluate()
+    assert "eval_rewards/jpeg/mean" in results
+    assert "eval_rewards/flaky/mean" not in results
+    with pytest.raises(RDMError, match="every reward was skipped in evaluate"):
+        make_trainer(tmp_path, ["dm", failing_after(0)], **settings).evaluate()
+
+
+def test_a_critic_does_not_train_the_student(make_trainer: Make, tmp_path: Path) -> None:
+    """The roles of student and teacher are taken."""
+
+    class Usurper(LatentSize):
+        capabilities = Capabilities(space="latent", gradient="autograd", trains="student")
+
+        def training_loss(self, batch: RewardBatch) -> Tensor:
+            return batch.latents.sum()
+
+    with pytest.raises(ConfigError, match="trains='student'"):
+        make_trainer(tmp_path, ["dm", Usurper()], model="no/such/model")
+
+
 def test_the_model_card_names_options(make_trainer: Make, tmp_path: Path) -> None:
     """The export says which rewards it was trained with, as a spec that parses back."""
     trainer = make_trainer(tmp_path, "dm + 0.25*jpeg[quality=80]")

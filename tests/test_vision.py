@@ -224,6 +224,16 @@ def test_a_clip_with_missing_weights_is_refused(tmp_path: Path) -> None:
         load_clip(str(folder))
 
 
+def test_the_prompt_cache_may_overflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch gets all of its prompts, also where they push each other out of the cache."""
+    monkeypatch.setattr("rdm_sdk.vision.clip._MAX_CACHED_PROMPTS", 2)
+    clip = load_clip(str(save_tiny_clip(tmp_path)))
+    clip.embed_prompts(["a"])
+    clip.embed_prompts(["b"])
+    assert clip.embed_prompts(["a", "c", "d"]).shape == (3, 16)
+    assert len(clip._prompts) == 2
+
+
 def test_prompts_do_not_depend_on_their_neighbors(tmp_path: Path) -> None:
     """An embedding is the same to the last bit alone and in company, from the cache and anew."""
     folder = str(save_tiny_clip(tmp_path))

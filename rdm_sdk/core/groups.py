@@ -59,18 +59,21 @@ def group_scale(magnitudes: Tensor, group_size: int, normalization: Normalizatio
     """Return the divisor of each sample's gradient field, `[N]`, from per-sample magnitudes `[N]`.
 
     "group" averages the magnitudes inside the group, so that relative magnitudes survive (GNDM); "sample" is DMD2;
-    "batch" averages over everything. With `group_size=1`, "group" is "sample". A field is never centered.
+    "batch" averages over everything. NaN magnitudes are left out; where nothing is left, the divisor is 0. With
+    `group_size=1`, "group" is "sample". A field is never centered.
 
     Raises:
         ValueError: `magnitudes` is not `[N]`, or N is not a multiple of `group_size`.
     """
     grouped = _grouped(magnitudes, group_size)
+    valid = ~grouped.isnan()
+    present = grouped.masked_fill(~valid, 0.0)
     if normalization == "sample":
-        divisor = grouped
+        divisor = present
     elif normalization == "group":
-        divisor = grouped.mean(1, keepdim=True).expand_as(grouped)
+        divisor = (present.sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp_min(1)).expand_as(grouped)
     else:
-        divisor = grouped.mean().expand_as(grouped)
+        divisor = (present.sum() / valid.sum().clamp_min(1)).expand_as(grouped)
     return divisor.flatten()
 
 

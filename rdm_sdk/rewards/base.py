@@ -63,6 +63,16 @@ class Capabilities:
         columns: object = self.columns  # type checkers believe the annotation, authors do not read it
         if isinstance(columns, str):
             raise RewardError(f"Capabilities(columns={self.columns!r}) must be a tuple of names: ({self.columns!r},)")
+        if self.asynchronous and self.gradient != "none":
+            raise RewardError(
+                f"Capabilities(asynchronous=True, gradient={self.gradient!r}): an asynchronous reward is only scored; "
+                "declare gradient='none'"
+            )
+        if self.dtype == "float16" and self.gradient == "autograd":
+            raise RewardError(
+                "Capabilities(dtype='float16', gradient='autograd'): gradients of pixels underflow in float16; take "
+                "bfloat16, or float32 and convert inside score()"
+            )
         if self.range is not None and not (len(self.range) == 2 and self.range[0] < self.range[1]):
             raise RewardError(f"Capabilities(range={self.range!r}) cannot be used; it must be (low, high) or None")
 
@@ -103,6 +113,7 @@ class RewardBatch:
     columns: Mapping[str, list[object]] = field(default_factory=dict)
     """The dataset's other columns, N entries each."""
     context: DiffusionContext | None = None
+    """The run's models, for rewards with a field of their own; others may be judged without it, in chunks."""
 
     @classmethod
     def from_images(
@@ -126,6 +137,8 @@ class RewardBatch:
                 "by 255, map [-1, 1] by x / 2 + 0.5"
             )
         texts = [""] * len(images) if prompts is None else list(prompts)
+        if not len(images) or group_size < 1:
+            raise RewardError(f"there must be at least one image, in groups of at least one; got {len(images)} images")
         if len(texts) != len(images) or len(images) % group_size:
             raise RewardError(f"{len(images)} images do not go with {len(texts)} prompts in groups of {group_size}")
         for name, values in (columns or {}).items():
@@ -147,7 +160,8 @@ class RewardBatch:
     @cached_property
     def _decoded(self) -> tuple[Tensor, Tensor]:
         latents = self.latents.detach().requires_grad_()
-        return latents, self.decode(latents)
+        with torch.enable_grad():
+            return latents, self.decode(latents)
 
     def pull_back(self, image_gradient: Tensor) -> Tensor:
         """Carry a gradient on the images `[N, 3, H, W]` back through the decoder to the latents `[N, *x]`."""
@@ -226,12 +240,18 @@ class Reward(ABC):
 
     def __init__(self, config: RewardConfig | None = None, **options: object) -> None:
         self.name = self.name or type(self).__name__.lower()
-        _check_class(type(self))
+        check_class(type(self))
         if config is not None and not isinstance(config, type(self).Config):
             raise RewardError(
                 f"reward {self.name!r} takes a {type(self).Config.__qualname__} or options as keywords; got {config!r}"
             )
-        self.config: Any = config or checked_model(type(self).Config, options, f"reward {self.name!r}", RewardError)
+        if config is not None and options:
+            raise RewardError(f"reward {self.name!r} takes a config or options, not both; got {', '.join(options)} too")
+        self.config: Any = (
+            config
+            if config is not None
+            else checked_model(type(self).Config, options, f"reward {self.name!r}", RewardError)
+        )
 
     def score(self, batch: RewardBatch) -> Tensor:
         """Return scores, float32 `[N]`; NaN marks a sample to which the reward does not apply."""
@@ -278,12 +298,16 @@ class Reward(ABC):
         return type(self).__module__
 
 
-def _check_class(cls: type[Reward]) -> None:
+def check_class(cls: type[Reward]) -> None:
     """Raise `RewardError` for what a subclass of `Reward` must have and has not."""
     if not isinstance(getattr(cls, "capabilities", None), Capabilities):
         raise RewardError(f"{cls.__name__} must have a class attribute capabilities = Capabilities(...)")
     if not (isinstance(cls.Config, type) and issubclass(cls.Config, RewardConfig)):
         raise RewardError(f"{cls.__name__}.Config must be a subclass of rdm_sdk.RewardConfig; got {cls.Config!r}")
-    needed = "score_async" if cls.capabilities.asynchronous else "score"
-    if getattr(cls, needed) is getattr(Reward, needed):
-        raise RewardError(f"{cls.__name__} must write {needed}(self, batch), which returns the scores [N]")
+    needed = ["score_async" if cls.capabilities.asynchronous else "score"]
+    needed += ["field"] if cls.capabilities.gradient == "field" else []
+    needed += ["training_loss"] if cls.capabilities.trains else []
+    for method in needed:
+        if getattr(cls, method) is getattr(Reward, method):
+            promised = (getattr(Reward, method).__doc__ or "").splitlines()[0]
+            raise RewardError(f"{cls.__name__} must write {method}(self, batch), by what it declares: {promised}")

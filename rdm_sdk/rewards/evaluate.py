@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from rdm_sdk.errors import RewardError
+from rdm_sdk.core.noise import per_sample
+from rdm_sdk.errors import ConfigError, RewardError
 from rdm_sdk.rewards.base import Reward, RewardBatch
 from rdm_sdk.types import RewardOutput
 
@@ -67,7 +69,11 @@ def evaluate_rewards(
         RewardError: a reward returned something of the wrong type or shape, an infinite score, only NaN, or a gradient
             that is not finite. Nothing is repaired: a reward that returns nonsense must not train a model.
     """
+    if on_error not in get_args(OnError):
+        raise ConfigError(f"on_error={on_error!r} cannot be used; it must be 'raise' or 'skip'")
     wanted = rewards.keys() if gradients_of is None else set(gradients_of)
+    if wanted - rewards.keys():
+        raise ConfigError(f"gradients_of names {min(wanted - rewards.keys())!r}, which is not among the rewards")
     run = _Run(
         rewards,
         torch.device(device) if device is not None else batch.latents.device,
@@ -78,9 +84,9 @@ def evaluate_rewards(
     try:
         for reward in rewards.values():
             reward.to(run.device)
+        run.judge_whole(batch)  # first, because its networks need the memory that the decoder's graph takes afterwards
         for chunk in batch.split(size):
             run.judge_chunk(chunk)
-        run.judge_whole(batch)
     finally:
         if offload:
             for reward in rewards.values():
@@ -145,11 +151,13 @@ class _Run:
         if not self.awaited:
             self._judge_plain(chunk)
             return
-        # A thread of its own, because this one may already run an event loop (in a notebook it does).
-        given = {name: _given(reward, chunk, self.device) for name, reward in self._left(self.awaited)}
-        with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(_await_all, dict(self._left(self.awaited)), given)
+        waiting = dict(self._left(self.awaited))
+        # Copies, because these rewards run at the same time as the others, and a change in place has no culprit then.
+        given = {name: _copied(as_declared(reward, chunk, self.device)) for name, reward in waiting.items()}
+        future = asyncio.run_coroutine_threadsafe(_await_all(waiting, given, self.device), _event_loop())
+        try:
             self._judge_plain(chunk)
+        finally:
             results = future.result()
         for name, result in results.items():
             if isinstance(result, BaseException):
@@ -171,7 +179,7 @@ class _Run:
                 if name in self.graded:
                     output = _differentiated(reward, chunk, self.device)
                 else:
-                    given = _given(reward, chunk, self.device)
+                    given = as_declared(reward, chunk, self.device)
                     with torch.no_grad(), _left_alone(reward, given):
                         scores = reward.score(given)
                     output = RewardOutput(_checked_scores(reward, chunk, scores))
@@ -200,27 +208,46 @@ class _Run:
         self.skipped[name] = error
 
 
-def _await_all(rewards: Mapping[str, Reward], given: Mapping[str, RewardBatch]) -> dict[str, Any]:
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """Return the event loop of asynchronous rewards, in a thread of its own for as long as the process lives.
+
+    One loop for all calls, because clients and locks that a reward keeps belong to the loop they were first used in;
+    a thread of its own, because the caller's may already run a loop (in a notebook it does).
+    """
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="rdm-sdk rewards", daemon=True).start()
+    return loop
+
+
+async def _await_all(
+    rewards: Mapping[str, Reward], given: Mapping[str, RewardBatch], device: torch.device
+) -> dict[str, Any]:
     """Await all rewards together; each result is scores and seconds, or the exception it raised."""
+    torch.set_grad_enabled(False)  # of this thread, which does nothing else
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
     async def timed(reward: Reward, batch: RewardBatch) -> tuple[Tensor, float]:
         started = time.perf_counter()
         return await reward.score_async(batch), time.perf_counter() - started
 
-    async def together() -> list[Any]:
-        calls = [timed(reward, given[name]) for name, reward in rewards.items()]
-        return await asyncio.gather(*calls, return_exceptions=True)
-
-    with torch.no_grad():
-        return dict(zip(rewards, asyncio.run(together()), strict=True))
+    calls = [timed(reward, given[name]) for name, reward in rewards.items()]
+    return dict(zip(rewards, await asyncio.gather(*calls, return_exceptions=True), strict=True))
 
 
-def _given(reward: Reward, chunk: RewardBatch, device: torch.device) -> RewardBatch:
+def _copied(given: RewardBatch) -> RewardBatch:
+    images = given.__dict__.get("images")
+    copy = given.with_latents(given.latents.clone())
+    return copy if images is None else copy.with_images(images.clone())
+
+
+def as_declared(reward: Reward, chunk: RewardBatch, device: torch.device) -> RewardBatch:
     """Return the chunk as the reward wants it: its dtype, on its device, without a graph, with lists of its own."""
     dtype = getattr(torch, reward.capabilities.dtype)
     columns = {name: list(values) for name, values in chunk.columns.items()}
     images = chunk.images if reward.capabilities.space == "pixel" else None
-    chunk = replace(chunk, prompts=list(chunk.prompts), columns=columns)
+    chunk = replace(chunk, prompts=list(chunk.prompts), columns=columns, context=None)
     if images is not None:
         return chunk.with_images(images.detach().to(device, dtype))
     return chunk.with_latents(chunk.latents.detach().to(device, dtype))
@@ -240,7 +267,7 @@ def _left_alone(reward: Reward, given: RewardBatch) -> Iterator[None]:
 
 
 def _differentiated(reward: Reward, chunk: RewardBatch, device: torch.device) -> RewardOutput:
-    judged = _given(reward, chunk, device)
+    judged = as_declared(reward, chunk, device)
     pixels = reward.capabilities.space == "pixel"
     leaf = (judged.images if pixels else judged.latents).requires_grad_()
     with torch.enable_grad():
@@ -257,8 +284,11 @@ def _differentiated(reward: Reward, chunk: RewardBatch, device: torch.device) ->
             f"reward {reward.name!r} declares gradient='autograd', but its scores carry no gradient: remove no_grad, "
             "detach, PIL or NumPy from score(), or declare gradient='none'"
         )
+    if reward.capabilities.scope == "sample":
+        # A sample that the reward does not apply to has no gradient, however its NaN came about.
+        gradient = gradient.masked_fill(per_sample(scores.isnan(), gradient), 0)
     gradient = gradient.to(chunk.latents.device, torch.float32)
-    return RewardOutput(checked, chunk.pull_back(gradient) if pixels else gradient)
+    return RewardOutput(checked, chunk.pull_back(gradient).float() if pixels else gradient)
 
 
 def _own_field(reward: Reward, batch: RewardBatch, differentiate: bool) -> RewardOutput:
@@ -267,7 +297,18 @@ def _own_field(reward: Reward, batch: RewardBatch, differentiate: bool) -> Rewar
         raise RewardError(
             f"reward {reward.name!r}: field(batch) must return a RewardOutput; got {type(output).__name__}"
         )
-    return RewardOutput(_checked_scores(reward, batch, output.scores), output.gradient, output.magnitude)
+    if differentiate and output.gradient is None:
+        raise RewardError(
+            f"reward {reward.name!r} declares gradient='field', and its field(batch) returned no gradient; return "
+            "RewardOutput(scores, gradient)"
+        )
+    magnitude = output.magnitude
+    if magnitude is not None and magnitude.shape != (len(batch),):
+        raise RewardError(
+            f"reward {reward.name!r} must return one magnitude per sample, shape [{len(batch)}], or None; got "
+            f"{list(magnitude.shape)}"
+        )
+    return RewardOutput(_checked_scores(reward, batch, output.scores), output.gradient, magnitude)
 
 
 def _merged(outputs: Sequence[RewardOutput]) -> RewardOutput:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from rdm_sdk.errors import RewardError
 from rdm_sdk.hookspecs import REWARD_NAME
 from rdm_sdk.registry import registry
-from rdm_sdk.rewards.base import Reward
+from rdm_sdk.rewards.base import Reward, check_class
 from rdm_sdk.rewards.callables import as_reward
 from rdm_sdk.rewards.spec import RewardTerm, checked_model, label_terms, make_term, parse_spec
 
@@ -109,7 +109,11 @@ def _scaled(found: _Found, factor: object) -> _Found:
 def _term_of(reward: Reward) -> RewardTerm:
     """Return the term of a reward that was made by the user; its options are what its config has set."""
     _initialized(reward)
-    name = reward.name if re.fullmatch(REWARD_NAME, reward.name, re.ASCII) else type(reward).__name__
+    name = (
+        reward.name
+        if re.fullmatch(REWARD_NAME, reward.name, re.ASCII)
+        else type(reward).__name__.lstrip("_") or "Reward"
+    )
     given = reward.config.model_dump(mode="json", exclude_unset=True)
     return make_term(
         {"name": name, "variant": given.pop("variant", None), "revision": given.pop("revision", None), "options": given}
@@ -133,6 +137,7 @@ def load_reward(term: RewardTerm) -> Reward:
     options |= {"variant": term.variant} if term.variant is not None else {}
     options |= {"revision": term.revision} if term.revision is not None else {}
     if isinstance(target, type) and issubclass(target, Reward):
+        check_class(target)
         config = checked_model(target.Config, options, f"reward {term.name!r}", RewardError)
         # A reward without options need not take a config.
         given = (config,) if target.Config.model_fields else ()

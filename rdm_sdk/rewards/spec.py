@@ -83,7 +83,7 @@ class RewardTerm(BaseModel):
         text += f":{self.variant}" if self.variant is not None else ""
         text += f"@{self.revision}" if self.revision is not None else ""
         if self.options:
-            text += "[" + ",".join(f"{key}={_show(value)}" for key, value in self.options.items()) + "]"
+            text += "[" + ",".join(f"{key}={_show(value)}" for key, value in sorted(self.options.items())) + "]"
         return text
 
     def __str__(self) -> str:

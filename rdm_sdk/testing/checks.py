@@ -14,17 +14,19 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from rdm_sdk.rewards.base import RewardBatch, RewardConfig
-from rdm_sdk.rewards.evaluate import evaluate_reward
+from rdm_sdk.rewards.base import RewardConfig
+from rdm_sdk.rewards.evaluate import as_declared, evaluate_reward
 from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.rewards.spec import checked_model, parse_spec
-from rdm_sdk.testing.batches import copied, example_batch, rows
+from rdm_sdk.testing.batches import copied, rows
 from rdm_sdk.testing.subject import Check, Remark, Subject, advising, assert_close, demand, same, shown
 
 STEPS = (0.003, 0.01, 0.03)
@@ -232,7 +234,10 @@ def retains_no_graph(subject: Subject) -> None:
     reward = subject.reward
     batch = copied(subject.batch)
     leaf = batch.latents.clone()
-    judged = batch.with_images(leaf) if reward.capabilities.space == "pixel" else batch.with_latents(leaf)
+    judged = as_declared(reward, batch.with_latents(leaf), leaf.device)
+    leaf = judged.images if reward.capabilities.space == "pixel" else judged.latents
+    if reward.capabilities.gradient == "field":
+        judged = replace(judged, context=batch.context)
     del batch
     if reward.capabilities.gradient == "autograd":
         leaf.requires_grad_()
@@ -252,14 +257,9 @@ def retains_no_graph(subject: Subject) -> None:
 @check("leaves_inputs_alone")
 def odd_sizes(subject: Subject) -> None:
     """Images (or latents) of sizes that nothing divides are judged too."""
-    batch = example_batch(subject.reward, 37, 53)
-    if subject.reward.capabilities.space == "latent":
-        batch = example_batch(subject.reward, 5 * 8, 7 * 8)
-    own = subject.batch
-    if len(own) == len(batch):
-        batch = RewardBatch(
-            batch.latents, list(own.prompts), own.group_size, batch.decode, dict(own.columns), batch.context
-        )
+    size = (37, 53) if subject.reward.capabilities.space == "pixel" else (5, 7)
+    batch = copied(subject.batch)
+    batch = batch.with_latents(F.interpolate(batch.latents, size=size, mode="bilinear", align_corners=False))
     with advising("resize or pad inside score(); reshape() and view() by fixed factors need sizes that divide"):
         subject.judge(batch)
 
@@ -357,4 +357,8 @@ def _import_problem(module: str) -> str:
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run([sys.executable, "-c", code, module], capture_output=True, text=True, env=environment)
-    return "" if done.returncode == 0 else f"importing {module!r} failed: {done.stderr.strip().splitlines()[-1]}"
+    return (
+        ""
+        if done.returncode == 0
+        else f"importing {module!r} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rdm_sdk.errors import RDMError, said
 from rdm_sdk.rewards.base import Reward, RewardBatch
-from rdm_sdk.rewards.evaluate import evaluate_reward
+from rdm_sdk.rewards.evaluate import as_declared, evaluate_reward
 from rdm_sdk.testing.batches import copied
 from rdm_sdk.types import RewardOutput
 
@@ -46,7 +46,10 @@ class Subject:
             return evaluate_reward(self.reward, batch, gradients_of=()).scores
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return self.reward.score(batch)
+            given = as_declared(self.reward, batch, batch.latents.device)
+            if self.reward.capabilities.gradient == "field":
+                given = replace(given, context=batch.context)
+            return self.reward.score(given)
 
     def judge(self, batch: RewardBatch | None = None, differentiate: bool = False, **options: object) -> RewardOutput:
         """Return what the host makes of the reward."""

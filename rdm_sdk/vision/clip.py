@@ -86,10 +86,11 @@ class ClipEncoder(nn.Module):
         """Map N prompts (cut at the model's length) to unit vectors, float32 `[N, D]`."""
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._prompts:
-                while len(self._prompts) >= _MAX_CACHED_PROMPTS:
-                    self._prompts.pop(next(iter(self._prompts)))
                 self._prompts[prompt] = self._embed_prompt(prompt)
-        return torch.stack([self._prompts[prompt] for prompt in prompts]).to(self.model.device)
+        embedded = torch.stack([self._prompts[prompt] for prompt in prompts]).to(self.model.device)
+        while len(self._prompts) > _MAX_CACHED_PROMPTS:  # only now, so that this call's own prompts were all there
+            self._prompts.pop(next(iter(self._prompts)))
+        return embedded
 
     def _embed_prompt(self, prompt: str) -> Tensor:
         length = self.model.config.text_config.max_position_embeddings
