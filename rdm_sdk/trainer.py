@@ -201,21 +201,14 @@ class RDMTrainer(RoleTrainer):
         return outputs
 
     def _score(self, rewards: dict[str, Reward], batch: RewardBatch) -> dict[str, RewardOutput]:
-        args = self.args
-        result = evaluate_rewards(
-            rewards,
-            batch,
-            chunk_size=args.reward_batch_size,
-            device=args.reward_device,
-            offload=args.reward_offload,
-            on_error=args.reward_on_error,
-            # Of rewards without weight, the scores are watched.
-            gradients_of=[own.label for own in self.rewards if own.weight and own.label in rewards],
-        )
+        # Of rewards without weight, the scores are watched.
+        graded = [own.label for own in self.rewards if own.weight and own.label in rewards]
+        size = self.args.reward_batch_size
+        result = evaluate_rewards(rewards, batch, chunk_size=size, gradients_of=graded, **self._judging)
         self._reward_calls += len(result.outputs) * len(batch)
         for name in rewards:
             self._log_value(f"rewards/{name}/seconds", result.seconds[name])
-            if args.reward_on_error == "skip":
+            if self.args.reward_on_error == "skip":
                 self._log_value(f"rewards/{name}/skipped", float(name in result.skipped))
         for name, error in result.skipped.items():
             logger.warning("reward %r was skipped: %s: %s", name, type(error).__name__, error)
@@ -256,6 +249,12 @@ class RDMTrainer(RoleTrainer):
 
         args = self.args
         return DiffusionContext(self.adapter.schedule, denoiser, args.min_sigma, args.max_sigma, args.num_draws)
+
+    @property
+    def _judging(self) -> dict[str, Any]:
+        """How this run evaluates rewards, in training and in `evaluate`."""
+        args = self.args
+        return {"device": args.reward_device, "offload": args.reward_offload, "on_error": args.reward_on_error}
 
     @property
     def _has_field(self) -> bool:
@@ -363,15 +362,7 @@ class RDMTrainer(RoleTrainer):
         with self.seeded(self.args.seed), self.exported_weights(), torch.no_grad():
             latents = [self.sample_latents(prompts[i : i + size]) for i in range(0, len(prompts), size)]
             batch = RewardBatch(torch.cat(latents), prompts, group, self.adapter.decode, inputs["columns"])
-            outputs = evaluate_rewards(
-                judges,
-                batch,
-                chunk_size=size,
-                device=self.args.reward_device,
-                offload=self.args.reward_offload,
-                on_error=self.args.reward_on_error,
-                gradients_of=(),
-            ).outputs
+            outputs = evaluate_rewards(judges, batch, chunk_size=size, gradients_of=(), **self._judging).outputs
         if not outputs:
             raise RDMError("every reward was skipped in evaluate(), so there is nothing to report")
         metrics = {f"{metric_key_prefix}_rewards/{n}/mean": o.scores.nanmean().item() for n, o in outputs.items()}
