@@ -114,7 +114,8 @@ class Registry:
             )
         broken = [plugin for plugin in self.plugins if plugin.failures]
         for plugin in broken:
-            if name in plugin.refused or _is_home(plugin, name):
+            unknown_content = plugin.cause is not None or not plugin.hooks  # it did not come to say what it holds
+            if name in plugin.refused or (unknown_content and _is_home(plugin, name)):
                 problem = plugin.refused.get(name, plugin.failures[0])
                 raise RewardError(
                     f"the reward {name!r} cannot be had, because the plugin {plugin.key} ({plugin.version}) is broken: "

@@ -181,6 +181,12 @@ def test_a_plugin_without_hooks_is_a_fault(install: Install, run: Run) -> None:
     assert "implements no hook; decorate a function named rdm_register_rewards with @rdm_sdk.hookimpl" in run("plugins")
 
 
+def test_a_typo_is_not_blamed_on_a_fault_elsewhere(install: Install, run: Run) -> None:
+    """A plugin that could say what it holds is not suspected of holding what it did not name."""
+    install("acme-one", body='register("acme/sharpness", "acme_one_rewards:Ink"); register("ink", "a:B")')
+    assert "Did you mean 'acme/sharpness'?" in run("rewards", "info", "acme/sharpnes")
+
+
 def test_damage_and_exits_stay_with_their_plugin(install: Install, run: Run, tmp_path: Path) -> None:
     """A plugin that ends the process at import, and an installation without a name, do not end the program."""
     install("good-one", body=GOOD)
