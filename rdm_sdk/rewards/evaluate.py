@@ -91,21 +91,7 @@ def evaluate_rewards(
         if offload:
             for reward in rewards.values():
                 reward.to("cpu")
-    outputs = {}
-    for name, reward in rewards.items():
-        if name not in run.skipped:
-            outputs[name] = _merged(run.outputs[name])
-            if outputs[name].scores.isnan().all():
-                run.give_up(name, _nothing_applies(reward, batch))
-            else:
-                _check_gradient(reward, batch, outputs[name].gradient)
-    kept = [name for name in rewards if name not in run.skipped]
-    return Evaluation(
-        {name: outputs[name] for name in kept},
-        run.seconds,
-        {name: rewards[name].provenance() for name in kept},
-        run.skipped,
-    )
+    return _settled(run, rewards, batch)
 
 
 def evaluate_reward(reward: Reward, batch: RewardBatch, **options: Any) -> RewardOutput:
@@ -309,6 +295,25 @@ def _own_field(reward: Reward, batch: RewardBatch, differentiate: bool) -> Rewar
             f"{list(magnitude.shape)}"
         )
     return RewardOutput(_checked_scores(reward, batch, output.scores), output.gradient, magnitude)
+
+
+def _settled(run: _Run, rewards: Mapping[str, Reward], batch: RewardBatch) -> Evaluation:
+    """Put the chunks together, and check what only the whole shows."""
+    outputs = {}
+    for name, reward in rewards.items():
+        if name not in run.skipped:
+            outputs[name] = _merged(run.outputs[name])
+            if outputs[name].scores.isnan().all():
+                run.give_up(name, _nothing_applies(reward, batch))
+            else:
+                _check_gradient(reward, batch, outputs[name].gradient)
+    kept = [name for name in rewards if name not in run.skipped]
+    return Evaluation(
+        {name: outputs[name] for name in kept},
+        run.seconds,
+        {name: rewards[name].provenance() for name in kept},
+        run.skipped,
+    )
 
 
 def _merged(outputs: Sequence[RewardOutput]) -> RewardOutput:
