@@ -107,6 +107,14 @@ def test_the_gradient_is_that_of_the_unrounded_resize() -> None:
     assert torch.allclose(gradient, expected, atol=1e-6)
 
 
+def test_a_student_is_judged_as_its_saved_images_would_be() -> None:
+    """Images are rounded to 8 bits before anything else."""
+    images = example_images(1, 50, 60)
+    saved = (images * 255 + 0.5).floor() / 255
+    assert not torch.equal(images, saved)
+    assert torch.equal(ImageTransform(32)(images), ImageTransform(32)(saved))
+
+
 def test_the_transform_has_a_name() -> None:
     """What is kept with the scores tells resizes apart."""
     names = {
