@@ -34,7 +34,7 @@ class Evaluation:
     outputs: dict[str, RewardOutput]
     """By the names that the rewards were given; a reward that was skipped is missing."""
     seconds: dict[str, float]
-    """Time per reward; asynchronous ones share theirs, decoding is counted to none."""
+    """Time per reward; asynchronous ones wait at the same time, and decoding is counted to none."""
     provenance: dict[str, dict[str, object]]
     """Per reward, what its scores must be stored with to be comparable."""
     skipped: dict[str, Exception] = field(default_factory=dict)
