@@ -19,7 +19,7 @@ from torch import Tensor
 from rdm_sdk.errors import CheckpointError
 from rdm_sdk.models.base import ModelAdapter
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, STATE = "rdm_state.safetensors", "rdm_state.json"
 TRAINER_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 
@@ -35,8 +35,14 @@ class RunState:
     """Role to the LoRA settings that its weights only mean something with."""
     forwards: dict[str, int]
     """Network evaluations so far, in samples, per role."""
-    critic_steps: int
-    reward_calls: int
+    costs: dict[str, int]
+    """What else the run has cost: rollouts, critic steps, reward calls."""
+    stored_rollouts: bool
+    """Whether rollouts are still to be used again; they are in a file of their own, one per process."""
+    weights: dict[str, float]
+    """What each reward weighs in the next optimizer step."""
+    weighting: dict[str, float]
+    """State of the weighting strategy."""
     ema_steps: int | None
     """Updates of the moving average so far, None if the run has none."""
     format: int = FORMAT
@@ -47,15 +53,17 @@ def save_state(directory: Path, adapter: ModelAdapter, ema: list[Tensor] | None,
     tensors = {
         f"{role}.{name}": tensor
         for role in adapter.roles.trainable_roles
-        for name, tensor in adapter.roles.lora_state_dict(role).items()
+        for name, tensor in adapter.roles.role_state_dict(role).items()
     }
     tensors |= {f"ema.{i}": tensor.detach().cpu().contiguous() for i, tensor in enumerate(ema or [])}
     save_file(tensors, directory / WEIGHTS)
     (directory / STATE).write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
 
 
-def check(directory: str | Path, own: RunState) -> RunState:
+def check(directory: str | Path, own: RunState, rollouts: Path) -> RunState:
     """Return the run state of a checkpoint after checking that it is whole and belongs to the run whose state is `own`.
+
+    `rollouts` is the file of this process's stored rollouts, which must be there if the run has any.
 
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged, of another kind, or of a run with another base,
@@ -76,19 +84,34 @@ def check(directory: str | Path, own: RunState) -> RunState:
             "save_only_model was set). Use an earlier checkpoint."
         )
     try:
-        state = RunState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+        saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if saved.get("format") != FORMAT:
+            raise CheckpointError(
+                f"checkpoint {str(directory)!r} has format {saved.get('format')}; this version reads {FORMAT}"
+            )
+        state = RunState(**saved)
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         for name in ("optimizer.pt", "scheduler.pt"):
             torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+        if state.stored_rollouts:
+            with safe_open(rollouts, framework="pt") as file:
+                json.loads(file.metadata()["prompts"])
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             has_ema = any(name.startswith("ema.") for name in file.keys())  # noqa: SIM118 - it is no mapping
-    except (OSError, ValueError, TypeError, EOFError, RuntimeError, UnpicklingError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        RuntimeError,
+        UnpicklingError,
+        SafetensorError,
+    ) as error:
         raise CheckpointError(
             f"cannot resume from {str(directory)!r}: it is damaged ({type(error).__name__}: {error}). Use an earlier "
             "checkpoint."
         ) from error
-    if state.format != FORMAT:
-        raise CheckpointError(f"checkpoint {str(directory)!r} has format {state.format}; this version reads {FORMAT}")
     if state.fingerprint != own.fingerprint:
         raise CheckpointError(f"checkpoint {str(directory)!r} was made with another base model; pass the same one")
     if state.rewards != own.rewards:
@@ -117,5 +140,5 @@ def load_weights(directory: str | Path, adapter: ModelAdapter) -> dict[int, Tens
     for role in adapter.roles.trainable_roles:
         prefix = f"{role}."
         own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        adapter.roles.load_lora_state_dict(role, own)
+        adapter.roles.load_role_state_dict(role, own)
     return {int(name.removeprefix("ema.")): t for name, t in tensors.items() if name.startswith("ema.")}

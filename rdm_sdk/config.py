@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from rdm_sdk.errors import ConfigError, nearest
+from rdm_sdk.weighting import make_weighting
 
 
 @dataclass
@@ -48,9 +49,22 @@ class RDMConfig(TrainingArguments):
     min_sigma: float = field(default=0.02, metadata={"help": "Lowest noise level for renoising, in (0, 1)."})
     max_sigma: float = field(default=0.98, metadata={"help": "Highest noise level for renoising, in (0, 1)."})
     num_draws: int = field(default=1, metadata={"help": "Renoising draws M per sample and student step."})
-    normalization: Literal["group", "sample", "batch"] = field(
+    normalization: Literal["group", "sample", "batch", "rms"] = field(
         default="group",
-        metadata={"help": "Whose statistic divides a reward's gradient: the group's (GNDM), the sample's (DMD2), all."},
+        metadata={
+            "help": "What divides a reward's gradient: its magnitude averaged over the group (GNDM), the sample (DMD2) "
+            "or everything, or the group's root mean square of the gradient itself."
+        },
+    )
+    spread: Literal["stratified", "shared", "free"] = field(
+        default="stratified",
+        metadata={
+            "help": "Noise levels and trained steps inside a group: spread evenly, one for all, or each drawn freely."
+        },
+    )
+    critic_correction: bool = field(
+        default=True,
+        metadata={"help": "Take the critic's lag, as the group's mean residual shows it, out of the gradient of 'dm'."},
     )
 
     critic_steps: int = field(default=5, metadata={"help": "Critic updates per student update."})
@@ -69,7 +83,48 @@ class RDMConfig(TrainingArguments):
         default="group",
         metadata={"help": "Whose standard deviation divides centered scores of non-differentiable rewards."},
     )
-    epsilon: float = field(default=0.2, metadata={"help": "Clip range of the policy ratio, for scored rewards."})
+    multi_objective_aggregation: Literal["normalize_then_sum", "sum_then_normalize"] = field(
+        default="normalize_then_sum",
+        metadata={"help": "Whether scores of several rewards are normalized before they are weighted and summed."},
+    )
+    reward_route: Literal["gradient", "advantage"] = field(
+        default="gradient",
+        metadata={"help": "How external rewards that have a gradient act: by it, or by advantages of their scores."},
+    )
+    weighting: str = field(
+        default="fixed",
+        metadata={
+            "help": "How much rewards count beside 'dm': 'fixed', 'balance' or 'constraint', with options such as "
+            "'balance[cold_start=20,ramp=20]'."
+        },
+    )
+
+    sampler: Literal["renoise", "cps", "sde", "ode"] = field(
+        default="renoise",
+        metadata={"help": "Transitions of the rollouts: re-noising, CPS, Flow-GRPO's SDE, or none that are random."},
+    )
+    eta: float = field(default=0.9, metadata={"help": "Share of fresh noise for 'cps' (0 to 1), noise rate for 'sde'."})
+    num_iterations: int = field(default=1, metadata={"help": "Student updates per rollout."})
+    importance_sampling_correction: bool = field(
+        default=True, metadata={"help": "Weigh samples of an earlier student by how likely they still are."}
+    )
+    importance_sampling_cap: float = field(default=2.0, metadata={"help": "No importance weight is larger."})
+    min_effective_sample_size: float = field(
+        default=0.5, metadata={"help": "A rollout is not used again below this share of effective samples."}
+    )
+    ratio_reduction: Literal["sum", "mean"] = field(
+        default="sum",
+        metadata={
+            "help": "Log-probabilities of a transition are summed over dimensions (true densities) or averaged (a "
+            "trust-region surrogate)."
+        },
+    )
+    epsilon: float | None = field(
+        default=None,
+        metadata={
+            "help": "Clip range of the policy ratio; None is what suits ratio_reduction: 0.2 or, averaged, 1e-4."
+        },
+    )
 
     reward_batch_size: int | None = field(
         default=None,
@@ -91,7 +146,7 @@ class RDMConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        for name in ("num_generations", "num_inference_steps", "num_draws"):
+        for name in ("num_generations", "num_inference_steps", "num_draws", "num_iterations"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         chunk, device = self.reward_batch_size, self.reward_device
         _require(chunk is None or chunk >= 1, "reward_batch_size", chunk, "at least 1 or None")
@@ -105,16 +160,27 @@ class RDMConfig(TrainingArguments):
             "0 < min_sigma < max_sigma < 1",
         )
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
-        _require(self.epsilon > 0, "epsilon", self.epsilon, "positive")
+        _require(self.epsilon is None or self.epsilon > 0, "epsilon", self.epsilon, "positive or None")
+        _require(
+            self.importance_sampling_cap >= 1, "importance_sampling_cap", self.importance_sampling_cap, "at least 1"
+        )
+        bound = self.min_effective_sample_size
+        _require(0 <= bound <= 1, "min_effective_sample_size", bound, "a share of the samples, in [0, 1]")
         _require(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "0 or more (1 is no guidance)")
         _require(self.shift is None or self.shift > 0, "shift", self.shift, "positive or None")
-        for name, choices in (
-            ("normalization", ("group", "sample", "batch")),
-            ("scale_rewards", ("group", "batch", "none")),
-            ("reward_on_error", ("raise", "skip")),
-        ):
+        for name, choices in _CHOICES.items():
             value = getattr(self, name)
             _require(value in choices, name, value, f"one of {', '.join(choices)}.{nearest(str(value), choices)}")
+        if self.sampler == "cps":
+            _require(0 < self.eta <= 1, "eta", self.eta, "in (0, 1] for sampler='cps'")
+        if self.sampler == "sde":
+            _require(self.eta > 0, "eta", self.eta, "positive for sampler='sde'")
+        if self.num_iterations > 1 and self.num_random_steps == 0:
+            raise ConfigError(
+                f"num_iterations={self.num_iterations} uses a rollout again by how likely its transitions still are, "
+                f"and sampler={self.sampler!r} with num_inference_steps={self.num_inference_steps} has none with a "
+                "density; use a random sampler with two steps or more, or num_iterations=1"
+            )
         if self.per_device_train_batch_size % self.num_generations:
             raise ConfigError(
                 f"per_device_train_batch_size={self.per_device_train_batch_size} counts samples and must be a multiple "
@@ -122,7 +188,34 @@ class RDMConfig(TrainingArguments):
             )
         if self.fp16:
             raise ConfigError("fp16=True is not supported: its range is too small for scores. Use bf16=True.")
+        make_weighting(self.weighting)  # so that a typo is found here
         super().__post_init__()  # type: ignore[no-untyped-call]
+
+    @property
+    def num_random_steps(self) -> int:
+        """How many steps of a trajectory have a density."""
+        return 0 if self.sampler == "ode" else self.num_inference_steps - 1
+
+    @property
+    def clip_range(self) -> float:
+        """The clip range of the policy ratio: `epsilon`, or what suits the reduction of its logarithm."""
+        return CLIP_RANGES[self.ratio_reduction] if self.epsilon is None else self.epsilon
+
+
+CLIP_RANGES = {"sum": 0.2, "mean": 1e-4}
+"""Of PPO for true ratios (arXiv 1707.06347), and of Flow-GRPO for averaged ones (arXiv 2505.05470), whose logarithms
+are smaller by the number of dimensions."""
+
+_CHOICES = {
+    "normalization": ("group", "sample", "batch", "rms"),
+    "spread": ("stratified", "shared", "free"),
+    "scale_rewards": ("group", "batch", "none"),
+    "multi_objective_aggregation": ("normalize_then_sum", "sum_then_normalize"),
+    "reward_route": ("gradient", "advantage"),
+    "sampler": ("renoise", "cps", "sde", "ode"),
+    "ratio_reduction": ("sum", "mean"),
+    "reward_on_error": ("raise", "skip"),
+}
 
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:

@@ -64,24 +64,30 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 class GroupSampler(Sampler[int]):
     """Indices of a shuffled epoch, each repeated `group_size` times, padded so that every batch is full.
 
-    An epoch's order depends on `seed` and `epoch` alone, so that a resumed run sees what it would have seen.
+    The prompts of an optimizer step come `num_iterations` times in a row, for as many uses of their rollout. An epoch's
+    order depends on `seed` and `epoch` alone, so that a resumed run sees what it would have seen.
     """
 
-    def __init__(self, num_prompts: int, group_size: int, prompts_per_step: int, seed: int) -> None:
+    def __init__(
+        self, num_prompts: int, group_size: int, prompts_per_step: int, seed: int, num_iterations: int = 1
+    ) -> None:
         self.num_prompts, self.group_size, self.seed = num_prompts, group_size, seed
+        self.prompts_per_step, self.num_iterations = prompts_per_step, num_iterations
         self.padded = -(-num_prompts // prompts_per_step) * prompts_per_step
         self.epoch = 0
 
     def __len__(self) -> int:
-        return self.padded * self.group_size
+        return self.padded * self.group_size * self.num_iterations
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order: list[int] = []
         while len(order) < self.padded:
             order += torch.randperm(self.num_prompts, generator=generator).tolist()
-        for index in order[: self.padded]:
-            yield from [index] * self.group_size
+        for start in range(0, self.padded, self.prompts_per_step):
+            for _ in range(self.num_iterations):
+                for index in order[start : start + self.prompts_per_step]:
+                    yield from [index] * self.group_size
 
 
 class PromptCache:

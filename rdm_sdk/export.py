@@ -26,6 +26,8 @@ class StudentInfo:
 
     num_steps: int
     shift: float | None
+    stochastic: bool
+    """Whether its sampler re-noises."""
     rewards: Sequence[WeightedReward]
     settings: Mapping[str, object]
     """The settings that differ from the defaults, for the model card."""
@@ -42,7 +44,7 @@ def save_student(directory: str | Path, adapter: ModelAdapter, info: StudentInfo
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target, prefix=".export-") as scratch:
         staged = Path(scratch)
-        state = adapter.roles.lora_state_dict(STUDENT)
+        state = adapter.roles.role_state_dict(STUDENT)
         config = adapter.roles.lora_config(STUDENT)
         adapter.save_lora(staged, state, config.to_dict())
         (staged / PEFT_FOLDER).mkdir()
@@ -52,7 +54,7 @@ def save_student(directory: str | Path, adapter: ModelAdapter, info: StudentInfo
             metadata={"format": "pt"},
         )
         config.save_pretrained(str(staged / PEFT_FOLDER))
-        adapter.student_scheduler(info.num_steps, info.shift).save_pretrained(staged / "scheduler")
+        adapter.student_scheduler(info.num_steps, info.shift, info.stochastic).save_pretrained(staged / "scheduler")
         (staged / "README.md").write_text(model_card(adapter, info), encoding="utf-8")
         move_into(staged, target)
 
@@ -82,6 +84,7 @@ def model_card(adapter: ModelAdapter, info: StudentInfo) -> str:
     )
     grid = ", ".join(f"{sigma:g}" for sigma in adapter.student_sigmas(info.num_steps, info.shift))
     settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in info.settings.items())
+    noising = "noises it again" if info.stochastic else "moves straight on to the next level"
     lora = adapter.roles.lora_config(STUDENT)
     text = f"""
 # A {info.num_steps}-step student of {adapter.base_name}
@@ -101,7 +104,7 @@ image = pipe("{{your prompt}}", {adapter.inference_call(info.num_steps)}).images
 ```
 
 - Rewards: `{rewards}` (from {origins})
-- Noise levels of the steps: {grid} (in `scheduler/`; each step predicts the image and noises it again)
+- Noise levels of the steps: {grid} (in `scheduler/`; each step predicts the image and {noising})
 - The same weights in PEFT's format: `{PEFT_FOLDER}/`
 
 | setting | value |

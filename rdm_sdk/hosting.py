@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,24 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from rdm_sdk import checkpoint
 from rdm_sdk.config import RDMConfig
+from rdm_sdk.core.noise import FlowSchedule
 from rdm_sdk.data import GroupSampler, PromptCache, collate
 from rdm_sdk.errors import CheckpointError, ConfigError, DataError
 from rdm_sdk.export import STUDENT, StudentInfo, move_into, save_student
 from rdm_sdk.models.base import ModelAdapter
 from rdm_sdk.models.roles import TEACHER, Roles
-from rdm_sdk.sampling import sample
-from rdm_sdk.types import Condition, Denoiser
+from rdm_sdk.rewards.context import DiffusionContext
+from rdm_sdk.rewards.resolve import WeightedReward
+from rdm_sdk.rollouts import read_rollouts, rollouts_path, write_rollouts
+from rdm_sdk.sampling import FewStepPolicy, sample
+from rdm_sdk.types import Condition, Denoiser, Experience
 
 
 class RoleTrainer(Trainer):
     """A Trainer of LoRA roles on one frozen base; subclasses write `training_step`."""
 
     args: RDMConfig
+    rewards: Sequence[WeightedReward]
     train_dataset: Dataset | None
     eval_dataset: Dataset | None
 
@@ -45,7 +50,13 @@ class RoleTrainer(Trainer):
     ) -> None:
         self.adapter = adapter
         self.roles: Roles = adapter.roles
-        self.sigmas = adapter.student_sigmas(args.num_inference_steps, args.shift)
+        sigmas = tuple(adapter.student_sigmas(args.num_inference_steps, args.shift))
+        self.policy = FewStepPolicy(adapter.schedule, sigmas, args.sampler, args.eta)
+        if args.sampler == "sde" and not isinstance(adapter.schedule, FlowSchedule):
+            raise ConfigError(
+                f"sampler='sde' is derived for rectified flows, and {adapter.base_name!r} is none; use 'cps' or "
+                "'renoise'"
+            )
         self.latent_shape = adapter.latent_shape(args.height, args.width)
         self.encode = PromptCache(adapter.encode_prompts)
         self.fingerprint = adapter.fingerprint()
@@ -82,7 +93,11 @@ class RoleTrainer(Trainer):
         """Return the state that a checkpoint keeps beside tensors."""
 
     @abstractmethod
-    def restore_state(self, state: checkpoint.RunState) -> None:
+    def stored_experiences(self) -> list[Experience]:
+        """Return the rollouts that the next optimizer step will use again."""
+
+    @abstractmethod
+    def restore_state(self, state: checkpoint.RunState, experiences: list[Experience]) -> None:
         """Take up a checkpoint's state."""
 
     # ---- Roles --------------------------------------------------------------------------------------------------
@@ -92,10 +107,53 @@ class RoleTrainer(Trainer):
 
     def denoiser(self, role: str, condition: Condition) -> Denoiser:
         """Return a role's denoiser for a condition; the teacher's is guided as the run says."""
-        if role != TEACHER or self.args.guidance_scale == 1.0:
+        scale = self.args.guidance_scale
+        if role != TEACHER or scale == 1.0:
             return self.adapter.denoiser(self.roles, role, condition)
+        pair = self.teacher_pair(condition)
+
+        def guided(x_t: Tensor, sigma: Tensor) -> Tensor:
+            with_prompt, without = pair(x_t, sigma)
+            return without + scale * (with_prompt - without)
+
+        return guided
+
+    def teacher_pair(self, condition: Condition) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return `(x_t, sigma) -> (x_0 with the prompt, x_0 without)` of the teacher, from one pass."""
         count = next(iter(condition.values())).shape[0]
-        return self.adapter.denoiser(self.roles, role, condition, self.encode([""] * count), self.args.guidance_scale)
+        return self.adapter.denoiser_pair(self.roles, TEACHER, condition, self.encode([""] * count))
+
+    def context(self, condition: Condition, trained: str | None = None) -> DiffusionContext:
+        """Return what model-aware rewards see; gradients are tracked for the role that is being `trained` alone."""
+
+        def denoiser(role: str) -> Denoiser:
+            made = self.denoiser(role, condition)
+            return made if role == trained else torch.no_grad()(made)
+
+        def teacher_pair(x_t: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                return self.teacher_pair(condition)(x_t, sigma)
+
+        args = self.args
+        return DiffusionContext(
+            self.adapter.schedule,
+            denoiser,
+            args.min_sigma,
+            args.max_sigma,
+            args.num_draws,
+            args.spread,
+            args.critic_correction,
+            args.guidance_scale,
+            teacher_pair,
+            self.adapter.features(self.roles, TEACHER, condition),
+            self.adapter.encode_images,
+        )
+
+    @property
+    def judging(self) -> dict[str, Any]:
+        """How this run evaluates rewards, in training and in `evaluate`."""
+        args = self.args
+        return {"device": args.reward_device, "offload": args.reward_offload, "on_error": args.reward_on_error}
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Average gradients over the processes.
@@ -133,7 +191,8 @@ class RoleTrainer(Trainer):
         groups = self.args.per_device_train_batch_size // self.args.num_generations
         together = groups * self.args.world_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._sampler = GroupSampler(len(dataset), self.args.num_generations, together, seed)
+        iterations = self.args.num_iterations
+        self._sampler = GroupSampler(len(dataset), self.args.num_generations, together, seed, iterations)
         return self._sampler
 
     def start_epoch(self, epoch: int) -> None:
@@ -159,7 +218,7 @@ class RoleTrainer(Trainer):
         if noise is None:
             noise = torch.randn(len(prompts), *self.latent_shape, device=self.args.device)
         student = self.denoiser(STUDENT, self.encode(prompts))
-        return sample(student, noise.to(self.args.device), self.sigmas, self.adapter.schedule)
+        return sample(student, noise.to(self.args.device), self.policy.inference())
 
     @contextmanager
     def seeded(self, seed: int | None) -> Iterator[None]:
@@ -205,6 +264,8 @@ class RoleTrainer(Trainer):
                 with tempfile.TemporaryDirectory(dir=target, prefix=".state-") as scratch:
                     checkpoint.save_state(Path(scratch), self.adapter, shadow, self.capture_state())
                     move_into(Path(scratch), target)
+        if _internal_call:  # every process has samples of its own
+            write_rollouts(rollouts_path(target, self.args.process_index), self.stored_experiences())
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -234,7 +295,8 @@ class RoleTrainer(Trainer):
                 if latest is None:
                     raise CheckpointError(f"cannot resume: there is no checkpoint in {self.args.output_dir!r}")
                 resume_from_checkpoint = latest
-            self.run_state = checkpoint.check(resume_from_checkpoint, self.capture_state())
+            stored = rollouts_path(resume_from_checkpoint, self.args.process_index)
+            self.run_state = checkpoint.check(resume_from_checkpoint, self.capture_state(), stored)
         return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -244,7 +306,8 @@ class RoleTrainer(Trainer):
         self._load_weights(resume_from_checkpoint)
         if self.ema is not None:
             self.ema.optimization_step = state.ema_steps or 0
-        self.restore_state(state)
+        path = rollouts_path(resume_from_checkpoint, self.args.process_index)
+        self.restore_state(state, read_rollouts(path, self.args.device))
 
     def _load_best_model(self) -> None:
         """Put the best checkpoint's weights and moving average in place (`load_best_model_at_end`)."""
@@ -275,8 +338,10 @@ class _Bookkeeper(TrainerCallback):
         self.trainer.after_step()
 
 
-def add_roles(adapter: ModelAdapter, configs: Mapping[str, LoraConfig]) -> None:
-    """Add LoRA roles to an adapter's base, on the family's usual layers unless a config names its own.
+def add_roles(
+    adapter: ModelAdapter, configs: Mapping[str, LoraConfig], heads: Mapping[str, nn.Module] | None = None
+) -> None:
+    """Add LoRA roles to an adapter's base, on the family's usual layers unless a config names its own, and heads.
 
     Raises:
         ConfigError: the base has roles already, or a config's targets match nothing.
@@ -287,3 +352,5 @@ def add_roles(adapter: ModelAdapter, configs: Mapping[str, LoraConfig]) -> None:
         own = copy.deepcopy(config)
         own.target_modules = own.target_modules or list(adapter.lora_targets)
         adapter.roles.add_role(role, own)
+    for role, head in (heads or {}).items():
+        adapter.roles.add_head(role, head)

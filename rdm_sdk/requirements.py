@@ -13,6 +13,7 @@ from rdm_sdk.config import RDMConfig
 from rdm_sdk.errors import ConfigError, DataError, nearest
 from rdm_sdk.registry import registry
 from rdm_sdk.rewards.resolve import WeightedReward
+from rdm_sdk.weighting import ANCHOR, Weighting, make_weighting
 
 
 def critic_roles(rewards: Sequence[WeightedReward]) -> list[str]:
@@ -20,16 +21,34 @@ def critic_roles(rewards: Sequence[WeightedReward]) -> list[str]:
     return list(dict.fromkeys(own.reward.capabilities.trains for own in rewards if own.reward.capabilities.trains))
 
 
-def check_run(args: RDMConfig, rewards: Sequence[WeightedReward], datasets: Mapping[str, Dataset | None]) -> None:
+def check_run(
+    args: RDMConfig,
+    rewards: Sequence[WeightedReward],
+    datasets: Mapping[str, Dataset | None],
+    weighting: Weighting | None = None,
+) -> None:
     """Raise `ConfigError` or `DataError` for what cannot work together, before the base is loaded."""
     check_output_dir(str(args.output_dir))
     if not any(own.weight for own in rewards):
         raise ConfigError("every reward has weight 0, so nothing would be learned; give one a weight other than 0")
-    scored = [own.label for own in rewards if own.weight and own.reward.capabilities.gradient == "none"]
-    if scored and args.num_inference_steps == 1:
+    if weighting is not None and not isinstance(weighting, Weighting):
         raise ConfigError(
-            f"reward {scored[0]!r} has no gradient, so it acts on the random steps of the sampler, and a student with "
-            "num_inference_steps=1 has none; use more steps or a differentiable reward"
+            f"weighting must be an object with weigh, state_dict and load_state_dict; got {type(weighting).__name__}. "
+            "Strategies by name go into RDMConfig(weighting=...)"
+        )
+    if weighting is not None and args.weighting != "fixed":
+        raise ConfigError(f"two weightings were given: an object, and RDMConfig(weighting={args.weighting!r}); use one")
+    if make_weighting(args.weighting).needs_anchor and not any(o.label == ANCHOR and o.weight for o in rewards):
+        raise ConfigError(
+            f"weighting={args.weighting!r} weighs rewards against {ANCHOR!r}, and this run has none with a weight; add "
+            f"it to the rewards, such as '{ANCHOR} + 0.5*...', or use weighting='fixed'"
+        )
+    scored = [own.label for own in rewards if own.weight and not own.pathwise]
+    if scored and args.num_random_steps == 0:
+        raise ConfigError(
+            f"reward {scored[0]!r} acts through its scores, on the random steps of the sampler, and a student with "
+            f"num_inference_steps={args.num_inference_steps} and sampler={args.sampler!r} has none; use more steps, a "
+            "random sampler, or a reward that acts by its gradient"
         )
     if scored and args.num_generations == 1:
         raise ConfigError(

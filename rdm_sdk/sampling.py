@@ -1,77 +1,134 @@
-"""Few-step rollouts: the re-noising sampler on exactly the inference grid."""
+"""The student as a few-step policy: sampling, rollouts that can be learned from, and how likely they still are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from rdm_sdk.core.importance import log_ratio
 from rdm_sdk.core.noise import NoiseSchedule
-from rdm_sdk.core.transitions import Transition, renoising_transition, step
-from rdm_sdk.types import Denoiser, Rollout
+from rdm_sdk.core.transitions import TRANSITIONS, Reduction, Transition, TransitionKind, step
+from rdm_sdk.types import Denoiser, Rollout, select_steps
+
+StudentOf = Callable[[Tensor], Denoiser]
+"""Rows (int64 `[n]`) to the student's denoiser for the prompts of those rows."""
 
 
-def transition_to(schedule: NoiseSchedule, x_0: Tensor, sigmas: Sequence[float], steps: Tensor) -> Transition:
-    """Return the transition out of step k to the next noise level for `x_0` `[N, *x]` and `steps` k, int64 `[N]`.
+@dataclass(frozen=True)
+class FewStepPolicy:
+    """How a student's predictions become the next state, on exactly the inference grid."""
 
-    The last step leads to noise level 0: its transition is deterministic and has no density.
-    """
-    levels = torch.tensor([*sigmas[1:], 0.0], dtype=torch.float32, device=x_0.device)
-    return renoising_transition(schedule, x_0, levels[steps])
+    schedule: NoiseSchedule
+    sigmas: tuple[float, ...]
+    """The grid: K noise levels, largest first, without the final zero."""
+    kind: TransitionKind = "renoise"
+    eta: float = 1.0
+    """Share of fresh noise for "cps" (in [0, 1]), noise rate for "sde"; the others have none."""
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.sigmas)
+
+    @property
+    def num_random_steps(self) -> int:
+        """How many of the first steps have a density."""
+        return 0 if self.kind == "ode" else self.num_steps - 1
+
+    def levels(self, steps: Tensor) -> Tensor:
+        """Return the noise levels `[N]` at steps k, int64 `[N]` in [0, K]; level K is 0."""
+        return torch.tensor([*self.sigmas, 0.0], dtype=torch.float32, device=steps.device)[steps]
+
+    def transition(self, x_t: Tensor, x_0: Tensor, steps: Tensor) -> Transition:
+        """Return the transition out of steps k (int64 `[N]`) for states and predictions `[N, *x]`."""
+        rule = TRANSITIONS[self.kind]
+        return rule(self.schedule, x_t, x_0, self.levels(steps), self.levels(steps + 1), self.eta)
+
+    def inference(self) -> FewStepPolicy:
+        """Return the sampler of the trained student in plain diffusers.
+
+        Re-noising is its own. The noise of "sde" and "cps" only explores during training, as in Flow-GRPO; their
+        students are sampled by the deterministic step.
+        """
+        return self if self.kind == "renoise" else replace(self, kind="ode")
 
 
 @torch.no_grad()
-def sample(student: Denoiser, noise: Tensor, sigmas: Sequence[float], schedule: NoiseSchedule) -> Tensor:
+def sample(student: Denoiser, noise: Tensor, policy: FewStepPolicy) -> Tensor:
     """Run all steps from `noise` `[N, *x]` and return the endpoints x_0 `[N, *x]`; draws from the global generator."""
     state, x_0 = noise, noise
-    for k, sigma in enumerate(sigmas):
-        x_0 = student(state, noise.new_full((len(noise),), sigma))
-        if k + 1 < len(sigmas):
-            steps = torch.full((len(noise),), k, device=noise.device)
-            state = step(transition_to(schedule, x_0, sigmas, steps), torch.randn_like(x_0))
+    for k in range(policy.num_steps):
+        steps = torch.full((len(noise),), k, device=noise.device)
+        x_0 = student(state, policy.levels(steps))
+        if k + 1 < policy.num_steps:
+            transition = policy.transition(state, x_0, steps)
+            state = transition.mean if policy.kind == "ode" else step(transition, torch.randn_like(x_0))
     return x_0
 
 
 @torch.no_grad()
-def rollout(
-    student_of: Callable[[Tensor], Denoiser],
-    noise: Tensor,
-    steps: Tensor,
-    sigmas: Sequence[float],
-    schedule: NoiseSchedule,
-    finish: bool = False,
-) -> Rollout:
-    """Simulate the student from noise up to each sample's stop step (DMD2's backward simulation, arXiv 2405.14867).
+def rollout(student_of: StudentOf, noise: Tensor, depths: Tensor, policy: FewStepPolicy) -> Rollout:
+    """Simulate the student from noise (DMD2's backward simulation, arXiv 2405.14867), each sample to its own depth.
 
     Args:
-        student_of: rows (int64 `[n]`) to the student's denoiser for the prompts of those rows, so that only samples
-            still on their way are computed.
+        student_of: only samples still on their way are computed.
         noise: `[N, *x]`.
-        steps: each sample's stop step k in [0, K), int64 `[N]`.
-        sigmas: the grid, K noise levels, largest first.
-        schedule: the model's noise schedule.
-        finish: go on to the end of each trajectory (scored rewards judge endpoints), keeping what the stop step led to.
+        depths: how many steps each sample takes, int64 `[N]` in [1, K].
+        policy: the sampler.
     """
-    state, x_0, final = noise.clone(), torch.empty_like(noise), torch.empty_like(noise)
-    states, next_states = noise.clone(), torch.empty_like(noise)
-    for k, sigma in enumerate(sigmas):
-        rows = torch.arange(len(noise), device=noise.device) if finish else (steps >= k).nonzero()[:, 0]
-        if not len(rows):
-            break
-        predicted = student_of(rows)(state[rows], noise.new_full((len(rows),), sigma))
-        following = transition_to(schedule, predicted, sigmas, torch.full_like(rows, k))
-        stopped = steps[rows] == k
-        here = rows[stopped]
-        states[here], x_0[here] = state[here], predicted[stopped]
-        state[rows] = step(following, torch.randn_like(predicted))
-        next_states[here] = state[here]
-        final[rows] = predicted
-    return Rollout(states, steps, x_0, next_states if finish else None, final if finish else None)
+    states = noise.new_zeros(policy.num_steps, *noise.shape)
+    x_0 = torch.zeros_like(states)
+    states[0] = noise
+    for k in range(int(depths.max())):
+        rows = (depths > k).nonzero()[:, 0]
+        steps = torch.full_like(rows, k)
+        predicted = student_of(rows)(states[k, rows], policy.levels(steps))
+        x_0[k, rows] = predicted
+        if k + 1 < policy.num_steps:
+            states[k + 1, rows] = step(
+                policy.transition(states[k, rows], predicted, steps), torch.randn_like(predicted)
+            )
+    return Rollout(states, x_0, depths)
 
 
-def draw_steps(num_groups: int, group_size: int, num_steps: int, device: torch.device) -> Tensor:
-    """Draw a stop step per group, int64 `[N]`: uniform in [0, num_steps), spread evenly over the groups."""
-    offset = torch.randint(num_steps, (), device=device)
-    spread = (torch.arange(num_groups, device=device) + offset) % num_steps
-    return spread[torch.randperm(num_groups, device=device)].repeat_interleave(group_size)
+@torch.no_grad()
+def state_log_ratio(
+    student_of: StudentOf, done: Rollout, steps: Tensor, policy: FewStepPolicy, reduction: Reduction
+) -> Tensor:
+    """Return log pi_new / pi_old `[N]` of the stored transitions that led each sample to its state at steps k (`[N]`).
+
+    The student as it is now is evaluated at every state before k; a sample at step 0 has had no transition, so its
+    log-ratio is exactly 0. `reduction` is over the dimensions of one transition; transitions always add up.
+    """
+    total = torch.zeros(len(steps), device=done.states.device)
+    for k in range(int(steps.max())):
+        rows = (steps > k).nonzero()[:, 0]
+        at = torch.full_like(rows, k)
+        state = done.states[k, rows]
+        now = policy.transition(state, student_of(rows)(state, policy.levels(at)), at)
+        then = policy.transition(state, done.x_0[k, rows], at)
+        total[rows] += log_ratio(now, then, done.states[k + 1, rows], reduction)
+    return total
+
+
+def replay_log_ratio(
+    done: Rollout, x_0: Tensor, rows: Tensor, steps: Tensor, policy: FewStepPolicy, reduction: Reduction
+) -> Tensor:
+    """Return log pi_new / pi_old `[n]` of the stored transitions out of steps k (`[n]`) of the given rows (`[n]`).
+
+    `x_0` `[n, *x]` is the student's prediction there now; the result is differentiable in it.
+    """
+    state, then = select_steps(done.states, steps, rows), select_steps(done.x_0, steps, rows)
+    new, old = (policy.transition(state, prediction, steps) for prediction in (x_0, then))
+    return log_ratio(new, old, select_steps(done.states, steps + 1, rows), reduction)
+
+
+def plan_steps(first: Tensor, num_iterations: int, num_steps: int) -> Tensor:
+    """Return the step that each sample is trained at in each use of its rollout, int64 `[num_iterations, N]`.
+
+    From the first use's steps (int64 `[N]`), each further use takes the next step of the grid, around and around:
+    over K uses every group visits every step, while the steps stay spread evenly over the groups.
+    """
+    return (first + torch.arange(num_iterations, device=first.device)[:, None]) % num_steps

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +13,30 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
-from transformers.utils import logging
 
 from rdm_sdk.checkpoint import RunState
 from rdm_sdk.config import RDMConfig
-from rdm_sdk.core.importance import importance_ratio
-from rdm_sdk.core.losses import clipped_surrogate, pathwise_loss
-from rdm_sdk.core.transitions import log_probability
-from rdm_sdk.data import collate, load_prompts
-from rdm_sdk.errors import ConfigError, DataError, RDMError
+from rdm_sdk.core.draws import draw_steps
+from rdm_sdk.core.importance import truncated_weights
+from rdm_sdk.core.losses import pathwise_loss
+from rdm_sdk.core.noise import per_sample
+from rdm_sdk.data import load_prompts
+from rdm_sdk.errors import ConfigError, RDMError
 from rdm_sdk.export import STUDENT, StudentInfo, non_default_settings
 from rdm_sdk.hosting import RoleTrainer, add_roles
+from rdm_sdk.models.base import ModelAdapter
 from rdm_sdk.models.load import load_adapter
-from rdm_sdk.models.roles import TEACHER, check_lora_config, describe_lora
-from rdm_sdk.objective import Signal, combine, zero_std_share
-from rdm_sdk.report import image_grid
+from rdm_sdk.models.roles import check_lora_config
+from rdm_sdk.monitor import Monitor
+from rdm_sdk.objective import Signal, Term, combine, normalize, policy_loss, policy_pull
+from rdm_sdk.observe import evaluate_student, training_grid
 from rdm_sdk.requirements import check_run, check_same_plugins, critic_roles
-from rdm_sdk.rewards.base import DiffusionContext, Reward, RewardBatch
+from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.evaluate import evaluate_rewards
-from rdm_sdk.rewards.resolve import RewardFuncs, resolve_rewards
-from rdm_sdk.sampling import draw_steps, rollout, transition_to
-from rdm_sdk.types import Condition, Denoiser, Experience, RewardOutput, select
-
-logger = logging.get_logger(__name__)
+from rdm_sdk.rewards.resolve import RewardFuncs, WeightedReward, resolve_rewards, routed
+from rdm_sdk.sampling import StudentOf, plan_steps, replay_log_ratio, rollout, state_log_ratio
+from rdm_sdk.types import Condition, Experience, RewardOutput, select, select_steps
+from rdm_sdk.weighting import Weighting, make_weighting, weigh
 
 
 class RDMTrainer(RoleTrainer):
@@ -51,6 +54,7 @@ class RDMTrainer(RoleTrainer):
         optimizers: an optimizer over the parameters of all trainable roles and a scheduler, as in `Trainer`.
         peft_config: LoRA of the student; rank 16 and alpha 16 on the family's usual layers by default.
         fake_peft_config: LoRA of the critic; the student's by default.
+        weighting: a `Weighting` of your own, in place of the one that `args.weighting` names.
 
     Raises:
         ConfigError, DataError, RewardError, ModelError: something cannot work; raised here, before any training, and
@@ -70,14 +74,15 @@ class RDMTrainer(RoleTrainer):
         peft_config: LoraConfig | None = None,
         *,
         fake_peft_config: LoraConfig | None = None,
+        weighting: Weighting | None = None,
     ) -> None:
         args = RDMConfig() if args is None else args
         if not isinstance(args, RDMConfig):
             raise ConfigError(f"args must be an RDMConfig; got {type(args).__name__}")
         train_dataset = None if train_dataset is None else load_prompts(train_dataset)
         eval_dataset = None if eval_dataset is None else load_prompts(eval_dataset, "eval_dataset")
-        self.rewards = resolve_rewards(reward_funcs, args.reward_weights)
-        check_run(args, self.rewards, {"train_dataset": train_dataset, "eval_dataset": eval_dataset})
+        self.rewards = routed(resolve_rewards(reward_funcs, args.reward_weights), args.reward_route)
+        check_run(args, self.rewards, {"train_dataset": train_dataset, "eval_dataset": eval_dataset}, weighting)
         for argument, lora in (("peft_config", peft_config), ("fake_peft_config", fake_peft_config)):
             if lora is not None:
                 check_lora_config(lora, argument)
@@ -87,11 +92,17 @@ class RDMTrainer(RoleTrainer):
         )
         set_seed(args.seed)  # the adapters' initial weights are part of the run
         student = peft_config or LoraConfig(r=16, lora_alpha=16)
-        add_roles(adapter, {STUDENT: student} | dict.fromkeys(critic_roles(self.rewards), fake_peft_config or student))
+        heads = dict(self._heads(adapter))
+        roles = [role for role in critic_roles(self.rewards) if role not in heads]
+        add_roles(adapter, {STUDENT: student} | dict.fromkeys(roles, fake_peft_config or student), heads)
         self._window: list[dict[str, Any]] = []
         self._experiences: list[Experience] = []
-        self._metrics: dict[str, list[float]] = defaultdict(list)
-        self._critic_steps = self._reward_calls = 0
+        self._position = 0
+        self.monitor = Monitor()
+        self.targets = {own.label: own.weight for own in self.rewards}
+        self.weighting = make_weighting(args.weighting) if weighting is None else weighting
+        self.weights = weigh(self.weighting, self.targets, {}, 0)
+        self._costs = Counter({"rollouts": 0, "critic_steps": 0, "reward_calls": 0})
         self._student_checked = False
         super().__init__(
             adapter,
@@ -113,156 +124,249 @@ class RDMTrainer(RoleTrainer):
         return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Roll out, train the critic, judge by every reward, and back-propagate the student's loss.
+        """Roll out, train the critics, judge by every reward, weigh, and back-propagate the student's loss.
 
         Rollouts and critic updates happen once per optimizer step, for all its micro-batches together, so that
         gradient accumulation does not change the two time scales.
         """
+        args = self.args
         model.train()
         if self._window:
-            self._experiences = [self._collect(batch) for batch in self._window]
-            self._window = []
-            for _ in range(self.args.critic_steps):
-                self._train_critic(self._experiences)
+            self._experiences = self._reuse(self._window) or [self._collect(batch) for batch in self._window]
+            self._window, self._position = [], 0
+            for _ in range(args.critic_steps):
+                self._train_critics(self._experiences)
 
-        experience = self._experiences.pop(0)
+        x_0, experience = self._replay(self._experiences[self._position])
+        self._experiences[self._position] = experience
+        self._position += 1
         outputs = self._judge(experience)
-        signal = combine(
-            outputs,
-            {reward.label: reward.weight for reward in self.rewards},
-            self.args.num_generations,
-            self.args.normalization,
-            self.args.scale_rewards,
+        terms = normalize(
+            outputs, args.num_generations, args.normalization, args.scale_rewards, args.multi_objective_aggregation
         )
-        loss = self._student_loss(experience, signal)
+        signal = combine(terms, self.weights, args.num_generations, args.scale_rewards)
+        loss = self._student_loss(experience, x_0, signal, terms)
         if not bool(loss.isfinite()):
             raise RDMError(f"the student's loss is {loss.item()}; lower the learning rates or look at log_images")
         self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
         if signal.field is not None:
             self._check_student_gradient()
+        self._record(outputs)
         if self.accelerator.sync_gradients:
             self.average_gradients(self.parameters_of(STUDENT))
-        self._record(outputs, signal)
+            self._weigh_next()
         return loss.detach() / self.current_gradient_accumulation_steps
 
     def _collect(self, inputs: dict[str, Any]) -> Experience:
-        """Roll the student out for a micro-batch of prompts, group-major."""
-        prompts: list[str] = inputs["prompts"]
+        """Roll the student out for a micro-batch of prompts, group-major, and score the endpoints."""
+        args, prompts = self.args, inputs["prompts"]
         condition = self.encode(prompts)
-        noise = torch.randn(len(prompts), *self.latent_shape, device=self.args.device)
+        noise = torch.randn(len(prompts), *self.latent_shape, device=args.device)
         # A trajectory stopped at the last step has no density, so it is of no use where only scores teach.
-        last = self.args.num_inference_steps if self._has_field else self.args.num_inference_steps - 1
-        groups = len(prompts) // self.args.num_generations
-        steps = draw_steps(groups, self.args.num_generations, last, noise.device)
+        last = args.num_inference_steps if self._has(pathwise=True) else args.num_random_steps
+        groups = len(prompts) // args.num_generations
+        plan = plan_steps(
+            draw_steps(args.spread, groups, args.num_generations, last, noise.device), args.num_iterations, last
+        )
+        to_the_end = self._has(pathwise=False)
+        depths = torch.full_like(plan[0], args.num_inference_steps) if to_the_end else plan.amax(0) + 1
+        done = rollout(self._student_of(condition), noise, depths, self.policy)
+        self._costs["rollouts"] += len(prompts)
+        ones = torch.ones(len(prompts), device=noise.device)
+        x_0 = select_steps(done.x_0, plan[0])
+        experience = Experience(prompts, inputs["columns"], condition, done, plan, 0, x_0, ones, ones, {})
+        if not to_the_end:
+            return experience
+        scored = [own for own in self.rewards if not own.pathwise]
+        return replace(experience, scored=self._score(scored, self._batch(experience, done.x_0[-1])))
 
-        def student_of(rows: Tensor) -> Denoiser:
-            return self.denoiser(STUDENT, select(condition, rows))
+    def _reuse(self, window: Sequence[dict[str, Any]]) -> list[Experience] | None:
+        """Return the stored rollouts for one more use, or None if they are used up, too stale or of other prompts."""
+        args, stored = self.args, self._experiences
+        if not stored or stored[0].use + 1 >= args.num_iterations:
+            return None
+        if [own.prompts for own in stored] != [batch["prompts"] for batch in window]:
+            return None
+        experiences, log_ratios = [], []
+        for own, batch in zip(stored, window, strict=True):
+            own = replace(own, use=own.use + 1, columns=batch["columns"], condition=self.encode(own.prompts))
+            if args.importance_sampling_correction:
+                student = self._student_of(own.condition)
+                log_ratios.append(state_log_ratio(student, own.rollout, own.steps, self.policy, args.ratio_reduction))
+                own = replace(own, state_weights=truncated_weights(log_ratios[-1], args.importance_sampling_cap))
+            experiences.append(own)
+        if log_ratios and self._effective_share(torch.cat(log_ratios).exp()) < args.min_effective_sample_size:
+            self.monitor.log("ratio/stopped", 1.0)
+            return None
+        return experiences
 
-        result = rollout(student_of, noise, steps, self.sigmas, self.adapter.schedule, finish=self._has_advantage)
-        return Experience(prompts, inputs["columns"], condition, result)
-
-    def _train_critic(self, experiences: Sequence[Experience]) -> None:
+    def _train_critics(self, experiences: Sequence[Experience]) -> None:
         """One optimizer step for every trainable reward, on the student's latest samples."""
         critics = [(own, role) for own in self.rewards if (role := own.reward.capabilities.trains)]
         if not critics:
             return
-        parameters = [parameter for _, role in critics for parameter in self.parameters_of(role)]
         for experience in experiences:
             for own, role in critics:
-                batch = self._batch(experience, experience.rollout.x_0, trained=role)
-                loss = own.reward.training_loss(batch)
-                (loss / len(experiences)).backward()
-                self._log_value(f"loss/{own.label}", loss)
-        self.average_gradients(parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, self.args.critic_max_grad_norm or torch.inf)
-        if not bool(norm.isfinite()):
-            raise RDMError(f"the critic's gradient norm is {norm.item()}; lower critic_learning_rate")
-        self._log_value("dm/critic_grad_norm", norm)
+                with self._aside(own):
+                    batch = self._batch(experience, experience.x_0, trained=role)
+                    loss = own.reward.training_loss(batch)
+                    (loss / len(experiences)).backward()
+                self.monitor.log(f"loss/{own.label}", loss)
+        for own, role in critics:
+            self.average_gradients(self.parameters_of(role))
+            norm = nn.utils.clip_grad_norm_(self.parameters_of(role), self.args.critic_max_grad_norm or torch.inf)
+            if not bool(norm.isfinite()):
+                raise RDMError(f"the critic's gradient norm is {norm.item()}; lower critic_learning_rate")
+            self.monitor.log(f"{own.label}/critic_grad_norm", norm)
         # The raw optimizer, because accelerate's wrapper skips steps in the middle of an accumulation window. The
         # student has no gradients at this point, and Adam leaves parameters without a gradient alone.
         optimizer: Any = self.optimizer
         getattr(optimizer, "optimizer", optimizer).step()
-        for parameter in parameters:
-            parameter.grad = None
-        self._critic_steps += 1
+        for _, role in critics:
+            for parameter in self.parameters_of(role):
+                parameter.grad = None
+        self._costs["critic_steps"] += 1
+
+    def _replay(self, experience: Experience) -> tuple[Tensor, Experience]:
+        """Predict x_0 `[N, *x]` with gradients at the states of this use, and take note of it."""
+        student = self.denoiser(STUDENT, experience.condition)
+        x_0 = student(experience.states, self.policy.levels(experience.steps))
+        if experience.use == 0:
+            self._check_first_ratio(experience, x_0.detach())
+        return x_0, replace(experience, x_0=x_0.detach(), weights=experience.state_weights)
 
     def _judge(self, experience: Experience) -> dict[str, RewardOutput]:
-        """Evaluate every reward: gradients where the trajectory stopped, scores at its end."""
-        final = experience.rollout.final
+        """Evaluate every reward: gradients at the replayed x_0; what scored the endpoints has spoken already."""
+        left = [own for own in self.rewards if own.label not in experience.scored]
+        left = [own for own in left if own.pathwise or not self._has(pathwise=False)]
+        return dict(experience.scored) | self._score(left, self._batch(experience, experience.x_0))
+
+    def _score(self, rewards: Sequence[WeightedReward], batch: RewardBatch) -> dict[str, RewardOutput]:
+        """Evaluate rewards on a batch; those without weight are watched, and leave no trace in the random state."""
         outputs: dict[str, RewardOutput] = {}
-        for scored, latents in ((False, experience.rollout.x_0), (True, final)):
-            rewards = {
-                own.label: own.reward
-                for own in self.rewards
-                if (own.reward.capabilities.gradient == "none" and final is not None) == scored
-            }
-            if rewards and latents is not None:
-                outputs |= self._score(rewards, self._batch(experience, latents))
+        for counts in (True, False):
+            chosen = [own for own in rewards if bool(own.weight) == counts]
+            if chosen:
+                with self._aside(*chosen):
+                    graded = [own.label for own in chosen if counts and own.pathwise]
+                    result = evaluate_rewards(
+                        {own.label: own.reward for own in chosen},
+                        batch,
+                        chunk_size=self.args.reward_batch_size,
+                        gradients_of=graded,
+                        **self.judging,
+                    )
+                outputs |= result.outputs
+                self._costs["reward_calls"] += len(result.outputs) * len(batch)
+                self.monitor.evaluation(result, skips=self.args.reward_on_error == "skip")
         return outputs
 
-    def _score(self, rewards: dict[str, Reward], batch: RewardBatch) -> dict[str, RewardOutput]:
-        # Of rewards without weight, the scores are watched.
-        graded = [own.label for own in self.rewards if own.weight and own.label in rewards]
-        size = self.args.reward_batch_size
-        result = evaluate_rewards(rewards, batch, chunk_size=size, gradients_of=graded, **self._judging)
-        self._reward_calls += len(result.outputs) * len(batch)
-        for name in rewards:
-            self._log_value(f"rewards/{name}/seconds", result.seconds[name])
-            if self.args.reward_on_error == "skip":
-                self._log_value(f"rewards/{name}/skipped", float(name in result.skipped))
-        for name, error in result.skipped.items():
-            logger.warning("reward %r was skipped: %s: %s", name, type(error).__name__, error)
-        return result.outputs
-
-    def _student_loss(self, experience: Experience, signal: Signal) -> Tensor:
-        """Replay the stop step with gradients; move x_0 along the field and make good transitions likelier."""
-        done = experience.rollout
-        sigma = torch.tensor(self.sigmas, device=self.args.device)[done.steps]
-        x_0 = self.denoiser(STUDENT, experience.condition)(done.states, sigma)
-        losses = []
+    def _student_loss(self, experience: Experience, x_0: Tensor, signal: Signal, terms: Mapping[str, Term]) -> Tensor:
+        """Move x_0 along the field, make good transitions likelier, and note how hard each reward pulls."""
+        args, losses = self.args, []
+        pulls = {name: float(term.field.abs().mean()) for name, term in terms.items() if term.field is not None}
         if signal.field is not None:
-            losses.append(pathwise_loss(x_0, signal.field))
-            self._log_value("loss/pathwise", losses[-1])
-        if signal.advantage is not None and done.next_states is not None:
-            rows = (done.steps < self.args.num_inference_steps - 1).nonzero()[:, 0]
-            transition = transition_to(self.adapter.schedule, x_0[rows], self.sigmas, done.steps[rows])
-            # Averaged over dimensions, as the pathwise loss is, so that weights compare between the two routes.
-            log_p = log_probability(transition, done.next_states[rows], reduction="mean")
-            surrogate = clipped_surrogate(importance_ratio(log_p, log_p), signal.advantage[rows], self.args.epsilon)
-            losses.append(surrogate.sum() / len(x_0))
-            self._log_value("loss/policy", losses[-1])
-        if not losses:
-            raise RDMError("every reward was skipped, so there is nothing to learn from; the warnings above say why")
-        return torch.stack(losses).sum()
+            weighted = per_sample(experience.state_weights, signal.field) * signal.field
+            losses.append(pathwise_loss(x_0, weighted))
+            self.monitor.log("loss/pathwise", losses[-1])
+        scored = {name: term.advantage for name, term in terms.items() if term.advantage is not None}
+        if scored and self._has(pathwise=False):
+            rows = (experience.steps < args.num_random_steps).nonzero()[:, 0]
+            predicted, steps = x_0[rows], experience.steps[rows]
+            log_ratios = replay_log_ratio(experience.rollout, predicted, rows, steps, self.policy, args.ratio_reduction)
+            dimensions = x_0[0].numel()
+            averaged = args.ratio_reduction == "mean"
+            joint = log_ratios * dimensions if averaged else log_ratios
+            pulls |= policy_pull(joint, predicted, {name: advantage[rows] for name, advantage in scored.items()})
+            if signal.advantage is not None:
+                policy = policy_loss(
+                    log_ratios,
+                    signal.advantage[rows],
+                    experience.state_weights[rows],
+                    args.clip_range,
+                    1 if averaged else dimensions,
+                    len(x_0),
+                )
+                losses.append(policy.loss)
+                self.monitor.log("loss/policy", policy.loss)
+                self.monitor.log("ratio/clip_fraction", policy.clipped)
+        self.monitor.pulls(pulls)
+        if losses:
+            return torch.stack(losses).sum()
+        if terms:
+            return 0.0 * x_0.sum()  # every weight is 0 for now: a cold start without distribution matching
+        raise RDMError("every reward was skipped, so there is nothing to learn from; the warnings above say why")
 
     # ---- What the step is made of -------------------------------------------------------------------------------
 
+    def _heads(self, adapter: ModelAdapter) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the trained roles that are modules of their own, with the modules."""
+        for own in self.rewards:
+            role = own.reward.capabilities.trains
+            if role and own.reward.capabilities.head:
+                yield role, own.reward.make_head(adapter.feature_width)
+
+    def _student_of(self, condition: Condition) -> StudentOf:
+        return lambda rows: self.denoiser(STUDENT, select(condition, rows))
+
     def _batch(self, experience: Experience, latents: Tensor, trained: str | None = None) -> RewardBatch:
-        context = self._context(experience.condition, trained)
-        group = self.args.num_generations
-        return RewardBatch(latents, experience.prompts, group, self.adapter.decode, experience.columns, context)
+        return RewardBatch(
+            latents,
+            experience.prompts,
+            self.args.num_generations,
+            self.adapter.decode,
+            experience.columns,
+            self.context(experience.condition, trained),
+            None if experience.use == 0 and trained is None else experience.weights,
+        )
 
-    def _context(self, condition: Condition, trained: str | None = None) -> DiffusionContext:
-        def denoiser(role: str) -> Denoiser:
-            made = self.denoiser(role, condition)
-            return made if role == trained else torch.no_grad()(made)
+    def _has(self, pathwise: bool) -> bool:
+        """Whether a reward that counts acts by its gradient (or by its scores)."""
+        return any(own.weight and own.pathwise == pathwise for own in self.rewards)
 
-        args = self.args
-        return DiffusionContext(self.adapter.schedule, denoiser, args.min_sigma, args.max_sigma, args.num_draws)
+    @contextmanager
+    def _aside(self, *rewards: WeightedReward) -> Iterator[None]:
+        """Run the block without a trace in the random state if none of the rewards counts: watching changes nothing."""
+        if any(own.weight for own in rewards):
+            yield
+            return
+        with torch.random.fork_rng(devices=[self.args.device] if self.args.device.type == "cuda" else []):
+            yield
 
-    @property
-    def _judging(self) -> dict[str, Any]:
-        """How this run evaluates rewards, in training and in `evaluate`."""
-        args = self.args
-        return {"device": args.reward_device, "offload": args.reward_offload, "on_error": args.reward_on_error}
+    def _effective_share(self, ratio: Tensor) -> float:
+        """Return the effective share of samples with these ratios `[N]`, over all processes."""
+        weights = ratio.double()
+        sums = torch.stack(
+            [weights.sum(), weights.square().sum(), torch.tensor(float(len(ratio)), device=ratio.device)]
+        )
+        total, squares, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        share = total**2 / (squares * count) if squares else 0.0
+        self.monitor.log("ratio/ess", share)
+        self.monitor.log("ratio/mean", total / count)
+        return share
 
-    @property
-    def _has_field(self) -> bool:
-        return any(own.weight and own.reward.capabilities.gradient != "none" for own in self.rewards)
+    def _check_first_ratio(self, experience: Experience, x_0: Tensor) -> None:
+        """Raise unless the replay repeats its rollout, so that the first ratio is 1; then make it exactly 1.
 
-    @property
-    def _has_advantage(self) -> bool:
-        return any(own.weight and own.reward.capabilities.gradient == "none" for own in self.rewards)
+        The two passes see other batches, so their last bits may differ; the replay's prediction takes the place of the
+        rollout's.
+        """
+        done, rows = experience.rollout, (experience.steps < self.args.num_random_steps).nonzero()[:, 0]
+        if len(rows):
+            ratio = replay_log_ratio(done, x_0[rows], rows, experience.steps[rows], self.policy, "mean").abs().max()
+            bound = FIRST_RATIO_TOLERANCE[self.args.bf16]
+            if not bool(ratio <= bound):
+                raise RDMError(
+                    f"the replay of a rollout does not repeat it: the first log-ratio per dimension is {ratio:.3g}, "
+                    f"not 0 (bound {bound}). Something in the student is random or depends on the batch, such as dropout"
+                )
+        done.x_0[experience.steps, torch.arange(len(x_0), device=x_0.device)] = x_0
+
+    def _weigh_next(self) -> None:
+        """Let the weighting strategy look at this optimizer step and set the weights of the next."""
+        self.monitor.weighting(self.weights, self.weighting)
+        statistics = self.monitor.step_statistics(self.targets, self.accelerator)
+        self.weights = weigh(self.weighting, self.targets, statistics, self.state.global_step + 1)
 
     def _check_student_gradient(self) -> None:
         """Raise at the first step if no gradient reaches the student: training on would silently do nothing."""
@@ -271,40 +375,21 @@ class RDMTrainer(RoleTrainer):
                 raise RDMError("no gradient reaches the student: are all reward weights 0, or all rewards constant?")
             self._student_checked = True
 
-    # ---- Logs, samples and pictures -----------------------------------------------------------------------------
-
-    def _log_value(self, name: str, value: Tensor | float) -> None:
-        self._metrics[name].append(value.detach().item() if isinstance(value, Tensor) else float(value))
-
-    def _record(self, outputs: dict[str, RewardOutput], signal: Signal) -> None:
-        group = self.args.num_generations
+    def _record(self, outputs: Mapping[str, RewardOutput]) -> None:
         for own in self.rewards:
-            self._log_value(f"weights/{own.label}", own.weight)
-            if own.label not in outputs:
-                continue
-            scores, magnitude = outputs[own.label].scores, outputs[own.label].magnitude
-            valid = scores[~scores.isnan()]
-            self._log_value(f"rewards/{own.label}/mean", valid.mean())
-            self._log_value(f"rewards/{own.label}/std", valid.std() if len(valid) > 1 else 0.0)
-            self._log_value(f"rewards/{own.label}/nan", scores.isnan().sum())
-            self._log_value(f"rewards/{own.label}/zero_std", zero_std_share(scores, group))
-            if magnitude is not None:
-                self._log_value(f"{own.label}/residual", magnitude.mean())
-            if own.reward.capabilities.gradient == "none":
-                self._log_value("frac_reward_zero_std", zero_std_share(scores, group))
-        for name, pull in signal.magnitudes.items():
-            self._log_value(f"{name}/pull", pull)
+            if own.label in outputs:
+                self.monitor.reward(own, outputs[own.label], self.args.num_generations)
+
+    # ---- Logs, samples and state --------------------------------------------------------------------------------
 
     def costs(self) -> dict[str, int]:
         """Return what the run has cost so far on this process: network evaluations in samples, updates, calls."""
         forwards = {f"cost/{role}_forwards": count for role, count in sorted(self.roles.forwards.items())}
-        return forwards | {"cost/critic_steps": self._critic_steps, "cost/reward_calls": self._reward_calls}
+        return forwards | {f"cost/{name}": count for name, count in self._costs.items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            averages = {name: sum(values) / len(values) for name, values in self._metrics.items()}
-            logs = logs | averages | {name: float(count) for name, count in self.costs().items()}
-            self._metrics.clear()
+            logs = logs | self.monitor.averages() | {name: float(count) for name, count in self.costs().items()}
         super().log(logs, start_time)
 
     def after_step(self) -> None:
@@ -313,82 +398,51 @@ class RDMTrainer(RoleTrainer):
         if self.args.log_images and step % self.args.log_images == 0 and self.args.should_save:
             self.write_images(Path(str(self.args.output_dir)) / "images" / f"step_{step:06d}.png")
 
-    @torch.no_grad()
     def write_images(self, path: str | Path) -> Path:
-        """Write the grid that shows a collapse early: student x_0, and what teacher and critic make of it re-noised.
-
-        Prompts and seed are fixed, so that the grids of a run can be compared. The raw student is shown, not its
-        moving average.
-        """
-        if self.train_dataset is None:
-            raise DataError("write_images() shows the first training prompts: pass train_dataset to the trainer")
-        prompts = list(dict.fromkeys(self.train_dataset[:64]["prompt"]))[:10]
-        with self.seeded(self.args.seed):
-            latents = self.sample_latents(prompts)
-            rows = [("student x_0", latents)]
-            sigma = torch.full((len(latents),), 0.6, device=latents.device)
-            context = self._context(self.encode(prompts))
-            x_t = context.add_noise(latents, sigma)
-            rows.append(("teacher x_0\nfrom sigma 0.6", context.denoiser(TEACHER)(x_t, sigma)))
-            critics = [role for role in self.roles.trainable_roles if role != STUDENT]
-            rows += [(f"{role} x_0\nfrom sigma 0.6", context.denoiser(role)(x_t, sigma)) for role in critics]
-            images = [(label, self.adapter.decode(row)) for label, row in rows]
-        return image_grid(images, path, scale=max(1, 64 // images[0][1].shape[-1]))
+        """Write the grid that shows a collapse early; see `observe.training_grid`."""
+        return training_grid(self, path)
 
     def evaluate(
         self, eval_dataset: object = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Sample the student for the evaluation prompts, always with the same noise, and score the samples.
-
-        Returns:
-            The mean of every reward that can judge finished samples, as `<prefix>_rewards/<name>/mean`. The first of
-            them is also `<prefix>_loss`, negated, so that `load_best_model_at_end` has something to go by.
-
-        Raises:
-            ConfigError: no reward judges finished samples, or there are no evaluation prompts.
-        """
-        judges = {own.label: own.reward for own in self.rewards if own.reward.capabilities.gradient != "field"}
+        """Sample the student for the evaluation prompts and score the samples; see `observe.evaluate_student`."""
         dataset = self.eval_dataset if eval_dataset is None else load_prompts(eval_dataset, "eval_dataset")
-        if not judges or dataset is None:
-            raise ConfigError(
-                "evaluate() needs eval_dataset and a reward that judges images, beside or instead of 'dm'; add one "
-                "with weight 0 to watch it without training on it, such as 'dm + 0*legibility'"
-            )
-        size = self.args.per_device_eval_batch_size
-        in_groups = any(reward.capabilities.scope == "group" for reward in judges.values())
-        group = self.args.num_generations if in_groups else 1
-        inputs = collate([row for row in dataset for _ in range(group)])
-        prompts = inputs["prompts"]
-        with self.seeded(self.args.seed), self.exported_weights(), torch.no_grad():
-            latents = [self.sample_latents(prompts[i : i + size]) for i in range(0, len(prompts), size)]
-            batch = RewardBatch(torch.cat(latents), prompts, group, self.adapter.decode, inputs["columns"])
-            outputs = evaluate_rewards(judges, batch, chunk_size=size, gradients_of=(), **self._judging).outputs
-        if not outputs:
-            raise RDMError("every reward was skipped in evaluate(), so there is nothing to report")
-        metrics = {f"{metric_key_prefix}_rewards/{n}/mean": o.scores.nanmean().item() for n, o in outputs.items()}
-        metrics[f"{metric_key_prefix}_loss"] = -next(iter(metrics.values()))
+        metrics = evaluate_student(self, dataset, metric_key_prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    # ---- State --------------------------------------------------------------------------------------------------
-
     def student_info(self) -> StudentInfo:
         args = self.args
-        return StudentInfo(args.num_inference_steps, args.shift, self.rewards, non_default_settings(args))
+        stochastic = args.sampler == "renoise"
+        settings = non_default_settings(args)
+        return StudentInfo(args.num_inference_steps, args.shift, stochastic, self.rewards, settings)
+
+    def stored_experiences(self) -> list[Experience]:
+        again = self._experiences and self._experiences[0].use + 1 < self.args.num_iterations
+        return self._experiences if again else []
 
     def capture_state(self) -> RunState:
         return RunState(
             fingerprint=self.fingerprint,
             rewards=[own.term.reference for own in self.rewards],
-            adapters={role: describe_lora(self.roles.lora_config(role)) for role in self.roles.trainable_roles},
+            adapters={role: self.roles.describe(role) for role in self.roles.trainable_roles},
             forwards=dict(self.roles.forwards),
-            critic_steps=self._critic_steps,
-            reward_calls=self._reward_calls,
+            costs=dict(self._costs),
+            stored_rollouts=bool(self.stored_experiences()),
+            weights=self.weights,
+            weighting=dict(self.weighting.state_dict()),
             ema_steps=None if self.ema is None else self.ema.optimization_step,
         )
 
-    def restore_state(self, state: RunState) -> None:
+    def restore_state(self, state: RunState, experiences: list[Experience]) -> None:
         self.roles.forwards.clear()
         self.roles.forwards.update(state.forwards)
-        self._critic_steps, self._reward_calls = state.critic_steps, state.reward_calls
+        self._costs = Counter(state.costs)
+        self._experiences = experiences
+        self.weights = dict(state.weights)
+        self.weighting.load_state_dict(state.weighting)
+
+
+FIRST_RATIO_TOLERANCE = {False: 1e-3, True: 0.05}
+"""How far a first log-ratio per dimension may be from 0, in float32 and in bf16."""

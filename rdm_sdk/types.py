@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 Denoiser: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -23,20 +24,25 @@ def select(condition: Condition, rows: Tensor) -> Condition:
     return {name: tensor[rows] for name, tensor in condition.items()}
 
 
+def select_steps(trajectory: Tensor, steps: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Return each sample's entry at its own step: `trajectory` `[K, N, *x]`, `steps` int64 `[n]`, `rows` int64 `[n]`.
+
+    None for `rows` means all N, in order.
+    """
+    return trajectory[steps, torch.arange(len(steps), device=steps.device) if rows is None else rows]
+
+
 @dataclass(frozen=True)
 class Rollout:
-    """Where each sample's trajectory was stopped, and what the student predicted there."""
+    """Trajectories of the student, each as deep as it was followed."""
 
     states: Tensor
-    """x_k `[N, *x]`, the state at the stop step."""
-    steps: Tensor
-    """k, int64 `[N]`, each in [0, K)."""
+    """x_k `[K, N, *x]`, the state at each step k; x_{k+1} was drawn from the transition out of x_k. Zero beyond a
+    sample's depth."""
     x_0: Tensor
-    """The student's x_0 at the stop step `[N, *x]`."""
-    next_states: Tensor | None
-    """x_{k+1} `[N, *x]`, drawn from the stop step's transition; only if the rollout was finished."""
-    final: Tensor | None
-    """The endpoints `[N, *x]` after all K steps; only if the rollout was finished."""
+    """What the student predicted at each state, `[K, N, *x]`; at step K - 1, the endpoint."""
+    depths: Tensor
+    """How many steps each sample took, int64 `[N]` in [1, K]."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class RewardOutput:
 
 @dataclass(frozen=True)
 class Experience:
-    """One micro-batch of student samples on its way through a training step."""
+    """One micro-batch of student samples, used `plan.shape[0]` times: once per optimizer step."""
 
     prompts: list[str]
     """`N` prompts, group-major."""
@@ -61,3 +67,25 @@ class Experience:
     """The dataset's other columns, `N` entries each."""
     condition: Condition
     rollout: Rollout
+    plan: Tensor
+    """The step k that each sample is trained at in each use, int64 `[num_iterations, N]`."""
+    use: int
+    """Which use this is, from 0."""
+    x_0: Tensor
+    """The student's latest x_0 `[N, *x]`: from the rollout, then from each use's replay."""
+    weights: Tensor
+    """Importance weights of `x_0`, `[N]`."""
+    state_weights: Tensor
+    """Importance weights of the states that this use trains at, `[N]`; exactly 1 in the first use."""
+    scored: Mapping[str, RewardOutput]
+    """What the scored rewards said of the endpoints; asked once per rollout."""
+
+    @property
+    def steps(self) -> Tensor:
+        """Return the steps k of this use, int64 `[N]`."""
+        return self.plan[self.use]
+
+    @property
+    def states(self) -> Tensor:
+        """Return the states x_k `[N, *x]` at this use's steps."""
+        return select_steps(self.rollout.states, self.steps)

@@ -87,13 +87,13 @@ def test_the_moving_average_is_what_is_exported(trained: tuple[RDMTrainer, Path]
     """The files hold the moving average, and saving puts the raw weights back."""
     trainer, folder = trained
     files = load_file(folder / "peft" / "adapter_model.safetensors")
-    raw = {name: tensor.clone() for name, tensor in trainer.roles.lora_state_dict("student").items()}
+    raw = {name: tensor.clone() for name, tensor in trainer.roles.role_state_dict("student").items()}
     with trainer.exported_weights():
-        average = {name: tensor.clone() for name, tensor in trainer.roles.lora_state_dict("student").items()}
+        average = {name: tensor.clone() for name, tensor in trainer.roles.role_state_dict("student").items()}
     assert {f"base_model.model.{name}" for name in average} == files.keys()
     assert all(torch.equal(files[f"base_model.model.{name}"], tensor) for name, tensor in average.items())
     assert any(not torch.equal(raw[name], average[name]) for name in raw)
-    assert all(torch.equal(raw[n], t) for n, t in trainer.roles.lora_state_dict("student").items())
+    assert all(torch.equal(raw[n], t) for n, t in trainer.roles.role_state_dict("student").items())
 
 
 def test_peft_files_give_the_same_transformer(trained: tuple[RDMTrainer, Path], noise: Tensor) -> None:

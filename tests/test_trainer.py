@@ -569,5 +569,5 @@ def test_the_best_checkpoint_is_loaded_at_the_end(make_trainer: Make, tmp_path: 
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
     best = load_file(tmp_path / "checkpoint-1" / "rdm_state.safetensors")
-    for name, tensor in trainer.roles.lora_state_dict("student").items():
+    for name, tensor in trainer.roles.role_state_dict("student").items():
         assert torch.equal(tensor, best[f"student.{name}"]), name

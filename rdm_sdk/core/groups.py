@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rdm_sdk.core.noise import per_sample
 
-Normalization = Literal["group", "sample", "batch"]
+Normalization = Literal["group", "sample", "batch", "rms"]
 ScoreScale = Literal["group", "batch", "none"]
 
 
@@ -68,6 +68,8 @@ def group_scale(magnitudes: Tensor, group_size: int, normalization: Normalizatio
     grouped = _grouped(magnitudes, group_size)
     valid = ~grouped.isnan()
     present = grouped.masked_fill(~valid, 0.0)
+    if normalization == "rms":
+        raise ValueError("normalization='rms' is a statistic of the field, so scale_field alone knows it")
     if normalization == "sample":
         divisor = present
     elif normalization == "group":
@@ -78,6 +80,13 @@ def group_scale(magnitudes: Tensor, group_size: int, normalization: Normalizatio
 
 
 def scale_field(field: Tensor, magnitudes: Tensor, group_size: int, normalization: Normalization) -> Tensor:
-    """Divide a gradient field `[N, *x]` by its `group_scale`; a vanishing scale is floored at float32's epsilon."""
-    divisor = group_scale(magnitudes, group_size, normalization)
+    """Divide a gradient field `[N, *x]` by its `group_scale`; a vanishing scale is floored at float32's epsilon.
+
+    "rms" divides by the root mean square of the field itself over its group instead, whatever the magnitudes say.
+    """
+    if normalization == "rms":
+        squares = field.square().flatten(1).mean(1).masked_fill(magnitudes.isnan(), torch.nan)
+        divisor = group_scale(squares, group_size, "group").sqrt()
+    else:
+        divisor = group_scale(magnitudes, group_size, normalization)
     return field / per_sample(divisor.clamp_min(torch.finfo(torch.float32).eps), field)

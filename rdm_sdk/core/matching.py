@@ -6,6 +6,7 @@ divergence summed over noise levels (arXiv 2603.28460; the forms below are our r
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from rdm_sdk.core.noise import NoiseSchedule, per_sample
@@ -18,6 +19,47 @@ def matching_gradient(d_real: Tensor, d_fake: Tensor) -> Tensor:
     2311.18828, 2405.14867): an ascent direction of R_dm, so a descent direction of the KL.
     """
     return d_real - d_fake
+
+
+def critic_lag(residual: Tensor, profile: Tensor, group_size: int) -> Tensor:
+    """Return how far the critic lags behind the student, as a group's mean residual shows it, `[N, *x]`.
+
+    For an exact critic D_fake(x_t) = E[x_0 | x_t], so the residuals x_0 - D_fake(x_t) of a group have mean zero; a mean
+    that stands out from their scatter is the critic's error, and D_real - D_fake is off by as much. The lag is
+    modeled as `profile_i b` with one b `[*x]` per group, fitted by least squares and shrunk toward zero by the
+    positive-part James-Stein rule, 1 - Var(b) / |b|^2 with Var(b) from the scatter: nothing is corrected that chance
+    explains. This is our reading of "group-mean statistics" (arXiv 2603.28460), not a formula of the paper. Nothing is
+    subtracted from the field itself: with an exact critic the correction vanishes as the group grows.
+
+    Args:
+        residual: x_0 - D_fake(x_t), `[N, *x]`, group-major.
+        profile: how the lag grows with noise, `[N]`; see `lag_profile`.
+        group_size: samples per group; a group of one has no scatter, so it gets no correction.
+
+    Raises:
+        ValueError: N is not a multiple of `group_size`.
+    """
+    if group_size < 1 or len(residual) % group_size:
+        raise ValueError(f"{len(residual)} samples do not divide into groups of {group_size}")
+    if group_size == 1:
+        return torch.zeros_like(residual)
+    grouped = residual.reshape(-1, group_size, residual[0].numel())  # [P, G, D]
+    shape = profile.reshape(-1, group_size, 1)
+    energy = shape.square().sum(1, keepdim=True)  # [P, 1, 1]
+    lag = (shape * grouped).sum(1, keepdim=True) / energy  # [P, 1, D]
+    scatter = (shape * (grouped - shape * lag)).square().sum((1, 2), keepdim=True)
+    variance = scatter / energy.square() * (group_size / (group_size - 1))
+    kept = (1 - variance / lag.square().sum(2, keepdim=True).clamp_min(torch.finfo(lag.dtype).tiny)).clamp_min(0)
+    return (kept * shape * lag).reshape(residual.shape)
+
+
+def lag_profile(schedule: NoiseSchedule, sigma: Tensor) -> Tensor:
+    """Return sigma^2 / (alpha^2 + sigma^2) `[N]`: how far D(x_t) moves when data of unit variance shift by one.
+
+    For a Gaussian with mean mu, D(x_t) = mu + alpha / (alpha^2 + sigma^2) (x_t - alpha mu); this is its slope in mu.
+    """
+    power = sigma.square()
+    return power / (schedule.alpha(sigma).square() + power)
 
 
 def residual_magnitude(x_0: Tensor, d_real: Tensor) -> Tensor:

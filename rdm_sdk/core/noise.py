@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import torch
 from torch import Tensor
 
 Prediction = Literal["x_0", "eps", "v", "flow"]
@@ -115,14 +114,3 @@ def score(schedule: NoiseSchedule, x_0: Tensor, x_t: Tensor, sigma: Tensor) -> T
     """Return grad log p(x_t) = (alpha D(x_t) - x_t) / sigma^2 for a denoiser output `x_0` = D(x_t), `[N, *x]`."""
     s = per_sample(sigma, x_t)
     return (schedule.alpha(s) * x_0 - x_t) / s.square()
-
-
-def draw_sigma(num_groups: int, group_size: int, low: float, high: float, device: torch.device) -> Tensor:
-    """Draw one noise level per group, uniform in [low, high), and repeat it for the group's samples: `[N]`.
-
-    One level per group keeps the magnitudes inside a group comparable, which group statistics rely on. Levels are
-    stratified over the groups (one in each of `num_groups` equal intervals, in random order): still uniform for each
-    group, with less variance for the batch.
-    """
-    strata = (torch.randperm(num_groups, device=device) + torch.rand(num_groups, device=device)) / num_groups
-    return (low + (high - low) * strata).repeat_interleave(group_size)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rdm_sdk.core.noise import NoiseSchedule, Prediction, to_x_0
-from rdm_sdk.errors import ConfigError
+from rdm_sdk.errors import ConfigError, ModelError
 from rdm_sdk.models.roles import Roles
 from rdm_sdk.types import Condition, Denoiser
 
@@ -85,8 +85,14 @@ class ModelAdapter(ABC):
         """Decode latents `[N, *x]` to RGB images `[N, 3, H, W]` in [0, 1], differentiable."""
 
     @abstractmethod
-    def student_scheduler(self, num_steps: int, shift: float | None) -> Any:
-        """Return the diffusers scheduler that samples the student: re-noising, on the grid it is trained on."""
+    def student_scheduler(self, num_steps: int, shift: float | None, stochastic: bool = True) -> Any:
+        """Return the diffusers scheduler that samples the student on the grid it is trained on.
+
+        Args:
+            num_steps: K.
+            shift: timestep shift of the grid, None for the base scheduler's.
+            stochastic: re-noise after each step; otherwise take the deterministic step.
+        """
 
     @abstractmethod
     def inference_call(self, num_steps: int) -> str:
@@ -107,34 +113,69 @@ class ModelAdapter(ABC):
             )
         return sigmas
 
-    def denoiser(
-        self,
-        network: Network,
-        role: str,
-        condition: Condition,
-        unconditional: Condition | None = None,
-        guidance_scale: float = 1.0,
-    ) -> Denoiser:
-        """Return `(x_t, sigma) -> x_0` (float32) for a role, its condition closed over.
+    def denoiser(self, network: Network, role: str, condition: Condition) -> Denoiser:
+        """Return `(x_t, sigma) -> x_0` (float32) for a role, its condition closed over."""
 
-        With `guidance_scale` s other than 1, x_0 is `uncond + s (cond - uncond)`, both from one forward pass.
-        """
-
-        def conditional(x_t: Tensor, sigma: Tensor) -> Tensor:
+        def denoise(x_t: Tensor, sigma: Tensor) -> Tensor:
             prediction = self.predict(network, role, x_t, sigma, condition)
             return to_x_0(self.schedule, self.prediction, prediction.float(), x_t.float(), sigma.float())
 
-        if guidance_scale == 1.0:
-            return conditional
-        if unconditional is None:
-            raise ConfigError(f"guidance_scale={guidance_scale} needs the condition of the empty prompt")
+        return denoise
+
+    def denoiser_pair(
+        self, network: Network, role: str, condition: Condition, unconditional: Condition
+    ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return `(x_t, sigma) -> (x_0 with the prompt, x_0 without)`, both from one forward pass."""
         both = {name: torch.cat([unconditional[name], condition[name]]) for name in condition}
+        denoise = self.denoiser(network, role, both)
 
-        def guided(x_t: Tensor, sigma: Tensor) -> Tensor:
-            twice, sigmas = torch.cat([x_t, x_t]), torch.cat([sigma, sigma])
-            prediction = self.predict(network, role, twice, sigmas, both)
-            x_0 = to_x_0(self.schedule, self.prediction, prediction.float(), twice.float(), sigmas.float())
-            without, with_prompt = x_0.chunk(2)
-            return without + guidance_scale * (with_prompt - without)
+        def denoise_pair(x_t: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+            without, with_prompt = denoise(torch.cat([x_t, x_t]), torch.cat([sigma, sigma])).chunk(2)
+            return with_prompt, without
 
-        return guided
+        return denoise_pair
+
+    def features(self, network: Network, role: str, condition: Condition) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return `(x_t, sigma) -> features [N, tokens, feature_width]` (float32), differentiable in `x_t`.
+
+        They are what the backbone's middle block says of the image, for heads such as a discriminator's.
+        """
+
+        def extract(x_t: Tensor, sigma: Tensor) -> Tensor:
+            seen: list[Tensor] = []
+
+            def keep(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+                seen.append(output if isinstance(output, Tensor) else output[-1])
+
+            handle = self.feature_block().register_forward_hook(keep)
+            try:
+                self.predict(network, role, x_t, sigma, condition)
+            finally:
+                handle.remove()
+            return seen[0].float()
+
+        return extract
+
+    def feature_block(self) -> nn.Module:
+        """Return the block whose output, `[N, tokens, feature_width]` or last in a tuple, is the image's features.
+
+        Raises:
+            ModelError: the family names none; then rewards with a head of their own cannot be used with it.
+        """
+        raise ModelError(f"{type(self).__name__} names no feature_block()")
+
+    @property
+    def feature_width(self) -> int:
+        """How many channels the features have."""
+        raise ModelError(
+            f"{type(self).__name__} names no feature_block() and feature_width, which a reward with a head on the "
+            "teacher's features needs; write both to use one"
+        )
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Encode RGB images `[N, 3, H, W]` in [0, 1] to latents `[N, *x]`: the inverse of `decode`.
+
+        Raises:
+            ModelError: the family's adapter cannot; then rewards that learn from real images cannot be used with it.
+        """
+        raise ModelError(f"{type(self).__name__} has no encode_images, which a reward that learns from images needs")

@@ -1,7 +1,8 @@
 """Several roles on one set of base weights.
 
 The teacher is the base with every adapter off; "student", "fake" and any other role are LoRA adapters. The base is held
-once, whatever the number of roles.
+once, whatever the number of roles. A reward may also bring a role of its own that is no adapter but a module, such as a
+discriminator's head.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ class Roles(nn.Module):
         """Network evaluations so far, in samples, per role."""
         self._role = TEACHER
         self._names: list[str] = []
+        self.heads = nn.ModuleDict()
+        """Roles that are modules of their own."""
         self._layers: list[BaseTunerLayer] = []
 
     def train(self, mode: bool = True) -> Roles:
@@ -80,8 +83,7 @@ class Roles(nn.Module):
 
     def add_role(self, name: str, config: LoraConfig) -> None:
         """Add a LoRA adapter as a role; its parameters are float32 and trainable."""
-        if name == TEACHER or name in self._names:
-            raise ConfigError(f"there is already a role {name!r}")
+        self._check_new(name)
         try:
             with warnings.catch_warnings():  # PEFT warns of a second adapter, which is the point here
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")
@@ -99,24 +101,43 @@ class Roles(nn.Module):
                 parameter.requires_grad_(True)
         self._switch(TEACHER)
 
+    def add_head(self, name: str, module: nn.Module) -> None:
+        """Add a module as a role: it is trained and saved as the others are, and `forward` does not run it."""
+        self._check_new(name)
+        self.heads[name] = module.float().requires_grad_(True)
+
+    def _check_new(self, name: str) -> None:
+        if name == TEACHER or name in self.trainable_roles:
+            raise ConfigError(f"there is already a role {name!r}")
+
+    @property
+    def adapter_roles(self) -> tuple[str, ...]:
+        """The roles that are LoRA adapters and so can denoise."""
+        return tuple(self._names)
+
     @property
     def trainable_roles(self) -> tuple[str, ...]:
-        return tuple(self._names)
+        return (*self._names, *self.heads)
 
     def parameters_of(self, role: str) -> dict[str, nn.Parameter]:
         """Return a role's parameters by name."""
+        if role in self.heads:
+            return dict(self.heads[role].named_parameters())
         if role not in self._names:
-            raise ConfigError(f"no role {role!r}; there are {', '.join([TEACHER, *self._names])}")
+            raise ConfigError(f"no role {role!r}; there are {', '.join([TEACHER, *self.trainable_roles])}")
         return {name: p for name, p in self.backbone.named_parameters() if f".{role}." in f"{name}."}
 
-    def lora_state_dict(self, role: str) -> dict[str, Tensor]:
-        """Return a role's weights with PEFT's names, detached and on CPU."""
-        state = get_peft_model_state_dict(self.backbone, adapter_name=role)
+    def role_state_dict(self, role: str) -> dict[str, Tensor]:
+        """Return a role's weights (an adapter's with PEFT's names), detached and on CPU."""
+        if role in self.heads:
+            state: dict[str, Tensor] = self.heads[role].state_dict()
+        else:
+            state = get_peft_model_state_dict(self.backbone, adapter_name=role)
         return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
-    def load_lora_state_dict(self, role: str, state: dict[str, Tensor]) -> None:
-        """Load what `lora_state_dict` returned; raises `ModelError` unless names and shapes agree exactly."""
-        own = self.lora_state_dict(role)
+    def load_role_state_dict(self, role: str, state: dict[str, Tensor]) -> None:
+        """Load what `role_state_dict` returned; raises `ModelError` unless names and shapes agree exactly."""
+        own = self.role_state_dict(role)
         if own.keys() != state.keys():
             odd = sorted(own.keys() ^ state.keys())
             raise ModelError(
@@ -129,7 +150,14 @@ class Roles(nn.Module):
                     f"weights for role {role!r} do not fit: {name} has shape {list(tensor.shape)}, this run's has "
                     f"{list(own[name].shape)}; was the run started with another LoRA rank?"
                 )
-        set_peft_model_state_dict(self.backbone, state, adapter_name=role)
+        if role in self.heads:
+            self.heads[role].load_state_dict(state)
+        else:
+            set_peft_model_state_dict(self.backbone, state, adapter_name=role)
+
+    def describe(self, role: str) -> str:
+        """Return what a role's weights only mean something with, for people and for comparison."""
+        return str(self.heads[role]) if role in self.heads else describe_lora(self.lora_config(role))
 
     def lora_config(self, role: str) -> LoraConfig:
         """Return the role's LoRA configuration, with its targets as found in this model."""

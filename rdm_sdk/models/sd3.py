@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from rdm_sdk.core.noise import FlowSchedule
 from rdm_sdk.errors import ConfigError, ModelError
@@ -77,7 +77,25 @@ class SD3Adapter(ModelAdapter):
         images: Tensor = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
-    def student_scheduler(self, num_steps: int, shift: float | None) -> FlowMatchEulerDiscreteScheduler:
+    def encode_images(self, images: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        with torch.no_grad():
+            latents: Tensor = vae.encode((images * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mode()
+        scaled: Tensor = (latents.float() - vae.config.shift_factor) * vae.config.scaling_factor
+        return scaled
+
+    def feature_block(self) -> nn.Module:
+        blocks: Any = self.backbone.transformer_blocks
+        middle: nn.Module = blocks[(len(blocks) - 1) // 2]
+        return middle
+
+    @property
+    def feature_width(self) -> int:
+        return int(self.backbone.inner_dim)
+
+    def student_scheduler(
+        self, num_steps: int, shift: float | None, stochastic: bool = True
+    ) -> FlowMatchEulerDiscreteScheduler:
         config = dict(self.pipeline.scheduler.config)
         shift = config["shift"] if shift is None else shift
         # Diffusers' default grid ends next to zero, where a re-noising step is wasted. Stretching it to the terminal
@@ -86,7 +104,7 @@ class SD3Adapter(ModelAdapter):
         terminal = shift * last / (1 + (shift - 1) * last) if num_steps > 1 else None
         overrides = {"shift": shift, "shift_terminal": terminal, "use_dynamic_shifting": False}
         scheduler: FlowMatchEulerDiscreteScheduler = FlowMatchEulerDiscreteScheduler.from_config(
-            config, stochastic_sampling=True, **overrides
+            config, stochastic_sampling=stochastic, **overrides
         )
         return scheduler
 

@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 import rdm_sdk
-from rdm_sdk.core.noise import NoiseSchedule, add_noise, draw_sigma
 from rdm_sdk.errors import RewardError, nearest
+from rdm_sdk.rewards.context import DiffusionContext
 from rdm_sdk.rewards.spec import checked_model
-from rdm_sdk.types import Denoiser, RewardOutput
+from rdm_sdk.types import RewardOutput
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "space": ("pixel", "latent"),
@@ -40,16 +40,26 @@ class Capabilities:
     """Whether the prompt matters to the score."""
     columns: tuple[str, ...] = ()
     """Columns of the dataset that it cannot do without."""
+    head: bool = False
+    """Whether that role is a module of its own, made by `make_head`, and no LoRA adapter."""
     range: tuple[float, float] | None = None
     """Bounds of the scores in native units, where there are any (they may be infinite)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the images or latents that it is given."""
     stochastic: bool = False
     """Whether two calls on the same batch may differ."""
+    context: bool = False
+    """Whether `score` needs the models of a training run (`batch.context`); one with a field of its own always may."""
     asynchronous: bool = False
     """Whether it is awaited (`score_async`); such rewards run at the same time as the others."""
     trains: str | None = None
-    """The role (a LoRA adapter on the base model) that the reward trains with `training_loss`, if any."""
+    """The role that the reward trains with `training_loss`, if any: a LoRA adapter on the base model, or the module
+    of `make_head`."""
+
+    @property
+    def needs_models(self) -> bool:
+        """Whether finished images alone cannot be judged."""
+        return self.context or self.gradient == "field"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -78,28 +88,6 @@ class Capabilities:
 
 
 @dataclass(frozen=True)
-class DiffusionContext:
-    """What model-aware rewards see of the run: noise levels and the denoisers of the batch's prompts."""
-
-    schedule: NoiseSchedule
-    denoiser: Callable[[str], Denoiser]
-    """Role name ("teacher", "student", "fake", ...) to a denoiser with the batch's prompts closed over. The teacher's
-    is guided as the run says; gradients are tracked only for the role that is being trained."""
-    min_sigma: float
-    max_sigma: float
-    num_draws: int
-    """M, the renoising draws per sample and step."""
-
-    def draw_sigma(self, num_groups: int, group_size: int, device: torch.device) -> Tensor:
-        """Draw noise levels `[N]`, one per group, uniform in [min_sigma, max_sigma)."""
-        return draw_sigma(num_groups, group_size, self.min_sigma, self.max_sigma, device)
-
-    def add_noise(self, x_0: Tensor, sigma: Tensor) -> Tensor:
-        """Return x_t `[N, *x]` for `x_0` `[N, *x]` at noise levels `[N]`, with fresh noise."""
-        return add_noise(self.schedule, x_0, torch.randn_like(x_0), sigma)
-
-
-@dataclass(frozen=True)
 class RewardBatch:
     """The samples that a reward judges, group-major."""
 
@@ -114,6 +102,8 @@ class RewardBatch:
     """The dataset's other columns, N entries each."""
     context: DiffusionContext | None = None
     """The run's models, for rewards with a field of their own; others may be judged without it, in chunks."""
+    weights: Tensor | None = None
+    """Importance weights `[N]` of the samples where they come from a rollout of an earlier student; None is all 1."""
 
     @classmethod
     def from_images(
@@ -197,6 +187,10 @@ class RewardBatch:
         """Return the same batch with other latents (used to differentiate with respect to them)."""
         return replace(self, latents=latents)
 
+    def average(self, losses: Tensor) -> Tensor:
+        """Return the mean of losses `[N]` over the current student's samples: importance-weighted where need be."""
+        return losses.mean() if self.weights is None else (self.weights * losses).mean()
+
     def require_context(self, reward: str) -> DiffusionContext:
         """Return the diffusion context, or raise if the batch was made without a model."""
         if self.context is None:
@@ -265,8 +259,19 @@ class Reward(ABC):
         """Return scores and the gradient with respect to `batch.latents`; for `gradient="field"` only."""
         raise RewardError(f"reward {self.name!r} declares gradient='field' but does not implement field(batch)")
 
+    def make_head(self, feature_width: int) -> nn.Module:
+        """Return the module that the reward trains, for one that declares `head=True`.
+
+        Called once, before training, with the width of the teacher's features (`DiffusionContext.features`). The host
+        trains, moves, saves and resumes it.
+        """
+        raise RewardError(f"reward {self.name!r} declares head=True but does not implement make_head(feature_width)")
+
     def training_loss(self, batch: RewardBatch) -> Tensor:
-        """Return the scalar loss of the reward's trainable role on the batch; for rewards that `trains` one."""
+        """Return the scalar loss of the reward's trainable role on the batch; for rewards that `trains` one.
+
+        `batch.average(losses)` weighs samples that an earlier student made.
+        """
         raise RewardError(f"reward {self.name!r} declares trains={self.capabilities.trains!r} but no training_loss")
 
     def to(self, device: torch.device | str) -> None:

@@ -17,3 +17,13 @@ def rdm_register_rewards(register: RegisterReward) -> None:
         "rdm_sdk.rewards.legibility:Legibility",
         description="probability that an image of the embedded digits shows the prompt's digit",
     )
+    register(
+        "guidance",
+        "rdm_sdk.rewards.guidance:Guidance",
+        description="classifier-free guidance: how much more likely the teacher finds a sample with its prompt",
+    )
+    register(
+        "adversarial",
+        "rdm_sdk.rewards.adversarial:Adversarial",
+        description="a discriminator on the teacher's features, which learns from a column of real images",
+    )

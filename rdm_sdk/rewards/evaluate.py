@@ -119,7 +119,7 @@ class _Run:
         self, rewards: Mapping[str, Reward], device: torch.device, on_error: OnError, graded: Collection[str]
     ) -> None:
         self.device, self.on_error, self.graded = device, on_error, graded
-        self.whole = {n: r for n, r in rewards.items() if r.capabilities.gradient == "field"}
+        self.whole = {n: r for n, r in rewards.items() if r.capabilities.needs_models}
         self.awaited = {n: r for n, r in rewards.items() if r.capabilities.asynchronous and n not in self.whole}
         self.plain = {n: r for n, r in rewards.items() if n not in self.whole and n not in self.awaited}
         self.outputs: dict[str, list[RewardOutput]] = {name: [] for name in rewards}
@@ -154,7 +154,7 @@ class _Run:
                 self.outputs[name].append(RewardOutput(_checked_scores(self.awaited[name], chunk, scores)))
 
     def judge_whole(self, batch: RewardBatch) -> None:
-        """Judge the batch by the rewards that have a field of their own."""
+        """Judge the batch by the rewards that see the run's models."""
         for name, reward in self.whole.items():
             with self._account(name):
                 self.outputs[name].append(_own_field(reward, batch, name in self.graded))

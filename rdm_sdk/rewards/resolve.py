@@ -5,15 +5,16 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any, TypeAlias
 
-from rdm_sdk.errors import RewardError
+from rdm_sdk.errors import RewardError, nearest
 from rdm_sdk.hookspecs import REWARD_NAME
 from rdm_sdk.registry import registry
 from rdm_sdk.rewards.base import Reward, check_class
 from rdm_sdk.rewards.callables import as_reward
+from rdm_sdk.rewards.scored import Scored
 from rdm_sdk.rewards.spec import RewardTerm, checked_model, label_terms, make_term, parse_spec
 
 RewardLike: TypeAlias = str | RewardTerm | Reward | Callable[..., object] | Mapping[str, Any]
@@ -33,15 +34,32 @@ class WeightedReward:
     def weight(self) -> float:
         return self.term.weight
 
+    @property
+    def pathwise(self) -> bool:
+        """Whether it acts on the student by its gradient; otherwise, by advantages of its scores."""
+        return self.reward.capabilities.gradient != "none"
 
-def resolve_rewards(reward_funcs: RewardFuncs, weights: Sequence[float] | None = None) -> list[WeightedReward]:
+
+def routed(rewards: Sequence[WeightedReward], route: str) -> list[WeightedReward]:
+    """Send every external reward, that is every one that trains no critic, down a route: "gradient" or "advantage"."""
+    if route == "gradient":
+        return list(rewards)
+    return [
+        replace(own, reward=Scored(own.reward)) if own.pathwise and not own.reward.capabilities.trains else own
+        for own in rewards
+    ]
+
+
+def resolve_rewards(
+    reward_funcs: RewardFuncs, weights: Sequence[float] | Mapping[str, float] | None = None
+) -> list[WeightedReward]:
     """Turn `reward_funcs` into rewards with weights; None means distribution matching alone.
 
     Args:
         reward_funcs: a spec ("dm + 0.5*clip"), a `RewardTerm`, a function, a `Reward`, a mapping of one term's fields
             (`{"name": "hps", "variant": "v2.1", "weight": 0.5}`) or of terms to weights (`{"dm": 1, "clip": 0.5}`), or
             a list of these and of pairs `(one of these, weight)`.
-        weights: one factor per reward, in order, on top of those above.
+        weights: factors on top of those above: one per reward, in order, or by the name that logs call a reward.
 
     Raises:
         RewardError: an unknown name, a malformed spec, the same reward twice, a wrong option, or weights that do not
@@ -50,12 +68,11 @@ def resolve_rewards(reward_funcs: RewardFuncs, weights: Sequence[float] | None =
     found = _resolve("dm" if reward_funcs is None else reward_funcs)
     if not found:
         raise RewardError("no rewards given: pass at least one, such as reward_funcs='dm'")
-    if weights is not None:
-        if len(weights) != len(found):
-            raise RewardError(f"reward_weights has {len(weights)} entries for {len(found)} rewards")
-        found = [_scaled(item, weight) for item, weight in zip(found, weights, strict=True)]
     # All terms are checked before the first reward is made, because that may load a model.
     labels = label_terms([term for term, _ in found])
+    if weights is not None:
+        factors = _factors(labels, weights)
+        found = [_scaled(item, factor) for item, factor in zip(found, factors, strict=True)]
     for term, made in found:
         if made is None:
             registry().find(term.name)
@@ -98,6 +115,20 @@ def _weighed(item: object, weight: object) -> list[_Found]:
     if len(found) != 1:
         raise RewardError(f"a weight belongs to exactly one reward; {item!r} names {len(found)}")
     return [_scaled(found[0], weight)]
+
+
+def _factors(labels: Sequence[str], weights: Sequence[float] | Mapping[str, float]) -> list[float]:
+    if isinstance(weights, Mapping):
+        for name in weights:
+            if name not in labels:
+                raise RewardError(
+                    f"reward_weights names {name!r}, which is not among the rewards.{nearest(str(name), labels)} There "
+                    f"are: {', '.join(labels)}"
+                )
+        return [weights.get(label, 1.0) for label in labels]
+    if len(weights) != len(labels):
+        raise RewardError(f"reward_weights has {len(weights)} entries for {len(labels)} rewards")
+    return list(weights)
 
 
 def _scaled(found: _Found, factor: object) -> _Found:

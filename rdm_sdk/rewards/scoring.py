@@ -41,7 +41,7 @@ def score_images(
     """
     found = resolve_rewards(rewards)
     for own in found:
-        if own.reward.capabilities.gradient == "field":
+        if own.reward.capabilities.needs_models:
             raise RewardError(
                 f"reward {own.label!r} needs the models of a training run, so it cannot score images alone"
             )

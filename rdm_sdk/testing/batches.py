@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from rdm_sdk.core.noise import FlowSchedule
 from rdm_sdk.errors import RewardError
-from rdm_sdk.rewards.base import DiffusionContext, Reward, RewardBatch
+from rdm_sdk.rewards.base import Reward, RewardBatch
+from rdm_sdk.rewards.context import DiffusionContext
 from rdm_sdk.types import Denoiser
 
 PROMPTS = ("a red fox in the snow", "two boats at night", "an old wooden chair", "a bowl of green apples")

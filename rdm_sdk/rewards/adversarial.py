@@ -1,0 +1,127 @@
+"""An adversary as a reward: a discriminator's head on the teacher's features (the GAN term of DMD2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rdm_sdk.errors import DataError
+from rdm_sdk.rewards.base import Capabilities, Reward, RewardBatch, RewardConfig
+from rdm_sdk.types import RewardOutput
+
+
+class DiscriminatorHead(nn.Module):
+    """Tokens of features `[N, T, C]` to logits `[N]`: above 0 for real."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.tokens = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.SiLU())
+        self.logit = nn.Linear(hidden, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.logit(self.tokens(features).mean(1))[:, 0]
+        return logits
+
+
+class Adversarial(Reward):
+    """log D(x_t): how real a discriminator finds the re-noised sample; it learns from a column of real images.
+
+    The discriminator is a small head on what the frozen teacher's middle block says of x_t, trained with the
+    non-saturating loss (arXiv 1406.2661) at the run's noise levels, as DMD2 does on its critic (arXiv 2405.14867). Its
+    role is "discriminator"; as any critic's, its learning rate is `critic_learning_rate`.
+    """
+
+    name = "adversarial"
+    capabilities = Capabilities(
+        space="latent",
+        gradient="field",
+        trains="discriminator",
+        head=True,
+        stochastic=True,
+        range=(-float("inf"), 0.0),
+    )
+
+    class Config(RewardConfig):
+        column: str = "image"
+        """The data set's column of real images: PIL images, 8-bit `[H, W, 3]` arrays or float `[3, H, W]` in [0, 1]."""
+        hidden: int = Field(128, ge=1)
+        """Width of the head."""
+
+    def __init__(self, config: RewardConfig | None = None, **options: object) -> None:
+        super().__init__(config, **options)
+        self.capabilities = replace(self.capabilities, columns=(self.config.column,))
+        self._head: DiscriminatorHead | None = None
+
+    def make_head(self, feature_width: int) -> nn.Module:
+        self._head = DiscriminatorHead(feature_width, self.config.hidden)
+        return self._head
+
+    def field(self, batch: RewardBatch) -> RewardOutput:
+        context = batch.require_context(self.name)
+        scores, gradients = [], []
+        for draw in context.renoise(batch.latents, batch.group_size):
+            x_t = draw.x_t.detach().requires_grad_()
+            with torch.enable_grad():
+                score = F.logsigmoid(self._logits(batch, x_t, draw.sigma))
+                (gradient,) = torch.autograd.grad(score.sum(), x_t)
+            signal = context.schedule.alpha(draw.sigma).reshape(-1, *[1] * (x_t.ndim - 1))  # d x_t / d x_0
+            scores.append(score.detach())
+            gradients.append(signal * gradient)
+        return RewardOutput(torch.stack(scores).mean(0), torch.stack(gradients).mean(0))
+
+    def score(self, batch: RewardBatch) -> Tensor:
+        draws = batch.require_context(self.name).renoise(batch.latents, batch.group_size)
+        return torch.stack([F.logsigmoid(self._logits(batch, draw.x_t, draw.sigma)) for draw in draws]).mean(0)
+
+    def training_loss(self, batch: RewardBatch) -> Tensor:
+        context = batch.require_context(self.name)
+        real = context.encode_images(read_images(batch.columns[self.config.column], self.config.column))
+        real = real.to(batch.latents.device, torch.float32)
+        if real.shape != batch.latents.shape:
+            raise DataError(
+                f"column {self.config.column!r}: its images encode to {list(real.shape[1:])}, the run's samples are "
+                f"{list(batch.latents.shape[1:])}; resize the images to the run's height and width"
+            )
+        sigma = context.draw_sigma(len(real), 1, real.device)
+        on_real = self._logits(batch, context.add_noise(real, sigma), sigma)
+        on_fake = self._logits(batch, context.add_noise(batch.latents, sigma), sigma)
+        return F.softplus(-on_real).mean() + batch.average(F.softplus(on_fake))
+
+    def _logits(self, batch: RewardBatch, x_t: Tensor, sigma: Tensor) -> Tensor:
+        features = batch.require_context(self.name).features
+        if features is None or self._head is None:
+            raise DataError(f"reward {self.name!r} needs a teacher's features, and this batch has none")
+        return cast("Tensor", self._head(features(x_t, sigma)))
+
+
+def read_images(column: Sequence[object], name: str) -> Tensor:
+    """Return a column's pictures as RGB images `[N, 3, H, W]`, float in [0, 1].
+
+    Raises:
+        DataError: an entry is no picture, or they differ in size.
+    """
+    images = []
+    for row, entry in enumerate(column):
+        given: Any = entry.convert("RGB") if hasattr(entry, "convert") else entry
+        picture = torch.as_tensor(np.array(given))
+        if picture.dtype == torch.uint8 and picture.ndim == 3 and picture.shape[2] == 3:
+            picture = picture.permute(2, 0, 1) / 255
+        if not (picture.is_floating_point() and picture.ndim == 3 and picture.shape[0] == 3):
+            raise DataError(
+                f"column {name!r}, row {row}: a picture is a PIL image, an 8-bit array [H, W, 3] or floats [3, H, W] "
+                f"in [0, 1]; got {type(entry).__name__} of shape {list(picture.shape)} and type {picture.dtype}"
+            )
+        images.append(picture.float())
+    if len({image.shape for image in images}) != 1:
+        raise DataError(f"column {name!r}: its pictures differ in size; resize them to the run's height and width")
+    batch = torch.stack(images)
+    if not bool((batch.amin() >= 0) & (batch.amax() <= 1)):
+        raise DataError(f"column {name!r}: floats must lie in [0, 1]; got [{batch.amin():.4g}, {batch.amax():.4g}]")
+    return batch

@@ -1,0 +1,127 @@
+"""What model-aware rewards see of a run: its noise levels, its denoisers, and evaluations that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rdm_sdk.core.draws import Spread, draw_sigma
+from rdm_sdk.core.matching import (
+    critic_lag,
+    lag_profile,
+    matching_gradient,
+    matching_score,
+    residual_magnitude,
+)
+from rdm_sdk.core.noise import NoiseSchedule, add_noise
+from rdm_sdk.errors import RewardError
+from rdm_sdk.types import Denoiser, RewardOutput
+
+TEACHER = "teacher"
+
+
+def _no_encoder(images: Tensor) -> Tensor:
+    raise RewardError("this batch has no model that could encode images")
+
+
+@dataclass(frozen=True)
+class DiffusionContext:
+    """The run's models for the prompts of one batch."""
+
+    schedule: NoiseSchedule
+    denoiser: Callable[[str], Denoiser]
+    """Role name ("teacher", "student", "fake", ...) to a denoiser with the batch's prompts closed over. The teacher's
+    is guided as the run says; gradients are tracked only for the role that is being trained."""
+    min_sigma: float
+    max_sigma: float
+    num_draws: int
+    """M, the renoising draws per sample and step."""
+    spread: Spread = "stratified"
+    """How noise levels are spread over a group."""
+    critic_correction: bool = False
+    """Whether the critic's lag is estimated from each group and taken out of `dm`'s gradient."""
+    guidance_scale: float = 1.0
+    """Of the teacher, uncond + s (cond - uncond); 1 is none."""
+    denoiser_pair: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    """The teacher with and without the prompt, from one pass; None where nothing guides."""
+    features: Callable[[Tensor, Tensor], Tensor] | None = None
+    """`(x_t, sigma) -> [N, tokens, width]`: what the teacher's middle block says, differentiable in `x_t`."""
+    encode_images: Callable[[Tensor], Tensor] = _no_encoder
+    """RGB images `[N, 3, H, W]` in [0, 1] to latents `[N, *x]`."""
+    _draws: list[Renoised] = field(default_factory=list, repr=False, compare=False)
+
+    def draw_sigma(self, num_groups: int, group_size: int, device: torch.device) -> Tensor:
+        """Draw noise levels `[N]`, each uniform in [min_sigma, max_sigma), spread over groups as the run says."""
+        return draw_sigma(self.spread, num_groups, group_size, self.min_sigma, self.max_sigma, device)
+
+    def add_noise(self, x_0: Tensor, sigma: Tensor) -> Tensor:
+        """Return x_t `[N, *x]` for `x_0` `[N, *x]` at noise levels `[N]`, with fresh noise."""
+        return add_noise(self.schedule, x_0, torch.randn_like(x_0), sigma)
+
+    def renoise(self, x_0: Tensor, group_size: int) -> list[Renoised]:
+        """Return the batch's `num_draws` renoising draws; the same ones to every reward that asks.
+
+        Rewards of one batch thus see the same noise, and what a network says of it is computed once for all of them.
+        """
+        if not self._draws:
+            for _ in range(self.num_draws):
+                sigma = self.draw_sigma(len(x_0) // group_size, group_size, x_0.device)
+                self._draws.append(Renoised(self, self.add_noise(x_0, sigma), sigma))
+        return self._draws
+
+
+class Renoised:
+    """One renoising draw of a batch, with what the networks say of it."""
+
+    def __init__(self, context: DiffusionContext, x_t: Tensor, sigma: Tensor) -> None:
+        self.x_t = x_t
+        """`[N, *x]`."""
+        self.sigma = sigma
+        """`[N]`."""
+        self._context = context
+        self._said: dict[str, Tensor] = {}
+
+    def x_0(self, role: str) -> Tensor:
+        """Return a role's prediction of x_0 `[N, *x]`; the teacher's is guided as the run says."""
+        if role == TEACHER and self._context.guidance_scale != 1.0:
+            with_prompt, without = self.teacher_pair()
+            return without + self._context.guidance_scale * (with_prompt - without)
+        if role not in self._said:
+            self._said[role] = self._context.denoiser(role)(self.x_t, self.sigma)
+        return self._said[role]
+
+    def teacher_pair(self) -> tuple[Tensor, Tensor]:
+        """Return the teacher's x_0 with and without the prompt, each `[N, *x]`."""
+        if "without" not in self._said:
+            if self._context.denoiser_pair is None:
+                raise RewardError("this batch has no teacher without the prompt; guidance needs one")
+            self._said["with"], self._said["without"] = self._context.denoiser_pair(self.x_t, self.sigma)
+        return self._said["with"], self._said["without"]
+
+
+def contrast(
+    context: DiffusionContext,
+    x_0: Tensor,
+    group_size: int,
+    pair: Callable[[Renoised], tuple[Tensor, Tensor]],
+    correct: bool = False,
+) -> RewardOutput:
+    """Return the reward log p(x_0) - log q(x_0) of two denoisers, averaged over the batch's renoising draws.
+
+    `pair` gives the two predictions of x_0 for a draw. The gradient is their difference, the score the half log-SNR
+    integral of the difference of their squared errors, and the magnitude mean |x_0 - D_p|. With `correct`, the lag of q
+    behind the samples (`core.matching.critic_lag`) is added to its prediction before the gradient is taken.
+    """
+    span = context.max_sigma - context.min_sigma
+    draws = []
+    for draw in context.renoise(x_0, group_size):
+        toward, away = pair(draw)
+        score = matching_score(context.schedule, x_0, toward, away, draw.sigma, span)
+        if correct:
+            away = away + critic_lag(x_0 - away, lag_profile(context.schedule, draw.sigma), group_size)
+        draws.append((score, matching_gradient(toward, away), residual_magnitude(x_0, toward)))
+    scores, gradients, magnitudes = (torch.stack(parts).mean(0) for parts in zip(*draws, strict=True))
+    return RewardOutput(scores, gradients, magnitudes)

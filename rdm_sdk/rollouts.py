@@ -1,0 +1,57 @@
+"""Rollouts that outlive an optimizer step, in a checkpoint: one safetensors file per process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rdm_sdk.types import Experience, RewardOutput, Rollout
+
+_FIELDS = ("plan", "x_0", "weights", "state_weights")
+_TRAJECTORY = ("states", "x_0", "depths")
+
+
+def rollouts_path(checkpoint: str | Path, process_index: int) -> Path:
+    """Return where a checkpoint keeps a process's rollouts."""
+    return Path(checkpoint) / f"rdm_rollouts_{process_index}.safetensors"
+
+
+def write_rollouts(path: Path, experiences: Sequence[Experience]) -> None:
+    """Write experiences without what their prompts bring back: encodings and columns. Nothing to write, no file."""
+    if not experiences:
+        return
+    tensors: dict[str, Tensor] = {}
+    for i, own in enumerate(experiences):
+        tensors |= {f"{i}.{name}": getattr(own, name) for name in _FIELDS}
+        tensors |= {f"{i}.rollout.{name}": getattr(own.rollout, name) for name in _TRAJECTORY}
+        tensors |= {f"{i}.scored.{name}": output.scores for name, output in own.scored.items()}
+    prompts = json.dumps([own.prompts for own in experiences])
+    uses = json.dumps([own.use for own in experiences])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(path.name + ".tmp")
+    save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, staged, {"prompts": prompts, "uses": uses})
+    staged.replace(path)
+
+
+def read_rollouts(path: Path, device: torch.device) -> list[Experience]:
+    """Return what `write_rollouts` wrote, none where there is no file; encodings and columns are empty."""
+    if not path.is_file():
+        return []
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    prompts, uses = json.loads(metadata["prompts"]), json.loads(metadata["uses"])
+    experiences = []
+    for i, (texts, use) in enumerate(zip(prompts, uses, strict=True)):
+        rollout = Rollout(**{name: tensors[f"{i}.rollout.{name}"] for name in _TRAJECTORY})
+        prefix = f"{i}.scored."
+        scored = {n.removeprefix(prefix): RewardOutput(t) for n, t in tensors.items() if n.startswith(prefix)}
+        fields = {name: tensors[f"{i}.{name}"] for name in _FIELDS}
+        experiences.append(Experience(texts, {}, {}, rollout, use=use, scored=scored, **fields))
+    return experiences
