@@ -24,6 +24,10 @@ _PUBLIC = {
     "hookimpl": "rdm_sdk.hookspecs",
     "RegisterReward": "rdm_sdk.hookspecs",
     "ModelAdapter": "rdm_sdk.models.base",
+    "Scored": "rdm_sdk.rewards.scored",
+    "Weighting": "rdm_sdk.weighting",
+    "RewardStatistics": "rdm_sdk.weighting",
+    "preset": "rdm_sdk.presets",
     "RDMError": "rdm_sdk.errors",
     "ConfigError": "rdm_sdk.errors",
     "DataError": "rdm_sdk.errors",
@@ -53,6 +57,10 @@ __all__ = [  # noqa: RUF022 - in the order of _PUBLIC
     "hookimpl",
     "RegisterReward",
     "ModelAdapter",
+    "Scored",
+    "Weighting",
+    "RewardStatistics",
+    "preset",
     "RDMError",
     "ConfigError",
     "DataError",
@@ -96,17 +104,21 @@ if TYPE_CHECKING:
     from rdm_sdk.hookspecs import RegisterReward as RegisterReward
     from rdm_sdk.hookspecs import hookimpl as hookimpl
     from rdm_sdk.models.base import ModelAdapter as ModelAdapter
+    from rdm_sdk.presets import preset as preset
     from rdm_sdk.report import image_grid as image_grid
     from rdm_sdk.report import markdown_table as markdown_table
     from rdm_sdk.rewards.base import Capabilities as Capabilities
     from rdm_sdk.rewards.base import Reward as Reward
     from rdm_sdk.rewards.base import RewardBatch as RewardBatch
     from rdm_sdk.rewards.base import RewardConfig as RewardConfig
+    from rdm_sdk.rewards.scored import Scored as Scored
     from rdm_sdk.rewards.scoring import score_images as score_images
     from rdm_sdk.rewards.spec import RewardTerm as RewardTerm
     from rdm_sdk.rewards.spec import parse_spec as parse_spec
     from rdm_sdk.trainer import RDMTrainer as RDMTrainer
     from rdm_sdk.types import RewardOutput as RewardOutput
+    from rdm_sdk.weighting import RewardStatistics as RewardStatistics
+    from rdm_sdk.weighting import Weighting as Weighting
 
 
 def __getattr__(name: str) -> Any:

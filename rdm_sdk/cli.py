@@ -1,4 +1,4 @@
-"""The command line: `rdm-sdk demo`, `train`, `sample`; `cli_rewards.py` adds `rewards`, `plugins`, `new-reward`."""
+"""The command line: `rdm-sdk demo`, `train`, `sample`, `presets`; `cli_rewards.py` adds the rewards' and plugins'."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import rdm_sdk
 from rdm_sdk.cli_rewards import add_commands
 from rdm_sdk.errors import ConfigError, RDMError
+from rdm_sdk.presets import PRESETS, show_preset
 
 
 @dataclass
@@ -58,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="train a student: --config run.yaml and any setting as a flag; 'train --help' lists them",
         add_help=False,
     )
+    presets = commands.add_parser("presets", help="settings of known methods").add_subparsers(required=True)
+    presets.add_parser("list", help="all presets").set_defaults(run=_list_presets)
+    show = presets.add_parser("show", help="a preset as YAML for 'train --config'")
+    show.add_argument("name")
+    show.set_defaults(run=_show_preset)
     demo.set_defaults(run=_demo)
     sample.set_defaults(run=_sample)
     add_commands(commands)
@@ -120,6 +126,18 @@ def _demo(options: argparse.Namespace) -> int:
 
     given = {} if options.steps is None else {"steps": options.steps}
     run_demo(options.output, num_samples=options.samples, seed=options.seed, **given)
+    return 0
+
+
+def _list_presets(options: argparse.Namespace) -> int:
+    width = max(map(len, PRESETS))
+    for name, own in PRESETS.items():
+        print(f"{name:<{width}}  {own.summary}")
+    return 0
+
+
+def _show_preset(options: argparse.Namespace) -> int:
+    print(show_preset(options.name))
     return 0
 
 

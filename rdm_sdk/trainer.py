@@ -358,7 +358,7 @@ class RDMTrainer(RoleTrainer):
             if not bool(ratio <= bound):
                 raise RDMError(
                     f"the replay of a rollout does not repeat it: the first log-ratio per dimension is {ratio:.3g}, "
-                    f"not 0 (bound {bound}). Something in the student is random or depends on the batch, such as dropout"
+                    f"not 0 (bound {bound}). Something in the student is random, such as dropout"
                 )
         done.x_0[experience.steps, torch.arange(len(x_0), device=x_0.device)] = x_0
 
