@@ -105,6 +105,10 @@ class RDMConfig(TrainingArguments):
     )
     eta: float = field(default=0.9, metadata={"help": "Share of fresh noise for 'cps' (0 to 1), noise rate for 'sde'."})
     num_iterations: int = field(default=1, metadata={"help": "Student updates per rollout."})
+    steps_per_generation: int = field(
+        default=1,
+        metadata={"help": "Optimizer steps with rollouts of their own before the first of these is used again."},
+    )
     importance_sampling_correction: bool = field(
         default=True, metadata={"help": "Weigh samples of an earlier student by how likely they still are."}
     )
@@ -146,7 +150,7 @@ class RDMConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        for name in ("num_generations", "num_inference_steps", "num_draws", "num_iterations"):
+        for name in ("num_generations", "num_inference_steps", "num_draws", "num_iterations", "steps_per_generation"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         chunk, device = self.reward_batch_size, self.reward_device
         _require(chunk is None or chunk >= 1, "reward_batch_size", chunk, "at least 1 or None")

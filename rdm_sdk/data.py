@@ -64,16 +64,24 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 class GroupSampler(Sampler[int]):
     """Indices of a shuffled epoch, each repeated `group_size` times, padded so that every batch is full.
 
-    The prompts of an optimizer step come `num_iterations` times in a row, for as many uses of their rollout. An epoch's
-    order depends on `seed` and `epoch` alone, so that a resumed run sees what it would have seen.
+    The prompts of `steps_per_generation` optimizer steps come `num_iterations` times, one step after the other and
+    around again, for as many uses of their rollouts. An epoch's order depends on `seed` and `epoch` alone, so that a
+    resumed run sees what it would have seen.
     """
 
     def __init__(
-        self, num_prompts: int, group_size: int, prompts_per_step: int, seed: int, num_iterations: int = 1
+        self,
+        num_prompts: int,
+        group_size: int,
+        prompts_per_step: int,
+        seed: int,
+        num_iterations: int = 1,
+        steps_per_generation: int = 1,
     ) -> None:
         self.num_prompts, self.group_size, self.seed = num_prompts, group_size, seed
-        self.prompts_per_step, self.num_iterations = prompts_per_step, num_iterations
-        self.padded = -(-num_prompts // prompts_per_step) * prompts_per_step
+        self.together, self.num_iterations = prompts_per_step * steps_per_generation, num_iterations
+        whole = self.together if num_iterations > 1 else prompts_per_step
+        self.padded = -(-num_prompts // whole) * whole
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -84,9 +92,9 @@ class GroupSampler(Sampler[int]):
         order: list[int] = []
         while len(order) < self.padded:
             order += torch.randperm(self.num_prompts, generator=generator).tolist()
-        for start in range(0, self.padded, self.prompts_per_step):
+        for start in range(0, self.padded, self.together):
             for _ in range(self.num_iterations):
-                for index in order[start : start + self.prompts_per_step]:
+                for index in order[start : start + self.together]:
                     yield from [index] * self.group_size
 
 

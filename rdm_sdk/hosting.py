@@ -93,11 +93,11 @@ class RoleTrainer(Trainer):
         """Return the state that a checkpoint keeps beside tensors."""
 
     @abstractmethod
-    def stored_experiences(self) -> list[Experience]:
-        """Return the rollouts that the next optimizer step will use again."""
+    def stored_experiences(self) -> list[list[Experience]]:
+        """Return the rollouts that later optimizer steps will use again, per step, in order."""
 
     @abstractmethod
-    def restore_state(self, state: checkpoint.RunState, experiences: list[Experience]) -> None:
+    def restore_state(self, state: checkpoint.RunState, experiences: list[list[Experience]]) -> None:
         """Take up a checkpoint's state."""
 
     # ---- Roles --------------------------------------------------------------------------------------------------
@@ -191,8 +191,8 @@ class RoleTrainer(Trainer):
         groups = self.args.per_device_train_batch_size // self.args.num_generations
         together = groups * self.args.world_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        iterations = self.args.num_iterations
-        self._sampler = GroupSampler(len(dataset), self.args.num_generations, together, seed, iterations)
+        reuse = self.args.num_iterations, self.args.steps_per_generation
+        self._sampler = GroupSampler(len(dataset), self.args.num_generations, together, seed, *reuse)
         return self._sampler
 
     def start_epoch(self, epoch: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -22,8 +23,12 @@ def rollouts_path(checkpoint: str | Path, process_index: int) -> Path:
     return Path(checkpoint) / f"rdm_rollouts_{process_index}.safetensors"
 
 
-def write_rollouts(path: Path, experiences: Sequence[Experience]) -> None:
-    """Write experiences without what their prompts bring back: encodings and columns. Nothing to write, no file."""
+def write_rollouts(path: Path, stored: Sequence[Sequence[Experience]]) -> None:
+    """Write experiences, per optimizer step, without what prompts bring back: encodings and columns.
+
+    Nothing to write, no file.
+    """
+    experiences = [own for together in stored for own in together]
     if not experiences:
         return
     tensors: dict[str, Tensor] = {}
@@ -31,15 +36,18 @@ def write_rollouts(path: Path, experiences: Sequence[Experience]) -> None:
         tensors |= {f"{i}.{name}": getattr(own, name) for name in _FIELDS}
         tensors |= {f"{i}.rollout.{name}": getattr(own.rollout, name) for name in _TRAJECTORY}
         tensors |= {f"{i}.scored.{name}": output.scores for name, output in own.scored.items()}
-    prompts = json.dumps([own.prompts for own in experiences])
-    uses = json.dumps([own.use for own in experiences])
+    metadata = {
+        "prompts": json.dumps([own.prompts for own in experiences]),
+        "uses": json.dumps([own.use for own in experiences]),
+        "sizes": json.dumps([len(together) for together in stored]),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(path.name + ".tmp")
-    save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, staged, {"prompts": prompts, "uses": uses})
+    save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, staged, metadata)
     staged.replace(path)
 
 
-def read_rollouts(path: Path, device: torch.device) -> list[Experience]:
+def read_rollouts(path: Path, device: torch.device) -> list[list[Experience]]:
     """Return what `write_rollouts` wrote, none where there is no file; encodings and columns are empty."""
     if not path.is_file():
         return []
@@ -54,4 +62,5 @@ def read_rollouts(path: Path, device: torch.device) -> list[Experience]:
         scored = {n.removeprefix(prefix): RewardOutput(t) for n, t in tensors.items() if n.startswith(prefix)}
         fields = {name: tensors[f"{i}.{name}"] for name in _FIELDS}
         experiences.append(Experience(texts, {}, {}, rollout, use=use, scored=scored, **fields))
-    return experiences
+    remaining = iter(experiences)
+    return [list(islice(remaining, size)) for size in json.loads(metadata["sizes"])]

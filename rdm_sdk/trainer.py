@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -97,6 +97,7 @@ class RDMTrainer(RoleTrainer):
         add_roles(adapter, {STUDENT: student} | dict.fromkeys(roles, fake_peft_config or student), heads)
         self._window: list[dict[str, Any]] = []
         self._experiences: list[Experience] = []
+        self._stored: deque[list[Experience]] = deque(maxlen=args.steps_per_generation)
         self._position = 0
         self.monitor = Monitor()
         self.targets = {own.label: own.weight for own in self.rewards}
@@ -155,6 +156,8 @@ class RDMTrainer(RoleTrainer):
         if self.accelerator.sync_gradients:
             self.average_gradients(self.parameters_of(STUDENT))
             self._weigh_next()
+            if experience.use + 1 < args.num_iterations:
+                self._stored.append(self._experiences)
         return loss.detach() / self.current_gradient_accumulation_steps
 
     def _collect(self, inputs: dict[str, Any]) -> Experience:
@@ -181,12 +184,13 @@ class RDMTrainer(RoleTrainer):
         return replace(experience, scored=self._score(scored, self._batch(experience, done.x_0[-1])))
 
     def _reuse(self, window: Sequence[dict[str, Any]]) -> list[Experience] | None:
-        """Return the stored rollouts for one more use, or None if they are used up, too stale or of other prompts."""
-        args, stored = self.args, self._experiences
-        if not stored or stored[0].use + 1 >= args.num_iterations:
+        """Return the stored rollouts of these prompts for one more use, or None if there are none or they are stale."""
+        args, prompts = self.args, [batch["prompts"] for batch in window]
+        at = next((i for i, kept in enumerate(self._stored) if [own.prompts for own in kept] == prompts), None)
+        if at is None:
             return None
-        if [own.prompts for own in stored] != [batch["prompts"] for batch in window]:
-            return None
+        stored = self._stored[at]
+        del self._stored[at]
         experiences, log_ratios = [], []
         for own, batch in zip(stored, window, strict=True):
             own = replace(own, use=own.use + 1, columns=batch["columns"], condition=self.encode(own.prompts))
@@ -418,9 +422,8 @@ class RDMTrainer(RoleTrainer):
         settings = non_default_settings(args)
         return StudentInfo(args.num_inference_steps, args.shift, stochastic, self.rewards, settings)
 
-    def stored_experiences(self) -> list[Experience]:
-        again = self._experiences and self._experiences[0].use + 1 < self.args.num_iterations
-        return self._experiences if again else []
+    def stored_experiences(self) -> list[list[Experience]]:
+        return list(self._stored)
 
     def capture_state(self) -> RunState:
         return RunState(
@@ -429,17 +432,18 @@ class RDMTrainer(RoleTrainer):
             adapters={role: self.roles.describe(role) for role in self.roles.trainable_roles},
             forwards=dict(self.roles.forwards),
             costs=dict(self._costs),
-            stored_rollouts=bool(self.stored_experiences()),
+            stored_rollouts=bool(self._stored),
             weights=self.weights,
             weighting=dict(self.weighting.state_dict()),
             ema_steps=None if self.ema is None else self.ema.optimization_step,
         )
 
-    def restore_state(self, state: RunState, experiences: list[Experience]) -> None:
+    def restore_state(self, state: RunState, experiences: list[list[Experience]]) -> None:
         self.roles.forwards.clear()
         self.roles.forwards.update(state.forwards)
         self._costs = Counter(state.costs)
-        self._experiences = experiences
+        self._stored.clear()
+        self._stored.extend(experiences)
         self.weights = dict(state.weights)
         self.weighting.load_state_dict(state.weighting)
 
