@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 
 from rdm_sdk.core.matching import denoising_loss
 from rdm_sdk.core.noise import FlowSchedule, VariancePreservingSchedule, add_noise, from_x_0, to_x_0
-from rdm_sdk.core.transitions import renoising_transition, step
+from rdm_sdk.core.transitions import ode_transition, renoising_transition, step
 
 FLOW, VP = FlowSchedule(), VariancePreservingSchedule()
 KINDS = ["x_0", "eps", "v", "flow"]
@@ -130,7 +130,7 @@ def test_flow_sampling_equals_diffusers():
     for k, timestep in enumerate(scheduler.timesteps):
         flow = theirs.sin()
         sigma, sigma_next = (scheduler.sigmas[i].expand(SHAPE[0]) for i in (k, k + 1))
-        transition = renoising_transition(FLOW, to_x_0(FLOW, "flow", flow, ours, sigma), sigma_next)
+        transition = renoising_transition(FLOW, ours, to_x_0(FLOW, "flow", flow, ours, sigma), sigma, sigma_next)
         ours = step(transition, torch.randn(SHAPE, generator=our_generator))
         theirs = scheduler.step(flow, timestep, theirs, generator=their_generator).prev_sample
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -146,7 +146,37 @@ def test_lcm_sampling_equals_diffusers():
     for timestep, following in zip(scheduler.timesteps[:-1], scheduler.timesteps[1:], strict=True):
         eps = theirs.sin()
         sigma, sigma_next = (ddpm_sigma(scheduler, t).expand(SHAPE[0]) for t in (timestep, following))
-        transition = renoising_transition(VP, to_x_0(VP, "eps", eps, ours, sigma), sigma_next)
+        transition = renoising_transition(VP, ours, to_x_0(VP, "eps", eps, ours, sigma), sigma, sigma_next)
         ours = step(transition, torch.randn(SHAPE, generator=our_generator))
         theirs = scheduler.step(eps, timestep, theirs, generator=their_generator).prev_sample
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_deterministic_flow_sampling_equals_diffusers(shift):
+    """Law 2: ode transitions equal FlowMatchEulerDiscreteScheduler, step by step from pure noise to the data."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(4)
+    ours = theirs = draw(1)[0]
+    for k, timestep in enumerate(scheduler.timesteps):
+        flow = theirs.sin()
+        sigma, sigma_next = (scheduler.sigmas[i].expand(SHAPE[0]) for i in (k, k + 1))
+        transition = ode_transition(FLOW, ours, to_x_0(FLOW, "flow", flow, ours, sigma), sigma, sigma_next)
+        assert (transition.std == 0).all()
+        ours = transition.mean
+        theirs = scheduler.step(flow, timestep, theirs).prev_sample
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_deterministic_ddim_sampling_equals_diffusers():
+    """Law 2: ode transitions equal DDIMScheduler's steps on its grid of timesteps, the last one to the data."""
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
+    scheduler.set_timesteps(5)
+    ours = theirs = draw(1)[0]
+    levels = [*ddpm_sigma(scheduler, scheduler.timesteps), torch.zeros(())]
+    for k, timestep in enumerate(scheduler.timesteps):
+        eps = theirs.sin()
+        sigma, sigma_next = (levels[i].expand(SHAPE[0]) for i in (k, k + 1))
+        ours = ode_transition(VP, ours, to_x_0(VP, "eps", eps, ours, sigma), sigma, sigma_next).mean
+        theirs = scheduler.step(eps, timestep, theirs).prev_sample
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

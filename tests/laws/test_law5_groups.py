@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rdm_sdk.core.groups import group_advantage, group_scale
+from rdm_sdk.core.groups import group_advantage, group_scale, scale_field
 
 NAN = math.nan
 SCALES = ["group", "batch", "none"]
@@ -76,6 +76,16 @@ def test_permuting_a_group_permutes_its_advantages(scores, data, scale):
     torch.testing.assert_close(permuted, group_advantage(values, len(scores), scale)[list(order)], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("normalization", ["group", "sample", "batch", "rms"])
+def test_permuting_a_group_permutes_its_field(normalization):
+    """Law 5: what a sample's gradient is divided by does not depend on its place in the group."""
+    generator = torch.Generator().manual_seed(1)
+    field, magnitudes = torch.randn(8, 3, 2, generator=generator), torch.rand(8, generator=generator)
+    order = torch.tensor([2, 0, 3, 1, 4, 7, 6, 5])
+    permuted = scale_field(field[order], magnitudes[order], 4, normalization)
+    torch.testing.assert_close(permuted, scale_field(field, magnitudes, 4, normalization)[order])
+
+
 @modest
 @given(scores=scores_of_a_group, shift=st.integers(-50, 50), factor=st.integers(1, 20))
 def test_advantages_ignore_units(scores, shift, factor):
@@ -94,6 +104,7 @@ def test_one_process_equals_two():
     scores = torch.randn(8, generator=generator)
     scores[2] = NAN
     magnitudes = torch.rand(8, generator=generator)
+    field = torch.randn(8, 3, 2, generator=generator)
     for group_size in (1, 2, 4):
         for scale in ("group", "none"):
             halves = [group_advantage(half, group_size, scale) for half in scores.split(4)]
@@ -101,6 +112,12 @@ def test_one_process_equals_two():
         for normalization in ("group", "sample"):
             halves = [group_scale(half, group_size, normalization) for half in magnitudes.split(4)]
             assert torch.equal(torch.cat(halves), group_scale(magnitudes, group_size, normalization))
+        for normalization in ("group", "sample", "rms"):
+            halves = [
+                scale_field(part, half, group_size, normalization)
+                for part, half in zip(field.split(4), magnitudes.split(4), strict=True)
+            ]
+            assert torch.equal(torch.cat(halves), scale_field(field, magnitudes, group_size, normalization))
 
 
 @pytest.mark.parametrize("shape", [(), (6, 1), (6, 4), (6, 3, 4, 4)], ids=str)
