@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from rdm_sdk.core.noise import FlowSchedule
+from rdm_sdk.core.draws import draw_steps
+from rdm_sdk.core.noise import FlowSchedule, VariancePreservingSchedule
+from rdm_sdk.core.transitions import TransitionKind
 from rdm_sdk.digits import teacher_path
 from rdm_sdk.models.load import load_adapter
-from rdm_sdk.sampling import draw_steps, rollout, sample, transition_to
-from rdm_sdk.types import Denoiser
+from rdm_sdk.sampling import FewStepPolicy, plan_steps, rollout, sample
+from rdm_sdk.types import Denoiser, select, select_steps
 
-SIGMAS = [1.0, 0.75, 0.5, 0.25]
-FLOW = FlowSchedule()
+SIGMAS = (1.0, 0.75, 0.5, 0.25)
+FLOW, VP = FlowSchedule(), VariancePreservingSchedule()
+RENOISE = FewStepPolicy(FLOW, SIGMAS)
+POLICIES = {
+    "renoise": RENOISE,
+    "cps": FewStepPolicy(FLOW, SIGMAS, "cps", 0.6),
+    "sde": FewStepPolicy(FLOW, SIGMAS, "sde", 0.7),
+    "ode": FewStepPolicy(FLOW, SIGMAS, "ode"),
+    "cps-vp": FewStepPolicy(VP, SIGMAS, "cps", 0.6),
+}
+by_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 
 
 def halving(x_t: Tensor, sigma: Tensor) -> Tensor:
@@ -26,107 +39,172 @@ def student_of(rows: Tensor) -> Denoiser:
     return lambda x_t, sigma: halving(x_t, sigma) + 10.0 * rows[:, None]
 
 
-def by_hand(noise: Tensor, steps: Tensor, finish: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Simulate step by step with scalars' arithmetic; returns states, x_0, next states and endpoints."""
+def by_hand(noise: Tensor, depths: Tensor) -> tuple[Tensor, Tensor]:
+    """Simulate re-noising step by step with scalars' arithmetic; returns states and predictions."""
     n, dim = noise.shape
-    state = noise.clone()
-    states, x_0, following, final = (torch.full_like(noise, torch.nan) for _ in range(4))
+    states, x_0 = torch.zeros(4, n, dim), torch.zeros(4, n, dim)
+    states[0] = noise
     for k, sigma in enumerate(SIGMAS):
-        going = [i for i in range(n) if finish or steps[i] >= k]
-        if not going:
-            break
-        eps = torch.randn(len(going), dim)
-        level = SIGMAS[k + 1] if k + 1 < len(SIGMAS) else 0.0
-        for j, i in enumerate(going):
-            prediction = 0.5 * state[i] + sigma + 10.0 * i
-            after = (1 - level) * prediction + level * eps[j]
-            if steps[i] == k:
-                states[i], x_0[i], following[i] = state[i], prediction, after
-            state[i] = after
-            final[i] = prediction
-    return states, x_0, following, final
+        going = [i for i in range(n) if depths[i] > k]
+        for i in going:
+            x_0[k, i] = 0.5 * states[k, i] + sigma + 10.0 * i
+        if k < 3 and going:
+            level = SIGMAS[k + 1]
+            for i, eps in zip(going, torch.randn(len(going), dim), strict=True):
+                states[k + 1, i] = (1 - level) * x_0[k, i] + level * eps
+    return states, x_0
 
 
-@pytest.mark.parametrize("finish", [False, True])
-def test_rollout_equals_a_simulation_by_hand(finish: bool) -> None:
-    """States, predictions, next states and endpoints are those of the step-by-step simulation."""
-    steps = torch.tensor([0, 3, 1, 2, 3])
+@pytest.mark.parametrize("depths", [[1, 4, 2, 3, 4], [4] * 5, [1] * 5, [2, 1, 2, 2, 1]], ids=str)
+def test_rollout_equals_a_simulation_by_hand(depths: list[int]) -> None:
+    """States and predictions are those of the step-by-step simulation, and zero beyond what was simulated."""
     noise = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)
-    got = rollout(student_of, noise, steps, SIGMAS, FLOW, finish=finish)
+    got = rollout(student_of, noise, torch.tensor(depths), RENOISE)
     torch.manual_seed(1)
-    states, x_0, following, final = by_hand(noise, steps, finish)
+    states, x_0 = by_hand(noise, torch.tensor(depths))
     torch.testing.assert_close(got.states, states)
     torch.testing.assert_close(got.x_0, x_0)
-    assert torch.equal(got.steps, steps)
-    if finish:
-        assert got.next_states is not None
-        assert got.final is not None
-        torch.testing.assert_close(got.next_states, following)
-        torch.testing.assert_close(got.final, final)
-        torch.testing.assert_close(got.final[1], got.x_0[1])  # stopped at the last step: the endpoint
-        torch.testing.assert_close(got.next_states[1], got.x_0[1])  # which is reached without noise
-    else:
-        assert got.next_states is None
-        assert got.final is None
+    assert got.depths.tolist() == depths
+    for i, depth in enumerate(depths):
+        assert (got.x_0[:depth, i] != 0).all()
+        assert (got.x_0[depth:, i] == 0).all()
+        assert (got.states[depth + 1 :, i] == 0).all()
+
+
+@by_policy
+def test_each_state_was_drawn_from_the_transition_before(policy: FewStepPolicy) -> None:
+    """x_{k+1} is mean + std eps of the transition out of x_k, with eps fresh from the generator."""
+    depths, noise = torch.tensor([1, 4, 2, 3, 4]), torch.randn(5, 3)
+    torch.manual_seed(1)
+    got = rollout(student_of, noise, depths, policy)
+    torch.manual_seed(1)
+    for k in range(3):
+        for i, eps in zip((depths > k).nonzero()[:, 0], torch.randn(int((depths > k).sum()), 3), strict=True):
+            state, at = got.states[k, i][None], torch.tensor([k])
+            x_0 = student_of(i[None])(state, torch.tensor([SIGMAS[k]]))
+            torch.testing.assert_close(got.x_0[k, i], x_0[0])
+            transition = policy.transition(state, x_0, at)
+            torch.testing.assert_close(got.states[k + 1, i], transition.mean[0] + transition.std * eps)
+    assert (got.x_0[3, [1, 4]] != 0).all()
 
 
 def test_rollout_computes_only_samples_still_on_their_way() -> None:
-    """Without `finish`, a sample costs exactly its stop step plus one evaluations; with it, all K."""
-    calls: list[int] = []
+    """A sample costs exactly its depth in evaluations, each at the noise level of its step."""
+    calls: list[tuple[list[int], list[float]]] = []
 
     def counting(rows: Tensor) -> Denoiser:
-        calls.append(len(rows))
-        return student_of(rows)
+        def denoise(x_t: Tensor, sigma: Tensor) -> Tensor:
+            assert len(x_t) == len(rows)
+            calls.append((rows.tolist(), sigma.tolist()))
+            return x_t
 
-    noise, steps = torch.zeros(4, 2), torch.tensor([0, 1, 1, 2])
-    rollout(counting, noise, steps, SIGMAS, FLOW)
-    assert calls == [4, 3, 1]
-    calls.clear()
-    rollout(counting, noise, steps, SIGMAS, FLOW, finish=True)
-    assert calls == [4, 4, 4, 4]
+        return denoise
+
+    rollout(counting, torch.zeros(4, 2), torch.tensor([1, 3, 2, 2]), RENOISE)
+    assert calls == [([0, 1, 2, 3], [1.0] * 4), ([1, 2, 3], [0.75] * 3), ([1], [0.5])]
 
 
-def test_sample_is_the_rollout_that_stops_at_the_end() -> None:
-    """Sampling and simulating to the last step draw the same noise and end at the same place."""
+@by_policy
+def test_sample_is_the_rollout_to_the_end(policy: FewStepPolicy) -> None:
+    """Sampling and simulating all steps draw the same noise and end at the same place."""
     noise = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(2)
-    endpoints = sample(halving, noise, SIGMAS, FLOW)
+    endpoints = sample(halving, noise, policy)
     torch.manual_seed(2)
-    got = rollout(lambda rows: halving, noise, torch.full((4,), 3), SIGMAS, FLOW)
-    assert torch.equal(got.x_0, endpoints)
-    one_step = sample(halving, noise, [1.0], FLOW)
-    assert torch.equal(one_step, halving(noise, torch.ones(4)))
+    got = rollout(lambda rows: halving, noise, torch.full((4,), 4), policy)
+    assert torch.equal(got.x_0[-1], endpoints)
+    torch.manual_seed(3)
+    assert torch.equal(sample(halving, noise, policy), endpoints) == (policy.kind == "ode")
+
+
+def test_deterministic_sampling_draws_nothing() -> None:
+    """The ode sampler leaves the random state alone: it is a function of its noise."""
+    before = torch.get_rng_state()
+    sample(halving, torch.ones(2, 3), POLICIES["ode"])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_one_step_is_one_prediction() -> None:
+    """A grid of one level needs no transition."""
+    noise, one = torch.randn(4, 3), FewStepPolicy(FLOW, (1.0,))
+    assert torch.equal(sample(halving, noise, one), halving(noise, torch.ones(4)))
+    got = rollout(lambda rows: halving, noise, torch.ones(4).long(), one)
+    assert torch.equal(got.x_0, halving(noise, torch.ones(4))[None])
+    assert torch.equal(got.states, noise[None])
+    assert one.num_random_steps == 0
 
 
 def test_rollout_carries_no_gradient_and_keeps_its_input() -> None:
     """A rollout is data: no graph, and the noise given is not written to."""
     weight = torch.ones((), requires_grad=True)
     noise = torch.ones(2, 3)
-    got = rollout(lambda rows: lambda x_t, sigma: weight * x_t, noise, torch.tensor([0, 2]), SIGMAS, FLOW)
+    got = rollout(lambda rows: lambda x_t, sigma: weight * x_t, noise, torch.tensor([1, 3]), RENOISE)
     assert not got.x_0.requires_grad
+    assert not got.states.requires_grad
+    got.states[0] = 7.0
     assert torch.equal(noise, torch.ones(2, 3))
 
 
-def test_transition_to_the_next_level() -> None:
+def test_transitions_lead_to_the_next_level() -> None:
     """Each step leads to the next noise level of the grid, the last to 0, where the transition has no spread."""
-    transition = transition_to(FLOW, torch.ones(4, 1), SIGMAS, torch.arange(4))
+    steps = torch.arange(4)
+    assert RENOISE.levels(steps).tolist() == list(SIGMAS)
+    assert RENOISE.levels(steps + 1).tolist() == [*SIGMAS[1:], 0.0]
+    transition = RENOISE.transition(torch.zeros(4, 1), torch.ones(4, 1), steps)
     assert transition.std.tolist() == [0.75, 0.5, 0.25, 0.0]
     assert transition.mean[:, 0].tolist() == [0.25, 0.5, 0.75, 1.0]
 
 
-def test_draw_steps_is_whole_groups_and_evenly_spread() -> None:
-    """All samples of a group stop at one step; K groups cover all K steps; each step comes equally often."""
-    torch.manual_seed(0)
-    counts = torch.zeros(4)
-    for _ in range(200):
-        steps = draw_steps(4, 3, 4, torch.device("cpu")).reshape(4, 3)
-        assert bool((steps == steps[:, :1]).all())
-        assert sorted(steps[:, 0].tolist()) == [0, 1, 2, 3]
-        counts[steps[0, 0]] += 1
-    assert counts.min() > 30
-    single = torch.stack([draw_steps(1, 1, 4, torch.device("cpu"))[0] for _ in range(400)])
-    assert torch.bincount(single, minlength=4).min() > 60
+@pytest.mark.parametrize(
+    ("kind", "num_random", "inference"),
+    [("renoise", 3, "renoise"), ("cps", 3, "ode"), ("sde", 3, "ode"), ("ode", 0, "ode")],
+)
+def test_what_a_policy_says_of_itself(kind: TransitionKind, num_random: int, inference: TransitionKind) -> None:
+    """All steps but the last are random, none of an ode; noise that only explores is left out of inference."""
+    policy = FewStepPolicy(FLOW, SIGMAS, kind, 0.5)
+    assert (policy.num_steps, policy.num_random_steps) == (4, num_random)
+    assert policy.inference().kind == inference
+    assert (policy.inference().schedule, policy.inference().sigmas) == (FLOW, SIGMAS)
+    transition = policy.transition(torch.zeros(4, 1), torch.ones(4, 1), torch.arange(4))
+    assert int((transition.std > 0).sum()) == num_random
+
+
+modest = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+@modest
+@given(
+    num_groups=st.integers(1, 5),
+    group_size=st.integers(1, 5),
+    num_steps=st.integers(1, 5),
+    num_iterations=st.integers(1, 11),
+    seed=st.integers(0, 2**31),
+)
+def test_plans_are_latin(num_groups: int, group_size: int, num_steps: int, num_iterations: int, seed: int) -> None:
+    """Any K uses in a row visit every step for every sample; each use is spread over the batch like the first."""
+    torch.manual_seed(seed)
+    first = draw_steps("stratified", num_groups, group_size, num_steps, torch.device("cpu"))
+    plan = plan_steps(first, num_iterations, num_steps)
+    assert plan.shape == (num_iterations, len(first))
+    assert torch.equal(plan[0], first)
+    for start in range(num_iterations - num_steps + 1):
+        visited = plan[start : start + num_steps].sort(0).values
+        assert torch.equal(visited, torch.arange(num_steps)[:, None].expand_as(visited))
+    spread = torch.bincount(first, minlength=num_steps).sort().values
+    for steps in plan:
+        assert torch.equal(torch.bincount(steps, minlength=num_steps).sort().values, spread)
+
+
+def test_selecting_each_sample_s_own_step() -> None:
+    """Entries of a trajectory by step and row, all rows when none are named; conditions by row."""
+    trajectory = torch.arange(24).reshape(3, 4, 2)
+    expected = [trajectory[k, i].tolist() for i, k in enumerate([2, 0, 1, 2])]
+    assert select_steps(trajectory, torch.tensor([2, 0, 1, 2])).tolist() == expected
+    assert select_steps(trajectory, torch.tensor([1, 2]), torch.tensor([3, 0])).tolist() == [[14, 15], [16, 17]]
+    condition = select({"a": trajectory[0], "b": trajectory[1]}, torch.tensor([3, 3, 0]))
+    assert condition["a"].tolist() == [[6, 7], [6, 7], [0, 1]]
+    assert condition["b"].tolist() == [[14, 15], [14, 15], [8, 9]]
 
 
 @pytest.mark.parametrize(
