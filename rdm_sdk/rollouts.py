@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rdm_sdk.types import Experience, RewardOutput, Rollout
+from rdm_sdk.types import Experience, RewardOutput, Rollout, select_steps
 
-_FIELDS = ("plan", "x_0", "weights", "state_weights")
+_FIELDS = ("plan", "weights")
 _TRAJECTORY = ("states", "x_0", "depths")
 
 
@@ -24,7 +24,7 @@ def rollouts_path(checkpoint: str | Path, process_index: int) -> Path:
 
 
 def write_rollouts(path: Path, stored: Sequence[Sequence[Experience]]) -> None:
-    """Write experiences, per optimizer step, without what prompts bring back: encodings and columns.
+    """Write experiences, per optimizer step, without what the next use brings back: encodings, columns and x_0.
 
     Nothing to write, no file.
     """
@@ -60,7 +60,8 @@ def read_rollouts(path: Path, device: torch.device) -> list[list[Experience]]:
         rollout = Rollout(**{name: tensors[f"{i}.rollout.{name}"] for name in _TRAJECTORY})
         prefix = f"{i}.scored."
         scored = {n.removeprefix(prefix): RewardOutput(t) for n, t in tensors.items() if n.startswith(prefix)}
-        fields = {name: tensors[f"{i}.{name}"] for name in _FIELDS}
-        experiences.append(Experience(texts, {}, {}, rollout, use=use, scored=scored, **fields))
+        plan = tensors[f"{i}.plan"]
+        x_0 = select_steps(rollout.x_0, plan[use])
+        experiences.append(Experience(texts, {}, {}, rollout, plan, use, x_0, tensors[f"{i}.weights"], scored))
     remaining = iter(experiences)
     return [list(islice(remaining, size)) for size in json.loads(metadata["sizes"])]

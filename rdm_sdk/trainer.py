@@ -138,8 +138,9 @@ class RDMTrainer(RoleTrainer):
             for _ in range(args.critic_steps):
                 self._train_critics(self._experiences)
 
-        x_0, experience = self._replay(self._experiences[self._position])
-        self._experiences[self._position] = experience
+        experience = self._experiences[self._position]
+        x_0 = self._replay(experience)
+        experience = self._experiences[self._position] = replace(experience, x_0=x_0.detach())
         self._position += 1
         outputs = self._judge(experience)
         terms = normalize(
@@ -175,16 +176,20 @@ class RDMTrainer(RoleTrainer):
         depths = torch.full_like(plan[0], args.num_inference_steps) if to_the_end else plan.amax(0) + 1
         done = rollout(self._student_of(condition), noise, depths, self.policy)
         self._costs["rollouts"] += len(prompts)
-        ones = torch.ones(len(prompts), device=noise.device)
+        weights = torch.ones(len(prompts), device=noise.device)
         x_0 = select_steps(done.x_0, plan[0])
-        experience = Experience(prompts, inputs["columns"], condition, done, plan, 0, x_0, ones, ones, {})
+        experience = Experience(prompts, inputs["columns"], condition, done, plan, 0, x_0, weights, {})
         if not to_the_end:
             return experience
         scored = [own for own in self.rewards if not own.pathwise]
         return replace(experience, scored=self._score(scored, self._batch(experience, done.x_0[-1])))
 
     def _reuse(self, window: Sequence[dict[str, Any]]) -> list[Experience] | None:
-        """Return the stored rollouts of these prompts for one more use, or None if there are none or they are stale."""
+        """Return the stored rollouts of these prompts for one more use, or None if there are none or they are stale.
+
+        The student, which has moved on since, predicts x_0 anew before the critics learn from it; the graphs of these
+        predictions are kept for the student's own update.
+        """
         args, prompts = self.args, [batch["prompts"] for batch in window]
         at = next((i for i, kept in enumerate(self._stored) if [own.prompts for own in kept] == prompts), None)
         if at is None:
@@ -197,12 +202,12 @@ class RDMTrainer(RoleTrainer):
             if args.importance_sampling_correction:
                 student = self._student_of(own.condition)
                 log_ratios.append(state_log_ratio(student, own.rollout, own.steps, self.policy, args.ratio_reduction))
-                own = replace(own, state_weights=truncated_weights(log_ratios[-1], args.importance_sampling_cap))
+                own = replace(own, weights=truncated_weights(log_ratios[-1], args.importance_sampling_cap))
             experiences.append(own)
         if log_ratios and self._effective_share(torch.cat(log_ratios).exp()) < args.min_effective_sample_size:
             self.monitor.log("ratio/stopped", 1.0)
             return None
-        return experiences
+        return [replace(own, x_0=self._replay(own)) for own in experiences]
 
     def _train_critics(self, experiences: Sequence[Experience]) -> None:
         """One optimizer step for every trainable reward, on the student's latest samples."""
@@ -212,7 +217,7 @@ class RDMTrainer(RoleTrainer):
         for experience in experiences:
             for own, role in critics:
                 with self._aside(own):
-                    batch = self._batch(experience, experience.x_0, trained=role)
+                    batch = self._batch(experience, experience.x_0.detach(), trained=role)
                     loss = own.reward.training_loss(batch)
                     (loss / len(experiences)).backward()
                 self.monitor.log(f"loss/{own.label}", loss)
@@ -231,13 +236,15 @@ class RDMTrainer(RoleTrainer):
                 parameter.grad = None
         self._costs["critic_steps"] += 1
 
-    def _replay(self, experience: Experience) -> tuple[Tensor, Experience]:
-        """Predict x_0 `[N, *x]` with gradients at the states of this use, and take note of it."""
+    def _replay(self, experience: Experience) -> Tensor:
+        """Return the student's x_0 `[N, *x]` at this use's states, with gradients."""
+        if experience.x_0.requires_grad:
+            return experience.x_0
         student = self.denoiser(STUDENT, experience.condition)
         x_0 = student(experience.states, self.policy.levels(experience.steps))
         if experience.use == 0:
             self._check_first_ratio(experience, x_0.detach())
-        return x_0, replace(experience, x_0=x_0.detach(), weights=experience.state_weights)
+        return x_0
 
     def _judge(self, experience: Experience) -> dict[str, RewardOutput]:
         """Evaluate every reward: gradients at the replayed x_0; what scored the endpoints has spoken already."""
@@ -270,7 +277,7 @@ class RDMTrainer(RoleTrainer):
         args, losses = self.args, []
         pulls = {name: float(term.field.abs().mean()) for name, term in terms.items() if term.field is not None}
         if signal.field is not None:
-            weighted = per_sample(experience.state_weights, signal.field) * signal.field
+            weighted = per_sample(experience.weights, signal.field) * signal.field
             losses.append(pathwise_loss(x_0, weighted))
             self.monitor.log("loss/pathwise", losses[-1])
         scored = {name: term.advantage for name, term in terms.items() if term.advantage is not None}
@@ -286,7 +293,7 @@ class RDMTrainer(RoleTrainer):
                 policy = policy_loss(
                     log_ratios,
                     signal.advantage[rows],
-                    experience.state_weights[rows],
+                    experience.weights[rows],
                     args.clip_range,
                     1 if averaged else dimensions,
                     len(x_0),
@@ -321,7 +328,7 @@ class RDMTrainer(RoleTrainer):
             self.adapter.decode,
             experience.columns,
             self.context(experience.condition, trained),
-            None if experience.use == 0 and trained is None else experience.weights,
+            experience.weights,
         )
 
     def _has(self, pathwise: bool) -> bool:

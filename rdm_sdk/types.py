@@ -72,11 +72,10 @@ class Experience:
     use: int
     """Which use this is, from 0."""
     x_0: Tensor
-    """The student's latest x_0 `[N, *x]`: from the rollout, then from each use's replay."""
+    """The student's x_0 `[N, *x]` at this use's states: in the first use from the rollout, afterwards predicted anew,
+    with its graph."""
     weights: Tensor
-    """Importance weights of `x_0`, `[N]`."""
-    state_weights: Tensor
-    """Importance weights of the states that this use trains at, `[N]`; exactly 1 in the first use."""
+    """Importance weights of this use's states, `[N]`; exactly 1 in the first use."""
     scored: Mapping[str, RewardOutput]
     """What the scored rewards said of the endpoints; asked once per rollout."""
 

@@ -1,0 +1,206 @@
+"""The study: GNDM against DMD2, GNDMR against DMDR, importance sampling, and rewards of the model itself.
+
+    python benchmarks/study.py run                  # all cells, five seeds, two processes; hours; resumable
+    python benchmarks/study.py run --only "gndm" --seeds 0 1
+    python benchmarks/study.py report               # docs/study.md and its plots, from the raw results
+    python benchmarks/study.py run --smoke --out build/study && python benchmarks/study.py report --out build/study
+
+Every run trains one student on the embedded teacher and judges 1,000 of its samples, made from the same noise for all
+cells of a seed. Raw results go to `<out>/runs.jsonl`, a line as each run ends; a run that is already there with the
+same settings is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from study_cells import Cell, all_cells
+from tqdm import tqdm
+
+RESULTS = Path(__file__).parent / "results"
+SMOKE = ("dmd2", "gndm", "4 uses", "balance, ink against jpeg 0.5 and 5")
+
+
+def start_worker() -> None:
+    """Prepare a process: one thread, because the tensors are small, and no chatter."""
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def run(cell: Cell, seed: int, num_samples: int, max_steps: int | None = None) -> dict[str, Any]:
+    """Train one student and judge it."""
+    from peft import LoraConfig
+
+    from rdm_sdk import RDMConfig, RDMTrainer, digits
+    from rdm_sdk.demo import LORA_TARGETS
+
+    settings = cell.config()
+    if max_steps is not None:
+        settings["max_steps"] = max_steps
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 10}
+        trainer = RDMTrainer(
+            digits.teacher_path(),
+            [(named_reward(name), weight) for name, weight in cell.rewards],
+            RDMConfig(output_dir=folder, seed=seed, **quiet, **settings),
+            training_data(),
+            peft_config=LoraConfig(r=32, lora_alpha=32, target_modules=LORA_TARGETS),
+        )
+        curve: list[dict[str, float]] = []
+        if cell.curve:
+            trainer.add_callback(curve_callback(trainer, curve, num_samples // 2))
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+        logged = [row for row in trainer.state.log_history if "loss" in row]
+    kept = ("weights/", "ratio/", "weighting/", "/pull")
+    return {
+        "cell": cell.name,
+        "questions": cell.questions,
+        "seed": seed,
+        "digest": cell.digest(),
+        "max_steps": settings["max_steps"],
+        "learning_rate": settings["learning_rate"],
+        **judge(trainer, num_samples),
+        "costs": trainer.costs(),
+        "curve": curve,
+        "last_log": {name: value for name, value in logged[-1].items() if any(part in name for part in kept)},
+        "seconds": round(seconds, 1),
+    }
+
+
+def named_reward(name: str) -> Any:
+    """Return a reward by name; `ink` is the study's own."""
+    if name != "ink":
+        return name
+    from rdm_sdk import Capabilities, Reward, RewardBatch
+
+    class Ink(Reward):
+        """How bright a picture is on average, in [0, 1]: bold strokes, which cost bytes."""
+
+        name = "ink"
+        capabilities = Capabilities(space="pixel", gradient="autograd", range=(0.0, 1.0))
+
+        def score(self, batch: RewardBatch) -> Any:
+            return batch.images.mean(dim=(1, 2, 3))
+
+    return Ink()
+
+
+def training_data() -> Any:
+    """Return one real scan per prompt and row, from the teacher's training split, for the adversary to learn from."""
+    from datasets import Dataset
+    from digits_teacher import load_split
+
+    from rdm_sdk import digits
+    from rdm_sdk.digits.classifier import scans_to_images
+
+    split = load_split()
+    rows = [(split["train_labels"] == digit).nonzero()[:20, 0] for digit in range(10)]
+    order = [int(rows[digit][i]) for i in range(20) for digit in range(10)]
+    images = (scans_to_images(split["train_scans"][order]) * 255).round().byte().permute(0, 2, 3, 1)
+    prompts = [digits.prompts()[int(split["train_labels"][i])] for i in order]
+    return Dataset.from_dict({"prompt": prompts, "image": images.tolist()})
+
+
+def judge(trainer: Any, num_samples: int) -> dict[str, float]:
+    """Return the quality of a student: distances, rewards (also those it was not trained on) and diversity."""
+    import torch
+
+    from rdm_sdk import digits, frechet_distance, score_images, teacher_statistics
+
+    prompts = digits.prompts() * (num_samples // 10)
+    images = torch.cat([trainer.sample(prompts[i : i + 250], seed=1000 + i) for i in range(0, len(prompts), 250)])
+    scores = score_images(["legibility", "jpeg"], images, prompts, batch_size=500).outputs
+    by_prompt = images[:, 0].reshape(-1, 10, images.shape[-1] ** 2)
+    return {
+        "FID-SD": frechet_distance(images, teacher_statistics()),
+        "FID": frechet_distance(images, digits.heldout_images()),
+        "legibility": scores["legibility"].scores.mean().item(),
+        "jpeg": scores["jpeg"].scores.mean().item(),
+        "ink": images.mean().item(),
+        "diversity": by_prompt.std(0).mean().item(),
+    }
+
+
+def curve_callback(trainer: Any, curve: list[dict[str, float]], num_samples: int) -> Any:
+    """Return a callback that measures FID-SD at a quarter, half and three quarters of a run, with its cost so far."""
+    from transformers import TrainerCallback
+
+    class Curve(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step * 4 % state.max_steps == 0 and state.global_step < state.max_steps:
+                curve.append({"step": state.global_step, **judge(trainer, num_samples), **trainer.costs()})
+
+    return Curve()
+
+
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """Return the raw results of cells as they are defined now."""
+    if not path.is_file():
+        return []
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    current = {cell.name: cell.digest() for cell in all_cells()}
+    return [row for row in rows if current.get(row["cell"]) == row["digest"]]
+
+
+def run_all(options: argparse.Namespace) -> None:
+    """Run what is missing, seed by seed, so that whatever has been done so far is balanced."""
+    out: Path = options.out
+    if options.smoke and out == RESULTS:
+        raise SystemExit("--smoke needs an --out of its own, so that its figures do not mix with the study's")
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "runs.jsonl"
+    cells = [cell for cell in all_cells() if not options.only or any(text in cell.name for text in options.only)]
+    if options.smoke:
+        cells, options.seeds = [cell for cell in cells if cell.name in SMOKE], options.seeds[:2]
+    samples, max_steps = (200, 4) if options.smoke else (1000, None)
+    done = {(row["cell"], row["seed"]) for row in read_runs(path)}
+    tasks = [(cell, seed) for seed in options.seeds for cell in cells if (cell.name, seed) not in done]
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(options.processes, context, start_worker) as pool,
+        tqdm(total=len(tasks), unit="run") as progress,
+    ):
+        pending = [pool.submit(run, cell, seed, samples, max_steps) for cell, seed in tasks]
+        for future in as_completed(pending):
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(future.result()) + "\n")
+            progress.update()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="train and judge what is missing")
+    running.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    running.add_argument("--only", nargs="+", help="cells whose name contains one of these")
+    running.add_argument("--processes", type=int, default=2)
+    running.add_argument("--smoke", action="store_true", help="four cells, two seeds, four steps, 200 samples")
+    reporting = commands.add_parser("report", help="write the page and its plots from the raw results")
+    reporting.add_argument("--page", type=Path, help="the Markdown file; docs/study.md, or beside other results")
+    for command in (running, reporting):
+        command.add_argument("--out", type=Path, default=RESULTS, help="the folder of the raw results")
+    options = parser.parse_args()
+    if options.command == "run":
+        run_all(options)
+    else:
+        from study_report import write_report
+
+        write_report(options.out, options.page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""The cells of the study: which settings are compared, for which question. `study.py` runs them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rdm_sdk import preset
+
+COMMON: dict[str, Any] = {
+    "max_steps": 64,
+    "per_device_train_batch_size": 32,
+    "guidance_scale": 1.0,
+    "max_sequence_length": 4,
+    "critic_steps": 5,
+    "learning_rate": 8e-4,
+    "critic_learning_rate": 1e-3,
+    "lr_scheduler_type": "linear",
+}
+"""What all cells share. Every cell spends max_steps * batch teacher forwards (twice that where the teacher is asked
+without the prompt as well): the study's currency. The rates were chosen on `dmd2`, not on ours."""
+
+RATES = (4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3)
+"""Student learning rates of the sweep."""
+
+Rewards = tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One set of settings; it is run once per seed."""
+
+    name: str
+    questions: str
+    """The letters of the questions that it helps to answer."""
+    preset: str = "gndm"
+    rewards: Rewards = (("dm", 1.0),)
+    settings: dict[str, Any] = field(default_factory=dict)
+    curve: bool = False
+    """Whether quality is measured along the run as well."""
+
+    def config(self) -> dict[str, Any]:
+        """Return the settings of `RDMConfig` that make up the cell."""
+        return COMMON | preset(self.preset) | self.settings
+
+    def digest(self) -> str:
+        """Return a hash of all that the cell's runs depend on, so that changed settings are run again."""
+        content = asdict(self) | {"config": self.config(), "questions": ""}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def steps(share: float) -> int:
+    """Return the steps that a share of the teacher budget allows."""
+    return round(COMMON["max_steps"] * share)
+
+
+def sweep() -> list[Cell]:
+    """Question a: at which learning rates do the two methods converge?"""
+    return [
+        Cell(f"{name}, lr {rate:g}", "a", name, settings={"learning_rate": rate})
+        for rate in RATES
+        for name in ("dmd2", "gndm")
+        if rate != COMMON["learning_rate"]
+    ]
+
+
+def estimators() -> list[Cell]:
+    """Question a: what of the estimator matters, one change at a time. (The mixture has more of them.)"""
+    changes: dict[str, dict[str, Any]] = {
+        "no correction": {"critic_correction": False},
+        "normalization group": {"normalization": "group"},
+        "shared sigma, group, no correction": {
+            "spread": "shared",
+            "normalization": "group",
+            "critic_correction": False,
+        },
+        "free sigma": {"spread": "free"},
+        "G = 4": {"num_generations": 4},
+        "G = 16": {"num_generations": 16},
+        "M = 2": {"num_draws": 2, "max_steps": steps(1 / 2)},
+    }
+    return [Cell(f"gndm, {name}", "a", settings=change) for name, change in changes.items()]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Rewards that are studied together."""
+
+    rewards: tuple[str, ...]
+    weights: tuple[tuple[float, ...], ...]
+    """DMDR's, one tuple per point of its front, one weight per reward."""
+    shares: tuple[tuple[float, ...], ...]
+    """For `balance`: of dm's pull. That is about a fifth after normalization, an external gradient's is 1, so that the
+    weights span DMDR's range."""
+
+
+SETTINGS = {
+    "legibility": Setting(("legibility",), ((0.02,), (0.1,), (0.5,)), ((0.1,), (0.5,), (2.5,))),
+    "jpeg": Setting(("jpeg",), ((0.3,), (1.0,), (3.0,)), ((1.5,), (5.0,), (15.0,))),
+    "ink against jpeg": Setting(
+        ("ink", "jpeg"), ((0.02, 0.2), (0.1, 1.0), (0.3, 3.0)), ((0.1, 1.0), (0.5, 5.0), (1.5, 15.0))
+    ),
+}
+"""A differentiable reward, a scored one, and two that conflict (correlation -0.47 over real scans of a digit)."""
+
+
+def fronts() -> list[Cell]:
+    """Question b: reward against FID-SD, and e: what happens to what is not rewarded."""
+
+    def cell(kind: str, base: str, setting: str, weights: tuple[float, ...], **settings: str) -> Cell:
+        rewards = (("dm", 1.0), *zip(SETTINGS[setting].rewards, weights, strict=True))
+        return Cell(front_cell(kind, setting, weights), "be", base, rewards, settings)
+
+    cells = []
+    for name, setting in SETTINGS.items():
+        cells += [cell("dmdr", "dmdr", name, weights) for weights in setting.weights]
+        cells += [cell("balance", "gndmr", name, shares) for shares in setting.shares]
+        strongest = setting.weights[-1]
+        cells.append(cell("constraint", "gndmr", name, strongest, weighting="constraint[cold_start=20,ramp=10]"))
+    return cells
+
+
+def front_cell(kind: str, setting: str, weights: tuple[float, ...]) -> str:
+    """Return the name of a cell of a front."""
+    return f"{kind}, {setting} {' and '.join(f'{weight:g}' for weight in weights)}"
+
+
+def front_cells(kind: str, setting: str) -> list[str]:
+    """Return the names of the cells of one method's front."""
+    own = SETTINGS[setting]
+    points = {"dmdr": own.weights, "balance": own.shares, "constraint": own.weights[-1:]}[kind]
+    return [front_cell(kind, setting, weights) for weights in points]
+
+
+def reuse() -> list[Cell]:
+    """Question c: student updates per rollout, with and without importance weights."""
+    window = {"steps_per_generation": 5}
+    cells = []
+    for uses in (2, 4, 8):
+        cells.append(Cell(f"{uses} uses", "c", settings={"num_iterations": uses, **window}, curve=True))
+        without = {"num_iterations": uses, "importance_sampling_correction": False, **window}
+        cells.append(Cell(f"{uses} uses, no weights", "c", settings=without, curve=True))
+    return cells
+
+
+def others() -> list[Cell]:
+    """Question d, the rewards that come with the model; and reward back-propagation alone, for e."""
+    return [
+        Cell("gndm + 0.5 guidance", "d", rewards=(("dm", 1.0), ("guidance", 0.5))),
+        Cell("gndm + 0.1 adversarial", "d", rewards=(("dm", 1.0), ("adversarial", 0.1))),
+        Cell("refl, legibility", "e", "refl", (("legibility", 1.0),)),
+        Cell("refl, ink", "e", "refl", (("ink", 1.0),)),
+    ]
+
+
+def all_cells() -> list[Cell]:
+    """Return every cell, the most telling ones first."""
+    heads = [Cell("dmd2", "ace", "dmd2", curve=True), Cell("gndm", "abcde", curve=True)]
+    return [*heads, *sweep(), *estimators(), *reuse(), *fronts(), *others()]

@@ -1,0 +1,89 @@
+"""The study's plots."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from study_cells import RATES, front_cells
+
+if TYPE_CHECKING:
+    from study_report import Results
+
+COLORS = {"dmd2": "C3", "gndm": "C0", "dmdr": "C3", "balance": "C0", "constraint": "C1"}
+
+
+def plot_sweep(results: Results, path: Path) -> None:
+    """Plot FID-SD against the learning rate, every seed a dot."""
+    from study_report import TEACHER_FOUR_STEPS, sweep_cell
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for method in ("dmd2", "gndm"):
+        rates = [rate for rate in RATES if results.has(sweep_cell(method, rate))]
+        means = [results.of(sweep_cell(method, rate), "FID-SD").mean for rate in rates]
+        axes.plot(rates, means, color=COLORS[method], label=method)
+        for rate in rates:
+            values = [row["FID-SD"] for row in results.rows[sweep_cell(method, rate)]]
+            axes.plot([rate] * len(values), values, ".", color=COLORS[method], alpha=0.6)
+    axes.axhline(TEACHER_FOUR_STEPS, color="gray", linestyle=":", label="teacher, 4 steps")
+    axes.set(xscale="log", yscale="log", xlabel="learning rate of the student", ylabel="FID-SD")
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_reuse(results: Results, cells: Sequence[str], path: Path) -> None:
+    """Plot FID-SD along the runs against student rollouts and against all network evaluations."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for index, cell in enumerate(cells):
+        rows = [row for row in results.rows[cell] if row["curve"]]
+        if not rows:
+            continue
+        points = [[*row["curve"], {"FID-SD": row["FID-SD"], **row["costs"]}] for row in rows]
+        quality = [statistics.mean(p["FID-SD"] for p in at) for at in zip(*points, strict=True)]
+        for panel, names in zip(
+            panels, (("rollouts",), ("student_forwards", "fake_forwards", "teacher_forwards")), strict=True
+        ):
+            cost = [
+                statistics.mean(sum(p[f"cost/{name}"] for name in names) for p in at)
+                for at in zip(*points, strict=True)
+            ]
+            style = "--" if "no weights" in cell else "-"
+            panel.plot(cost, quality, style, marker=".", color=f"C{(index + 1) // 2}", label=cell)
+    panels[0].set(xlabel="student rollouts (samples)", ylabel="FID-SD", yscale="log")
+    panels[1].set(xlabel="network evaluations (samples)")
+    panels[1].legend()
+    _save(figure, path)
+
+
+def plot_fronts(results: Results, setting: str, path: Path) -> None:
+    """Plot reward against FID-SD, a dot per seed and a cross per mean."""
+    from study_report import gain
+
+    read = gain(results, setting)
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    groups = {kind: front_cells(kind, setting) for kind in ("dmdr", "balance", "constraint")}
+    for kind, cells in {"dmd2": ["dmd2"], "gndm": ["gndm"], **groups}.items():
+        present = [cell for cell in cells if results.has(cell)]
+        means = [(results.of(c, "FID-SD").mean, results.of(c, read).mean) for c in present]
+        if means:
+            marker = "x" if kind in ("dmd2", "gndm") else "o"
+            axes.plot(*zip(*means, strict=True), marker=marker, color=COLORS[kind], label=kind)
+        for cell in present:
+            for row in results.rows[cell]:
+                axes.plot(row["FID-SD"], read(row), ".", color=COLORS[kind], alpha=0.3)
+    axes.set(xscale="log", xlabel="FID-SD (lower is better)", ylabel="gain in reward over gndm (its seeds' deviations)")
+    axes.set_title(setting)
+    axes.legend()
+    _save(figure, path)
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

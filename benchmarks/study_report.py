@@ -1,0 +1,250 @@
+"""From the study's raw results to `docs/study.md`: tables with 95 % intervals, plots, comparisons. For `study.py`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student_t
+from study_cells import COMMON, RATES, SETTINGS, all_cells, front_cells
+from study_plots import plot_fronts, plot_reuse, plot_sweep
+
+from rdm_sdk import markdown_table
+
+Row = dict[str, Any]
+TEACHER_FOUR_STEPS = 31.82
+"""FID-SD of the teacher itself at the student's four steps (docs/digits.md): a student that is no better has failed."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with its 95 % interval (Student's t)."""
+
+    mean: float
+    half_width: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4g} ± {self.half_width:.2g}"
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half_width
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half_width
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Return mean and 95 % interval; one value alone has an unknown, so infinite, one."""
+    count = len(values)
+    if count < 2:
+        return Estimate(values[0], float("inf"), count)
+    half_width = student_t.ppf(0.975, count - 1) * statistics.stdev(values) / count**0.5
+    return Estimate(statistics.mean(values), float(half_width), count)
+
+
+class Results:
+    """The raw rows, by cell."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows: dict[str, list[Row]] = {}
+        for row in rows:
+            self.rows.setdefault(row["cell"], []).append(row)
+
+    def has(self, cell: str) -> bool:
+        return cell in self.rows
+
+    def of(self, cell: str, figure: str | Callable[[Row], float]) -> Estimate:
+        """Return the estimate of a figure: its name, or a function of the row."""
+        read = figure if callable(figure) else lambda row: float(row[figure])
+        return estimate([read(row) for row in self.rows[cell]])
+
+    def cost(self, cell: str, name: str) -> float:
+        return statistics.mean(row["costs"].get(f"cost/{name}", 0) for row in self.rows[cell])
+
+    def total_forwards(self, cell: str) -> float:
+        """Return all network evaluations of a run, in samples: student, critic and teacher."""
+        return sum(self.cost(cell, f"{role}_forwards") for role in ("student", "fake", "teacher"))
+
+
+def sweep_cell(method: str, rate: float) -> str:
+    """Return the name of a cell of the learning-rate sweep."""
+    return method if rate == COMMON["learning_rate"] else f"{method}, lr {rate:g}"
+
+
+def converged(results: Results, cell: str) -> bool:
+    """A rate converges if the mean FID-SD beats the teacher at four steps, and no seed is twice as bad as that."""
+    values = [row["FID-SD"] for row in results.rows[cell]]
+    return statistics.mean(values) < TEACHER_FOUR_STEPS and max(values) < 2 * TEACHER_FOUR_STEPS
+
+
+def stable_range(results: Results, method: str) -> list[float]:
+    """Return the longest run of neighboring rates that converge."""
+    longest: list[float] = []
+    current: list[float] = []
+    for rate in RATES:
+        cell = sweep_cell(method, rate)
+        current = [*current, rate] if results.has(cell) and converged(results, cell) else []
+        longest = max(longest, current, key=len)
+    return longest
+
+
+def compare(results: Results, better: str, worse: str, figure: str = "FID-SD") -> str:
+    """Return a sentence that compares two cells, with no opinion."""
+    a, b = results.of(better, figure), results.of(worse, figure)
+    apart = "intervals apart" if a.high < b.low or b.high < a.low else "intervals overlap"
+    return f"{better}: {a}; {worse}: {b}; ratio {a.mean / b.mean:.3f} ({apart}, {a.count} and {b.count} seeds)"
+
+
+def cost_table(results: Results, cells: Sequence[str]) -> str:
+    """Return quality and cost of cells."""
+    header = ("cell", "seeds", "FID-SD", "FID", "diversity", "teacher fwd", "rollouts", "student fwd", "all fwd")
+    lines = []
+    for cell in cells:
+        quality = [results.of(cell, figure) for figure in ("FID-SD", "FID", "diversity")]
+        costs = [results.cost(cell, name) for name in ("teacher_forwards", "rollouts", "student_forwards")]
+        counts = [f"{cost:.0f}" for cost in (*costs, results.total_forwards(cell))]
+        lines.append([cell, quality[0].count, *quality, *counts])
+    return markdown_table(header, lines)
+
+
+def reward_table(results: Results, cells: Sequence[str]) -> str:
+    """Return rewards, trained on or not, beside quality."""
+    figures = ("FID-SD", "legibility", "jpeg", "ink", "diversity", "FID")
+    lines = []
+    for cell in cells:
+        shown = [results.of(cell, figure) for figure in figures]
+        lines.append([cell, shown[0].count, f"{shown[0]}", *(f"{e.mean:.5f} ± {e.half_width:.5f}" for e in shown[1:])])
+    return markdown_table(("cell", "seeds", *figures), lines)
+
+
+def gain(results: Results, setting: str) -> Callable[[Row], float]:
+    """Return the gain in a setting's rewards over `gndm`, each in standard deviations over gndm's seeds, averaged."""
+    names = SETTINGS[setting].rewards
+    base = {name: [float(row[name]) for row in results.rows["gndm"]] for name in names}
+    scales = {name: max(statistics.pstdev(values), 1e-9) for name, values in base.items()}
+
+    def of(row: Row) -> float:
+        return statistics.mean((row[n] - statistics.mean(base[n])) / scales[n] for n in names)
+
+    return of
+
+
+def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, float]) -> float:
+    """Return the area between points (reward up, FID-SD down) and a reference that is worse than all of them."""
+    area, best = 0.0, reference[0]
+    for reward, distance in sorted(points, key=lambda point: point[1]):
+        if reward > best and distance < reference[1]:
+            area += (reward - best) * (reference[1] - distance)
+            best = reward
+    return area
+
+
+def front_volumes(results: Results, setting: str, kinds: Sequence[str], base: str) -> Estimate | None:
+    """Return the hypervolume of the front of a method with its base run, per seed, relative to fixed references."""
+    read = gain(results, setting)
+    cells = [base, *(cell for kind in kinds for cell in front_cells(kind, setting))]
+    if not all(results.has(cell) for cell in cells):
+        return None
+    everyone = [
+        row for cell in results.rows if setting in cell or cell in ("gndm", "dmd2") for row in results.rows[cell]
+    ]
+    reference = (min(map(read, everyone)), max(float(row["FID-SD"]) for row in everyone))
+    seeds = sorted(set.intersection(*({row["seed"] for row in results.rows[cell]} for cell in cells)))
+    volumes = []
+    for seed in seeds:
+        rows = [row for cell in cells for row in results.rows[cell] if row["seed"] == seed]
+        volumes.append(hypervolume([(read(row), float(row["FID-SD"])) for row in rows], reference))
+    return estimate(volumes) if volumes else None
+
+
+def front_lines(results: Results, setting: str) -> list[str]:
+    """Return the text of one reward setting."""
+    kinds = ("dmdr", "balance", "constraint")
+    cells = [c for c in ("dmd2", "gndm", *(c for k in kinds for c in front_cells(k, setting))) if results.has(c)]
+    text = [f"### {setting}", "", reward_table(results, cells), "", f"![{setting}]({picture(f'front_{setting}')})", ""]
+    for name, own, base in (("DMDR", ("dmdr",), "dmd2"), ("GNDMR", ("balance", "constraint"), "gndm")):
+        volume = front_volumes(results, setting, own, base)
+        if volume is not None:
+            text.append(f"- Hypervolume of {name}: {volume} ({volume.count} seeds)")
+    return [*text, ""]
+
+
+def picture(name: str) -> str:
+    """Return a plot's path beside the page."""
+    return f"study_{name.replace(' ', '_')}.png"
+
+
+def mixture_lines(path: Path) -> list[str]:
+    """Return the table of the closed-form part, if it was run."""
+    if not path.is_file():
+        return ["Not run."]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    cells = dict.fromkeys(row["cell"] for row in rows)
+    lines = []
+    for cell in cells:
+        own = [row for row in rows if row["cell"] == cell]
+        shown = [estimate([float(row[figure]) for row in own]) for figure in ("kl", "mass_error")]
+        costs = [f"{own[0][name]:.0f}" for name in ("teacher_forwards", "rollouts", "student_forwards", "critic_steps")]
+        lines.append([cell, len(own), *shown, *costs])
+    header = ("cell", "seeds", "KL", "mode mass error", "teacher fwd", "rollouts", "student fwd", "critic steps")
+    return [markdown_table(header, lines)]
+
+
+def sweep_lines(results: Results) -> list[str]:
+    """Return question a's text."""
+    rates = [rate for rate in RATES if any(results.has(sweep_cell(m, rate)) for m in ("dmd2", "gndm"))]
+    lines = []
+    for rate in rates:
+        cells = [sweep_cell(method, rate) for method in ("dmd2", "gndm")]
+        lines.append([f"{rate:g}", *(results.of(c, "FID-SD") if results.has(c) else "" for c in cells)])
+    text = [markdown_table(("learning rate", "dmd2 FID-SD", "gndm FID-SD"), lines), ""]
+    best = {}
+    for method in ("dmd2", "gndm"):
+        cells = [sweep_cell(method, rate) for rate in rates if results.has(sweep_cell(method, rate))]
+        best[method] = min(cells, key=lambda cell: results.of(cell, "FID-SD").mean)
+        span = stable_range(results, method)
+        factor = f"{span[0]:g} to {span[-1]:g}, a factor of {span[-1] / span[0]:g}" if span else "none"
+        text.append(f"- Rates at which {method} converges: {factor}.")
+    text.append(f"- Each at its best rate: {compare(results, best['gndm'], best['dmd2'])}.")
+    text += [f"- At one rate: {compare(results, sweep_cell('gndm', r), sweep_cell('dmd2', r))}." for r in rates]
+    estimators = [cell.name for cell in all_cells() if cell.name.startswith("gndm, ") and "lr" not in cell.name]
+    own = [cell for cell in ("gndm", *estimators) if results.has(cell)]
+    return [*text, "", f"![learning rates]({picture('sweep')})", "", cost_table(results, own), ""]
+
+
+def write_report(out: Path, page: Path | None) -> Path:
+    """Write the page and its plots; returns the page's path."""
+    from study import RESULTS, read_runs
+
+    if page is None:
+        page = Path(__file__).parents[1] / "docs" / "study.md" if out == RESULTS else out / "study.md"
+    results = Results(read_runs(out / "runs.jsonl"))
+    if not (results.has("dmd2") and results.has("gndm")):
+        raise SystemExit(f"{out / 'runs.jsonl'} has no runs of dmd2 and gndm; start with: study.py run")
+    plot_sweep(results, page.parent / picture("sweep"))
+    reuse = [cell.name for cell in all_cells() if "uses" in cell.name and results.has(cell.name)]
+    plot_reuse(results, ["gndm", *reuse], page.parent / picture("reuse"))
+    for setting in SETTINGS:
+        plot_fronts(results, setting, page.parent / picture(f"front_{setting}"))
+    others = [c.name for c in all_cells() if (c.questions == "d" or c.preset == "refl") and results.has(c.name)]
+    reading = Path(__file__).parent / "study_reading.md"
+    sections = [
+        reading.read_text(encoding="utf-8").strip(),
+        "## a. DMD2 against GNDM\n\n" + "\n".join(sweep_lines(results)),
+        "## On a closed-form mixture\n\n" + "\n".join(mixture_lines(out / "mixture.jsonl")),
+        "## b. DMDR against GNDMR\n\n" + "\n".join(line for s in SETTINGS for line in front_lines(results, s)),
+        "## c. Importance sampling\n\n"
+        + cost_table(results, ["gndm", *reuse])
+        + f"\n\n![uses of a rollout]({picture('reuse')})",
+        "## d, e. Guidance, adversary, and rewards alone\n\n" + reward_table(results, ["gndm", *others]),
+    ]
+    page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    print(f"wrote {page}")
+    return page
