@@ -44,12 +44,15 @@ def small_config() -> Callable[..., RDMConfig]:
 def make_trainer(small_config: Callable[..., RDMConfig]) -> Callable[..., RDMTrainer]:
     """Return `make(output_dir, rewards=..., prompts=..., **settings)`: a small run on the embedded teacher.
 
-    `model`, `peft_config`, `fake_peft_config`, `callbacks` and `eval_dataset` go to the trainer, all else to `args`.
+    `model`, `peft_config`, `fake_peft_config`, `callbacks`, `eval_dataset` and a `weighting` that is an object go to
+    the trainer, all else to `args`.
     """
     own = ("model", "peft_config", "fake_peft_config", "callbacks", "eval_dataset")
 
     def make(output_dir: str | Path, rewards: Any = "dm", prompts: object = None, **settings: Any) -> RDMTrainer:
         passed = {name: settings.pop(name) for name in own if name in settings}
+        if not isinstance(settings.get("weighting", ""), str):
+            passed["weighting"] = settings.pop("weighting")
         return RDMTrainer(
             passed.pop("model", digits.teacher_path()),
             rewards,

@@ -130,8 +130,8 @@ def test_the_scheduler_carries_the_trainers_grid(trained: tuple[RDMTrainer, Path
     trainer, folder = trained
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
     scheduler.set_timesteps(4)
-    assert scheduler.sigmas.tolist() == [*trainer.sigmas, 0.0]
-    assert trainer.sigmas == pytest.approx([1.0, 0.75, 0.5, 0.25], abs=1e-6)
+    assert scheduler.sigmas.tolist() == [*trainer.policy.sigmas, 0.0]
+    assert trainer.policy.sigmas == pytest.approx([1.0, 0.75, 0.5, 0.25], abs=1e-6)
     assert scheduler.config.stochastic_sampling
 
 
@@ -148,8 +148,8 @@ def test_other_grids_survive_the_export(
     call = {"guidance_scale": 1.0, "max_sequence_length": 4, "output_type": "pt"}
     got = pipeline(PROMPTS, latents=noise, num_inference_steps=steps, **call).images
     assert (got - own_images(trainer, noise)).abs().max() <= 1e-4
-    assert len(trainer.sigmas) == steps
-    assert trainer.sigmas[0] == 1.0
+    assert len(trainer.policy.sigmas) == steps
+    assert trainer.policy.sigmas[0] == 1.0
 
 
 def test_the_model_card_names_base_method_rewards_and_settings(trained: tuple[RDMTrainer, Path]) -> None:

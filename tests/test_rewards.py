@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rdm_sdk import Capabilities, CheckpointError, Reward, RewardError, RewardOutput
-from rdm_sdk.objective import combine, zero_std_share
+from rdm_sdk.objective import combine, normalize, zero_std_share
 from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.callables import CallableReward
 from rdm_sdk.rewards.evaluate import evaluate_reward
@@ -159,7 +159,8 @@ def test_inapplicable_samples_are_in_no_statistic():
     scores = torch.tensor([1.0, float("nan"), float("nan"), float("nan")])
     gradient = torch.tensor([2.0, 0.0, 0.0, 0.0]).reshape(4, 1)
     for normalization in ("group", "sample", "batch"):
-        signal = combine({"r": RewardOutput(scores, gradient)}, {"r": 1.0}, 2, normalization, "group")
+        terms = normalize({"r": RewardOutput(scores, gradient)}, 2, normalization, "group")
+        signal = combine(terms, {"r": 1.0}, 2, "group")
         assert signal.field.flatten().tolist() == [1.0, 0.0, 0.0, 0.0]
     assert zero_std_share(torch.tensor([1.0, float("nan"), 1.0, 2.0]), 2) == 0.5
 

@@ -1,0 +1,263 @@
+"""From reward outputs to the student's loss: units, sums, and the policy loss against independent computation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rdm_sdk.core.noise import FlowSchedule
+from rdm_sdk.core.transitions import log_probability
+from rdm_sdk.objective import Term, combine, normalize, policy_loss, policy_pull, zero_std_share
+from rdm_sdk.sampling import FewStepPolicy, replay_log_ratio, rollout
+from rdm_sdk.types import RewardOutput, Rollout, select_steps
+
+G = 4
+GRID = (1.0, 0.75, 0.5, 0.25)
+
+
+def scores(*values: float) -> RewardOutput:
+    """Return what a scored reward says."""
+    return RewardOutput(torch.tensor(values))
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    """Return fixed normal numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def advantage_by_hand(values: list[float]) -> list[float]:
+    """Return (r - mean) / std of one group, written without the package."""
+    mean = sum(values) / len(values)
+    std = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
+    return [(v - mean) / std for v in values]
+
+
+# ---- Normalization ----------------------------------------------------------------------------------------------
+
+
+def test_a_field_is_divided_by_its_own_groups_magnitude() -> None:
+    """With magnitudes: by them; without: by mean |g|; over the group, the batch, or the sample."""
+    field, magnitude, none = drawn(8, 2, 3), drawn(8, seed=1).abs() + 0.1, torch.zeros(8)
+    outputs = {"dm": RewardOutput(none, field, magnitude), "own": RewardOutput(none, field)}
+    size = field.abs().mean((1, 2))
+    for how in ("group", "batch", "sample"):
+        terms = normalize(outputs, G, how, "group")
+        for name, values in (("dm", magnitude), ("own", size)):
+            used = "group" if how == "sample" and name == "own" else how
+            divisor = {
+                "group": values.reshape(2, G).mean(1).repeat_interleave(G),
+                "batch": values.mean().expand(8),
+                "sample": values,
+            }[used]
+            torch.testing.assert_close(terms[name].field, field / divisor[:, None, None])
+            assert terms[name].advantage is None
+
+
+def test_sample_means_group_where_there_are_no_magnitudes() -> None:
+    """A sample's own |gradient| is no statistic: it would make a satisfied reward's last words as loud as any."""
+    field = torch.ones(8, 3)
+    field[0] *= 1e-6
+    outputs = {"own": RewardOutput(torch.zeros(8), field)}
+    sample, group = (normalize(outputs, G, how, "group")["own"].field for how in ("sample", "group"))
+    assert torch.equal(sample, group)
+    assert sample[0].abs().max() < 1e-5 < sample[1].abs().min()
+
+
+def test_rms_is_of_the_field_itself() -> None:
+    """Whatever the magnitudes, "rms" divides by the group's root mean square."""
+    field = drawn(8, 5)
+    outputs = {"dm": RewardOutput(torch.zeros(8), field, torch.full((8,), 7.0))}
+    got = normalize(outputs, G, "rms", "group")["dm"].field
+    expected = torch.cat([part / part.square().mean().sqrt() for part in (field[:G], field[G:])])
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("how", ["group", "batch", "sample", "rms"])
+def test_a_sample_without_a_score_is_in_no_statistic(how: str) -> None:
+    """NaN scores: what the sample says does not change the others' units."""
+    field, magnitude = drawn(8, 3), drawn(8, seed=1).abs() + 0.1
+    missing = torch.tensor([0.0, torch.nan, 0, 0, 0, 0, 0, 0])
+    loud, louder = field.clone(), magnitude.clone()
+    loud[1], louder[1] = 1e6, 1e6
+    for values, sizes in ((field, loud), (None, None)):
+        quiet = RewardOutput(missing, field, magnitude if values is not None else None)
+        noisy = RewardOutput(missing, loud, louder if sizes is not None else None)
+        one, other = (normalize({"r": o}, G, how, "group")["r"].field for o in (quiet, noisy))
+        keep = [0, 2, 3, 4, 5, 6, 7]
+        torch.testing.assert_close(one[keep], other[keep])
+
+
+# ---- Sums -------------------------------------------------------------------------------------------------------
+
+
+def test_normalize_then_sum() -> None:
+    """Normalize each, weight, sum, re-normalize: units do not matter, weights do."""
+    a, b = [1.0, 2.0, 3.0, 10.0], [0.0, 5.0, -5.0, 1.0]
+    weights = {"a": 0.5, "b": -0.25}
+    outputs = {"a": scores(*[v * 1000 for v in a]), "b": scores(*b)}
+    got = combine(normalize(outputs, G, "group", "group"), weights, G, "group").advantage
+    mixed = [0.5 * x - 0.25 * y for x, y in zip(advantage_by_hand(a), advantage_by_hand(b), strict=True)]
+    expected = torch.tensor([0.75 * v for v in advantage_by_hand(mixed)])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sum_then_normalize() -> None:
+    """Weighted sum first, then one normalization: the reward with the larger spread rules."""
+    a, b = [1.0, 2.0, 3.0, 10.0], [0.0, 5.0, -5.0, 1.0]
+    weights = {"a": 0.5, "b": -0.25}
+    outputs = {"a": scores(*a), "b": scores(*b)}
+    terms = normalize(outputs, G, "group", "group", "sum_then_normalize")
+    got = combine(terms, weights, G, "group").advantage
+    expected = [0.75 * v for v in advantage_by_hand([0.5 * x - 0.25 * y for x, y in zip(a, b, strict=True)])]
+    torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    loud = normalize({"a": scores(*[1e4 * v for v in a]), "b": scores(*b)}, G, "group", "group", "sum_then_normalize")
+    ruled = combine(loud, weights, G, "group").advantage
+    torch.testing.assert_close(ruled, 0.75 * torch.tensor(advantage_by_hand(a)), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("aggregation", ["normalize_then_sum", "sum_then_normalize"])
+@pytest.mark.parametrize("scale", ["group", "batch"])
+@pytest.mark.parametrize("weight", [0.3, -2.0])
+def test_a_single_reward_keeps_its_weight(aggregation: str, scale: str, weight: float) -> None:
+    """Re-normalization does not change what one reward alone weighs: weight times its advantage."""
+    output = {"a": RewardOutput(drawn(8))}
+    got = combine(normalize(output, G, "group", scale, aggregation), {"a": weight}, G, scale).advantage
+    alone = normalize(output, G, "group", scale)["a"].advantage
+    torch.testing.assert_close(got, weight * alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_single_reward_keeps_its_weight_beside_missing_scores() -> None:
+    """Also where some samples have no score: the advantages of the others are not scaled up."""
+    output = {"a": scores(1.0, 3.0, torch.nan, torch.nan)}
+    terms = normalize(output, G, "group", "group")
+    torch.testing.assert_close(terms["a"].advantage, torch.tensor([-(0.5**0.5), 0.5**0.5, 0.0, 0.0]))
+    got = combine(terms, {"a": 0.5}, G, "group").advantage
+    torch.testing.assert_close(got, 0.5 * terms["a"].advantage, rtol=1e-4, atol=1e-5)
+
+
+def test_without_scaling_sums_are_plain() -> None:
+    """scale_rewards="none": centered scores, weighted and added."""
+    outputs = {"a": scores(1.0, 2.0, 3.0, 6.0), "b": scores(4.0, 0.0, 0.0, 0.0)}
+    for aggregation in ("normalize_then_sum", "sum_then_normalize"):
+        terms = normalize(outputs, G, "group", "none", aggregation)
+        got = combine(terms, {"a": 2.0, "b": 1.0}, G, "none").advantage
+        torch.testing.assert_close(got, torch.tensor([-4.0 + 3, -2.0 - 1, 0.0 - 1, 6.0 - 1]))
+
+
+def test_rewards_that_contradict_each_other() -> None:
+    """Exact opposites cancel to zero, not to noise; a slight difference is brought back to full size."""
+    terms = normalize({"a": scores(0.0, 1.0, 2.0, 3.0), "b": scores(3.0, 2.0, 1.0, 0.0)}, G, "group", "group")
+    assert torch.equal(combine(terms, {"a": 1.0, "b": 1.0}, G, "group").advantage, torch.zeros(4))
+    nearly = normalize({"a": scores(0.0, 1.0, 2.0, 3.0), "b": scores(3.0, 2.0, 1.0, 0.2)}, G, "group", "group")
+    got = combine(nearly, {"a": 1.0, "b": 1.0}, G, "group").advantage
+    assert got.std().item() == pytest.approx(2.0, rel=1e-3)  # the weights' sum
+
+
+def test_missing_scores_count_for_nobody() -> None:
+    """A sample without one reward's score goes by the other's; without any, it has advantage 0."""
+    outputs = {"a": scores(torch.nan, 1.0, 2.0, 3.0), "b": scores(torch.nan, torch.nan, 0.0, 1.0)}
+    terms = normalize(outputs, G, "group", "group")
+    torch.testing.assert_close(terms["a"].advantage, torch.tensor([0.0, -1.0, 0.0, 1.0]), atol=1e-5, rtol=0)
+    total = combine(terms, {"a": 1.0, "b": 1.0}, G, "group").advantage
+    assert total.isfinite().all()
+    assert total[0] == pytest.approx(0.0, abs=1e-5)
+    assert total[1] < total[2] < total[3]
+
+
+def test_fields_add_up_by_their_weights() -> None:
+    """g = sum_k lambda_k g_k; a weight of 0 leaves a reward out, NaN and all; a weight of 1 changes no bit."""
+    one, two = Term(field=drawn(4, 3)), Term(field=drawn(4, 3, seed=1))
+    signal = combine({"a": one, "b": two}, {"a": 1.0, "b": -0.5}, G, "group")
+    torch.testing.assert_close(signal.field, one.field - 0.5 * two.field)
+    assert signal.advantage is None
+    broken = Term(field=torch.full((4, 3), torch.nan))
+    alone = combine({"a": one, "b": broken}, {"a": 1.0, "b": 0.0}, G, "group")
+    assert torch.equal(alone.field, one.field)
+    nothing = combine({"a": one}, {"a": 0.0}, G, "group")
+    assert nothing.field is nothing.advantage is None
+
+
+def test_zero_std_share() -> None:
+    """Constant groups and groups without a score teach nothing; the share of them is reported."""
+    values = torch.tensor([1.0, 1.0, 1.0, torch.nan] + [torch.nan] * 4 + [1.0, 2.0, torch.nan, torch.nan] + [0.0] * 4)
+    assert zero_std_share(values, 4).item() == 0.75
+
+
+# ---- The policy route -------------------------------------------------------------------------------------------
+
+
+def few_steps(kind: str = "renoise", eta: float = 1.0) -> tuple[FewStepPolicy, Rollout, Tensor]:
+    """Return a policy, a rollout of eight samples under a made-up student, and steps that have a density."""
+    policy = FewStepPolicy(FlowSchedule(), GRID, kind, eta)
+    torch.manual_seed(5)
+
+    def student_of(rows: Tensor):
+        return lambda x_t, sigma: torch.tanh(x_t) * (1 - 0.3 * sigma[:, None, None])
+
+    done = rollout(student_of, torch.randn(8, 2, 3), torch.full((8,), 4), policy)
+    return policy, done, torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
+
+
+@pytest.mark.parametrize("kind", ["renoise", "cps", "sde"])
+def test_both_reductions_have_the_gradient_of_the_averaged_log_probability(kind: str) -> None:
+    """At ratio 1 the loss's gradient is -w A d(mean log pi)/d x_0 / N, summed densities or averaged ones."""
+    policy, done, steps = few_steps(kind, 0.7)
+    advantage, weights = drawn(8, seed=2), drawn(8, seed=3).abs()
+    rows = torch.arange(8)
+
+    def gradient(loss_of) -> Tensor:
+        x_0 = select_steps(done.x_0, steps).clone().requires_grad_()
+        (got,) = torch.autograd.grad(loss_of(x_0), x_0)
+        return got
+
+    def own(reduction: str, dimensions: int):
+        def loss(x_0: Tensor) -> Tensor:
+            log_ratios = replay_log_ratio(done, x_0, rows, steps, policy, reduction)
+            assert torch.equal(log_ratios, torch.zeros(8))
+            policy_part = policy_loss(log_ratios, advantage, weights, 0.2, dimensions, 8)
+            assert policy_part.clipped == 0
+            return policy_part.loss
+
+        return loss
+
+    def plain(x_0: Tensor) -> Tensor:
+        transition = policy.transition(select_steps(done.states, steps), x_0, steps)
+        after = select_steps(done.states, steps + 1)
+        return -(weights * advantage * log_probability(transition, after, "mean")).sum() / 8
+
+    expected = gradient(plain)
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(gradient(own("sum", 6)), expected)
+    torch.testing.assert_close(gradient(own("mean", 1)), expected)
+
+
+def test_the_policy_loss_counts_all_samples() -> None:
+    """Samples at the last step have no ratio, yet count in the mean; ratios outside the range are clipped."""
+    log_ratios = torch.tensor([0.0, 0.5, -0.5]).requires_grad_()
+    got = policy_loss(log_ratios, torch.tensor([1.0, 1.0, -1.0]), torch.tensor([1.0, 2.0, 1.0]), 0.2, 10, 4)
+    by_hand = -(1.0 + 2.0 * 1.2 - 0.8) / (4 * 10)
+    assert got.loss.item() == pytest.approx(by_hand)
+    assert got.clipped.item() == pytest.approx(2 / 3)
+    (slope,) = torch.autograd.grad(got.loss, log_ratios)
+    assert slope.tolist() == pytest.approx([-1 / 40, 0.0, 0.0])
+
+
+def test_policy_pull_is_the_size_of_the_policy_gradient() -> None:
+    """For re-noising d log pi / d x_0 = alpha eps / sigma, so the pull is the mean |A alpha eps / sigma|."""
+    policy, done, steps = few_steps()
+    advantage = drawn(8, seed=2)
+    x_0 = select_steps(done.x_0, steps).clone().requires_grad_()
+    log_ratios = replay_log_ratio(done, x_0, torch.arange(8), steps, policy, "sum")
+    got = policy_pull(log_ratios, x_0, {"a": advantage, "twice": 2 * advantage})
+    sigma = torch.tensor([*GRID, 0.0])[steps + 1][:, None, None]
+    eps = (select_steps(done.states, steps + 1) - (1 - sigma) * x_0.detach()) / sigma
+    expected = (advantage[:, None, None] * (1 - sigma) * eps / sigma).abs().mean().item()
+    assert got == pytest.approx({"a": expected, "twice": 2 * expected}, rel=1e-4)
+    log_ratios.sum().backward()  # the graph is still there for the loss
+    assert x_0.grad is not None
+
+
+def test_no_transition_no_pull() -> None:
+    """Where all samples are at the last step, nothing pulls."""
+    assert policy_pull(torch.zeros(0), torch.zeros(0, 2), {"a": torch.zeros(0)}) == {"a": 0.0}
