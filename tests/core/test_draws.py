@@ -119,6 +119,15 @@ def test_free_steps_are_independent():
         assert (draws[:, 0] == draws[:, other]).float().mean().item() == pytest.approx(0.25, abs=0.05)
 
 
+def test_samples_are_not_tied_to_their_neighbors():
+    """Which sample of a group takes which step is drawn: a sample's step tells nothing of the order of the others."""
+    torch.manual_seed(6)
+    draws = torch.stack([draw_steps("stratified", 1, 4, 4, CPU) for _ in range(400)])
+    gaps = torch.bincount((draws[:, 1] - draws[:, 0]) % 4, minlength=4)
+    assert gaps[0] == 0
+    assert gaps[1:].min() > 80
+
+
 @pytest.mark.parametrize("spread", ["stratified", "shared"])
 def test_groups_are_not_tied_to_their_neighbors(spread):
     """Which group takes which of the shared-out steps is drawn too: no group always follows the one before it."""
