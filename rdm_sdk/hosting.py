@@ -30,8 +30,6 @@ from rdm_sdk.errors import CheckpointError, ConfigError, DataError
 from rdm_sdk.export import STUDENT, StudentInfo, move_into, save_student
 from rdm_sdk.models.base import ModelAdapter
 from rdm_sdk.models.roles import TEACHER, Roles
-from rdm_sdk.rewards.context import DiffusionContext
-from rdm_sdk.rewards.resolve import WeightedReward
 from rdm_sdk.rollouts import read_rollouts, rollouts_path, write_rollouts
 from rdm_sdk.sampling import FewStepPolicy, sample
 from rdm_sdk.types import Condition, Denoiser, Experience
@@ -41,7 +39,6 @@ class RoleTrainer(Trainer):
     """A Trainer of LoRA roles on one frozen base; subclasses write `training_step`."""
 
     args: RDMConfig
-    rewards: Sequence[WeightedReward]
     train_dataset: Dataset | None
     eval_dataset: Dataset | None
 
@@ -122,38 +119,6 @@ class RoleTrainer(Trainer):
         """Return `(x_t, sigma) -> (x_0 with the prompt, x_0 without)` of the teacher, from one pass."""
         count = next(iter(condition.values())).shape[0]
         return self.adapter.denoiser_pair(self.roles, TEACHER, condition, self.encode([""] * count))
-
-    def context(self, condition: Condition, trained: str | None = None) -> DiffusionContext:
-        """Return what model-aware rewards see; gradients are tracked for the role that is being `trained` alone."""
-
-        def denoiser(role: str) -> Denoiser:
-            made = self.denoiser(role, condition)
-            return made if role == trained else torch.no_grad()(made)
-
-        def teacher_pair(x_t: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.no_grad():
-                return self.teacher_pair(condition)(x_t, sigma)
-
-        args = self.args
-        return DiffusionContext(
-            self.adapter.schedule,
-            denoiser,
-            args.min_sigma,
-            args.max_sigma,
-            args.num_draws,
-            args.spread,
-            args.critic_correction,
-            args.guidance_scale,
-            teacher_pair,
-            self.adapter.features(self.roles, TEACHER, condition),
-            self.adapter.encode_images,
-        )
-
-    @property
-    def judging(self) -> dict[str, Any]:
-        """How this run evaluates rewards, in training and in `evaluate`."""
-        args = self.args
-        return {"device": args.reward_device, "offload": args.reward_offload, "on_error": args.reward_on_error}
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Average gradients over the processes.

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,23 +21,19 @@ from rdm_sdk.core.noise import per_sample
 from rdm_sdk.data import load_prompts
 from rdm_sdk.errors import ConfigError, RDMError
 from rdm_sdk.export import STUDENT, StudentInfo, non_default_settings
-from rdm_sdk.hosting import RoleTrainer, add_roles
-from rdm_sdk.models.base import ModelAdapter
+from rdm_sdk.hosting import add_roles
+from rdm_sdk.judging import JudgingTrainer, reward_heads
 from rdm_sdk.models.load import load_adapter
 from rdm_sdk.models.roles import check_lora_config
-from rdm_sdk.monitor import Monitor
 from rdm_sdk.objective import Signal, Term, combine, normalize, policy_loss, policy_pull
-from rdm_sdk.observe import evaluate_student, training_grid
 from rdm_sdk.requirements import check_run, check_same_plugins, critic_roles
-from rdm_sdk.rewards.base import RewardBatch
-from rdm_sdk.rewards.evaluate import evaluate_rewards
-from rdm_sdk.rewards.resolve import RewardFuncs, WeightedReward, resolve_rewards, routed
+from rdm_sdk.rewards.resolve import RewardFuncs, resolve_rewards, routed
 from rdm_sdk.sampling import StudentOf, plan_steps, replay_log_ratio, rollout, state_log_ratio
 from rdm_sdk.types import Condition, Experience, RewardOutput, select, select_steps
 from rdm_sdk.weighting import Weighting, make_weighting, weigh
 
 
-class RDMTrainer(RoleTrainer):
+class RDMTrainer(JudgingTrainer):
     """Distill a diffusion model into a few-step LoRA student with distribution matching as one reward among equals.
 
     Args:
@@ -92,23 +86,22 @@ class RDMTrainer(RoleTrainer):
         )
         set_seed(args.seed)  # the adapters' initial weights are part of the run
         student = peft_config or LoraConfig(r=16, lora_alpha=16)
-        heads = dict(self._heads(adapter))
+        heads = dict(reward_heads(self.rewards, adapter))
         roles = [role for role in critic_roles(self.rewards) if role not in heads]
         add_roles(adapter, {STUDENT: student} | dict.fromkeys(roles, fake_peft_config or student), heads)
         self._window: list[dict[str, Any]] = []
         self._experiences: list[Experience] = []
         self._stored: deque[list[Experience]] = deque(maxlen=args.steps_per_generation)
         self._position = 0
-        self.monitor = Monitor()
         self.targets = {own.label: own.weight for own in self.rewards}
         self.weighting = make_weighting(args.weighting) if weighting is None else weighting
         self.weights = weigh(self.weighting, self.targets, {}, 0)
-        self._costs = Counter({"rollouts": 0, "critic_steps": 0, "reward_calls": 0})
         self._student_checked = False
         super().__init__(
             adapter,
             args,
             callbacks,
+            self.rewards,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -153,7 +146,7 @@ class RDMTrainer(RoleTrainer):
         self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
         if signal.field is not None:
             self._check_student_gradient()
-        self._record(outputs)
+        self.record(outputs)
         if self.accelerator.sync_gradients:
             self.average_gradients(self.parameters_of(STUDENT))
             self._weigh_next()
@@ -167,22 +160,22 @@ class RDMTrainer(RoleTrainer):
         condition = self.encode(prompts)
         noise = torch.randn(len(prompts), *self.latent_shape, device=args.device)
         # A trajectory stopped at the last step has no density, so it is of no use where only scores teach.
-        last = args.num_inference_steps if self._has(pathwise=True) else args.num_random_steps
+        last = args.num_inference_steps if self.has(pathwise=True) else args.num_random_steps
         groups = len(prompts) // args.num_generations
         plan = plan_steps(
             draw_steps(args.spread, groups, args.num_generations, last, noise.device), args.num_iterations, last
         )
-        to_the_end = self._has(pathwise=False)
+        to_the_end = self.has(pathwise=False)
         depths = torch.full_like(plan[0], args.num_inference_steps) if to_the_end else plan.amax(0) + 1
         done = rollout(self._student_of(condition), noise, depths, self.policy)
-        self._costs["rollouts"] += len(prompts)
+        self.spent["rollouts"] += len(prompts)
         weights = torch.ones(len(prompts), device=noise.device)
         x_0 = select_steps(done.x_0, plan[0])
         experience = Experience(prompts, inputs["columns"], condition, done, plan, 0, x_0, weights, {})
         if not to_the_end:
             return experience
         scored = [own for own in self.rewards if not own.pathwise]
-        return replace(experience, scored=self._score(scored, self._batch(experience, done.x_0[-1])))
+        return replace(experience, scored=self.score(scored, self.batch(experience, done.x_0[-1])))
 
     def _reuse(self, window: Sequence[dict[str, Any]]) -> list[Experience] | None:
         """Return the stored rollouts of these prompts for one more use, or None if there are none or they are stale.
@@ -204,7 +197,7 @@ class RDMTrainer(RoleTrainer):
                 log_ratios.append(state_log_ratio(student, own.rollout, own.steps, self.policy, args.ratio_reduction))
                 own = replace(own, weights=truncated_weights(log_ratios[-1], args.importance_sampling_cap))
             experiences.append(own)
-        if log_ratios and self._effective_share(torch.cat(log_ratios).exp()) < args.min_effective_sample_size:
+        if log_ratios and self.effective_share(torch.cat(log_ratios).exp()) < args.min_effective_sample_size:
             self.monitor.log("ratio/stopped", 1.0)
             return None
         return [replace(own, x_0=self._replay(own)) for own in experiences]
@@ -216,8 +209,8 @@ class RDMTrainer(RoleTrainer):
             return
         for experience in experiences:
             for own, role in critics:
-                with self._aside(own):
-                    batch = self._batch(experience, experience.x_0.detach(), trained=role)
+                with self.aside(own):
+                    batch = self.batch(experience, experience.x_0.detach(), trained=role)
                     loss = own.reward.training_loss(batch)
                     (loss / len(experiences)).backward()
                 self.monitor.log(f"loss/{own.label}", loss)
@@ -234,7 +227,7 @@ class RDMTrainer(RoleTrainer):
         for _, role in critics:
             for parameter in self.parameters_of(role):
                 parameter.grad = None
-        self._costs["critic_steps"] += 1
+        self.spent["critic_steps"] += 1
 
     def _replay(self, experience: Experience) -> Tensor:
         """Return the student's x_0 `[N, *x]` at this use's states, with gradients."""
@@ -249,28 +242,8 @@ class RDMTrainer(RoleTrainer):
     def _judge(self, experience: Experience) -> dict[str, RewardOutput]:
         """Evaluate every reward: gradients at the replayed x_0; what scored the endpoints has spoken already."""
         left = [own for own in self.rewards if own.label not in experience.scored]
-        left = [own for own in left if own.pathwise or not self._has(pathwise=False)]
-        return dict(experience.scored) | self._score(left, self._batch(experience, experience.x_0))
-
-    def _score(self, rewards: Sequence[WeightedReward], batch: RewardBatch) -> dict[str, RewardOutput]:
-        """Evaluate rewards on a batch; those without weight are watched, and leave no trace in the random state."""
-        outputs: dict[str, RewardOutput] = {}
-        for counts in (True, False):
-            chosen = [own for own in rewards if bool(own.weight) == counts]
-            if chosen:
-                with self._aside(*chosen):
-                    graded = [own.label for own in chosen if counts and own.pathwise]
-                    result = evaluate_rewards(
-                        {own.label: own.reward for own in chosen},
-                        batch,
-                        chunk_size=self.args.reward_batch_size,
-                        gradients_of=graded,
-                        **self.judging,
-                    )
-                outputs |= result.outputs
-                self._costs["reward_calls"] += len(result.outputs) * len(batch)
-                self.monitor.evaluation(result, skips=self.args.reward_on_error == "skip")
-        return outputs
+        left = [own for own in left if own.pathwise or not self.has(pathwise=False)]
+        return dict(experience.scored) | self.score(left, self.batch(experience, experience.x_0))
 
     def _student_loss(self, experience: Experience, x_0: Tensor, signal: Signal, terms: Mapping[str, Term]) -> Tensor:
         """Move x_0 along the field, make good transitions likelier, and note how hard each reward pulls."""
@@ -281,7 +254,7 @@ class RDMTrainer(RoleTrainer):
             losses.append(pathwise_loss(x_0, weighted))
             self.monitor.log("loss/pathwise", losses[-1])
         scored = {name: term.advantage for name, term in terms.items() if term.advantage is not None}
-        if scored and self._has(pathwise=False):
+        if scored and self.has(pathwise=False):
             rows = (experience.steps < args.num_random_steps).nonzero()[:, 0]
             predicted, steps = x_0[rows], experience.steps[rows]
             log_ratios = replay_log_ratio(experience.rollout, predicted, rows, steps, self.policy, args.ratio_reduction)
@@ -310,51 +283,8 @@ class RDMTrainer(RoleTrainer):
 
     # ---- What the step is made of -------------------------------------------------------------------------------
 
-    def _heads(self, adapter: ModelAdapter) -> Iterator[tuple[str, nn.Module]]:
-        """Yield the trained roles that are modules of their own, with the modules."""
-        for own in self.rewards:
-            role = own.reward.capabilities.trains
-            if role and own.reward.capabilities.head:
-                yield role, own.reward.make_head(adapter.feature_width)
-
     def _student_of(self, condition: Condition) -> StudentOf:
         return lambda rows: self.denoiser(STUDENT, select(condition, rows))
-
-    def _batch(self, experience: Experience, latents: Tensor, trained: str | None = None) -> RewardBatch:
-        return RewardBatch(
-            latents,
-            experience.prompts,
-            self.args.num_generations,
-            self.adapter.decode,
-            experience.columns,
-            self.context(experience.condition, trained),
-            experience.weights,
-        )
-
-    def _has(self, pathwise: bool) -> bool:
-        """Whether a reward that counts acts by its gradient (or by its scores)."""
-        return any(own.weight and own.pathwise == pathwise for own in self.rewards)
-
-    @contextmanager
-    def _aside(self, *rewards: WeightedReward) -> Iterator[None]:
-        """Run the block without a trace in the random state if none of the rewards counts: watching changes nothing."""
-        if any(own.weight for own in rewards):
-            yield
-            return
-        with torch.random.fork_rng(devices=[self.args.device] if self.args.device.type == "cuda" else []):
-            yield
-
-    def _effective_share(self, ratio: Tensor) -> float:
-        """Return the effective share of samples with these ratios `[N]`, over all processes."""
-        weights = ratio.double()
-        sums = torch.stack(
-            [weights.sum(), weights.square().sum(), torch.tensor(float(len(ratio)), device=ratio.device)]
-        )
-        total, squares, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-        share = total**2 / (squares * count) if squares else 0.0
-        self.monitor.log("ratio/ess", share)
-        self.monitor.log("ratio/mean", total / count)
-        return share
 
     def _check_first_ratio(self, experience: Experience, x_0: Tensor) -> None:
         """Raise unless the replay repeats its rollout, so that the first ratio is 1; then make it exactly 1.
@@ -386,42 +316,7 @@ class RDMTrainer(RoleTrainer):
                 raise RDMError("no gradient reaches the student: are all reward weights 0, or all rewards constant?")
             self._student_checked = True
 
-    def _record(self, outputs: Mapping[str, RewardOutput]) -> None:
-        for own in self.rewards:
-            if own.label in outputs:
-                self.monitor.reward(own, outputs[own.label], self.args.num_generations)
-
-    # ---- Logs, samples and state --------------------------------------------------------------------------------
-
-    def costs(self) -> dict[str, int]:
-        """Return what the run has cost so far on this process: network evaluations in samples, updates, calls."""
-        forwards = {f"cost/{role}_forwards": count for role, count in sorted(self.roles.forwards.items())}
-        return forwards | {f"cost/{name}": count for name, count in self._costs.items()}
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs = logs | self.monitor.averages() | {name: float(count) for name, count in self.costs().items()}
-        super().log(logs, start_time)
-
-    def after_step(self) -> None:
-        super().after_step()
-        step = self.state.global_step
-        if self.args.log_images and step % self.args.log_images == 0 and self.args.should_save:
-            self.write_images(Path(str(self.args.output_dir)) / "images" / f"step_{step:06d}.png")
-
-    def write_images(self, path: str | Path) -> Path:
-        """Write the grid that shows a collapse early; see `observe.training_grid`."""
-        return training_grid(self, path)
-
-    def evaluate(
-        self, eval_dataset: object = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Sample the student for the evaluation prompts and score the samples; see `observe.evaluate_student`."""
-        dataset = self.eval_dataset if eval_dataset is None else load_prompts(eval_dataset, "eval_dataset")
-        metrics = evaluate_student(self, dataset, metric_key_prefix)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+    # ---- State --------------------------------------------------------------------------------------------------
 
     def student_info(self) -> StudentInfo:
         args = self.args
@@ -438,7 +333,7 @@ class RDMTrainer(RoleTrainer):
             rewards=[own.term.reference for own in self.rewards],
             adapters={role: self.roles.describe(role) for role in self.roles.trainable_roles},
             forwards=dict(self.roles.forwards),
-            costs=dict(self._costs),
+            costs=dict(self.spent),
             stored_rollouts=bool(self._stored),
             weights=self.weights,
             weighting=dict(self.weighting.state_dict()),
@@ -448,7 +343,7 @@ class RDMTrainer(RoleTrainer):
     def restore_state(self, state: RunState, experiences: list[list[Experience]]) -> None:
         self.roles.forwards.clear()
         self.roles.forwards.update(state.forwards)
-        self._costs = Counter(state.costs)
+        self.spent = Counter(state.costs)
         self._stored.clear()
         self._stored.extend(experiences)
         self.weights = dict(state.weights)

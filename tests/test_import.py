@@ -16,15 +16,16 @@ ROOT = Path(rdm_sdk.__file__).parent
 
 LAYERS: list[set[str]] = [
     {"errors", "types", "hookspecs"},
-    {"registry"},
+    {"registry", "presets"},
     {"core"},
     {"digits"},  # the embedded data set: data and a classifier, no part of the method
     {"sampling", "rewards", "models"},
-    {"objective"},
+    {"objective", "weighting"},
     {"config", "data"},
     {"requirements"},
-    {"export", "evaluation", "report", "checkpoint"},
-    {"hosting"},
+    {"export", "evaluation", "report", "checkpoint", "rollouts"},
+    {"hosting", "monitor"},
+    {"judging"},
     {"trainer"},
     {"vision"},
     {"testing", "scaffold", "demo"},
@@ -36,11 +37,11 @@ LAYERS: list[set[str]] = [
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 WITHIN: dict[str, list[set[str]]] = {
-    "core": [{"noise", "importance", "losses"}, {"groups", "matching", "transitions"}],
+    "core": [{"noise", "losses", "draws"}, {"groups", "matching", "transitions"}, {"importance"}],
     "rewards": [
-        {"spec"},
+        {"spec", "context"},
         {"base"},
-        {"dm", "legibility", "callables", "evaluate"},
+        {"dm", "guidance", "adversarial", "scored", "legibility", "callables", "evaluate"},
         {"resolve"},
         {"scoring", "builtin"},
     ],
