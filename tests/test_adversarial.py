@@ -1,0 +1,255 @@
+"""The adversary as a reward: gradient, learning, its column of real images, its errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from torch import Tensor, nn
+
+from rdm_sdk import DataError, RDMError, RDMTrainer, RewardBatch, RewardError, digits
+from rdm_sdk.core.noise import FlowSchedule
+from rdm_sdk.models.load import load_adapter
+from rdm_sdk.rewards.adversarial import Adversarial, read_images
+from rdm_sdk.rewards.context import DiffusionContext
+from rdm_sdk.rewards.evaluate import evaluate_reward
+
+Make = Callable[..., RDMTrainer]
+
+
+def no_denoiser(role: str) -> Any:
+    raise AssertionError("a discriminator asks no denoiser")
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """Return a picture as PIL has it."""
+    return Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy())
+
+
+# ---- The gradient -----------------------------------------------------------------------------------------------
+
+
+def toy(draws: int = 3) -> tuple[Adversarial, RewardBatch]:
+    """Return a discriminator on made-up features and a batch, all in double precision."""
+    torch.manual_seed(1)
+    reward = Adversarial(hidden=8)
+    reward.make_head(5).double()
+    latents = torch.randn(4, 5, 3, 3, dtype=torch.float64)
+
+    def features(x_t: Tensor, sigma: Tensor) -> Tensor:
+        return torch.sin(x_t.double()).flatten(2).transpose(1, 2) * (1 + sigma.double()).reshape(-1, 1, 1)
+
+    context = DiffusionContext(FlowSchedule(), no_denoiser, 0.02, 0.98, draws, features=features)
+    return reward, RewardBatch(latents, ["a"] * 4, 4, lambda x: x, context=context)
+
+
+def log_d(reward: Adversarial, batch: RewardBatch, x_0: Tensor) -> Tensor:
+    """Return the mean over the batch's draws of log D(x_t) `[N]`, for other clean samples under the same noise."""
+    assert batch.context is not None
+    total = torch.zeros(len(x_0), dtype=torch.float64)
+    draws = batch.context.renoise(batch.latents, batch.group_size)
+    for draw in draws:
+        sigma = draw.sigma.double().reshape(-1, 1, 1, 1)
+        eps = (draw.x_t - (1 - sigma) * batch.latents) / sigma
+        x_t = (1 - sigma) * x_0 + sigma * eps
+        tokens = torch.sin(x_t).flatten(2).transpose(1, 2) * (1 + sigma[:, 0])
+        head: Any = reward._head
+        total = total + torch.log(torch.sigmoid(head(tokens)))
+    return total / len(draws)
+
+
+def test_the_gradient_is_that_of_log_d_in_the_clean_sample() -> None:
+    """d/dx_0 of the mean log D(alpha x_0 + sigma eps), by finite differences along random directions."""
+    reward, batch = toy()
+    output = reward.field(batch)
+    torch.testing.assert_close(output.scores, log_d(reward, batch, batch.latents).detach())
+    assert torch.equal(reward.score(batch).detach(), output.scores)
+    for seed in range(3):
+        direction = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        ahead, behind = (log_d(reward, batch, batch.latents + h * direction) for h in (1e-4, -1e-4))
+        expected = ((ahead - behind) / 2e-4).detach()
+        got = (output.gradient * direction).sum((1, 2, 3))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
+    assert output.gradient.abs().max() > 1e-3
+    assert output.magnitude is None
+
+
+def test_judging_leaves_no_gradient_on_the_head() -> None:
+    """The student's turn: the discriminator is read, not trained."""
+    reward, batch = toy()
+    evaluate_reward(reward, RewardBatch(batch.latents.float(), batch.prompts, 4, batch.decode, context=batch.context))
+    head: Any = reward._head
+    assert all(p.grad is None for p in head.parameters())
+
+
+def test_the_loss_is_the_non_saturating_one() -> None:
+    """softplus(-logit(real)) + weighted softplus(logit(fake)); importance weights act on the fake half alone."""
+    torch.manual_seed(0)
+    reward = Adversarial(hidden=4)
+    head = reward.make_head(1)
+    nn.init.zeros_(head.logit.weight)
+    nn.init.constant_(head.logit.bias, 0.7)  # so that every logit is 0.7
+    features = lambda x_t, sigma: x_t.flatten(2).transpose(1, 2)  # noqa: E731
+    context = DiffusionContext(
+        FlowSchedule(), no_denoiser, 0.02, 0.98, 1, features=features, encode_images=lambda images: images[:, :1]
+    )
+    columns = {"image": [np.zeros((4, 4, 3), np.uint8)] * 2}
+    batch = RewardBatch(torch.zeros(2, 1, 4, 4), ["a"] * 2, 2, lambda x: x, columns, context, torch.tensor([0.5, 2.0]))
+    loss = reward.training_loss(batch)
+    real, fake = np.log1p(np.exp(-0.7)), np.log1p(np.exp(0.7))
+    assert loss.item() == pytest.approx(real + fake * (0.5 + 2.0) / 2, rel=1e-5)
+    loss.backward()
+    assert head.logit.bias.grad.abs().sum() > 0
+
+
+# ---- Learning ---------------------------------------------------------------------------------------------------
+
+
+def test_it_learns_to_tell_two_sets_apart_on_the_embedded_teacher() -> None:
+    """A few dozen steps on the teacher's features: real digits get a higher log D than digits with faint ink."""
+    adapter = load_adapter(digits.teacher_path(), torch.float32, max_sequence_length=4)
+    torch.manual_seed(0)
+    reward = Adversarial(hidden=32)
+    head = reward.make_head(adapter.feature_width)
+    optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
+    images, words = digits.heldout_images(), digits.heldout_labels().tolist()
+
+    def batch_of(rows: slice) -> tuple[RewardBatch, Tensor]:
+        prompts = [digits.prompts()[label] for label in words[rows]]
+        condition = adapter.encode_prompts(prompts)
+        context = DiffusionContext(
+            adapter.schedule,
+            no_denoiser,
+            0.02,
+            0.98,
+            1,
+            features=adapter.features(adapter.roles, "teacher", condition),
+            encode_images=adapter.encode_images,
+        )
+        columns = {"image": [to_pil(image) for image in images[rows]]}
+        spoiled = adapter.encode_images(images[rows] * 0.3)
+        return RewardBatch(spoiled, prompts, 1, adapter.decode, columns, context), adapter.encode_images(images[rows])
+
+    def margin() -> float:
+        fake, real = batch_of(slice(468, 500))
+        with torch.no_grad():
+            torch.manual_seed(3)
+            on_fake = reward.score(fake)
+            judged = RewardBatch(real, fake.prompts, 1, fake.decode, context=batch_of(slice(468, 500))[0].context)
+            torch.manual_seed(3)
+            return (reward.score(judged) - on_fake).mean().item()
+
+    before = margin()
+    for step in range(30):
+        loss = reward.training_loss(batch_of(slice(16 * step, 16 * step + 16))[0])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert abs(before) < 0.3
+    assert margin() > 1.0
+    assert not any(p.requires_grad for p in adapter.backbone.parameters())
+
+
+def with_pictures(**extra: list[Any]) -> Dataset:
+    """Return the digits' prompts, each beside a real picture."""
+    labels, images = digits.heldout_labels().tolist(), digits.heldout_images()
+    chosen = [to_pil(images[labels.index(digit)]) for digit in range(10)]
+    return Dataset.from_dict({"prompt": digits.prompts(), "image": chosen} | extra)
+
+
+def test_in_a_run_it_trains_its_head_and_moves_the_student(
+    make_trainer: Make, tmp_path: Path, losses_of: Callable[[RDMTrainer], list[dict[str, float]]]
+) -> None:
+    """Its loss falls, the head changes and is counted in no denoiser's cost but the teacher's."""
+    trainer = make_trainer(
+        tmp_path, "adversarial", with_pictures(), critic_steps=4, critic_learning_rate=1e-2, max_steps=6
+    )
+    assert trainer.roles.trainable_roles == ("student", "discriminator")
+    before = [p.detach().clone() for p in trainer.parameters_of("discriminator")]
+    trainer.train()
+    rows = losses_of(trainer)
+    assert rows[-1]["loss/adversarial"] < rows[0]["loss/adversarial"]
+    assert all(row["rewards/adversarial/mean"] < 0 for row in rows)
+    assert rows[0]["adversarial/pull"] > 0
+    assert rows[0]["grad_norm"] > 0
+    after = trainer.parameters_of("discriminator")
+    assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert rows[0]["cost/teacher_forwards"] == 4 * 2 * 8 + 8
+
+
+def test_the_head_may_be_sized_and_the_column_named(make_trainer: Make, tmp_path: Path) -> None:
+    """Options reach the head, and another column is asked for by its name."""
+    trainer = make_trainer(tmp_path, "dm + adversarial[hidden=5]", with_pictures())
+    assert trainer.roles.parameters_of("discriminator")["logit.weight"].shape == (1, 5)
+    with pytest.raises(DataError, match=r"'adversarial' needs a column 'images'.*Did you mean 'image'"):
+        make_trainer(tmp_path, "dm + adversarial[column=images]", with_pictures(), model="no/such/model")
+    with pytest.raises(DataError, match="'adversarial' needs a column 'image', and train_dataset has none"):
+        make_trainer(tmp_path, "dm + adversarial", model="no/such/model")
+    with pytest.raises(RewardError, match="hidden"):
+        make_trainer(tmp_path, "dm + adversarial[hidden=0]", with_pictures(), model="no/such/model")
+
+
+# ---- Pictures ---------------------------------------------------------------------------------------------------
+
+
+def test_every_form_of_a_picture_gives_the_same_images() -> None:
+    """PIL (gray ones too), 8-bit arrays, float tensors and nested lists of floats."""
+    images = (torch.rand(2, 1, 4, 6, generator=torch.Generator().manual_seed(0)) * 255).round() / 255
+    images = images.expand(-1, 3, -1, -1)
+    eight_bit = [(image.permute(1, 2, 0) * 255).round().byte() for image in images]
+    forms = {
+        "PIL": [to_pil(image) for image in images],
+        "gray PIL": [to_pil(image).convert("L") for image in images],
+        "8-bit arrays": [array.numpy() for array in eight_bit],
+        "8-bit tensors": eight_bit,
+        "float tensors": list(images),
+        "float arrays": [image.numpy().astype(np.float64) for image in images],
+        "lists": [image.tolist() for image in images],
+        "mixed": [to_pil(images[0]), images[1].tolist()],
+    }
+    for name, column in forms.items():
+        got = read_images(column, "image")
+        assert got.dtype == torch.float32, name
+        torch.testing.assert_close(got, images.float(), rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        (["a.png"], r"column 'photo', row 0: a picture is a PIL image.*got str"),
+        ([torch.zeros(3, 4, 4), torch.zeros(4, 4, 3)], "row 1: .*shape .4, 4, 3. and type torch.float32"),
+        ([torch.zeros(3, 4, 4, dtype=torch.uint8)], "row 0: .*torch.uint8"),
+        ([torch.zeros(4, 4)], "row 0: "),
+        ([None], "row 0: "),
+        ([torch.zeros(3, 4, 4), torch.zeros(3, 4, 5)], "differ in size; resize"),
+        ([torch.full((3, 4, 4), 255.0)], r"floats must lie in \[0, 1\]; got \[255, 255\]"),
+        ([torch.full((3, 4, 4), torch.nan)], r"floats must lie in \[0, 1\]"),
+    ],
+)
+def test_what_is_no_picture_is_named(column: list[Any], words: str) -> None:
+    """The message names the column and the row, and what a picture may be."""
+    with pytest.raises(DataError, match=words):
+        read_images(column, "photo")
+
+
+def test_pictures_of_another_size_are_refused(make_trainer: Make, tmp_path: Path) -> None:
+    """Their latents must be the run's; the message says what to do."""
+    small = Dataset.from_dict({"prompt": ["one"], "image": [Image.new("RGB", (16, 16))]})
+    with pytest.raises(DataError, match=r"encode to \[1, 4, 4\], the run's samples are \[1, 8, 8\]; resize"):
+        make_trainer(tmp_path, "dm + adversarial", small).train()
+
+
+def test_without_a_teacher_it_says_so() -> None:
+    """Finished images alone cannot be judged."""
+    reward = Adversarial()
+    with pytest.raises(RewardError, match="'adversarial' needs the models of a training run"):
+        evaluate_reward(reward, RewardBatch.from_images(torch.rand(2, 3, 8, 8)))
+    context = DiffusionContext(FlowSchedule(), no_denoiser, 0.02, 0.98, 1)
+    with pytest.raises(RDMError, match="needs a teacher's features"):
+        reward.field(RewardBatch(torch.zeros(2, 1, 4, 4), ["a"] * 2, 2, lambda x: x, context=context))

@@ -1,0 +1,155 @@
+"""Guidance as a reward: beside `dm` it is DMD's guided gradient, from the same draws and the same forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rdm_sdk import RDMTrainer, RewardBatch, RewardError
+from rdm_sdk.core.noise import FlowSchedule
+from rdm_sdk.rewards.context import DiffusionContext
+from rdm_sdk.rewards.dm import DistributionMatching
+from rdm_sdk.rewards.evaluate import Evaluation, evaluate_rewards
+from rdm_sdk.rewards.guidance import Guidance
+
+Make = Callable[..., RDMTrainer]
+MEANS = {"with": 1.0, "without": 0.4, "fake": -1.0}
+G = 4
+
+
+def gaussian(mean: float, x_t: Tensor, sigma: Tensor) -> Tensor:
+    """Return the exact x_0 of data with this mean and unit variance."""
+    sigma = sigma.reshape(-1, 1, 1)
+    return mean + (1 - sigma) / ((1 - sigma) ** 2 + sigma**2) * (x_t - (1 - sigma) * mean)
+
+
+class Networks:
+    """Gaussian networks that take down at which x_t they were asked."""
+
+    def __init__(self) -> None:
+        self.asked: dict[str, list[Tensor]] = {"teacher": [], "pair": [], "fake": []}
+
+    def denoiser(self, role: str) -> Callable[[Tensor, Tensor], Tensor]:
+        def denoise(x_t: Tensor, sigma: Tensor) -> Tensor:
+            self.asked[role].append(x_t)
+            return gaussian(MEANS["with" if role == "teacher" else role], x_t, sigma)
+
+        return denoise
+
+    def pair(self, x_t: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        self.asked["pair"].append(x_t)
+        return gaussian(MEANS["with"], x_t, sigma), gaussian(MEANS["without"], x_t, sigma)
+
+
+def judged(
+    rewards: dict[str, object], scale: float, networks: Networks, draws: int = 2, correct: bool = True
+) -> Evaluation:
+    """Evaluate rewards on fixed samples with fixed noise, the teacher guided by `scale`."""
+    latents = torch.randn(8, 2, 3, generator=torch.Generator().manual_seed(0))
+    context = DiffusionContext(
+        FlowSchedule(), networks.denoiser, 0.02, 0.98, draws, "stratified", correct, scale, networks.pair
+    )
+    torch.manual_seed(7)
+    batch = RewardBatch(latents, ["a"] * 4 + ["b"] * 4, G, lambda x: x, context=context)
+    return evaluate_rewards(rewards, batch)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1.7, 4.5])
+@pytest.mark.parametrize("correct", [False, True])
+def test_dm_and_guidance_make_the_guided_gradient(scale: float, correct: bool) -> None:
+    """D_cfg - D_fake = (D_real - D_fake) + (s - 1) (D_real - D_uncond), gradient for gradient."""
+    dm, guidance = DistributionMatching(), Guidance()
+    guided = judged({"dm": dm}, scale, Networks(), correct=correct).outputs["dm"]
+    apart = judged({"dm": dm, "guidance": guidance}, 1.0, Networks(), correct=correct).outputs
+    total = apart["dm"].gradient + (scale - 1) * apart["guidance"].gradient
+    torch.testing.assert_close(total, guided.gradient, rtol=1e-5, atol=1e-5)
+    assert apart["guidance"].gradient.abs().min() > 1e-3
+    assert torch.equal(apart["guidance"].magnitude, apart["dm"].magnitude)  # so the split outlives normalization
+
+
+def test_guidance_is_the_difference_of_the_teachers_two_predictions() -> None:
+    """Gradient D_real - D_uncond; the score is higher where the prompt explains the sample better."""
+    networks = Networks()
+    output = judged({"guidance": Guidance()}, 1.0, networks, draws=1).outputs["guidance"]
+    (x_t,) = networks.asked["pair"]
+    assert not networks.asked["fake"]
+    assert (output.gradient > 0).all()  # toward the prompt's mean, which is the higher one
+    up, down = (
+        evaluate_rewards(
+            {"guidance": Guidance()},
+            RewardBatch(
+                torch.full((400, 2, 3), value),
+                ["a"] * 400,
+                400,
+                lambda x: x,
+                context=DiffusionContext(
+                    FlowSchedule(), networks.denoiser, 0.02, 0.98, 1, "stratified", False, 1.0, networks.pair
+                ),
+            ),
+        ).outputs["guidance"]
+        for value in (1.0, 0.4)
+    )
+    assert up.scores.mean() > 0 > down.scores.mean()
+    assert x_t.shape == (8, 2, 3)
+
+
+@pytest.mark.parametrize("order", [("dm", "guidance"), ("guidance", "dm")])
+def test_draws_are_shared(order: tuple[str, str]) -> None:
+    """Both rewards of one evaluation see the very same x_t, and no network is asked twice about one."""
+    networks = Networks()
+    made = {"dm": DistributionMatching(), "guidance": Guidance()}
+    judged({name: made[name] for name in order}, 1.0, networks)
+    assert len(networks.asked["fake"]) == 2  # two draws
+    seen = networks.asked["pair"]
+    assert [x.data_ptr() for x in seen] == [x.data_ptr() for x in networks.asked["fake"]]
+    again = Networks()
+    judged({"dm": made["dm"]}, 3.0, again)
+    assert all(torch.equal(a, b) for a, b in zip(again.asked["fake"], networks.asked["fake"], strict=True))
+
+
+def test_a_second_batch_gets_draws_of_its_own() -> None:
+    """Draws belong to a batch: a context that meets other samples must not answer with the first ones' noise."""
+    networks = Networks()
+    context = DiffusionContext(FlowSchedule(), networks.denoiser, 0.02, 0.98, 1, denoiser_pair=networks.pair)
+    for latents in (torch.zeros(4, 2, 3), torch.full((4, 2, 3), 50.0)):
+        batch = RewardBatch(latents, ["a"] * 4, 4, lambda x: x, context=context)
+        evaluate_rewards({"guidance": Guidance()}, batch)
+    assert len(networks.asked["pair"]) == 2
+    first, second = networks.asked["pair"]
+    assert first.abs().max() < 10
+    assert second.abs().max() > 0.5
+    assert not torch.equal(first, second)
+
+
+def test_without_a_teacher_pair_it_says_so() -> None:
+    """A batch whose context cannot leave the prompt out, or none at all, gives a clear error."""
+    context = DiffusionContext(FlowSchedule(), Networks().denoiser, 0.02, 0.98, 1)
+    batch = RewardBatch(torch.zeros(4, 2, 3), ["a"] * 4, 4, lambda x: x, context=context)
+    with pytest.raises(RewardError, match="no teacher without the prompt"):
+        evaluate_rewards({"guidance": Guidance()}, batch)
+    with pytest.raises(RewardError, match="'guidance' needs the models of a training run"):
+        evaluate_rewards({"guidance": Guidance()}, RewardBatch(torch.zeros(4, 2, 3), ["a"] * 4, 4, lambda x: x))
+
+
+def test_the_split_costs_no_more_than_guidance(make_trainer: Make, tmp_path: Path) -> None:
+    """Decoupled or guided, a run makes the same number of teacher evaluations, and of all others."""
+    guided = make_trainer(tmp_path, "dm", guidance_scale=3.0)
+    apart = make_trainer(tmp_path, "dm + 2*guidance", guidance_scale=1.0)
+    for trainer in (guided, apart):
+        trainer.train()
+    calls = {"cost/reward_calls": 2 * guided.costs()["cost/reward_calls"]}
+    assert apart.costs() == guided.costs() | calls
+    assert guided.costs()["cost/teacher_forwards"] == 2 * 2 * 8
+
+
+def test_guidance_alone_trains_without_a_critic(make_trainer: Make, tmp_path: Path) -> None:
+    """It trains no role of its own."""
+    trainer = make_trainer(tmp_path, "guidance", critic_steps=0)
+    trainer.train()
+    assert trainer.roles.trainable_roles == ("student",)
+    assert trainer.state.log_history[0]["grad_norm"] > 0
+    assert trainer.state.log_history[0]["rewards/guidance/mean"] != 0

@@ -1,0 +1,302 @@
+"""Rollouts used more than once: importance weights, costs, the effective sample size, and the check of the first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rdm_sdk.trainer
+from rdm_sdk import RDMError, RDMTrainer, RewardBatch, RewardOutput
+from rdm_sdk.rewards.dm import DistributionMatching
+
+Make = Callable[..., RDMTrainer]
+Losses = Callable[[RDMTrainer], list[dict[str, float]]]
+BOLD: dict[str, Any] = {"learning_rate": 5e-3, "critic_learning_rate": 1e-3, "critic_steps": 1}
+
+
+class Judge:
+    """A scored reward that takes down which prompts it was asked about."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+
+    def __call__(self, images: Tensor, prompts: list[str], **columns: object) -> Tensor:
+        self.asked.append(list(prompts))
+        return images.mean(dim=(1, 2, 3))
+
+
+class WatchedMatching(DistributionMatching):
+    """Distribution matching that takes down the importance weights it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.judged: list[Tensor] = []
+        self.trained: list[Tensor] = []
+
+    def field(self, batch: RewardBatch) -> RewardOutput:
+        assert batch.weights is not None
+        self.judged.append(batch.weights)
+        return super().field(batch)
+
+    def training_loss(self, batch: RewardBatch) -> Tensor:
+        assert batch.weights is not None
+        self.trained.append(batch.weights)
+        return super().training_loss(batch)
+
+
+@pytest.fixture
+def policy_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
+    """Take down log-ratios and weights of every policy loss."""
+    calls: list[tuple[Tensor, Tensor]] = []
+    original = rdm_sdk.trainer.policy_loss
+
+    def watching(log_ratios: Tensor, advantage: Tensor, weights: Tensor, *rest: Any) -> Any:
+        calls.append((log_ratios.detach().clone(), weights.detach().clone()))
+        return original(log_ratios, advantage, weights, *rest)
+
+    monkeypatch.setattr(rdm_sdk.trainer, "policy_loss", watching)
+    return calls
+
+
+@pytest.fixture
+def state_ratios(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Take down the log-ratios of the states of every reuse."""
+    seen: list[Tensor] = []
+    original = rdm_sdk.trainer.state_log_ratio
+
+    def watching(*args: Any) -> Tensor:
+        seen.append(original(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(rdm_sdk.trainer, "state_log_ratio", watching)
+    return seen
+
+
+# ---- What reuse saves -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_four_uses_make_a_quarter_of_the_rollouts(make_trainer: Make, tmp_path: Path, accumulation: int) -> None:
+    """Rollouts, and the questions to scored rewards, fall to a quarter; updates of student and critic do not."""
+    steps = 8 // accumulation
+    costs, asked = [], []
+    for uses in (1, 4):
+        judge = Judge()
+        trainer = make_trainer(
+            tmp_path,
+            ["dm", (judge, 0.1)],
+            num_iterations=uses,
+            max_steps=steps,
+            critic_steps=1,
+            gradient_accumulation_steps=accumulation,
+            min_effective_sample_size=0.0,
+        )
+        trainer.train()
+        costs.append(trainer.costs())
+        asked.append(judge.asked)
+    fresh, reused = costs
+    assert fresh["cost/rollouts"] == 8 * 8
+    assert reused["cost/rollouts"] == fresh["cost/rollouts"] / 4
+    assert fresh["cost/critic_steps"] == reused["cost/critic_steps"] == steps
+    assert len(asked[0]) == 4 * len(asked[1]) == 8
+    assert reused["cost/reward_calls"] == 8 * 8 + 8 * 8 / 4  # of dm, and of the scored reward
+    assert reused["cost/student_forwards"] < fresh["cost/student_forwards"]
+    # Each prompt is asked about once; without reuse, two optimizer steps later it is another's turn.
+    prompts = [p for call in asked[1] for p in call[::4]]
+    assert len(prompts) == len(set(prompts))
+
+
+def test_several_rollouts_before_the_first_is_used_again(make_trainer: Make, tmp_path: Path) -> None:
+    """`steps_per_generation`: two steps with rollouts of their own, then both again."""
+    judge = Judge()
+    reward = WatchedMatching()
+    trainer = make_trainer(
+        tmp_path,
+        [reward, (judge, 0.1)],
+        num_iterations=2,
+        steps_per_generation=2,
+        max_steps=4,
+        min_effective_sample_size=0.0,
+        **BOLD,
+    )
+    trainer.train()
+    assert trainer.costs()["cost/rollouts"] == 2 * 8
+    first_use = [bool((weights == 1).all()) for weights in reward.judged]
+    assert first_use == [True, True, False, False]
+
+
+# ---- Weights ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["renoise", "cps", "sde"])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_the_first_use_has_ratio_one_and_later_uses_their_weights(
+    make_trainer: Make,
+    tmp_path: Path,
+    policy_calls: list[tuple[Tensor, Tensor]],
+    state_ratios: list[Tensor],
+    sampler: str,
+    reduction: str,
+) -> None:
+    """Law 4: weights and policy ratios of a first use are exactly 1, of later ones min(ratio, cap) of the states."""
+    reward, cap = WatchedMatching(), 1.02
+    settings = {"sampler": sampler, "ratio_reduction": reduction, "importance_sampling_cap": cap}
+    trainer = make_trainer(
+        tmp_path,
+        [reward, (Judge(), 0.3)],
+        num_iterations=3,
+        max_steps=4,
+        eta=0.7,
+        min_effective_sample_size=0.0,
+        **settings,
+        **BOLD,
+    )
+    trainer.train()
+    assert len(policy_calls) == len(reward.judged) == 4
+    assert len(state_ratios) == 2
+    for use, (log_ratios, weights) in zip((0, 1, 2, 0), policy_calls, strict=True):
+        assert torch.equal(log_ratios, torch.zeros_like(log_ratios)) == (use == 0)
+        assert len(log_ratios) == len(weights) == 6  # two of eight samples are at the last step
+    for use, weights in zip((0, 1, 2, 0), reward.judged, strict=True):
+        if use == 0:
+            assert torch.equal(weights, torch.ones(8))
+        else:
+            ratio = state_ratios[use - 1]
+            torch.testing.assert_close(weights, ratio.exp().clamp(max=cap))
+            assert (ratio == 0).sum() >= 2  # no transition has led to a first state
+            assert ratio.abs().max() > (1e-2 if reduction == "sum" else 1e-5)
+    assert (torch.cat(state_ratios).exp() > cap).any() or reduction == "mean"
+
+
+def test_critics_learn_with_the_same_weights(make_trainer: Make, tmp_path: Path) -> None:
+    """Critic and student see the same samples with the same weights in every update."""
+    reward = WatchedMatching()
+    trainer = make_trainer(
+        tmp_path, reward, num_iterations=3, max_steps=3, **(BOLD | {"critic_steps": 2}), min_effective_sample_size=0.0
+    )
+    trainer.train()
+    assert len(reward.judged) == 3
+    for use, weights in enumerate(reward.judged):
+        assert all(torch.equal(weights, own) for own in reward.trained[2 * use : 2 * use + 2])
+        assert bool((weights == 1).all()) == (use == 0)
+
+
+def test_without_the_correction_all_weights_are_one(
+    make_trainer: Make, tmp_path: Path, losses_of: Losses, state_ratios: list[Tensor]
+) -> None:
+    """`importance_sampling_correction=False`: reuse as if nothing had changed; nothing is evaluated for weights."""
+    reward = WatchedMatching()
+    trainer = make_trainer(
+        tmp_path, reward, num_iterations=3, max_steps=3, importance_sampling_correction=False, **BOLD
+    )
+    trainer.train()
+    assert all(torch.equal(weights, torch.ones(8)) for weights in reward.judged + reward.trained)
+    assert state_ratios == []
+    assert not any("ratio/ess" in row for row in losses_of(trainer))
+    assert trainer.costs()["cost/rollouts"] == 8
+
+
+def test_the_weights_act_on_the_students_loss(make_trainer: Make, tmp_path: Path) -> None:
+    """With and without the correction the first update is the same, and the second is not."""
+    students = []
+    for steps in (1, 2):
+        for correct in (True, False):
+            trainer = make_trainer(
+                tmp_path,
+                num_iterations=2,
+                max_steps=steps,
+                importance_sampling_correction=correct,
+                **(BOLD | {"learning_rate": 2e-2}),
+                min_effective_sample_size=0.0,
+            )
+            trainer.train()
+            students.append([p.detach().clone() for p in trainer.parameters_of("student")])
+    one, plain_one, two, plain_two = students
+    assert all(torch.equal(a, b) for a, b in zip(one, plain_one, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(two, plain_two, strict=True))
+
+
+# ---- Effective sample size --------------------------------------------------------------------------------------
+
+
+def test_the_effective_sample_size_is_logged(
+    make_trainer: Make, tmp_path: Path, losses_of: Losses, state_ratios: list[Tensor]
+) -> None:
+    """(sum r)^2 / (N sum r^2) of the ratios of all micro-batches together, in uses after the first."""
+    trainer = make_trainer(
+        tmp_path,
+        num_iterations=2,
+        max_steps=4,
+        gradient_accumulation_steps=2,
+        min_effective_sample_size=0.0,
+        **BOLD,
+    )
+    trainer.train()
+    rows = losses_of(trainer)
+    assert ["ratio/ess" in row for row in rows] == [False, True, False, True]
+    for row, pair in ((rows[1], state_ratios[:2]), (rows[3], state_ratios[2:])):
+        ratio = torch.cat(pair).double().exp()
+        assert len(ratio) == 16
+        assert row["ratio/ess"] == pytest.approx(float(ratio.sum() ** 2 / (16 * ratio.square().sum())), rel=1e-6)
+        assert row["ratio/mean"] == pytest.approx(float(ratio.mean()), rel=1e-6)
+        assert 0 < row["ratio/ess"] < 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"min_effective_sample_size": 1.0, **BOLD}, {"learning_rate": 0.1, "critic_steps": 1, "max_grad_norm": 0.0}],
+    ids=["bound", "rate"],
+)
+def test_a_stale_rollout_is_made_anew(
+    make_trainer: Make, tmp_path: Path, losses_of: Losses, settings: dict[str, Any]
+) -> None:
+    """Below the bound the rollout is dropped, and the same prompts are rolled out and judged afresh."""
+    judge, reward = Judge(), WatchedMatching()
+    trainer = make_trainer(tmp_path, [reward, (judge, 0.1)], num_iterations=2, max_steps=4, **settings)
+    trainer.train()
+    rows = losses_of(trainer)
+    assert rows[1]["ratio/stopped"] == 1.0
+    assert rows[1]["ratio/ess"] < trainer.args.min_effective_sample_size
+    assert "ratio/stopped" not in rows[0]
+    assert rows[1]["cost/rollouts"] == 2 * 8
+    assert judge.asked[0] == judge.asked[1]
+    assert torch.equal(reward.judged[1], torch.ones(8))
+    assert trainer.state.global_step == 4
+
+
+# ---- The check of the first use ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rewards", ["dm", Judge()], ids=["gradient", "scored"])
+def test_a_replay_that_does_not_repeat_its_rollout_is_found(make_trainer: Make, tmp_path: Path, rewards: Any) -> None:
+    """A student whose forward is random stops the run at its first step, with a message that says why."""
+    trainer = make_trainer(tmp_path, rewards, critic_steps=1 if rewards == "dm" else 0)
+    plain = trainer.denoiser
+
+    def random(role: str, condition: Any) -> Any:
+        made = plain(role, condition)
+        return (lambda x, s: made(x, s) + 0.2 * torch.randn_like(x)) if role == "student" else made
+
+    trainer.denoiser = random  # type: ignore[method-assign]
+    with pytest.raises(RDMError, match=r"replay of a rollout does not repeat it: the first log-ratio.*random"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_the_check_lets_small_differences_pass(make_trainer: Make, tmp_path: Path) -> None:
+    """Rounding of another batch size is no fault, and the first ratio is still exactly 1."""
+    trainer = make_trainer(tmp_path, ["dm", Judge()], max_steps=1)
+    plain = trainer.denoiser
+
+    def rounding(role: str, condition: Any) -> Any:
+        made = plain(role, condition)
+        return (lambda x, s: made(x, s) + 1e-6 * torch.randn_like(x)) if role == "student" else made
+
+    trainer.denoiser = rounding  # type: ignore[method-assign]
+    trainer.train()
+    assert trainer.state.log_history[0]["ratio/clip_fraction"] == 0.0
