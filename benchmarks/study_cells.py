@@ -69,12 +69,12 @@ def sweep() -> list[Cell]:
 def estimators() -> list[Cell]:
     """Question a: what of the estimator matters, one change at a time. (The mixture has more of them.)"""
     changes: dict[str, dict[str, Any]] = {
-        "no correction": {"critic_correction": False},
+        "no correction": {"critic_correction": "none"},
         "normalization group": {"normalization": "group"},
         "shared sigma, group, no correction": {
             "spread": "shared",
             "normalization": "group",
-            "critic_correction": False,
+            "critic_correction": "none",
         },
         "free sigma": {"spread": "free"},
         "G = 4": {"num_generations": 4},

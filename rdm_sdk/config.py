@@ -62,9 +62,12 @@ class RDMConfig(TrainingArguments):
             "help": "Noise levels and trained steps inside a group: spread evenly, one for all, or each drawn freely."
         },
     )
-    critic_correction: bool = field(
-        default=True,
-        metadata={"help": "Take the critic's lag, as the group's mean residual shows it, out of the gradient of 'dm'."},
+    critic_correction: Literal["batch", "group", "none"] = field(
+        default="batch",
+        metadata={
+            "help": "Take the critic's lag out of the gradient of 'dm', as the mean residual of the micro-batch or of each "
+            "group shows it."
+        },
     )
 
     critic_steps: int = field(default=5, metadata={"help": "Critic updates per student update."})
@@ -213,6 +216,7 @@ are smaller by the number of dimensions."""
 _CHOICES = {
     "normalization": ("group", "sample", "batch", "rms"),
     "spread": ("stratified", "shared", "free"),
+    "critic_correction": ("batch", "group", "none"),
     "scale_rewards": ("group", "batch", "none"),
     "multi_objective_aggregation": ("normalize_then_sum", "sum_then_normalize"),
     "reward_route": ("gradient", "advantage"),

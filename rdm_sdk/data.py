@@ -94,7 +94,7 @@ class GroupSampler(Sampler[int]):
             order += torch.randperm(self.num_prompts, generator=generator).tolist()
         for start in range(0, self.padded, self.together):
             for _ in range(self.num_iterations):
-                for index in order[start : start + self.together]:
+                for index in order[start : min(start + self.together, self.padded)]:
                     yield from [index] * self.group_size
 
 

@@ -23,11 +23,16 @@ class Preset:
     """`RDMConfig` fields that make the method what it is."""
 
 
-_DMD2: dict[str, Value] = {"normalization": "sample", "spread": "free", "critic_correction": False, "num_iterations": 1}
+_DMD2: dict[str, Value] = {
+    "normalization": "sample",
+    "spread": "free",
+    "critic_correction": "none",
+    "num_iterations": 1,
+}
 _GNDM: dict[str, Value] = {
     "normalization": "sample",
     "spread": "stratified",
-    "critic_correction": True,
+    "critic_correction": "batch",
     "num_generations": 8,
     "num_iterations": 1,
 }

@@ -39,6 +39,7 @@ def write_rollouts(path: Path, stored: Sequence[Sequence[Experience]]) -> None:
     metadata = {
         "prompts": json.dumps([own.prompts for own in experiences]),
         "uses": json.dumps([own.use for own in experiences]),
+        "scored": json.dumps([list(own.scored) for own in experiences]),
         "sizes": json.dumps([len(together) for together in stored]),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,10 +57,11 @@ def read_rollouts(path: Path, device: torch.device) -> list[list[Experience]]:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     prompts, uses = json.loads(metadata["prompts"]), json.loads(metadata["uses"])
     experiences = []
-    for i, (texts, use) in enumerate(zip(prompts, uses, strict=True)):
+    scores = json.loads(metadata["scored"])
+    for i, (texts, use, names) in enumerate(zip(prompts, uses, scores, strict=True)):
         rollout = Rollout(**{name: tensors[f"{i}.rollout.{name}"] for name in _TRAJECTORY})
         prefix = f"{i}.scored."
-        scored = {n.removeprefix(prefix): RewardOutput(t) for n, t in tensors.items() if n.startswith(prefix)}
+        scored = {name: RewardOutput(tensors[prefix + name]) for name in names}
         plan = tensors[f"{i}.plan"]
         x_0 = select_steps(rollout.x_0, plan[use])
         experiences.append(Experience(texts, {}, {}, rollout, plan, use, x_0, tensors[f"{i}.weights"], scored))

@@ -115,7 +115,6 @@ def test_steps_that_are_used_again_together(
     assert max(counts.values()) - min(counts.values()) <= 1
 
 
-@pytest.mark.xfail(strict=True, reason="the last window goes past the padded end, so the sampler outlives its length")
 @modest
 @given(num_prompts=st.integers(1, 12), prompts_per_step=st.integers(1, 4), together=st.integers(2, 3))
 def test_steps_collected_together_but_used_once(num_prompts: int, prompts_per_step: int, together: int) -> None:

@@ -78,7 +78,6 @@ def test_rewards_without_scores_of_the_endpoints(tmp_path: Path) -> None:
     assert got.scored == {}
 
 
-@pytest.mark.xfail(strict=True, reason="a safetensors file lists its tensors by name, so the rewards' order is lost")
 def test_scored_rewards_keep_their_order(tmp_path: Path) -> None:
     """Terms are added up in the rewards' order; a resumed run adds them in the same one, to the last bit."""
     write_rollouts(tmp_path / "file", [[experience(0, scored=("zeta", "alpha", "mid"))]])

@@ -42,7 +42,8 @@ def draw_steps(spread: Spread, num_groups: int, group_size: int, num_steps: int,
     """
     if spread == "free":
         return torch.randint(num_steps, (num_groups * group_size,), device=device)
-    first = (torch.arange(num_groups, device=device) + torch.randint(num_steps, (), device=device)) % num_steps
+    stride = 1 if spread == "shared" else group_size  # a group's steps begin where those of the one before end
+    first = (stride * torch.arange(num_groups, device=device) + torch.randint(num_steps, (), device=device)) % num_steps
     first = first[torch.randperm(num_groups, device=device)]
     if spread == "shared":
         return first.repeat_interleave(group_size)

@@ -22,34 +22,41 @@ def matching_gradient(d_real: Tensor, d_fake: Tensor) -> Tensor:
 
 
 def critic_lag(residual: Tensor, profile: Tensor, group_size: int) -> Tensor:
-    """Return how far the critic lags behind the student, as a group's mean residual shows it, `[N, *x]`.
+    """Return how far the critic lags behind the student, as the other samples of a group show it, `[N, *x]`.
 
     For an exact critic D_fake(x_t) = E[x_0 | x_t], so the residuals x_0 - D_fake(x_t) of a group have mean zero; a mean
     that stands out from their scatter is the critic's error, and D_real - D_fake is off by as much. The lag is
-    modeled as `profile_i b` with one b `[*x]` per group, fitted by least squares and shrunk toward zero by the
-    positive-part James-Stein rule, 1 - Var(b) / |b|^2 with Var(b) from the scatter: nothing is corrected that chance
-    explains. This is our reading of "group-mean statistics" (arXiv 2603.28460), not a formula of the paper. Nothing is
-    subtracted from the field itself: with an exact critic the correction vanishes as the group grows.
+    modeled as `profile_i b` with one b `[*x]` per group, fitted by least squares (weighted by 1 / profile, because a
+    Gaussian's posterior variance is proportional to its `lag_profile`) and shrunk toward zero by the positive-part
+    James-Stein rule, 1 - Var(b) / |b|^2 with Var(b) from the scatter. Each sample's b comes from the *others* of its
+    group: its own residual would pull it toward its own denoised mean, which narrows the student. This is our reading
+    of "group-mean statistics" (arXiv 2603.28460), not a formula of the paper. Nothing is subtracted from the field
+    itself: with an exact critic the correction has mean zero, and vanishes as the group grows.
 
     Args:
         residual: x_0 - D_fake(x_t), `[N, *x]`, group-major.
         profile: how the lag grows with noise, `[N]`; see `lag_profile`.
-        group_size: samples per group; a group of one has no scatter, so it gets no correction.
+        group_size: samples per group; below three the others have no scatter, so there is no correction.
 
     Raises:
         ValueError: N is not a multiple of `group_size`.
     """
     if group_size < 1 or len(residual) % group_size:
         raise ValueError(f"{len(residual)} samples do not divide into groups of {group_size}")
-    if group_size == 1:
+    if group_size < 3:
         return torch.zeros_like(residual)
+
+    def of_others(values: Tensor) -> Tensor:
+        return values.sum(1, keepdim=True) - values
+
     grouped = residual.reshape(-1, group_size, residual[0].numel())  # [P, G, D]
     shape = profile.reshape(-1, group_size, 1)
-    energy = shape.square().sum(1, keepdim=True)  # [P, 1, 1]
-    lag = (shape * grouped).sum(1, keepdim=True) / energy  # [P, 1, D]
-    scatter = (shape * (grouped - shape * lag)).square().sum((1, 2), keepdim=True)
-    variance = scatter / energy.square() * (group_size / (group_size - 1))
-    kept = (1 - variance / lag.square().sum(2, keepdim=True).clamp_min(torch.finfo(lag.dtype).tiny)).clamp_min(0)
+    weight = of_others(shape)  # [P, G, 1]
+    lag = of_others(grouped) / weight  # [P, G, D]
+    square = lag.square().sum(2, keepdim=True)
+    # The others' sum of |r - shape b|^2 / shape, multiplied out: G - 2 times the variance per unit of shape.
+    scatter = (of_others(grouped.square().sum(2, keepdim=True) / shape) - square * weight).clamp_min(0)
+    kept = (1 - scatter / ((group_size - 2) * weight) / square.clamp_min(torch.finfo(lag.dtype).tiny)).clamp_min(0)
     return (kept * shape * lag).reshape(residual.shape)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -41,8 +42,8 @@ class DiffusionContext:
     """M, the renoising draws per sample and step."""
     spread: Spread = "stratified"
     """How noise levels are spread over a group."""
-    critic_correction: bool = False
-    """Whether the critic's lag is estimated from each group and taken out of `dm`'s gradient."""
+    critic_correction: Literal["batch", "group", "none"] = "none"
+    """Over which samples the critic's lag is estimated, to be taken out of `dm`'s gradient."""
     guidance_scale: float = 1.0
     """Of the teacher, uncond + s (cond - uncond); 1 is none."""
     denoiser_pair: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
@@ -107,21 +108,23 @@ def contrast(
     x_0: Tensor,
     group_size: int,
     pair: Callable[[Renoised], tuple[Tensor, Tensor]],
-    correct: bool = False,
+    correction: Literal["batch", "group", "none"] = "none",
 ) -> RewardOutput:
     """Return the reward log p(x_0) - log q(x_0) of two denoisers, averaged over the batch's renoising draws.
 
     `pair` gives the two predictions of x_0 for a draw. The gradient is their difference, the score the half log-SNR
-    integral of the difference of their squared errors, and the magnitude mean |x_0 - D_p|. With `correct`, the lag of q
-    behind the samples (`core.matching.critic_lag`) is added to its prediction before the gradient is taken.
+    integral of the difference of their squared errors, and the magnitude mean |x_0 - D_p|. Unless `correction` is
+    "none", the lag of q behind the samples (`core.matching.critic_lag`) is added to its prediction before the gradient
+    is taken.
     """
     span = context.max_sigma - context.min_sigma
     draws = []
     for draw in context.renoise(x_0, group_size):
         toward, away = pair(draw)
         score = matching_score(context.schedule, x_0, toward, away, draw.sigma, span)
-        if correct:
-            away = away + critic_lag(x_0 - away, lag_profile(context.schedule, draw.sigma), group_size)
+        if correction != "none":
+            together = group_size if correction == "group" else len(x_0)
+            away = away + critic_lag(x_0 - away, lag_profile(context.schedule, draw.sigma), together)
         draws.append((score, matching_gradient(toward, away), residual_magnitude(x_0, toward)))
     scores, gradients, magnitudes = (torch.stack(parts).mean(0) for parts in zip(*draws, strict=True))
     return RewardOutput(scores, gradients, magnitudes)

@@ -28,7 +28,7 @@ class DistributionMatching(Reward):
         def pair(draw: Renoised) -> tuple[Tensor, Tensor]:
             return draw.x_0(TEACHER), draw.x_0("fake")
 
-        return contrast(context, batch.latents, batch.group_size, pair, correct=context.critic_correction)
+        return contrast(context, batch.latents, batch.group_size, pair, context.critic_correction)
 
     def score(self, batch: RewardBatch) -> Tensor:
         return self.field(batch).scores
