@@ -65,8 +65,8 @@ class RDMConfig(TrainingArguments):
     critic_correction: Literal["batch", "group", "none"] = field(
         default="batch",
         metadata={
-            "help": "Take the critic's lag out of the gradient of 'dm', as the mean residual of the micro-batch or of each "
-            "group shows it."
+            "help": "Take the critic's lag out of the gradient of 'dm', as the mean residual of the micro-batch or of "
+            "each group shows it."
         },
     )
 
