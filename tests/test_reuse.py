@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import rdm_sdk.trainer
-from rdm_sdk import RDMError, RDMTrainer, RewardBatch, RewardOutput
+from rdm_sdk import Capabilities, RDMError, RDMTrainer, Reward, RewardBatch, RewardOutput
 from rdm_sdk.rewards.dm import DistributionMatching
 
 Make = Callable[..., RDMTrainer]
@@ -162,7 +162,9 @@ def test_the_first_use_has_ratio_one_and_later_uses_their_weights(
     for use, (log_ratios, weights) in zip((0, 1, 2, 0), policy_calls, strict=True):
         assert torch.equal(log_ratios, torch.zeros_like(log_ratios)) == (use == 0)
         assert len(log_ratios) == len(weights) == 6  # two of eight samples are at the last step
-    for use, weights in zip((0, 1, 2, 0), reward.judged, strict=True):
+        assert torch.equal(weights, torch.ones(6)) == (use == 0)
+    for use, weights, (_, acting) in zip((0, 1, 2, 0), reward.judged, policy_calls, strict=True):
+        assert set(acting.tolist()) <= set(weights.tolist())
         if use == 0:
             assert torch.equal(weights, torch.ones(8))
         else:
@@ -201,19 +203,24 @@ def test_without_the_correction_all_weights_are_one(
     assert trainer.costs()["cost/rollouts"] == 8
 
 
+class Bright(Reward):
+    """A reward with a gradient and no critic, so that weights can act on the student's loss alone."""
+
+    name = "bright"
+    capabilities = Capabilities(gradient="autograd")
+
+    def score(self, batch: RewardBatch) -> Tensor:
+        return batch.images.mean(dim=(1, 2, 3))
+
+
 def test_the_weights_act_on_the_students_loss(make_trainer: Make, tmp_path: Path) -> None:
     """With and without the correction the first update is the same, and the second is not."""
     students = []
     for steps in (1, 2):
         for correct in (True, False):
-            trainer = make_trainer(
-                tmp_path,
-                num_iterations=2,
-                max_steps=steps,
-                importance_sampling_correction=correct,
-                **(BOLD | {"learning_rate": 2e-2}),
-                min_effective_sample_size=0.0,
-            )
+            settings = {"importance_sampling_correction": correct, "max_steps": steps, "critic_steps": 0}
+            settings |= {"num_iterations": 2, "learning_rate": 2e-2, "min_effective_sample_size": 0.0}
+            trainer = make_trainer(tmp_path, Bright(), **settings)
             trainer.train()
             students.append([p.detach().clone() for p in trainer.parameters_of("student")])
     one, plain_one, two, plain_two = students
@@ -288,7 +295,9 @@ def test_a_replay_that_does_not_repeat_its_rollout_is_found(make_trainer: Make, 
     assert trainer.state.global_step == 0
 
 
-def test_the_check_lets_small_differences_pass(make_trainer: Make, tmp_path: Path) -> None:
+def test_the_check_lets_small_differences_pass(
+    make_trainer: Make, tmp_path: Path, policy_calls: list[tuple[Tensor, Tensor]]
+) -> None:
     """Rounding of another batch size is no fault, and the first ratio is still exactly 1."""
     trainer = make_trainer(tmp_path, ["dm", Judge()], max_steps=1)
     plain = trainer.denoiser
@@ -299,4 +308,6 @@ def test_the_check_lets_small_differences_pass(make_trainer: Make, tmp_path: Pat
 
     trainer.denoiser = rounding  # type: ignore[method-assign]
     trainer.train()
+    ((log_ratios, _),) = policy_calls
+    assert torch.equal(log_ratios, torch.zeros(6))
     assert trainer.state.log_history[0]["ratio/clip_fraction"] == 0.0

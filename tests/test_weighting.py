@@ -143,9 +143,12 @@ def test_constraint_equals_its_formula() -> None:
 
 def test_constraint_acts_from_the_end_of_the_cold_start() -> None:
     """During the cold start the lowest residual is learned, and the multiplier waits."""
-    steps = random_pulls(9, seed=4)
+    steps = [{"dm": residual, "a": 1.0, "b": 1.0} for residual in (1.0, 1.0, 1.0, 0.9, 0.8, 0.85, 1.2, 1.5, 0.8)]
     got = run(make_weighting("constraint[cold_start=5,decay=0.8]"), steps)
-    expected = reference_constraint([s["dm"] for s in steps], slack=0.1, rate=0.1, decay=0.8, cold_start=5)
+    residuals = [step["dm"] for step in steps]
+    expected = reference_constraint(residuals, slack=0.1, rate=0.1, decay=0.8, cold_start=5)
+    at_once = reference_constraint(residuals, slack=0.1, rate=0.1, decay=0.8)
+    assert expected[3] == 1.0 < 1.3 < at_once[3]
     assert [row["a"] for row in got[:5]] == [0.0] * 5
     assert [row["a"] for row in got[5:]] == pytest.approx([0.5 * m for m in expected[4:]])
 
