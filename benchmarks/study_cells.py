@@ -22,8 +22,15 @@ COMMON: dict[str, Any] = {
 """What all cells share. Every cell spends max_steps * batch teacher forwards (twice that where the teacher is asked
 without the prompt as well): the study's currency. The rates were chosen on `dmd2`, not on ours."""
 
-RATES = (4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3)
-"""Student learning rates of the sweep."""
+RATES = (8e-4, 1.6e-3, 3.2e-3, 6.4e-3)
+"""Student learning rates of the sweep, a factor of two apart."""
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dmd2": ("dmd2", {}),
+    "gndm": ("gndm", {}),
+    "gndm without correction": ("gndm", {"critic_correction": "none"}),
+}
+"""What is swept over the rates: each a preset and what is changed in it."""
 
 Rewards = tuple[tuple[str, float], ...]
 
@@ -57,31 +64,31 @@ def steps(share: float) -> int:
 
 
 def sweep() -> list[Cell]:
-    """Question a: at which learning rates do the two methods converge?"""
+    """Question a: at which learning rates does each reading converge?"""
     return [
-        Cell(f"{name}, lr {rate:g}", "a", name, settings={"learning_rate": rate})
+        Cell(name, "a", base, settings=changes | {"learning_rate": rate})
         for rate in RATES
-        for name in ("dmd2", "gndm")
-        if rate != COMMON["learning_rate"]
+        for method, (base, changes) in METHODS.items()
+        if (name := sweep_cell(method, rate)) not in ("dmd2", "gndm")
     ]
 
 
+def sweep_cell(method: str, rate: float) -> str:
+    """Return the name of a cell of the sweep."""
+    return method if rate == COMMON["learning_rate"] and method in ("dmd2", "gndm") else f"{method}, lr {rate:g}"
+
+
 def estimators() -> list[Cell]:
-    """Question a: what of the estimator matters, one change at a time. (The mixture has more of them.)"""
+    """Question a: what of the estimator matters, at the rate where it shows. (The mixture has many more of these.)"""
     changes: dict[str, dict[str, Any]] = {
-        "no correction": {"critic_correction": "none"},
-        "correction per group": {"critic_correction": "group"},
-        "normalization group": {"normalization": "group"},
+        "correction by the others alone": {"critic_correction": "others"},
         "shared sigma": {"spread": "shared"},
-        "shared sigma, normalization group, no correction": {
-            "spread": "shared",
-            "normalization": "group",
-            "critic_correction": "none",
-        },
-        "G = 1": {"num_generations": 1},
+        "normalization group": {"normalization": "group"},
         "M = 2": {"num_draws": 2, "max_steps": steps(1 / 2)},
     }
-    return [Cell(f"gndm, {name}", "a", settings=change) for name, change in changes.items()]
+    return [
+        Cell(f"gndm, lr 0.0032, {name}", "a", settings=c | {"learning_rate": 3.2e-3}) for name, c in changes.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -135,9 +142,7 @@ def front_cells(kind: str, setting: str) -> list[str]:
 def reuse() -> list[Cell]:
     """Question c: student updates per rollout, with and without importance weights."""
     window = {"steps_per_generation": 5}
-    cells = []
-    for uses in (2, 4, 8):
-        cells.append(Cell(f"{uses} uses", "c", settings={"num_iterations": uses, **window}, curve=True))
+    cells = [Cell(f"{uses} uses", "c", settings={"num_iterations": uses, **window}, curve=True) for uses in (2, 4, 8)]
     for uses in (4, 8):
         without = {"num_iterations": uses, "importance_sampling_correction": False, **window}
         cells.append(Cell(f"{uses} uses, no weights", "c", settings=without, curve=True))

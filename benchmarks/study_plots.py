@@ -11,7 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from study_cells import RATES, front_cells
+from study_cells import METHODS, RATES, front_cells, sweep_cell
 
 if TYPE_CHECKING:
     from study_report import Results
@@ -21,16 +21,16 @@ COLORS = {"dmd2": "C3", "gndm": "C0", "dmdr": "C3", "balance": "C0", "constraint
 
 def plot_sweep(results: Results, path: Path) -> None:
     """Plot FID-SD against the learning rate, every seed a dot."""
-    from study_report import TEACHER_FOUR_STEPS, sweep_cell
+    from study_report import TEACHER_FOUR_STEPS
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for method in ("dmd2", "gndm"):
+    for index, method in enumerate(METHODS):
         rates = [rate for rate in RATES if results.has(sweep_cell(method, rate))]
         means = [results.of(sweep_cell(method, rate), "FID-SD").mean for rate in rates]
-        axes.plot(rates, means, color=COLORS[method], label=method)
+        axes.plot(rates, means, color=f"C{index}", label=method)
         for rate in rates:
             values = [row["FID-SD"] for row in results.rows[sweep_cell(method, rate)]]
-            axes.plot([rate] * len(values), values, ".", color=COLORS[method], alpha=0.6)
+            axes.plot([rate] * len(values), values, ".", color=f"C{index}", alpha=0.6)
     axes.axhline(TEACHER_FOUR_STEPS, color="gray", linestyle=":", label="teacher, 4 steps")
     axes.set(xscale="log", yscale="log", xlabel="learning rate of the student", ylabel="FID-SD")
     axes.legend()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from scipy.stats import t as student_t
-from study_cells import COMMON, RATES, SETTINGS, all_cells, front_cells
+from study_cells import METHODS, RATES, SETTINGS, all_cells, front_cells, sweep_cell
 from study_plots import plot_fronts, plot_reuse, plot_sweep
 
 from rdm_sdk import markdown_table
@@ -71,11 +71,6 @@ class Results:
     def total_forwards(self, cell: str) -> float:
         """Return all network evaluations of a run, in samples: student, critic and teacher."""
         return sum(self.cost(cell, f"{role}_forwards") for role in ("student", "fake", "teacher"))
-
-
-def sweep_cell(method: str, rate: float) -> str:
-    """Return the name of a cell of the learning-rate sweep."""
-    return method if rate == COMMON["learning_rate"] else f"{method}, lr {rate:g}"
 
 
 def converged(results: Results, cell: str) -> bool:
@@ -199,23 +194,28 @@ def mixture_lines(path: Path) -> list[str]:
 
 def sweep_lines(results: Results) -> list[str]:
     """Return question a's text."""
-    rates = [rate for rate in RATES if any(results.has(sweep_cell(m, rate)) for m in ("dmd2", "gndm"))]
     lines = []
-    for rate in rates:
-        cells = [sweep_cell(method, rate) for method in ("dmd2", "gndm")]
-        lines.append([f"{rate:g}", *(results.of(c, "FID-SD") if results.has(c) else "" for c in cells)])
-    text = [markdown_table(("learning rate", "dmd2 FID-SD", "gndm FID-SD"), lines), ""]
+    for rate in RATES:
+        cells = [sweep_cell(method, rate) for method in METHODS]
+        if any(results.has(cell) for cell in cells):
+            lines.append([f"{rate:g}", *(results.of(c, "FID-SD") if results.has(c) else "" for c in cells)])
+    text = [markdown_table(("learning rate", *METHODS), lines), ""]
     best = {}
-    for method in ("dmd2", "gndm"):
-        cells = [sweep_cell(method, rate) for rate in rates if results.has(sweep_cell(method, rate))]
-        best[method] = min(cells, key=lambda cell: results.of(cell, "FID-SD").mean)
-        span = stable_range(results, method)
-        factor = f"{span[0]:g} to {span[-1]:g}, a factor of {span[-1] / span[0]:g}" if span else "none"
-        text.append(f"- Rates at which {method} converges: {factor}.")
-    text.append(f"- Each at its best rate: {compare(results, best['gndm'], best['dmd2'])}.")
-    text += [f"- At one rate: {compare(results, sweep_cell('gndm', r), sweep_cell('dmd2', r))}." for r in rates]
-    estimators = [cell.name for cell in all_cells() if cell.name.startswith("gndm, ") and "lr" not in cell.name]
-    own = [cell for cell in ("gndm", *estimators) if results.has(cell)]
+    for method in METHODS:
+        cells = [cell for rate in RATES if results.has(cell := sweep_cell(method, rate))]
+        if cells:
+            best[method] = min(cells, key=lambda cell: results.of(cell, "FID-SD").mean)
+            span = stable_range(results, method)
+            factor = f"{span[0]:g} to {span[-1]:g}, a factor of {span[-1] / span[0]:g}" if span else "none of these"
+            text.append(f"- Rates at which {method} converges: {factor}.")
+    text += [f"- Each at its best rate: {compare(results, best[m], best['dmd2'])}." for m in best if m != "dmd2"]
+    for rate in RATES:
+        for method in METHODS:
+            cells = [sweep_cell(method, rate), sweep_cell("dmd2", rate)]
+            if method != "dmd2" and all(map(results.has, cells)):
+                text.append(f"- At one rate: {compare(results, *cells)}.")
+    variants = [cell.name for cell in all_cells() if cell.name.startswith("gndm, lr 0.0032")]
+    own = [cell for cell in ("dmd2, lr 0.0032", *variants) if results.has(cell)]
     return [*text, "", f"![learning rates]({picture('sweep')})", "", cost_table(results, own), ""]
 
 

@@ -50,9 +50,9 @@ class RDMConfig(TrainingArguments):
     max_sigma: float = field(default=0.98, metadata={"help": "Highest noise level for renoising, in (0, 1)."})
     num_draws: int = field(default=1, metadata={"help": "Renoising draws M per sample and student step."})
     normalization: Literal["group", "sample", "batch", "rms"] = field(
-        default="group",
+        default="sample",
         metadata={
-            "help": "What divides a reward's gradient: its magnitude averaged over the group (GNDM), the sample (DMD2) "
+            "help": "What divides a reward's gradient: its magnitude at the sample (DMD2), averaged over the group "
             "or everything, or the group's root mean square of the gradient itself."
         },
     )
@@ -62,11 +62,11 @@ class RDMConfig(TrainingArguments):
             "help": "Noise levels and trained steps inside a group: spread evenly, one for all, or each drawn freely."
         },
     )
-    critic_correction: Literal["batch", "group", "none"] = field(
-        default="batch",
+    critic_correction: Literal["group", "others", "none"] = field(
+        default="group",
         metadata={
-            "help": "Take the critic's lag out of the gradient of 'dm', as the mean residual of the micro-batch or of "
-            "each group shows it."
+            "help": "Take the critic's lag, as a group's mean residual shows it, out of the gradient of 'dm'; 'others' "
+            "leaves each sample out of its own fit."
         },
     )
 
@@ -216,7 +216,7 @@ are smaller by the number of dimensions."""
 _CHOICES = {
     "normalization": ("group", "sample", "batch", "rms"),
     "spread": ("stratified", "shared", "free"),
-    "critic_correction": ("batch", "group", "none"),
+    "critic_correction": ("group", "others", "none"),
     "scale_rewards": ("group", "batch", "none"),
     "multi_objective_aggregation": ("normalize_then_sum", "sum_then_normalize"),
     "reward_route": ("gradient", "advantage"),

@@ -272,7 +272,7 @@ class RoleTrainer(Trainer):
         if self.ema is not None:
             self.ema.optimization_step = state.ema_steps or 0
         path = rollouts_path(resume_from_checkpoint, self.args.process_index)
-        self.restore_state(state, read_rollouts(path, self.args.device))
+        self.restore_state(state, read_rollouts(path, self.args.device) if state.stored_rollouts else [])
 
     def _load_best_model(self) -> None:
         """Put the best checkpoint's weights and moving average in place (`load_best_model_at_end`)."""

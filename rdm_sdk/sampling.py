@@ -119,7 +119,12 @@ def replay_log_ratio(
     """Return log pi_new / pi_old `[n]` of the stored transitions out of steps k (`[n]`) of the given rows (`[n]`).
 
     `x_0` `[n, *x]` is the student's prediction there now; the result is differentiable in it.
+
+    Raises:
+        ValueError: a step is the last, or the sampler is deterministic: no density.
     """
+    if bool((steps >= policy.num_random_steps).any()):
+        raise ValueError(f"only the first {policy.num_random_steps} steps of {policy.kind!r} have a density")
     state, then = select_steps(done.states, steps, rows), select_steps(done.x_0, steps, rows)
     new, old = (policy.transition(state, prediction, steps) for prediction in (x_0, then))
     return log_ratio(new, old, select_steps(done.states, steps + 1, rows), reduction)

@@ -37,8 +37,8 @@ class Rollout:
     """Trajectories of the student, each as deep as it was followed."""
 
     states: Tensor
-    """x_k `[K, N, *x]`, the state at each step k; x_{k+1} was drawn from the transition out of x_k. Zero beyond a
-    sample's depth."""
+    """x_k `[K, N, *x]`, the state at each step k; x_{k+1} was drawn from the transition out of x_k. Nothing
+    was drawn beyond a sample's depth, and nothing must be read there."""
     x_0: Tensor
     """What the student predicted at each state, `[K, N, *x]`; at step K - 1, the endpoint."""
     depths: Tensor

@@ -21,42 +21,51 @@ def matching_gradient(d_real: Tensor, d_fake: Tensor) -> Tensor:
     return d_real - d_fake
 
 
-def critic_lag(residual: Tensor, profile: Tensor, group_size: int) -> Tensor:
-    """Return how far the critic lags behind the student, as the other samples of a group show it, `[N, *x]`.
+def critic_lag(residual: Tensor, profile: Tensor, group_size: int, leave_one_out: bool = False) -> Tensor:
+    """Return how far the critic lags behind the student, as a group's mean residual shows it, `[N, *x]`.
 
     For an exact critic D_fake(x_t) = E[x_0 | x_t], so the residuals x_0 - D_fake(x_t) of a group have mean zero; a mean
     that stands out from their scatter is the critic's error, and D_real - D_fake is off by as much. The lag is
-    modeled as `profile_i b` with one b `[*x]` per group, fitted by least squares (weighted by 1 / profile, because a
-    Gaussian's posterior variance is proportional to its `lag_profile`) and shrunk toward zero by the positive-part
-    James-Stein rule, 1 - Var(b) / |b|^2 with Var(b) from the scatter. Each sample's b comes from the *others* of its
-    group: its own residual would pull it toward its own denoised mean, which narrows the student. This is our reading
-    of "group-mean statistics" (arXiv 2603.28460), not a formula of the paper. Nothing is subtracted from the field
-    itself: with an exact critic the correction has mean zero, and vanishes as the group grows.
+    modeled as `profile_i b` with one b `[*x]` per group, fitted by least squares and shrunk toward zero by the
+    positive-part James-Stein rule, 1 - Var(b) / |b|^2 with Var(b) from the scatter. Adding it to D_fake pulls the
+    group's mean straight toward the teacher's, D_real - x_0, as far as the critic cannot be trusted with it. This is
+    our reading of "group-mean statistics" (arXiv 2603.28460), not a formula of the paper.
+
+    A sample's own residual is part of its group's mean, which also pulls it a little toward its own denoised mean: the
+    correction is biased, and narrows the student. `leave_one_out` takes it out of its own fit, which removes that bias;
+    docs/study.md compares the two.
 
     Args:
         residual: x_0 - D_fake(x_t), `[N, *x]`, group-major.
         profile: how the lag grows with noise, `[N]`; see `lag_profile`.
-        group_size: samples per group; below three the others have no scatter, so there is no correction.
+        group_size: samples per group; too few to have a scatter, two (three with `leave_one_out`), get no correction.
+        leave_one_out: fit each sample's lag on the others of its group alone.
 
     Raises:
         ValueError: N is not a multiple of `group_size`.
     """
     if group_size < 1 or len(residual) % group_size:
         raise ValueError(f"{len(residual)} samples do not divide into groups of {group_size}")
-    if group_size < 3:
+    counted = group_size - 1 if leave_one_out else group_size
+    if counted < 2:
         return torch.zeros_like(residual)
 
-    def of_others(values: Tensor) -> Tensor:
-        return values.sum(1, keepdim=True) - values
+    def total(values: Tensor) -> Tensor:
+        over_all = values.sum(1, keepdim=True)
+        return over_all - values if leave_one_out else over_all
 
     grouped = residual.reshape(-1, group_size, residual[0].numel())  # [P, G, D]
     shape = profile.reshape(-1, group_size, 1)
-    weight = of_others(shape)  # [P, G, 1]
-    lag = of_others(grouped) / weight  # [P, G, D]
-    square = lag.square().sum(2, keepdim=True)
-    # The others' sum of |r - shape b|^2 / shape, multiplied out: G - 2 times the variance per unit of shape.
-    scatter = (of_others(grouped.square().sum(2, keepdim=True) / shape) - square * weight).clamp_min(0)
-    kept = (1 - scatter / ((group_size - 2) * weight) / square.clamp_min(torch.finfo(lag.dtype).tiny)).clamp_min(0)
+    energy = total(shape.square())  # [P, G or 1, 1]
+    lag = total(shape * grouped) / energy  # [P, G or 1, D]
+    # The sum of |shape (r - shape b)|^2, multiplied out, because with leave_one_out b differs from sample to sample.
+    scatter = (
+        total(shape.square() * grouped.square().sum(2, keepdim=True))
+        - 2 * (lag * total(shape.pow(3) * grouped)).sum(2, keepdim=True)
+        + lag.square().sum(2, keepdim=True) * total(shape.pow(4))
+    ).clamp_min(0)
+    variance = scatter / energy.square() * (counted / (counted - 1))
+    kept = (1 - variance / lag.square().sum(2, keepdim=True).clamp_min(torch.finfo(lag.dtype).tiny)).clamp_min(0)
     return (kept * shape * lag).reshape(residual.shape)
 
 

@@ -42,8 +42,9 @@ class DiffusionContext:
     """M, the renoising draws per sample and step."""
     spread: Spread = "stratified"
     """How noise levels are spread over a group."""
-    critic_correction: Literal["batch", "group", "none"] = "none"
-    """Over which samples the critic's lag is estimated, to be taken out of `dm`'s gradient."""
+    critic_correction: Literal["group", "others", "none"] = "none"
+    """Whether the critic's lag is estimated from each group (without the sample itself: "others") and taken out of
+    `dm`'s gradient."""
     guidance_scale: float = 1.0
     """Of the teacher, uncond + s (cond - uncond); 1 is none."""
     denoiser_pair: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
@@ -108,7 +109,7 @@ def contrast(
     x_0: Tensor,
     group_size: int,
     pair: Callable[[Renoised], tuple[Tensor, Tensor]],
-    correction: Literal["batch", "group", "none"] = "none",
+    correction: Literal["group", "others", "none"] = "none",
 ) -> RewardOutput:
     """Return the reward log p(x_0) - log q(x_0) of two denoisers, averaged over the batch's renoising draws.
 
@@ -123,8 +124,8 @@ def contrast(
         toward, away = pair(draw)
         score = matching_score(context.schedule, x_0, toward, away, draw.sigma, span)
         if correction != "none":
-            together = group_size if correction == "group" else len(x_0)
-            away = away + critic_lag(x_0 - away, lag_profile(context.schedule, draw.sigma), together)
+            profile = lag_profile(context.schedule, draw.sigma)
+            away = away + critic_lag(x_0 - away, profile, group_size, leave_one_out=correction == "others")
         draws.append((score, matching_gradient(toward, away), residual_magnitude(x_0, toward)))
     scores, gradients, magnitudes = (torch.stack(parts).mean(0) for parts in zip(*draws, strict=True))
     return RewardOutput(scores, gradients, magnitudes)
