@@ -252,7 +252,7 @@ class Run:
     def batch(self, replay: Replay, x_0: Tensor) -> RewardBatch:
         """Return the latest samples as the `dm` reward sees them, with fresh renoising draws."""
         cell, names = self.cell, [""] * BATCH  # `dm` knows prompts only through its denoisers
-        settings = (MIN_SIGMA, MAX_SIGMA, cell.num_draws, cell.spread, cell.critic_correction)
+        settings = (MIN_SIGMA, MAX_SIGMA, cell.num_draws, cell.spread, "group" if cell.critic_correction else "none")
         context = DiffusionContext(SCHEDULE, lambda role: self.denoiser(role, replay.prompts), *settings)
         return RewardBatch(x_0.detach(), names, cell.group_size, lambda x: x, context=context, weights=replay.weights)
 
