@@ -45,6 +45,7 @@ def brightness(images: Tensor, prompts: list[str]) -> Tensor:
         ({"sampler": "renose"}, r"sampler='renose' .*Did you mean 'renoise'\?"),
         ({"sampler": "euler"}, "sampler='euler' .*one of renoise, cps, sde, ode"),
         ({"spread": "stratifed"}, r"spread='stratifed' .*Did you mean 'stratified'\?"),
+        ({"critic_correction": "grup"}, r"critic_correction='grup' .*Did you mean 'group'\?"),
         ({"ratio_reduction": "men"}, r"ratio_reduction='men' .*Did you mean 'mean'\?"),
         ({"reward_route": "advantages"}, r"reward_route='advantages' .*Did you mean 'advantage'\?"),
         ({"normalization": "rsm"}, r"normalization='rsm' .*Did you mean 'rms'\?"),

@@ -99,7 +99,7 @@ def test_gndmr_with_zero_weights_is_gndm(
     [
         {"guidance_scale": 2.0, "num_draws": 2},
         {"gradient_accumulation_steps": 2, "num_iterations": 2},
-        {"normalization": "sample", "spread": "free", "critic_correction": False, "sampler": "cps"},
+        {"normalization": "sample", "spread": "free", "critic_correction": "none", "sampler": "cps"},
     ],
     ids=["guided", "reused", "dmd2"],
 )

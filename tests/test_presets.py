@@ -40,7 +40,7 @@ def test_presets_say_what_makes_the_methods_differ() -> None:
     assert gndm.settings["num_generations"] > 1
     assert dmd2.settings["normalization"] == dmdr.settings["normalization"] == "sample"
     assert dmd2.settings["spread"] == dmdr.settings["spread"] == "free"
-    assert not dmd2.settings["critic_correction"]
+    assert dmd2.settings["critic_correction"] == dmdr.settings["critic_correction"] == "none"
     assert str(dmdr.settings["weighting"]).startswith("fixed[cold_start=")
     assert not str(gndmr.settings["weighting"]).startswith("fixed")
     assert "dm" not in refl.rewards

@@ -175,6 +175,19 @@ def test_the_first_use_has_ratio_one_and_later_uses_their_weights(
     assert (torch.cat(state_ratios).exp() > cap).any() or reduction == "mean"
 
 
+def test_both_reductions_pull_alike_at_first(make_trainer: Make, tmp_path: Path, losses_of: Losses) -> None:
+    """At ratio 1 summed and averaged densities give the same gradient, and the same pull to weigh by."""
+    rows = []
+    for reduction in ("sum", "mean"):
+        trainer = make_trainer(tmp_path, Judge(), ratio_reduction=reduction, max_steps=1, critic_steps=0)
+        trainer.train()
+        (row,) = losses_of(trainer)
+        (pull,) = (value for name, value in row.items() if name.endswith("/pull"))
+        rows.append((pull, row["grad_norm"]))
+    assert rows[0] == pytest.approx(rows[1], rel=1e-4)
+    assert rows[0][0] > 0 < rows[0][1]
+
+
 def test_critics_learn_with_the_same_weights(make_trainer: Make, tmp_path: Path) -> None:
     """Critic and student see the same samples with the same weights in every update."""
     reward = WatchedMatching()
