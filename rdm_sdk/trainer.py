@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
@@ -184,8 +185,12 @@ class RDMTrainer(JudgingTrainer):
         predictions are kept for the student's own update.
         """
         args, prompts = self.args, [batch["prompts"] for batch in window]
+        if args.num_iterations == 1:
+            return None
         at = next((i for i, kept in enumerate(self._stored) if [own.prompts for own in kept] == prompts), None)
-        if at is None:
+        # Processes have prompts of their own; where one cannot go on, none does, or they would wait for each other.
+        found: list[int | None] = gather_object([at])
+        if at is None or None in found:
             return None
         stored = self._stored[at]
         del self._stored[at]
