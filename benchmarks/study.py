@@ -55,7 +55,7 @@ def run(cell: Cell, seed: int, num_samples: int, max_steps: int | None = None) -
             digits.teacher_path(),
             [(named_reward(name), weight) for name, weight in cell.rewards],
             RDMConfig(output_dir=folder, seed=seed, **quiet, **settings),
-            training_data(),
+            training_data(with_images="adversarial" in dict(cell.rewards)),
             peft_config=LoraConfig(r=32, lora_alpha=32, target_modules=LORA_TARGETS),
         )
         curve: list[dict[str, float]] = []
@@ -99,8 +99,11 @@ def named_reward(name: str) -> Any:
     return Ink()
 
 
-def training_data() -> Any:
-    """Return one real scan per prompt and row, from the teacher's training split, for the adversary to learn from."""
+def training_data(with_images: bool) -> Any:
+    """Return prompts and, for an adversary to learn from, a real scan of the teacher's training split beside each.
+
+    Without the scans, which no other reward reads and which take long to fetch, a run is the same to the bit.
+    """
     from datasets import Dataset
     from digits_teacher import load_split
 
@@ -110,9 +113,11 @@ def training_data() -> Any:
     split = load_split()
     rows = [(split["train_labels"] == digit).nonzero()[:20, 0] for digit in range(10)]
     order = [int(rows[digit][i]) for i in range(20) for digit in range(10)]
-    images = (scans_to_images(split["train_scans"][order]) * 255).round().byte().permute(0, 2, 3, 1)
-    prompts = [digits.prompts()[int(split["train_labels"][i])] for i in order]
-    return Dataset.from_dict({"prompt": prompts, "image": images.tolist()})
+    columns = {"prompt": [digits.prompts()[int(split["train_labels"][i])] for i in order]}
+    if with_images:
+        images = (scans_to_images(split["train_scans"][order]) * 255).round().byte().permute(0, 2, 3, 1)
+        columns["image"] = images.tolist()
+    return Dataset.from_dict(columns)
 
 
 def judge(trainer: Any, num_samples: int) -> dict[str, float]:
