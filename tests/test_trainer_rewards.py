@@ -78,8 +78,10 @@ def test_memory_settings_change_nothing_else(
         trainer.train()
         return [{k: v for k, v in row.items() if not k.endswith("/seconds")} for row in losses_of(trainer)]
 
-    for plain, with_setting in zip(run("plain"), run("set", **settings), strict=True):
-        assert with_setting == pytest.approx(plain, rel=1e-4, abs=1e-6)
+    (plain, later), (with_setting, later_with) = run("plain"), run("set", **settings)
+    assert with_setting == pytest.approx(plain, rel=1e-4, abs=1e-6)
+    # A pixel whose last bit differs can cost JPEG a byte, which then is a step of the advantages.
+    assert later_with == pytest.approx(later, rel=1e-2, abs=1e-5)
 
 
 def test_reward_batch_size_bounds_what_a_reward_sees(make_trainer: Make, tmp_path: Path) -> None:
