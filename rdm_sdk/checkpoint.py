@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rdm_sdk.errors import CheckpointError
 from rdm_sdk.models.base import ModelAdapter
+from rdm_sdk.rollouts import read_rollouts
 
 FORMAT = 2
 WEIGHTS, STATE = "rdm_state.safetensors", "rdm_state.json"
@@ -94,14 +95,16 @@ def check(directory: str | Path, own: RunState, rollouts: Path) -> RunState:
         for name in ("optimizer.pt", "scheduler.pt"):
             torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
         if state.stored_rollouts:
-            with safe_open(rollouts, framework="pt") as file:
-                json.loads(file.metadata()["prompts"])
+            if not rollouts.is_file():
+                raise CheckpointError(f"cannot resume from {str(directory)!r}: {rollouts.name} missing")
+            read_rollouts(rollouts, torch.device("cpu"))
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             has_ema = any(name.startswith("ema.") for name in file.keys())  # noqa: SIM118 - it is no mapping
     except (
         OSError,
         ValueError,
         TypeError,
+        LookupError,
         AttributeError,
         EOFError,
         RuntimeError,

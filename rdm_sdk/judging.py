@@ -58,6 +58,11 @@ class JudgingTrainer(RoleTrainer):
             with torch.no_grad():
                 return self.teacher_pair(condition)(x_t, sigma)
 
+        def unprompted(x_t: Tensor, sigma: Tensor) -> Tensor:
+            with torch.no_grad():
+                blank = self.encode([""] * len(x_t))
+                return self.adapter.denoiser(self.roles, TEACHER, blank)(x_t, sigma)
+
         args = self.args
         return DiffusionContext(
             self.adapter.schedule,
@@ -71,6 +76,7 @@ class JudgingTrainer(RoleTrainer):
             teacher_pair,
             self.adapter.features(self.roles, TEACHER, condition),
             self.adapter.encode_images,
+            unprompted,
         )
 
     @property

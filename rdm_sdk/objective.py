@@ -26,6 +26,8 @@ class Term:
     """The direction in which it wants each x_0 to move, `[N, *x]`, divided by its group statistic."""
     advantage: Tensor | None = None
     """How much better than its group each trajectory was, `[N]`."""
+    missing: Tensor | None = None
+    """Which trajectories have no score, bool `[N]`; their advantage is 0. None is none of them."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ def normalize(
             terms[name] = Term(field=scale_field(output.gradient, magnitude, group_size, statistic))
         else:
             scale = scale_rewards if aggregation == "normalize_then_sum" else "none"
-            terms[name] = Term(advantage=group_advantage(output.scores, group_size, scale))
+            advantage = group_advantage(output.scores, group_size, scale)
+            terms[name] = Term(advantage=advantage, missing=output.scores.isnan())
     return terms
 
 
@@ -74,7 +77,7 @@ def combine(terms: Mapping[str, Term], weights: Mapping[str, float], group_size:
     rewards that contradict each other do not fade and the weights still compare with those of gradients.
     """
     field: Tensor | None = None
-    advantages = []
+    advantages, missing = [], []
     total = 0.0
     for name, term in terms.items():
         weight = weights[name]
@@ -85,11 +88,17 @@ def combine(terms: Mapping[str, Term], weights: Mapping[str, float], group_size:
             field = part if field is None else field + part
         elif term.advantage is not None:
             advantages.append(weight * term.advantage)
+            missing.append(
+                term.missing if term.missing is not None else torch.zeros_like(term.advantage, dtype=torch.bool)
+            )
             total += abs(weight)
     if not advantages:
         return Signal(field, None)
     advantage = torch.stack(advantages).sum(0)
-    return Signal(field, total * group_advantage(advantage, group_size, scale) if scale != "none" else advantage)
+    if scale == "none":
+        return Signal(field, advantage)
+    advantage = advantage.masked_fill(torch.stack(missing).all(0), torch.nan)  # in no statistic
+    return Signal(field, total * group_advantage(advantage, group_size, scale))
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def check_run(
     check_output_dir(str(args.output_dir))
     if not any(own.weight for own in rewards):
         raise ConfigError("every reward has weight 0, so nothing would be learned; give one a weight other than 0")
-    if weighting is not None and not isinstance(weighting, Weighting):
+    if weighting is not None and (isinstance(weighting, type) or not isinstance(weighting, Weighting)):
         raise ConfigError(
             f"weighting must be an object with weigh, state_dict and load_state_dict; got {type(weighting).__name__}. "
             "Strategies by name go into RDMConfig(weighting=...)"

@@ -87,7 +87,8 @@ class RDMTrainer(JudgingTrainer):
         )
         set_seed(args.seed)  # the adapters' initial weights are part of the run
         student = peft_config or LoraConfig(r=16, lora_alpha=16)
-        heads = dict(reward_heads(self.rewards, adapter))
+        with torch.random.fork_rng(devices=[]):  # so that a head changes nothing about the student's initial weights
+            heads = dict(reward_heads(self.rewards, adapter))
         roles = [role for role in critic_roles(self.rewards) if role not in heads]
         add_roles(adapter, {STUDENT: student} | dict.fromkeys(roles, fake_peft_config or student), heads)
         self._window: list[dict[str, Any]] = []
@@ -194,6 +195,8 @@ class RDMTrainer(JudgingTrainer):
             return None
         stored = self._stored[at]
         del self._stored[at]
+        if stored[0].use + 1 >= len(stored[0].plan):
+            return None
         experiences, log_ratios = [], []
         for own, batch in zip(stored, window, strict=True):
             own = replace(own, use=own.use + 1, columns=batch["columns"], condition=self.encode(own.prompts))
@@ -202,7 +205,8 @@ class RDMTrainer(JudgingTrainer):
                 log_ratios.append(state_log_ratio(student, own.rollout, own.steps, self.policy, args.ratio_reduction))
                 own = replace(own, weights=truncated_weights(log_ratios[-1], args.importance_sampling_cap))
             experiences.append(own)
-        if log_ratios and self.effective_share(torch.cat(log_ratios).exp()) < args.min_effective_sample_size:
+        share = self.effective_share(torch.cat(log_ratios).exp()) if log_ratios else 1.0
+        if not share >= args.min_effective_sample_size:  # nor if it is NaN
             self.monitor.log("ratio/stopped", 1.0)
             return None
         return [replace(own, x_0=self._replay(own)) for own in experiences]
@@ -335,7 +339,7 @@ class RDMTrainer(JudgingTrainer):
     def capture_state(self) -> RunState:
         return RunState(
             fingerprint=self.fingerprint,
-            rewards=[own.term.reference for own in self.rewards],
+            rewards=[own.term.reference + ("" if own.pathwise else " (scored)") for own in self.rewards],
             adapters={role: self.roles.describe(role) for role in self.roles.trainable_roles},
             forwards=dict(self.roles.forwards),
             costs=dict(self.spent),

@@ -184,7 +184,8 @@ class Constraint(Fixed):
             room = (1 + self.config.slack) * lowest - residual
             if step >= self.config.cold_start and lowest > 0:
                 change = self.config.rate * max(-1.0, min(1.0, room / (self.config.slack * lowest)))
-                self._state["log_multiplier"] = self._state.get("log_multiplier", 0.0) + change
+                # Bounded below, so that it comes back from a long violation in a reasonable time.
+                self._state["log_multiplier"] = max(self._state.get("log_multiplier", 0.0) + change, -MAX_LOG_DECREASE)
         multiplier = math.exp(min(self._state.get("log_multiplier", 0.0), 50.0))
         scales = {name: min(multiplier, self.config.max_weight / abs(target)) for name, target in others.items()}
         if others and multiplier > max(scales.values()):  # no wind-up beyond what the clamp lets through
@@ -224,6 +225,9 @@ def schedule(config: FixedConfig, step: int) -> float:
         return (since + 1) / (config.ramp + 1)
     return 0.5 ** ((since - config.ramp) / config.half_life) if config.half_life else 1.0
 
+
+MAX_LOG_DECREASE = math.log(1000.0)
+"""`constraint` lowers weights by no more than a factor of a thousand, which is nothing left."""
 
 STRATEGIES: dict[str, Callable[..., Fixed]] = {"fixed": Fixed, "balance": Balance, "constraint": Constraint}
 

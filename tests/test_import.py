@@ -20,10 +20,10 @@ LAYERS: list[set[str]] = [
     {"core"},
     {"digits"},  # the embedded data set: data and a classifier, no part of the method
     {"sampling", "rewards", "models"},
-    {"objective", "weighting"},
+    {"objective", "weighting", "rollouts"},
     {"config", "data"},
     {"requirements"},
-    {"export", "evaluation", "report", "checkpoint", "rollouts"},
+    {"export", "evaluation", "report", "checkpoint"},
     {"hosting", "monitor"},
     {"judging"},
     {"trainer"},

@@ -59,6 +59,9 @@ class Adversarial(Reward):
         self.capabilities = replace(self.capabilities, columns=(self.config.column,))
         self._head: DiscriminatorHead | None = None
 
+    def to(self, device: torch.device | str) -> None:
+        """Stay where the run is: the host moves and trains the head."""
+
     def make_head(self, feature_width: int) -> nn.Module:
         self._head = DiscriminatorHead(feature_width, self.config.hidden)
         return self._head
@@ -110,9 +113,12 @@ def read_images(column: Sequence[object], name: str) -> Tensor:
     images = []
     for row, entry in enumerate(column):
         given: Any = entry.convert("RGB") if hasattr(entry, "convert") else entry
-        picture = torch.as_tensor(np.array(given))
-        if picture.dtype == torch.uint8 and picture.ndim == 3 and picture.shape[2] == 3:
-            picture = picture.permute(2, 0, 1) / 255
+        try:
+            picture = given if isinstance(given, Tensor) else torch.as_tensor(np.array(given))
+        except (TypeError, ValueError):  # texts, None, ragged lists
+            picture = torch.empty(0)
+        if not picture.is_floating_point() and picture.ndim == 3 and picture.shape[2] == 3:
+            picture = picture.permute(2, 0, 1) / 255  # 8-bit; a data set's plain column gives wider integers
         if not (picture.is_floating_point() and picture.ndim == 3 and picture.shape[0] == 3):
             raise DataError(
                 f"column {name!r}, row {row}: a picture is a PIL image, an 8-bit array [H, W, 3] or floats [3, H, W] "

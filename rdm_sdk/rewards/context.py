@@ -53,7 +53,10 @@ class DiffusionContext:
     """`(x_t, sigma) -> [N, tokens, width]`: what the teacher's middle block says, differentiable in `x_t`."""
     encode_images: Callable[[Tensor], Tensor] = _no_encoder
     """RGB images `[N, 3, H, W]` in [0, 1] to latents `[N, *x]`."""
-    _draws: list[Renoised] = field(default_factory=list, repr=False, compare=False)
+    unprompted: Denoiser | None = None
+    """The teacher without the prompt alone."""
+    _drawn: list[tuple[Tensor, list[Renoised]]] = field(default_factory=list, repr=False, compare=False)
+    """The latest samples that draws were made for, with these draws."""
 
     def draw_sigma(self, num_groups: int, group_size: int, device: torch.device) -> Tensor:
         """Draw noise levels `[N]`, each uniform in [min_sigma, max_sigma), spread over groups as the run says."""
@@ -68,11 +71,10 @@ class DiffusionContext:
 
         Rewards of one batch thus see the same noise, and what a network says of it is computed once for all of them.
         """
-        if not self._draws:
-            for _ in range(self.num_draws):
-                sigma = self.draw_sigma(len(x_0) // group_size, group_size, x_0.device)
-                self._draws.append(Renoised(self, self.add_noise(x_0, sigma), sigma))
-        return self._draws
+        if not self._drawn or self._drawn[0][0] is not x_0:
+            sigmas = [self.draw_sigma(len(x_0) // group_size, group_size, x_0.device) for _ in range(self.num_draws)]
+            self._drawn[:] = [(x_0, [Renoised(self, self.add_noise(x_0, sigma), sigma) for sigma in sigmas])]
+        return self._drawn[0][1]
 
 
 class Renoised:
@@ -91,12 +93,17 @@ class Renoised:
         if role == TEACHER and self._context.guidance_scale != 1.0:
             with_prompt, without = self.teacher_pair()
             return without + self._context.guidance_scale * (with_prompt - without)
+        if role == TEACHER and "with" in self._said:
+            return self._said["with"]
         if role not in self._said:
             self._said[role] = self._context.denoiser(role)(self.x_t, self.sigma)
         return self._said[role]
 
     def teacher_pair(self) -> tuple[Tensor, Tensor]:
         """Return the teacher's x_0 with and without the prompt, each `[N, *x]`."""
+        if "without" not in self._said and TEACHER in self._said and self._context.unprompted is not None:
+            self._said["with"] = self._said[TEACHER]  # `dm` has asked for it, so only the other half is missing
+            self._said["without"] = self._context.unprompted(self.x_t, self.sigma)
         if "without" not in self._said:
             if self._context.denoiser_pair is None:
                 raise RewardError("this batch has no teacher without the prompt; guidance needs one")
