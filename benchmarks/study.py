@@ -50,7 +50,7 @@ def run(cell: Cell, seed: int, num_samples: int, max_steps: int | None = None) -
     if max_steps is not None:
         settings["max_steps"] = max_steps
     with tempfile.TemporaryDirectory() as folder:
-        quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 10}
+        quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 4}
         trainer = RDMTrainer(
             digits.teacher_path(),
             [(named_reward(name), weight) for name, weight in cell.rewards],

@@ -68,7 +68,7 @@ def plot_fronts(results: Results, setting: str, path: Path) -> None:
     read = gain(results, setting)
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     groups = {kind: front_cells(kind, setting) for kind in ("dmdr", "balance", "constraint")}
-    for kind, cells in {"dmd2": ["short dmd2"], "gndm": ["short gndm"], **groups}.items():
+    for kind, cells in {"dmd2": ["dmd2"], "gndm": ["gndm"], **groups}.items():
         present = [cell for cell in cells if results.has(cell)]
         means = [(results.of(c, "FID-SD").mean, results.of(c, read).mean) for c in present]
         if means:

@@ -20,7 +20,7 @@ TEACHER_FOUR_STEPS = 31.82
 """FID-SD of the teacher itself at the student's four steps (docs/digits.md): a student that is no better has failed."""
 
 
-BASES = ("short dmd2", "short gndm")
+BASES = ("dmd2", "gndm")
 """What the runs of questions b, d and e are compared with."""
 
 
@@ -124,9 +124,9 @@ def reward_table(results: Results, cells: Sequence[str]) -> str:
 
 
 def gain(results: Results, setting: str) -> Callable[[Row], float]:
-    """Return the gain in a setting's rewards over `short gndm`, each in deviations over its seeds, averaged."""
+    """Return the gain in a setting's rewards over `gndm`, each in deviations over its seeds, averaged."""
     names = SETTINGS[setting].rewards
-    base = {name: [float(row[name]) for row in results.rows["short gndm"]] for name in names}
+    base = {name: [float(row[name]) for row in results.rows["gndm"]] for name in names}
     scales = {name: max(statistics.pstdev(values), 1e-9) for name, values in base.items()}
 
     def of(row: Row) -> float:
@@ -166,7 +166,7 @@ def front_lines(results: Results, setting: str) -> list[str]:
     kinds = ("dmdr", "balance", "constraint")
     cells = [c for c in (*BASES, *(c for k in kinds for c in front_cells(k, setting))) if results.has(c)]
     text = [f"### {setting}", "", reward_table(results, cells), "", f"![{setting}]({picture(f'front_{setting}')})", ""]
-    for name, own, base in (("DMDR", ("dmdr",), "short dmd2"), ("GNDMR", ("balance", "constraint"), "short gndm")):
+    for name, own, base in (("DMDR", ("dmdr",), "dmd2"), ("GNDMR", ("balance", "constraint"), "gndm")):
         volume = front_volumes(results, setting, own, base)
         if volume is not None:
             text.append(f"- Hypervolume of {name}: {volume} ({volume.count} seeds)")
@@ -270,7 +270,7 @@ def write_report(out: Path, page: Path | None) -> Path:
         "## c. Importance sampling\n\n"
         + cost_table(results, ["gndm", *reuse])
         + f"\n\n![uses of a rollout]({picture('reuse')})",
-        "## d, e. Guidance, adversary, and rewards alone\n\n" + reward_table(results, ["short gndm", *others]),
+        "## d, e. Guidance, adversary, and rewards alone\n\n" + reward_table(results, ["gndm", *others]),
     ]
     page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     print(f"wrote {page}")
