@@ -49,8 +49,11 @@ def example_batch(reward: Reward, height: int = 64, width: int = 64, seed: int =
 
 
 def gaussian_context() -> DiffusionContext:
-    """Return a context in which teacher and critic know data of mean 1 and -1 and unit variance, exactly."""
-    means = {"teacher": 1.0, "fake": -1.0}
+    """Return a context in which teacher and critic know data of mean 1 and -1 and unit variance, exactly.
+
+    Without the prompt, the teacher's mean is 0; its features are the noised pixels themselves.
+    """
+    means = {"teacher": 1.0, "fake": -1.0, "unprompted": 0.0}
 
     def denoiser(role: str) -> Denoiser:
         def posterior_mean(x_t: Tensor, sigma: Tensor) -> Tensor:
@@ -60,7 +63,19 @@ def gaussian_context() -> DiffusionContext:
 
         return posterior_mean
 
-    return DiffusionContext(FlowSchedule(), denoiser, 0.02, 0.98, 8)
+    def pair(x_t: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return denoiser("teacher")(x_t, sigma), denoiser("unprompted")(x_t, sigma)
+
+    return DiffusionContext(
+        FlowSchedule(),
+        denoiser,
+        0.02,
+        0.98,
+        8,
+        denoiser_pair=pair,
+        features=lambda x_t, sigma: x_t.flatten(2).transpose(1, 2),
+        unprompted=denoiser("unprompted"),
+    )
 
 
 def rows(batch: RewardBatch, order: Tensor) -> RewardBatch:

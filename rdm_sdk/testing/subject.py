@@ -47,7 +47,7 @@ class Subject:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             given = as_declared(self.reward, batch, batch.latents.device)
-            if self.reward.capabilities.gradient == "field":
+            if self.reward.capabilities.needs_models:
                 given = replace(given, context=batch.context)
             return self.reward.score(given)
 
