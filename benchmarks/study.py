@@ -27,7 +27,7 @@ from study_cells import Cell, all_cells
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
-SMOKE = ("dmd2", "gndm", "4 uses", "balance, ink against jpeg 0.5 and 5")
+SMOKE = ("dmd2", "gndm", "4 uses", "balance, ink against jpeg 0.1 and 1")
 
 
 def start_worker() -> None:

@@ -38,12 +38,10 @@ def plot_sweep(results: Results, path: Path) -> None:
 
 
 def plot_reuse(results: Results, cells: Sequence[str], path: Path) -> None:
-    """Plot FID-SD along the runs against student rollouts and against all network evaluations."""
+    """Plot FID-SD along the runs (or at their end) against student rollouts and against all network evaluations."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for index, cell in enumerate(cells):
-        rows = [row for row in results.rows[cell] if row["curve"]]
-        if not rows:
-            continue
+        rows = results.rows[cell]
         points = [[*row["curve"], {"FID-SD": row["FID-SD"], **row["costs"]}] for row in rows]
         quality = [statistics.mean(p["FID-SD"] for p in at) for at in zip(*points, strict=True)]
         for panel, names in zip(
@@ -54,7 +52,7 @@ def plot_reuse(results: Results, cells: Sequence[str], path: Path) -> None:
                 for at in zip(*points, strict=True)
             ]
             style = "--" if "no weights" in cell else "-"
-            panel.plot(cost, quality, style, marker=".", color=f"C{(index + 1) // 2}", label=cell)
+            panel.plot(cost, quality, style, marker=".", color=f"C{index}", label=cell)
     panels[0].set(xlabel="student rollouts (samples)", ylabel="FID-SD", yscale="log")
     panels[1].set(xlabel="network evaluations (samples)")
     panels[1].legend()

@@ -62,6 +62,8 @@ class Results:
         self.rows: dict[str, list[Row]] = {}
         for row in rows:
             self.rows.setdefault(row["cell"], []).append(row)
+        # One seed says nothing: such cells are for the next call of `study.py run` to finish.
+        self.rows = {cell: own for cell, own in self.rows.items() if len(own) > 1}
 
     def has(self, cell: str) -> bool:
         return cell in self.rows
@@ -205,10 +207,10 @@ def mixture_lines(path: Path) -> list[str]:
             counts = [f"{rows[0][name]:.0f}" for name in ("rollouts", "student_forwards", "critic_steps")]
             others.append([cell, len(rows), of(cell, "kl"), of(cell, "mode_tv"), *counts])
     header = ("cell", "seeds", "KL", "mode distance", "rollouts", "student fwd", "critic steps")
-    first = next(iter(cells.values()))[0]
+    start, floor = (of("dmd2", figure) for figure in ("start_kl", "floor_kl"))
     return [
-        f"KL of the student to the teacher in nats; it starts at {first['start_kl']:.2f}, and a perfect student "
-        f"measures about {first['floor_kl']:.2f}. `gndm` has stratified draws and the correction, `gndm_shared` shared "
+        f"KL of the student to the teacher in nats; it starts at {start}, and a perfect student measures "
+        f"{floor}. `gndm` has stratified draws and the correction, `gndm_shared` shared "
         "ones.",
         "",
         markdown_table(("learning rate", *MIXTURE_METHODS), rates),

@@ -52,7 +52,7 @@ def test_the_page_regenerates_from_the_raw_results(smoke: Path) -> None:
     result = study("report", "--out", str(smoke))
     assert result.returncode == 0, result.stderr[-2000:]
     page = (smoke / "study.md").read_text()
-    for text in ("| dmd2", "| 4 uses", "| balance, ink against jpeg 0.5 and 5", "Stable range"):
+    for text in ("| dmd2", "| 4 uses", "| balance, ink against jpeg 0.1 and 1", "Stable range"):
         assert text in page
     for name in ("sweep", "reuse", "front_ink_against_jpeg"):
         assert (smoke / f"study_{name}.png").stat().st_size > 5000
