@@ -72,7 +72,7 @@ def ode_transition(
 def sde_transition(
     schedule: NoiseSchedule, x_t: Tensor, x_0: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float
 ) -> Transition:
-    """Return Flow-GRPO's Euler-Maruyama step of the flow's reverse SDE (arXiv 2505.05470, eq. 9), for `eta` > 0.
+    """Return Flow-GRPO's Euler-Maruyama step of the flow's reverse SDE (arXiv 2505.05470), for `eta` > 0.
 
     With dt = sigma - sigma_next and the SDE's noise rate s = eta sqrt(sigma / (1 - sigma)): mean = x_t - (v +
     s^2 eps / (2 sigma)) dt, std = s sqrt(dt). At sigma = 1 the rate is infinite; there, as in Flow-GRPO, 1 - sigma is
