@@ -167,6 +167,8 @@ def front_lines(results: Results, setting: str) -> list[str]:
     """Return the text of one reward setting."""
     kinds = ("dmdr", "balance", "constraint")
     cells = [c for c in (*BASES, *(c for k in kinds for c in front_cells(k, setting))) if results.has(c)]
+    if not any(results.has(cell) for cell in cells if cell not in BASES):
+        return [f"### {setting}", "", "Not run yet.", ""]
     text = [f"### {setting}", "", reward_table(results, cells), "", f"![{setting}]({picture(f'front_{setting}')})", ""]
     for name, own, base in (("DMDR", ("dmdr",), "dmd2"), ("GNDMR", ("balance", "constraint"), "gndm")):
         volume = front_volumes(results, setting, own, base)
