@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ from rdm_sdk.objective import normalize
 from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.context import TEACHER, DiffusionContext
 from rdm_sdk.rewards.dm import DistributionMatching
-from rdm_sdk.sampling import FewStepPolicy, StudentOf, plan_steps, rollout, sample, state_log_ratio
+from rdm_sdk.sampling import FewStepPolicy, StudentOf, plan_steps, redraw, rollout, sample, state_log_ratio
 from rdm_sdk.types import Denoiser, Rollout, select_steps
 
 DIMENSIONS, PROMPTS, MODES = 8, 4, 2
@@ -63,7 +63,8 @@ class MixtureCell:
     name: str
     normalization: Normalization = "sample"
     spread: Spread = "free"
-    critic_correction: bool = False
+    step_spread: Spread | None = None  # None is `spread`, as in the trainer
+    critic_correction: Literal["group", "others", "none"] = "none"
     group_size: int = 1  # G
     num_draws: int = 1  # M; a step costs M teacher forwards per sample, so steps fall by M
     learning_rate: float = 2e-3
@@ -252,7 +253,7 @@ class Run:
     def batch(self, replay: Replay, x_0: Tensor) -> RewardBatch:
         """Return the latest samples as the `dm` reward sees them, with fresh renoising draws."""
         cell, names = self.cell, [""] * BATCH  # `dm` knows prompts only through its denoisers
-        settings = (MIN_SIGMA, MAX_SIGMA, cell.num_draws, cell.spread, "group" if cell.critic_correction else "none")
+        settings = (MIN_SIGMA, MAX_SIGMA, cell.num_draws, cell.spread, cell.critic_correction)
         context = DiffusionContext(SCHEDULE, lambda role: self.denoiser(role, replay.prompts), *settings)
         return RewardBatch(x_0.detach(), names, cell.group_size, lambda x: x, context=context, weights=replay.weights)
 
@@ -260,9 +261,9 @@ class Run:
         """Roll the student out; every batch holds the prompts in equal shares, whatever the group size."""
         cell, groups = self.cell, BATCH // self.cell.group_size
         prompts = (torch.arange(groups) % PROMPTS).repeat_interleave(cell.group_size)
-        first = draw_steps(cell.spread, groups, cell.group_size, POLICY.num_steps, CPU)
+        first = draw_steps(cell.step_spread or cell.spread, groups, cell.group_size, POLICY.num_steps, CPU)
         plan = plan_steps(first, cell.num_iterations, POLICY.num_steps)
-        done = rollout(self.student_of(prompts), torch.randn(BATCH, DIMENSIONS), plan.amax(0) + 1, POLICY)
+        done = rollout(self.student_of(prompts), torch.randn(BATCH, DIMENSIONS), plan[0] + 1, POLICY)
         self.costs["rollouts"] += BATCH
         return Replay(prompts, done, plan, 0, torch.ones(BATCH))
 
@@ -291,6 +292,8 @@ class Run:
         steps = replay.plan[replay.use]
         student = self.denoiser("student", replay.prompts)
         x_0 = student(select_steps(replay.rollout.states, steps), POLICY.levels(steps))
+        if replay.use:
+            redraw(replay.rollout, x_0.detach(), steps, POLICY)
         for _ in range(self.cell.critic_steps):
             _update(self.optimizers["fake"], self.reward.training_loss(self.batch(replay, x_0)))
             self.costs["critic_steps"] += 1
@@ -335,10 +338,12 @@ def run_cell(
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 DMD2 = MixtureCell("dmd2")
 STRATIFIED = replace(DMD2, name="stratified", spread="stratified", group_size=8)
-GNDM = replace(STRATIFIED, name="gndm", critic_correction=True)
+GNDM = replace(STRATIFIED, name="gndm", critic_correction="others")
+WHOLE = replace(GNDM, name="gndm_whole", critic_correction="group")
 SHARED = replace(STRATIFIED, name="shared", spread="shared")
 GNDM_SHARED = replace(GNDM, name="gndm_shared", spread="shared")
-SWEPT = (DMD2, STRATIFIED, GNDM, SHARED, GNDM_SHARED)
+SWEPT = (DMD2, STRATIFIED, GNDM, WHOLE, SHARED, GNDM_SHARED)
+ONE_STEP = replace(GNDM, name="gndm_one_step", step_spread="shared")  # is it the step or the level that one shares?
 FREE = replace(DMD2, name="free", group_size=8)
 SHORT = {"num_draws": "M", "group_size": "G", "learning_rate": "lr", "num_iterations": "uses", "critic_steps": "critic"}
 
@@ -357,6 +362,7 @@ CELLS_A = [
     *(_named(base, normalization="group", learning_rate=rate) for base in (FREE, GNDM) for rate in (4e-3, 8e-3)),
     *(_named(base, num_draws=m) for base in (DMD2, GNDM) for m in (2, 4)),
     *(_named(GNDM, group_size=g) for g in (1, 4, 16)),
+    *(_named(ONE_STEP, learning_rate=rate) for rate in (2e-3, 8e-3, 1.6e-2)),
     *(_named(base, critic_steps=1) for base in SWEPT),  # a critic that lags: the correction's case
     *(_named(base, learning_rate=rate) for base in SWEPT for rate in RATES if rate != 2e-3),
 ]

@@ -20,14 +20,19 @@ COMMON: dict[str, Any] = {
     "lr_scheduler_type": "linear",
 }
 """What all cells share. Every cell spends max_steps * batch teacher forwards (twice that where the teacher is asked
-without the prompt as well): the study's currency. The base rate was set after
-pilots of both methods; it turned out to be the best of the four for `gndm` and the second best for `dmd2`."""
+without the prompt as well): the study's currency. The base rate was set after pilots of both methods."""
 
-RATES = (8e-4, 1.6e-3, 3.2e-3, 6.4e-3)
+BEST_RATE = 8e-4
+"""The best of the sweep's rates for `dmd2` and for `gndm` alike; what builds on them is compared there."""
+
+RATES = (4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3)
 """Student learning rates of the sweep, a factor of two apart."""
 
 METHODS = ("dmd2", "gndm")
 """The presets that are swept over the rates."""
+
+SEEDS, CONFIRMING_SEEDS = range(5), range(5, 15)
+"""Choices (rates, forms, weights) are made on the first; claims are then tested on the others, unseen until then."""
 
 Rewards = tuple[tuple[str, float], ...]
 
@@ -71,14 +76,13 @@ def sweep_cell(method: str, rate: float) -> str:
 
 
 def estimators() -> list[Cell]:
-    """Question a: GNDM without its correction, and with one noise level for a group. (The mixture has many more.)"""
+    """Question a: GNDM with other corrections, and with one noise level for a group. (The mixture has many more.)"""
     without = {"critic_correction": "none", "learning_rate": 3.2e-3}
     return [
         Cell("gndm without correction, lr 0.0032", "a", settings=without),
-        *(
-            Cell(f"gndm, lr {rate:g}, shared sigma", "a", settings={"spread": "shared", "learning_rate": rate})
-            for rate in (1.6e-3, 3.2e-3)
-        ),
+        Cell("gndm, whole group", "a", settings={"critic_correction": "group"}),
+        Cell("gndm, shared sigma", "a", settings={"spread": "shared"}),
+        *(Cell(f"gndm, groups of {size}", "a", settings={"num_generations": size}) for size in (4, 16)),
     ]
 
 
@@ -88,35 +92,51 @@ class Setting:
 
     rewards: tuple[str, ...]
     weights: tuple[tuple[float, ...], ...]
-    """DMDR's, one tuple per point of its front, one weight per reward."""
+    """One tuple per point of a front, one weight per reward."""
     shares: tuple[tuple[float, ...], ...]
-    """For `balance`: of dm's pull, which is of the same order as an external gradient's after normalization."""
+    """For `balance`: of dm's pull, chosen in single-seed pilots to raise the rewards about as far as the weights do."""
 
 
 SETTINGS = {
-    "ink against jpeg": Setting(("ink", "jpeg"), ((0.1, 1.0), (0.3, 3.0)), ((0.1, 1.0), (0.3, 3.0))),
-    "jpeg": Setting(("jpeg",), ((1.0,), (3.0,)), ((1.0,), (3.0,))),
+    "ink against jpeg": Setting(("ink", "jpeg"), ((0.1, 1.0), (0.3, 3.0)), ((0.1, 3.0), (0.2, 6.0))),
+    "jpeg": Setting(("jpeg",), ((1.0,), (3.0,)), ((3.0,), (10.0,))),
     "legibility": Setting(("legibility",), ((0.1,), (0.5,)), ((0.1,), (0.5,))),
 }
 """Two rewards that conflict (correlation -0.47 over real scans of a digit; one is differentiable, one scored), a scored
 one, and a differentiable one."""
 
+KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "dmdr": ("dmdr", "dmd2", {}),
+    "dmdr at 0.0008": ("dmdr", "dmd2, lr 0.0008", {"learning_rate": BEST_RATE}),
+    "fixed": ("gndmr", "gndm, lr 0.0008", {"learning_rate": BEST_RATE, "weighting": "fixed[cold_start=20]"}),
+    "balance": ("gndmr", "gndm, lr 0.0008", {"learning_rate": BEST_RATE}),
+    "constraint": (
+        "gndmr",
+        "gndm, lr 0.0008",
+        {"learning_rate": BEST_RATE, "weighting": "constraint[cold_start=20,ramp=10]"},
+    ),
+}
+"""Methods whose fronts compare: preset, the same method without rewards, and settings. DMDR at the base rate and at
+the best; GNDMR at the best, with DMDR's weights, so that only the estimator differs, and with adaptive ones."""
+
 
 def fronts() -> list[Cell]:
     """Question b: reward against FID-SD, and e: what happens to what is not rewarded."""
-
-    def cell(kind: str, base: str, setting: str, weights: tuple[float, ...], **settings: str) -> Cell:
-        rewards = (("dm", 1.0), *zip(SETTINGS[setting].rewards, weights, strict=True))
-        return Cell(front_cell(kind, setting, weights), "be", base, rewards, settings)
-
     cells = []
-    for name, setting in SETTINGS.items():
-        cells += [cell("dmdr", "dmdr", name, weights) for weights in setting.weights]
-        cells += [cell("balance", "gndmr", name, shares) for shares in setting.shares]
-        if name == "legibility":
-            strongest = setting.weights[-1]
-            cells.append(cell("constraint", "gndmr", name, strongest, weighting="constraint[cold_start=20,ramp=10]"))
+    for kind, (base, _, settings) in KINDS.items():
+        for name, setting in SETTINGS.items():
+            for weights in front_weights(kind, name):
+                rewards = (("dm", 1.0), *zip(setting.rewards, weights, strict=True))
+                cells.append(Cell(front_cell(kind, name, weights), "be", base, rewards, settings))
     return cells
+
+
+def front_weights(kind: str, setting: str) -> tuple[tuple[float, ...], ...]:
+    """Return the weights of the points of a method's front; `constraint` finds its own from the strongest."""
+    own = SETTINGS[setting]
+    if kind == "constraint":
+        return own.weights[-1:]
+    return own.shares if kind == "balance" else own.weights
 
 
 def front_cell(kind: str, setting: str, weights: tuple[float, ...]) -> str:
@@ -126,31 +146,27 @@ def front_cell(kind: str, setting: str, weights: tuple[float, ...]) -> str:
 
 def front_cells(kind: str, setting: str) -> list[str]:
     """Return the names of the cells of one method's front."""
-    own = SETTINGS[setting]
-    strongest = own.weights[-1:] if setting == "legibility" else ()
-    points = {"dmdr": own.weights, "balance": own.shares, "constraint": strongest}[kind]
-    return [front_cell(kind, setting, weights) for weights in points]
+    return [front_cell(kind, setting, weights) for weights in front_weights(kind, setting)]
 
 
 def reuse() -> list[Cell]:
     """Question c: student updates per rollout, with and without importance weights."""
-    window = {"steps_per_generation": 5}
-    cells = [Cell(f"{uses} uses", "c", settings={"num_iterations": uses, **window}, curve=True) for uses in (2, 4, 8)]
-    slower = {"num_iterations": 4, "learning_rate": 8e-4, **window}
-    without = {"num_iterations": 4, "importance_sampling_correction": False, **window}
+    without = {"importance_sampling_correction": False}
+    best = {"learning_rate": BEST_RATE}
     return [
-        *cells,
-        Cell("4 uses, lr 0.0008", "c", settings=slower),
-        Cell("4 uses, at once", "c", settings={"num_iterations": 4}),
-        Cell("4 uses, no weights", "d", settings=without, curve=True),
+        *(Cell(f"{uses} uses", "c", settings={"num_iterations": uses}, curve=True) for uses in (2, 4, 8)),
+        *(Cell(f"{n} uses, lr 0.0008", "c", settings={"num_iterations": n, **best}, curve=True) for n in (2, 4, 8)),
+        *(Cell(f"{n} uses, no weights", "c", settings={"num_iterations": n, **without}) for n in (4, 8)),
+        Cell("4 uses, over 5 steps", "c", settings={"num_iterations": 4, "steps_per_generation": 5}),
     ]
 
 
 def others() -> list[Cell]:
     """Question d, the rewards that come with the model; and reward back-propagation alone, for e."""
+    best = {"learning_rate": BEST_RATE}
     return [
-        Cell("gndm + 0.5 guidance", "d", rewards=(("dm", 1.0), ("guidance", 0.5))),
-        Cell("gndm + 0.1 adversarial", "d", rewards=(("dm", 1.0), ("adversarial", 0.1))),
+        Cell("gndm + 0.5 guidance", "d", rewards=(("dm", 1.0), ("guidance", 0.5)), settings=best),
+        Cell("gndm + 0.1 adversarial", "d", rewards=(("dm", 1.0), ("adversarial", 0.1)), settings=best),
         Cell("refl, legibility", "e", "refl", (("legibility", 1.0),)),
     ]
 

@@ -11,12 +11,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from study_cells import METHODS, RATES, front_cells, sweep_cell
+from study_cells import KINDS, METHODS, RATES, front_cells, sweep_cell
 
 if TYPE_CHECKING:
     from study_report import Results
 
-COLORS = {"dmd2": "C3", "gndm": "C0", "dmdr": "C3", "balance": "C0", "constraint": "C1"}
+COLORS = {"dmdr": "C3", "dmdr at 0.0008": "C1", "fixed": "C2", "balance": "C0", "constraint": "C4"}
 
 
 def plot_sweep(results: Results, path: Path) -> None:
@@ -60,23 +60,22 @@ def plot_reuse(results: Results, cells: Sequence[str], path: Path) -> None:
 
 
 def plot_fronts(results: Results, setting: str, path: Path) -> None:
-    """Plot reward against FID-SD, a dot per seed and a cross per mean."""
+    """Plot reward against FID-SD, from the run without rewards on: a dot per seed, a line through the means."""
     from study_report import gain
 
     read = gain(results, setting)
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    groups = {kind: front_cells(kind, setting) for kind in ("dmdr", "balance", "constraint")}
-    for kind, cells in {"dmd2": ["dmd2"], "gndm": ["gndm"], **groups}.items():
-        present = [cell for cell in cells if results.has(cell)]
-        means = [(results.of(c, "FID-SD").mean, results.of(c, read).mean) for c in present]
-        if means:
-            marker = "x" if kind in ("dmd2", "gndm") else "o"
-            axes.plot(*zip(*means, strict=True), marker=marker, color=COLORS[kind], label=kind)
+    for kind, (_, base, _) in KINDS.items():
+        present = [cell for cell in (base, *front_cells(kind, setting)) if results.has(cell)]
+        if len(present) < 2:
+            continue
+        means = [(results.of(cell, "FID-SD").mean, results.of(cell, read).mean) for cell in present]
+        axes.plot(*zip(*means, strict=True), marker="o", color=COLORS[kind], label=kind)
         for cell in present:
             for row in results.rows[cell]:
                 axes.plot(row["FID-SD"], read(row), ".", color=COLORS[kind], alpha=0.3)
     axes.set(
-        xscale="log", xlabel="FID-SD (lower is better)", ylabel="gain in reward over gndm (in its seeds' deviations)"
+        xscale="log", xlabel="FID-SD (lower is better)", ylabel="gain in reward over GNDM (in its seeds' deviations)"
     )
     axes.set_title(setting)
     axes.legend()

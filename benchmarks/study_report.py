@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 from scipy.stats import t as student_t
-from study_cells import METHODS, RATES, SETTINGS, all_cells, front_cells, sweep_cell
+from study_cells import (
+    BEST_RATE,
+    CONFIRMING_SEEDS,
+    KINDS,
+    METHODS,
+    RATES,
+    SEEDS,
+    SETTINGS,
+    all_cells,
+    front_cells,
+    sweep_cell,
+)
 from study_plots import plot_fronts, plot_reuse, plot_sweep
 
 from rdm_sdk import markdown_table
@@ -20,10 +33,6 @@ TEACHER_FOUR_STEPS = 31.82
 """FID-SD of the teacher itself at the student's four steps (docs/digits.md)."""
 BOUNDS = (40, 45, 50, 55, 60, 70)
 """FID-SD that a stable run stays below: several, so that none is picked."""
-
-
-BASES = ("dmd2", "gndm")
-"""What the runs of questions b, d and e are compared with."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +105,22 @@ def stable_range(results: Results, method: str, bound: float) -> float:
     return widest
 
 
+def ratio(logs: Sequence[float]) -> str:
+    """Return the geometric mean of ratios, from their logarithms, with its 95 % interval."""
+    own = estimate(logs)
+    return f"{math.exp(own.mean):.3f} [{math.exp(own.low):.3f}, {math.exp(own.high):.3f}]"
+
+
 def compare(results: Results, better: str, worse: str, figure: str = "FID-SD") -> str:
-    """Return a sentence that compares two cells, with no opinion."""
+    """Return a sentence that compares two cells, with no opinion; pairs are runs of one seed, so of the same noise."""
     a, b = results.of(better, figure), results.of(worse, figure)
     apart = "intervals apart" if a.high < b.low or b.high < a.low else "intervals overlap"
-    return f"{better}: {a}; {worse}: {b}; ratio {a.mean / b.mean:.3f} ({apart}, {a.count} and {b.count} seeds)"
+    ours, theirs = ({row["seed"]: row[figure] for row in results.rows[cell]} for cell in (better, worse))
+    paired = ratio([math.log(ours[seed] / theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())])
+    return (
+        f"{better}: {a}; {worse}: {b}; ratio of means {a.mean / b.mean:.3f} ({apart}, {a.count} and {b.count} seeds); "
+        f"paired by seed {paired}"
+    )
 
 
 def cost_table(results: Results, cells: Sequence[str]) -> str:
@@ -125,19 +145,32 @@ def reward_table(results: Results, cells: Sequence[str]) -> str:
     return markdown_table(("cell", "seeds", *figures), lines)
 
 
+REFERENCE = sweep_cell("gndm", BEST_RATE)
+"""What the runs of questions b, d and e are compared with."""
+
+
+def native(row: Row, reward: str) -> float:
+    """Return a reward in units in which it is not saturated: legibility, near 1 in all cells, by what it lacks."""
+    return -math.log10(1 - row[reward] + 1e-7) if reward == "legibility" else float(row[reward])
+
+
 def gain(results: Results, setting: str) -> Callable[[Row], float]:
-    """Return the gain in a setting's rewards over `gndm`, each in deviations over its seeds, averaged."""
+    """Return the gain in a setting's rewards over `REFERENCE`, each in deviations over its seeds, averaged."""
     names = SETTINGS[setting].rewards
-    base = {name: [float(row[name]) for row in results.rows["gndm"]] for name in names}
+    base = {name: [native(row, name) for row in results.rows[REFERENCE]] for name in names}
     scales = {name: max(statistics.pstdev(values), 1e-9) for name, values in base.items()}
 
     def of(row: Row) -> float:
-        return statistics.mean((row[n] - statistics.mean(base[n])) / scales[n] for n in names)
+        return statistics.mean((native(row, n) - statistics.mean(base[n])) / scales[n] for n in names)
 
     return of
 
 
-def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, float]) -> float:
+Front = list[tuple[float, float]]
+"""Points (reward, FID-SD) of one seed, from the run without rewards on."""
+
+
+def hypervolume(points: Front, reference: tuple[float, float]) -> float:
     """Return the area between points (reward up, FID-SD down) and a reference that is worse than all of them."""
     area, best = 0.0, reference[0]
     for reward, distance in sorted(points, key=lambda point: point[1]):
@@ -147,34 +180,67 @@ def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, f
     return area
 
 
-def front_volumes(results: Results, setting: str, kinds: Sequence[str], base: str) -> Estimate | None:
-    """Return the hypervolume of the front of a method with its base run, per seed, relative to fixed references."""
+def cost_of_reward(points: Front, reward: float) -> float | None:
+    """Return the lowest FID-SD at which a front reaches a reward, linear between its points; None if it does not."""
+    reached = [distance for own, distance in points if own >= reward]
+    for (r, d), (other_r, other_d) in permutations(points, 2):
+        if r < reward < other_r:
+            reached.append(d + (other_d - d) * (reward - r) / (other_r - r))
+    return min(reached, default=None)
+
+
+def seed_fronts(results: Results, setting: str, kind: str) -> dict[int, Front]:
+    """Return a method's front per seed, {} if some of it was not run."""
+    cells = [KINDS[kind][1], *front_cells(kind, setting)]
+    if not all(map(results.has, cells)):
+        return {}
     read = gain(results, setting)
-    cells = [base, *(cell for kind in kinds for cell in front_cells(kind, setting))]
-    if not all(results.has(cell) for cell in cells):
-        return None
-    everyone = [row for cell in results.rows if setting in cell or cell in BASES for row in results.rows[cell]]
-    reference = (min(map(read, everyone)), max(float(row["FID-SD"]) for row in everyone))
-    seeds = sorted(set.intersection(*({row["seed"] for row in results.rows[cell]} for cell in cells)))
-    volumes = []
-    for seed in seeds:
-        rows = [row for cell in cells for row in results.rows[cell] if row["seed"] == seed]
-        volumes.append(hypervolume([(read(row), float(row["FID-SD"])) for row in rows], reference))
-    return estimate(volumes) if volumes else None
+    seeds = set.intersection(*({row["seed"] for row in results.rows[cell]} for cell in cells))
+    rows = {(row["cell"], row["seed"]): row for cell in cells for row in results.rows[cell]}
+    return {n: [(read(rows[c, n]), float(rows[c, n]["FID-SD"])) for c in cells] for n in sorted(seeds)}
+
+
+def front_volumes(results: Results, setting: str) -> dict[str, Estimate]:
+    """Return the hypervolume of every method's front, over seeds, against a reference that is worse than every run."""
+    fronts = {kind: found for kind in KINDS if (found := seed_fronts(results, setting, kind))}
+    everyone = [point for found in fronts.values() for front in found.values() for point in front]
+    reference = (min(reward for reward, _ in everyone), max(distance for _, distance in everyone))
+    return {
+        kind: estimate([hypervolume(front, reference) for front in found.values()]) for kind, found in fronts.items()
+    }
+
+
+def equal_reward_lines(results: Results, setting: str) -> list[str]:
+    """Return a table: at each of DMDR's points, the FID-SD at which GNDMR has as much of the reward, as a ratio."""
+    header = ["at the reward of", *(kind for kind in KINDS if not kind.startswith("dmdr"))]
+    lines = []
+    for baseline in KINDS:
+        theirs = seed_fronts(results, setting, baseline) if baseline.startswith("dmdr") else {}
+        for i, cell in enumerate(front_cells(baseline, setting), start=1) if theirs else []:
+            line = [cell]
+            for kind in header[1:]:
+                ours = seed_fronts(results, setting, kind)
+                logs = []
+                for seed in sorted(theirs.keys() & ours.keys()):
+                    reward, distance = theirs[seed][i]
+                    cost = cost_of_reward(ours[seed], reward)
+                    if cost is not None:
+                        logs.append(math.log(cost / distance))
+                line.append(f"{ratio(logs)}, {len(logs)} of {len(ours)} seeds" if len(logs) > 1 else "not reached")
+            lines.append(line)
+    return [markdown_table(header, lines), ""] if lines else []
 
 
 def front_lines(results: Results, setting: str) -> list[str]:
     """Return the text of one reward setting."""
-    kinds = ("dmdr", "balance", "constraint")
-    cells = [c for c in (*BASES, *(c for k in kinds for c in front_cells(k, setting))) if results.has(c)]
-    if not any(results.has(cell) for cell in cells if cell not in BASES):
+    bases = list(dict.fromkeys(base for _, base, _ in KINDS.values()))
+    cells = [c for c in (*bases, *(c for k in KINDS for c in front_cells(k, setting))) if results.has(c)]
+    if not any(results.has(cell) for cell in cells if cell not in bases):
         return [f"### {setting}", "", "Not run yet.", ""]
     text = [f"### {setting}", "", reward_table(results, cells), "", f"![{setting}]({picture(f'front_{setting}')})", ""]
-    for name, own, base in (("DMDR", ("dmdr",), "dmd2"), ("GNDMR", ("balance", "constraint"), "gndm")):
-        volume = front_volumes(results, setting, own, base)
-        if volume is not None:
-            text.append(f"- Hypervolume of {name}: {volume} ({volume.count} seeds)")
-    return [*text, ""]
+    volumes = front_volumes(results, setting)
+    text += [f"- Hypervolume of {kind}: {volume} ({volume.count} seeds)" for kind, volume in volumes.items()]
+    return [*text, "", *equal_reward_lines(results, setting)]
 
 
 def picture(name: str) -> str:
@@ -183,7 +249,7 @@ def picture(name: str) -> str:
 
 
 MIXTURE_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
-MIXTURE_METHODS = ("dmd2", "stratified", "shared", "gndm", "gndm_shared")
+MIXTURE_METHODS = ("dmd2", "stratified", "shared", "gndm_whole", "gndm", "gndm_shared")
 
 
 def mixture_lines(path: Path) -> list[str]:
@@ -212,8 +278,8 @@ def mixture_lines(path: Path) -> list[str]:
     start, floor = (of("dmd2", figure) for figure in ("start_kl", "floor_kl"))
     return [
         f"KL of the student to the teacher in nats; it starts at {start}, and a perfect student measures "
-        f"{floor}. `gndm` has stratified draws and the correction, `gndm_shared` shared "
-        "ones.",
+        f"{floor}. `gndm` has stratified draws and the correction by the other "
+        "samples, `gndm_whole` that by all of the group, `gndm_shared` shared draws.",
         "",
         markdown_table(("learning rate", *MIXTURE_METHODS), rates),
         "",
@@ -245,10 +311,32 @@ def sweep_lines(results: Results) -> list[str]:
             cells = [sweep_cell(method, rate), sweep_cell("dmd2", rate)]
             if method != "dmd2" and all(map(results.has, cells)):
                 text.append(f"- At one rate: {compare(results, *cells)}.")
-    compared = ("dmd2", "gndm", "gndm, lr 0.0016, shared sigma", "dmd2, lr 0.0032", "gndm, lr 0.0032")
-    compared += ("gndm without correction, lr 0.0032", "gndm, lr 0.0032, shared sigma")
+    compared = (
+        "dmd2, lr 0.0008",
+        "gndm, lr 0.0008",
+        "dmd2",
+        "gndm",
+        "gndm, whole group",
+        "gndm, shared sigma",
+        "gndm, groups of 4",
+        "gndm, groups of 16",
+    )
+    compared += ("dmd2, lr 0.0032", "gndm without correction, lr 0.0032", "gndm, lr 0.0032")
     own = [cell for cell in compared if results.has(cell)]
     return [*text, "", f"![learning rates]({picture('sweep')})", "", cost_table(results, own), ""]
+
+
+CONFIRMED = (("gndm, lr 0.0008", "dmd2, lr 0.0008"), ("4 uses, lr 0.0008", "gndm, lr 0.0008"))
+"""Comparisons that were run again on fresh seeds: each method at its best rate of the sweep, and reuse."""
+
+
+def confirmation_lines(fresh: Results) -> list[str]:
+    """Return the comparisons on the confirming seeds."""
+    pairs = [pair for pair in CONFIRMED if all(map(fresh.has, pair))]
+    if not pairs:
+        return ["Not run yet."]
+    cells = list(dict.fromkeys(cell for pair in pairs for cell in pair))
+    return [*(f"- {compare(fresh, *pair)}." for pair in pairs), "", cost_table(fresh, cells)]
 
 
 def write_report(out: Path, page: Path | None) -> Path:
@@ -257,12 +345,13 @@ def write_report(out: Path, page: Path | None) -> Path:
 
     if page is None:
         page = Path(__file__).parents[1] / "docs" / "study.md" if out == RESULTS else out / "study.md"
-    results = Results(read_runs(out / "runs.jsonl"))
-    if not (results.has("dmd2") and results.has("gndm")):
-        raise SystemExit(f"{out / 'runs.jsonl'} has no runs of dmd2 and gndm; start with: study.py run")
+    rows = read_runs(out / "runs.jsonl")
+    results, fresh = (Results(r for r in rows if r["seed"] in seeds) for seeds in (SEEDS, CONFIRMING_SEEDS))
+    if not all(map(results.has, ("dmd2", "gndm", REFERENCE))):
+        raise SystemExit(f"{out / 'runs.jsonl'} has no runs of dmd2, gndm and {REFERENCE}; start with: study.py run")
     plot_sweep(results, page.parent / picture("sweep"))
     reuse = [cell.name for cell in all_cells() if "uses" in cell.name and results.has(cell.name)]
-    plot_reuse(results, ["gndm", *reuse], page.parent / picture("reuse"))
+    plot_reuse(results, [c for c in ("gndm", *reuse) if "lr" not in c], page.parent / picture("reuse"))
     for setting in SETTINGS:
         plot_fronts(results, setting, page.parent / picture(f"front_{setting}"))
     others = [c.name for c in all_cells() if (c.questions == "d" or c.preset == "refl") and results.has(c.name)]
@@ -270,12 +359,13 @@ def write_report(out: Path, page: Path | None) -> Path:
     sections = [
         reading.read_text(encoding="utf-8").strip(),
         "## a. DMD2 against GNDM\n\n" + "\n".join(sweep_lines(results)),
+        "## Confirmed on seeds that nothing was chosen on\n\n" + "\n".join(confirmation_lines(fresh)),
         "## On a closed-form mixture\n\n" + "\n".join(mixture_lines(out / "mixture.jsonl")),
         "## b. DMDR against GNDMR\n\n" + "\n".join(line for s in SETTINGS for line in front_lines(results, s)),
         "## c. Importance sampling\n\n"
-        + cost_table(results, ["gndm", *reuse])
+        + cost_table(results, ["gndm", REFERENCE, *reuse])
         + f"\n\n![uses of a rollout]({picture('reuse')})",
-        "## d, e. Guidance, adversary, and rewards alone\n\n" + reward_table(results, ["gndm", *others]),
+        "## d, e. Guidance, adversary, and rewards alone\n\n" + reward_table(results, [REFERENCE, *others]),
     ]
     page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     print(f"wrote {page}")

@@ -71,70 +71,90 @@ def check(directory: str | Path, own: RunState, rollouts: Path) -> RunState:
             other rewards, or with (without) a moving average.
     """
     folder = Path(directory)
+    _check_complete(folder)
+    try:
+        state = _read(folder, rollouts)
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            has_ema = any(name.startswith("ema.") for name in file.keys())  # noqa: SIM118 - it is no mapping
+    except DAMAGED as error:
+        raise CheckpointError(
+            f"cannot resume from {str(folder)!r}: it is damaged ({type(error).__name__}: {error}). Use an earlier "
+            "checkpoint."
+        ) from error
+    _check_same_run(folder, state, own, has_ema)
+    return state
+
+
+DAMAGED = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    EOFError,
+    RuntimeError,
+    UnpicklingError,
+    SafetensorError,
+)
+"""What reading a damaged file can raise."""
+
+
+def _check_complete(folder: Path) -> None:
+    """Raise `CheckpointError` unless the folder has the files of a checkpoint."""
     if not folder.is_dir():
-        raise CheckpointError(f"cannot resume: there is no folder {str(directory)!r}")
+        raise CheckpointError(f"cannot resume: there is no folder {str(folder)!r}")
     if not (folder / STATE).is_file():
         raise CheckpointError(
-            f"cannot resume from {str(directory)!r}: it has no {STATE}, so it is no checkpoint of this SDK. Pass a "
+            f"cannot resume from {str(folder)!r}: it has no {STATE}, so it is no checkpoint of this SDK. Pass a "
             "folder named checkpoint-N from the output folder of an earlier run."
         )
     missing = [name for name in (*TRAINER_FILES, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"cannot resume from {str(directory)!r}: {', '.join(missing)} missing, so its writing was interrupted (or "
+            f"cannot resume from {str(folder)!r}: {', '.join(missing)} missing, so its writing was interrupted (or "
             "save_only_model was set). Use an earlier checkpoint."
         )
-    try:
-        saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        if saved.get("format") != FORMAT:
-            raise CheckpointError(
-                f"checkpoint {str(directory)!r} has format {saved.get('format')}; this version reads {FORMAT}"
-            )
-        state = RunState(**saved)
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        for name in ("optimizer.pt", "scheduler.pt"):
-            torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
-        if state.stored_rollouts:
-            if not rollouts.is_file():
-                raise CheckpointError(f"cannot resume from {str(directory)!r}: {rollouts.name} missing")
-            read_rollouts(rollouts, torch.device("cpu"))
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            has_ema = any(name.startswith("ema.") for name in file.keys())  # noqa: SIM118 - it is no mapping
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        EOFError,
-        RuntimeError,
-        UnpicklingError,
-        SafetensorError,
-    ) as error:
+
+
+def _read(folder: Path, rollouts: Path) -> RunState:
+    """Return the run state after trying to read every other file; raises whatever goes wrong."""
+    saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    if saved.get("format") != FORMAT:
         raise CheckpointError(
-            f"cannot resume from {str(directory)!r}: it is damaged ({type(error).__name__}: {error}). Use an earlier "
-            "checkpoint."
-        ) from error
+            f"checkpoint {str(folder)!r} has format {saved.get('format')}; this version reads {FORMAT}"
+        )
+    state = RunState(**saved)
+    json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    for name in ("optimizer.pt", "scheduler.pt"):
+        torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+    if state.stored_rollouts:
+        if not rollouts.is_file():
+            raise CheckpointError(f"cannot resume from {str(folder)!r}: {rollouts.name} missing")
+        read_rollouts(rollouts, torch.device("cpu"))
+    return state
+
+
+def _check_same_run(folder: Path, state: RunState, own: RunState, has_ema: bool) -> None:
+    """Raise `CheckpointError` if the checkpoint is of another run than `own`."""
     if state.fingerprint != own.fingerprint:
-        raise CheckpointError(f"checkpoint {str(directory)!r} was made with another base model; pass the same one")
+        raise CheckpointError(f"checkpoint {str(folder)!r} was made with another base model; pass the same one")
     if state.rewards != own.rewards:
         raise CheckpointError(
-            f"checkpoint {str(directory)!r} was made with the rewards {state.rewards}, this run has {own.rewards}; "
+            f"checkpoint {str(folder)!r} was made with the rewards {state.rewards}, this run has {own.rewards}; "
             "resume with the same ones"
         )
     if state.adapters != own.adapters and state.adapters.keys() == own.adapters.keys():
         role = next(role for role in own.adapters if state.adapters[role] != own.adapters[role])
         raise CheckpointError(
-            f"weights of checkpoint {str(directory)!r} do not fit: its {role!r} has {state.adapters[role]}, this run's "
+            f"weights of checkpoint {str(folder)!r} do not fit: its {role!r} has {state.adapters[role]}, this run's "
             f"{own.adapters[role]}; resume with the same ones (weights trained with another LoRA rank or alpha mean "
             "something else)"
         )
     if has_ema != (own.ema_steps is not None):
         raise CheckpointError(
-            f"checkpoint {str(directory)!r} was made {'with' if has_ema else 'without'} a moving average of the "
+            f"checkpoint {str(folder)!r} was made {'with' if has_ema else 'without'} a moving average of the "
             f"student; set ema_decay {'above 0' if has_ema else 'to 0'} to resume from it"
         )
-    return state
 
 
 def load_weights(directory: str | Path, adapter: ModelAdapter) -> dict[int, Tensor]:

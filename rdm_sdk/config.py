@@ -63,10 +63,10 @@ class RDMConfig(TrainingArguments):
         },
     )
     critic_correction: Literal["group", "others", "none"] = field(
-        default="group",
+        default="others",
         metadata={
-            "help": "Take the critic's lag, as a group's mean residual shows it, out of the gradient of 'dm'; 'others' "
-            "leaves each sample out of its own fit."
+            "help": "Take the critic's lag, as the mean residual of the group's other samples shows it, out of the "
+            "gradient of 'dm'; 'group' counts the sample itself as well, which narrows the student."
         },
     )
 

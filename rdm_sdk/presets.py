@@ -32,7 +32,7 @@ _DMD2: dict[str, Value] = {
 _GNDM: dict[str, Value] = {
     "normalization": "sample",
     "spread": "stratified",
-    "critic_correction": "group",
+    "critic_correction": "others",
     "num_generations": 8,
     "num_iterations": 1,
 }

@@ -94,6 +94,21 @@ def rollout(student_of: StudentOf, noise: Tensor, depths: Tensor, policy: FewSte
 
 
 @torch.no_grad()
+def redraw(done: Rollout, x_0: Tensor, steps: Tensor, policy: FewStepPolicy) -> None:
+    """Let trajectories go on from what the student says now: in place, x_0 at steps k and the state after it.
+
+    `x_0` `[N, *x]` is its prediction at the stored states of steps k (`[N]`). What follows a redrawn state is still an
+    older student's; who visits the steps in order draws each of them anew before it counts.
+    """
+    columns = torch.arange(len(steps), device=steps.device)
+    done.x_0[steps, columns] = x_0
+    rows = (steps + 1 < policy.num_steps).nonzero()[:, 0]
+    at = steps[rows]
+    transition = policy.transition(done.states[at, rows], x_0[rows], at)
+    done.states[at + 1, rows] = step(transition, torch.randn_like(x_0[rows]))
+
+
+@torch.no_grad()
 def state_log_ratio(
     student_of: StudentOf, done: Rollout, steps: Tensor, policy: FewStepPolicy, reduction: Reduction
 ) -> Tensor:

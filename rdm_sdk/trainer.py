@@ -29,7 +29,7 @@ from rdm_sdk.models.roles import check_lora_config
 from rdm_sdk.objective import Signal, Term, combine, normalize, policy_loss, policy_pull
 from rdm_sdk.requirements import check_run, check_same_plugins, critic_roles
 from rdm_sdk.rewards.resolve import RewardFuncs, resolve_rewards, routed
-from rdm_sdk.sampling import StudentOf, plan_steps, replay_log_ratio, rollout, state_log_ratio
+from rdm_sdk.sampling import StudentOf, plan_steps, redraw, replay_log_ratio, rollout, state_log_ratio
 from rdm_sdk.types import Condition, Experience, RewardOutput, select, select_steps
 from rdm_sdk.weighting import Weighting, make_weighting, weigh
 
@@ -168,7 +168,7 @@ class RDMTrainer(JudgingTrainer):
             draw_steps(args.spread, groups, args.num_generations, last, noise.device), args.num_iterations, last
         )
         to_the_end = self.has(pathwise=False)
-        depths = torch.full_like(plan[0], args.num_inference_steps) if to_the_end else plan.amax(0) + 1
+        depths = torch.full_like(plan[0], args.num_inference_steps) if to_the_end else plan[0] + 1
         done = rollout(self._student_of(condition), noise, depths, self.policy)
         self.spent["rollouts"] += len(prompts)
         weights = torch.ones(len(prompts), device=noise.device)
@@ -246,6 +246,9 @@ class RDMTrainer(JudgingTrainer):
         x_0 = student(experience.states, self.policy.levels(experience.steps))
         if experience.use == 0:
             self._check_first_ratio(experience, x_0.detach())
+        elif not self.has(pathwise=False):
+            # No score hangs on how these trajectories ended, so the states that later uses start from are kept fresh.
+            redraw(experience.rollout, x_0.detach(), experience.steps, self.policy)
         return x_0
 
     def _judge(self, experience: Experience) -> dict[str, RewardOutput]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from pydantic import Field
 
@@ -32,13 +32,15 @@ class RewardStatistics:
     """Mean score, in the reward's native units."""
 
 
+Weights: TypeAlias = Mapping[str, float]
+Statistics: TypeAlias = Mapping[str, RewardStatistics]
+
+
 @runtime_checkable
 class Weighting(Protocol):
     """A weighting strategy: any object with these three methods."""
 
-    def weigh(
-        self, targets: Mapping[str, float], statistics: Mapping[str, RewardStatistics], step: int
-    ) -> dict[str, float]:
+    def weigh(self, targets: Weights, statistics: Statistics, step: int) -> dict[str, float]:
         """Return every reward's weight in optimizer step `step` (from 0).
 
         Called once per optimizer step, in order.
@@ -80,20 +82,12 @@ class Fixed:
         self.config: Any = config or self.Config()
         self._state: dict[str, float] = {}
 
-    def weigh(
-        self, targets: Mapping[str, float], statistics: Mapping[str, RewardStatistics], step: int
-    ) -> dict[str, float]:
+    def weigh(self, targets: Weights, statistics: Statistics, step: int) -> dict[str, float]:
         timing = schedule(self.config, step)
         scales = self._scales({n: t for n, t in targets.items() if n != ANCHOR and t}, targets, statistics, step)
         return {n: t if n == ANCHOR else t * timing * scales.get(n, 0.0) for n, t in targets.items()}
 
-    def _scales(
-        self,
-        others: Mapping[str, float],
-        targets: Mapping[str, float],
-        statistics: Mapping[str, RewardStatistics],
-        step: int,
-    ) -> dict[str, float]:
+    def _scales(self, others: Weights, targets: Weights, statistics: Statistics, step: int) -> dict[str, float]:
         """Return the factor on each reward's own weight; strategies differ in nothing else."""
         return dict.fromkeys(others, 1.0)
 
@@ -131,13 +125,7 @@ class Balance(Fixed):
     Config = BalanceConfig
     needs_anchor = True
 
-    def _scales(
-        self,
-        others: Mapping[str, float],
-        targets: Mapping[str, float],
-        statistics: Mapping[str, RewardStatistics],
-        step: int,
-    ) -> dict[str, float]:
+    def _scales(self, others: Weights, targets: Weights, statistics: Statistics, step: int) -> dict[str, float]:
         for name, of in statistics.items():
             self._average(f"pull/{name}", of.pull, self.config.decay)
         anchor = abs(targets[ANCHOR]) * self._state.get(f"pull/{ANCHOR}", 0.0)
@@ -171,13 +159,7 @@ class Constraint(Fixed):
     Config = ConstraintConfig
     needs_anchor = True
 
-    def _scales(
-        self,
-        others: Mapping[str, float],
-        targets: Mapping[str, float],
-        statistics: Mapping[str, RewardStatistics],
-        step: int,
-    ) -> dict[str, float]:
+    def _scales(self, others: Weights, targets: Weights, statistics: Statistics, step: int) -> dict[str, float]:
         if ANCHOR in statistics:
             residual = self._average("residual", statistics[ANCHOR].pull, self.config.decay)
             lowest = self._state["lowest"] = min(self._state.get("lowest", math.inf), residual)
@@ -193,9 +175,7 @@ class Constraint(Fixed):
         return scales
 
 
-def weigh(
-    weighting: Weighting, targets: Mapping[str, float], statistics: Mapping[str, RewardStatistics], step: int
-) -> dict[str, float]:
+def weigh(weighting: Weighting, targets: Weights, statistics: Statistics, step: int) -> dict[str, float]:
     """Ask a strategy for the weights of a step, and check that it answered for every reward and no other.
 
     Raises:

@@ -241,6 +241,49 @@ def test_the_weights_act_on_the_students_loss(make_trainer: Make, tmp_path: Path
     assert any(not torch.equal(a, b) for a, b in zip(two, plain_two, strict=True))
 
 
+# ---- States that later uses start from --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scored", [False, True], ids=["gradients", "scores"])
+def test_later_uses_start_from_states_of_the_latest_student(make_trainer: Make, tmp_path: Path, scored: bool) -> None:
+    """A later use's prediction leads to the next use's state, unless a score hangs on how the trajectory ended."""
+    rewards = ["dm", (Judge(), 0.1)] if scored else "dm"
+    trainer = make_trainer(tmp_path, rewards, num_iterations=4, max_steps=4, min_effective_sample_size=0.0, **BOLD)
+    seen: list[tuple[Any, Tensor, Tensor]] = []  # rollout, states and predictions of a use
+    plain = trainer._judge
+
+    def watching(experience: Any) -> Any:
+        done = experience.rollout
+        seen.append((experience, done.states.clone(), experience.x_0.clone()))
+        return plain(experience)
+
+    trainer._judge = watching  # type: ignore[method-assign]
+    trainer.train()
+    assert [own.use for own, _, _ in seen] == [0, 1, 2, 3]
+    for (own, states, x_0), (_, before, _) in zip(seen[1:], seen, strict=False):
+        for i, k in enumerate(own.steps.tolist()):
+            if scored:
+                assert torch.equal(states[:, i], before[:, i])
+            elif k < 3:
+                assert not torch.equal(states[k + 1, i], before[k + 1, i])
+                assert torch.equal(own.rollout.x_0[k, i], x_0[i])
+                others = [j for j in range(4) if j != k + 1]
+                assert torch.equal(states[others, i], before[others, i])
+
+
+def test_a_rollout_goes_only_as_far_as_its_first_use(make_trainer: Make, tmp_path: Path) -> None:
+    """What later uses need is drawn on the way, so reuse without scores adds no depth to rollouts."""
+    costs = []
+    for uses in (1, 4):
+        trainer = make_trainer(
+            tmp_path, num_iterations=uses, max_steps=1, critic_steps=1, spread="stratified", num_generations=4
+        )
+        trainer.train()
+        costs.append(trainer.costs())
+    assert costs[0] == costs[1]
+    assert costs[0]["cost/student_forwards"] == 8 * (1 + 2 + 3 + 4) / 4 + 8  # rollouts, and the update's predictions
+
+
 # ---- Effective sample size --------------------------------------------------------------------------------------
 
 

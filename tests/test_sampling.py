@@ -13,7 +13,7 @@ from rdm_sdk.core.noise import FlowSchedule, VariancePreservingSchedule
 from rdm_sdk.core.transitions import TransitionKind
 from rdm_sdk.digits import teacher_path
 from rdm_sdk.models.load import load_adapter
-from rdm_sdk.sampling import FewStepPolicy, plan_steps, rollout, sample
+from rdm_sdk.sampling import FewStepPolicy, plan_steps, redraw, rollout, sample
 from rdm_sdk.types import Denoiser, select, select_steps
 
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
@@ -70,6 +70,25 @@ def test_rollout_equals_a_simulation_by_hand(depths: list[int]) -> None:
         assert (got.x_0[:depth, i] != 0).all()
         assert (got.x_0[depth:, i] == 0).all()
         assert (got.states[depth + 1 :, i] == 0).all()
+
+
+@by_policy
+def test_redrawn_states_come_from_what_the_student_says_now(policy: FewStepPolicy) -> None:
+    """In place: x_0 at each sample's own step, the state after it from a fresh draw, and nothing else."""
+    done = rollout(student_of, torch.randn(5, 3), torch.full((5,), 4), policy)
+    states, x_0, steps = done.states.clone(), done.x_0.clone(), torch.tensor([0, 3, 1, 2, 2])
+    now = torch.randn(5, 3)
+    torch.manual_seed(1)
+    redraw(done, now, steps, policy)
+    torch.manual_seed(1)
+    eps = dict(zip((0, 2, 3, 4), torch.randn(4, 3), strict=True))  # the second sample is at its last step
+    for i, k in enumerate(steps.tolist()):
+        x_0[k, i] = now[i]
+        if k < 3:
+            transition = policy.transition(states[k, i : i + 1], now[i : i + 1], steps[i : i + 1])
+            states[k + 1, i] = transition.mean[0] + transition.std[0] * eps[i]
+    torch.testing.assert_close(done.states, states)
+    assert torch.equal(done.x_0, x_0)
 
 
 @by_policy

@@ -33,8 +33,8 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_smoke_runs_every_kind_of_cell_for_two_seeds(smoke: Path) -> None:
     """A line per run, with costs; all cells of the smoke study spend the same teacher forwards."""
     rows = [json.loads(line) for line in (smoke / "runs.jsonl").read_text().splitlines()]
-    assert len(rows) == 8
-    assert len({row["cell"] for row in rows}) == 4
+    assert len(rows) == 10
+    assert len({row["cell"] for row in rows}) == 5
     assert {row["seed"] for row in rows} == {0, 1}
     assert {row["costs"]["cost/teacher_forwards"] for row in rows} == {4 * 32}
     assert all(row["FID-SD"] > 0 and 0 < row["legibility"] <= 1 for row in rows)
@@ -52,7 +52,7 @@ def test_the_page_regenerates_from_the_raw_results(smoke: Path) -> None:
     result = study("report", "--out", str(smoke))
     assert result.returncode == 0, result.stderr[-2000:]
     page = (smoke / "study.md").read_text()
-    for text in ("| dmd2", "| 4 uses", "| balance, ink against jpeg 0.1 and 1", "Stable range"):
+    for text in ("| dmd2", "| 4 uses", "| balance, ink against jpeg 0.1 and 3", "Stable range"):
         assert text in page
     for name in ("sweep", "reuse", "front_ink_against_jpeg"):
         assert (smoke / f"study_{name}.png").stat().st_size > 5000

@@ -26,10 +26,12 @@ def critic_lag(residual: Tensor, profile: Tensor, group_size: int, leave_one_out
 
     For an exact critic D_fake(x_t) = E[x_0 | x_t], so the residuals x_0 - D_fake(x_t) of a group have mean zero; a mean
     that stands out from their scatter is the critic's error, and D_real - D_fake is off by as much. The lag is
-    modeled as `profile_i b` with one b `[*x]` per group, fitted by least squares and shrunk toward zero by the
-    positive-part James-Stein rule, 1 - Var(b) / |b|^2 with Var(b) from the scatter. Adding it to D_fake pulls the
-    group's mean straight toward the teacher's, D_real - x_0, as far as the critic cannot be trusted with it. This is
-    our reading of "group-mean statistics" (arXiv 2603.28460), not a formula of the paper.
+    modeled as `profile_i b` with one b `[*x]` per group. For Gaussian data of unit variance the profile is also the
+    residual's variance, so that the best linear estimate (generalized least squares) is the ratio of two means,
+    b = sum_j r_j / sum_j profile_j. It is shrunk toward zero by the positive-part James-Stein rule, 1 - Var(b) / |b|^2
+    with Var(b) from the scatter. Adding the lag to D_fake pulls the group's mean straight toward the teacher's,
+    D_real - x_0, as far as the critic cannot be trusted with it. This is our reading of "group-mean statistics" (arXiv
+    2603.28460), not a formula of the paper.
 
     A sample's own residual is part of its group's mean, which also pulls it a little toward its own denoised mean: the
     correction is biased, and narrows the student. `leave_one_out` takes it out of its own fit, which removes that bias;
@@ -56,16 +58,17 @@ def critic_lag(residual: Tensor, profile: Tensor, group_size: int, leave_one_out
 
     grouped = residual.reshape(-1, group_size, residual[0].numel())  # [P, G, D]
     shape = profile.reshape(-1, group_size, 1)
-    energy = total(shape.square())  # [P, G or 1, 1]
-    lag = total(shape * grouped) / energy  # [P, G or 1, D]
-    # The sum of |shape (r - shape b)|^2, multiplied out, because with leave_one_out b differs from sample to sample.
+    weight = total(shape)  # [P, G or 1, 1]
+    lag = total(grouped) / weight  # [P, G or 1, D]
+    size = lag.square().sum(2, keepdim=True)
+    # The sum of |r - shape b|^2, multiplied out, because with leave_one_out b differs from sample to sample.
     scatter = (
-        total(shape.square() * grouped.square().sum(2, keepdim=True))
-        - 2 * (lag * total(shape.pow(3) * grouped)).sum(2, keepdim=True)
-        + lag.square().sum(2, keepdim=True) * total(shape.pow(4))
+        total(grouped.square().sum(2, keepdim=True))
+        - 2 * (lag * total(shape * grouped)).sum(2, keepdim=True)
+        + size * total(shape.square())
     ).clamp_min(0)
-    variance = scatter / energy.square() * (counted / (counted - 1))
-    kept = (1 - variance / lag.square().sum(2, keepdim=True).clamp_min(torch.finfo(lag.dtype).tiny)).clamp_min(0)
+    variance = scatter / weight.square() * (counted / (counted - 1))
+    kept = (1 - variance / size.clamp_min(torch.finfo(lag.dtype).tiny)).clamp_min(0)
     return (kept * shape * lag).reshape(residual.shape)
 
 

@@ -43,8 +43,8 @@ class DiffusionContext:
     spread: Spread = "stratified"
     """How noise levels are spread over a group."""
     critic_correction: Literal["group", "others", "none"] = "none"
-    """Whether the critic's lag is estimated from each group (without the sample itself: "others") and taken out of
-    `dm`'s gradient."""
+    """Whether the critic's lag is estimated from a sample's group (or from the "others" in it) and taken out of `dm`'s
+    gradient."""
     guidance_scale: float = 1.0
     """Of the teacher, uncond + s (cond - uncond); 1 is none."""
     denoiser_pair: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None

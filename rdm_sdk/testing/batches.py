@@ -16,6 +16,8 @@ from rdm_sdk.types import Denoiser
 
 PROMPTS = ("a red fox in the snow", "two boats at night", "an old wooden chair", "a bowl of green apples")
 GROUP_SIZE = 2
+LATENT_CHANNELS = 4
+"""Of the made-up latents, and so the width of the made-up teacher's features."""
 
 
 def example_images(count: int, height: int = 64, width: int = 64, seed: int = 0) -> Tensor:
@@ -28,24 +30,28 @@ def example_images(count: int, height: int = 64, width: int = 64, seed: int = 0)
 
 
 def example_batch(reward: Reward, height: int = 64, width: int = 64, seed: int = 0) -> RewardBatch:
-    """Return random samples of the space that a reward reads: eight, two per prompt.
+    """Return random samples of the space that a reward reads: eight, two per prompt, with pictures as column "image".
 
     Latents come with a diffusion context whose teacher and critic are the exact denoisers of two Gaussians, so that
     rewards which read the run's models have something sound to read.
     """
-    if reward.capabilities.columns:
-        names = ", ".join(reward.capabilities.columns)
+    unknown = [name for name in reward.capabilities.columns if name != "image"]
+    if unknown:
+        names = ", ".join(unknown)
         raise RewardError(
             f"reward {reward.name!r} needs the columns {names}: write example(self), which returns a RewardBatch that "
             "has them, such as RewardBatch.from_images(images, prompts, 2, columns)"
         )
     count = GROUP_SIZE * len(PROMPTS)
     prompts = [prompt for prompt in PROMPTS for _ in range(GROUP_SIZE)]
+    columns: dict[str, list[object]] = {}
+    if "image" in reward.capabilities.columns:
+        columns["image"] = list(example_images(count, height, width, seed + 1))
     if reward.capabilities.space == "pixel":
-        return RewardBatch.from_images(example_images(count, height, width, seed), prompts, GROUP_SIZE)
+        return RewardBatch.from_images(example_images(count, height, width, seed), prompts, GROUP_SIZE, columns)
     generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(count, 4, height // 8, width // 8, generator=generator)
-    return RewardBatch(latents, prompts, GROUP_SIZE, _decode, context=gaussian_context())
+    latents = torch.randn(count, LATENT_CHANNELS, height // 8, width // 8, generator=generator)
+    return RewardBatch(latents, prompts, GROUP_SIZE, _decode, columns, gaussian_context())
 
 
 def gaussian_context() -> DiffusionContext:
@@ -74,6 +80,7 @@ def gaussian_context() -> DiffusionContext:
         8,
         denoiser_pair=pair,
         features=lambda x_t, sigma: x_t.flatten(2).transpose(1, 2),
+        encode_images=_encode,
         unprompted=denoiser("unprompted"),
     )
 
@@ -89,6 +96,11 @@ def copied(batch: RewardBatch) -> RewardBatch:
     """Return a batch that shares no data with the given one."""
     columns = {name: list(values) for name, values in batch.columns.items()}
     return replace(batch, latents=batch.latents.clone(), prompts=list(batch.prompts), columns=columns)
+
+
+def _encode(images: Tensor) -> Tensor:
+    pooled = F.avg_pool2d(images, 8)
+    return torch.cat([pooled, pooled.mean(1, keepdim=True)], 1)
 
 
 def _decode(latents: Tensor) -> Tensor:

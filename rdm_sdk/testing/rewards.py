@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rdm_sdk.errors import RewardError, said
 from rdm_sdk.rewards.base import Reward, RewardBatch
 from rdm_sdk.rewards.resolve import RewardFuncs, resolve_rewards
-from rdm_sdk.testing.batches import example_batch
+from rdm_sdk.testing.batches import LATENT_CHANNELS, example_batch
 from rdm_sdk.testing.checks import CHECKS
 from rdm_sdk.testing.subject import Check, Subject
 
@@ -70,6 +70,8 @@ def check_reward(
 def run_reward_checks(reward: RewardFuncs, batch: RewardBatch | None = None) -> list[CheckResult]:
     """Run every check and return the results; a check whose prerequisite failed is skipped."""
     made = _only(reward)
+    if made.capabilities.head:
+        made.make_head(LATENT_CHANNELS)  # as the host does, for the features of the teacher in the kit's batch
     subject = Subject(made, batch or made.example() or example_batch(made))
     results: dict[str, CheckResult] = {}
     root: dict[str, str] = {}

@@ -32,16 +32,16 @@ def residuals(num_groups, group_size, shape, lag, seed=0, schedule=FLOW, one_lev
 
 
 def by_loops(residual, profile, group_size, leave_one_out):
-    """Least squares and James-Stein shrinkage, one group, one sample and one number at a time."""
+    """Generalized least squares and James-Stein shrinkage, one group, one sample and one number at a time."""
     rows, profile, result = residual.double().flatten(1).tolist(), profile.double().tolist(), []
     dims = range(len(rows[0]))
     for i in range(len(rows)):
         start = i - i % group_size
         used = [j for j in range(start, start + group_size) if j != i or not leave_one_out]
-        energy = sum(profile[j] ** 2 for j in used)
-        lag = [sum(profile[j] * rows[j][d] for j in used) / energy for d in dims]
-        misfit = sum((profile[j] * (rows[j][d] - profile[j] * lag[d])) ** 2 for j in used for d in dims)
-        variance = misfit / energy**2 * len(used) / (len(used) - 1)
+        weight = sum(profile[j] for j in used)
+        lag = [sum(rows[j][d] for j in used) / weight for d in dims]
+        misfit = sum((rows[j][d] - profile[j] * lag[d]) ** 2 for j in used for d in dims)
+        variance = misfit / weight**2 * len(used) / (len(used) - 1)
         kept = max(0.0, 1 - variance / sum(slope**2 for slope in lag))
         result.append([kept * profile[i] * slope for slope in lag])
     return torch.tensor(result).reshape(residual.shape)

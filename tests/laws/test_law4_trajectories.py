@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rdm_sdk.core.noise import FlowSchedule, VariancePreservingSchedule
-from rdm_sdk.sampling import FewStepPolicy, replay_log_ratio, rollout, state_log_ratio
+from rdm_sdk.sampling import FewStepPolicy, redraw, replay_log_ratio, rollout, state_log_ratio
 from rdm_sdk.types import select_steps
 
 SIGMAS = (1.0, 0.8, 0.55, 0.3)
@@ -92,6 +92,25 @@ def test_reweighted_states_are_those_of_the_new_student(policy):
         torch.testing.assert_close(done.states[k].mean(0), old_mean[0], rtol=0, atol=0.02)
         torch.testing.assert_close(recovered, new_mean[0], rtol=0, atol=0.04)
     assert (new_mean - old_mean).min() > 0.08
+
+
+@by_policy
+def test_redrawn_states_keep_the_ratio_unbiased(policy):
+    """Law 4: each transition remembers the student that drew it, so weights fit trajectories of several students."""
+    num, middle, newest = 60_000, student(0.15), student(0.3)
+    done = roll(policy, num, 2, student())
+    for k in (0, 1):  # the student of each use says where the trajectory goes on
+        at, levels = torch.full((num,), k), torch.full((num,), SIGMAS[k])
+        now = student() if k == 0 else middle
+        redraw(done, now(torch.arange(num))(done.states[k], levels), at, policy)
+    steps = torch.full((num,), 2)
+    ratio = state_log_ratio(newest, done, steps, policy, "sum").exp()
+    assert ratio.mean().item() == pytest.approx(1, abs=0.02)
+    mean, row = torch.zeros(1, 2), torch.tensor([0])
+    for k in (0, 1):
+        mean = policy.transition(mean, newest(row)(mean, torch.tensor([SIGMAS[k]])), torch.tensor([k])).mean
+    torch.testing.assert_close((ratio[:, None] * done.states[2]).mean(0), mean[0], rtol=0, atol=0.04)
+    assert (done.states[2].mean(0) - mean[0]).abs().max() > 0.06
 
 
 def test_only_transitions_before_the_step_are_evaluated():
