@@ -46,8 +46,8 @@ WITHIN: dict[str, list[set[str]]] = {
         {"scoring", "builtin"},
     ],
     "vision": [{"preprocess", "weights"}, {"clip"}, {"__init__"}],
-    "testing": [{"batches", "models"}, {"subject"}, {"checks"}, {"rewards"}, {"__init__"}],
-    "models": [{"roles"}, {"base"}, {"sd3"}, {"load"}],
+    "testing": [{"batches", "models"}, {"subject", "pipelines"}, {"checks"}, {"rewards"}, {"__init__"}],
+    "models": [{"roles"}, {"base"}, {"sd", "sd3"}, {"sdxl"}, {"load"}],
     "digits": [{"__init__"}, {"classifier"}],
 }
 """The same inside the packages; "__init__" imports nothing unless it is named here."""

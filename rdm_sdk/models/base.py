@@ -145,7 +145,8 @@ class ModelAdapter(ABC):
             seen: list[Tensor] = []
 
             def keep(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-                seen.append(output if isinstance(output, Tensor) else output[-1])
+                found = output if isinstance(output, Tensor) else output[-1]
+                seen.append(found.flatten(2).transpose(1, 2) if found.ndim == 4 else found)
 
             handle = self.feature_block().register_forward_hook(keep)
             try:
@@ -157,7 +158,9 @@ class ModelAdapter(ABC):
         return extract
 
     def feature_block(self) -> nn.Module:
-        """Return the block whose output, `[N, tokens, feature_width]` or last in a tuple, is the image's features.
+        """Return the block whose output, or the last of its outputs, is the image's features.
+
+        They are `[N, tokens, feature_width]` or a map `[N, feature_width, h, w]`.
 
         Raises:
             ModelError: the family names none; then rewards with a head of their own cannot be used with it.

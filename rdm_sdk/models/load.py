@@ -13,7 +13,11 @@ from rdm_sdk.errors import ModelError
 from rdm_sdk.models.base import ModelAdapter
 from rdm_sdk.models.roles import check_finite
 
-ADAPTERS = {"StableDiffusion3Pipeline": "rdm_sdk.models.sd3:SD3Adapter"}
+ADAPTERS = {
+    "StableDiffusionPipeline": "rdm_sdk.models.sd:SDAdapter",
+    "StableDiffusionXLPipeline": "rdm_sdk.models.sdxl:SDXLAdapter",
+    "StableDiffusion3Pipeline": "rdm_sdk.models.sd3:SD3Adapter",
+}
 """Pipeline classes to adapters, as dotted strings."""
 
 
