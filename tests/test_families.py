@@ -1,4 +1,4 @@
-"""Every family of models: the backbone gets what its own pipeline sends, and a trained student runs in plain diffusers."""
+"""Every family: the backbone gets what its own pipeline sends, and a trained student runs in plain diffusers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from rdm_sdk.models.load import ADAPTERS, load_adapter
 from rdm_sdk.models.roles import TEACHER
 from rdm_sdk.testing.pipelines import TINY_PIPELINES
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' Euler scheduler
+# Diffusers' Euler scheduler under numpy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 FAMILIES = sorted(ADAPTERS)
 PROMPTS = ["a red fox", "two boats"]
 by_family = pytest.mark.parametrize("family", FAMILIES)
@@ -78,13 +79,8 @@ def test_the_backbone_gets_what_the_pipeline_sends(family: str, pipelines: dict[
     size = size_of(adapter)
     torch.manual_seed(0)
     shape = adapter.latent_shape(**size)
-    theirs = calls_of(
-        pipeline,
-        adapter.component,
-        lambda: pipeline(
-            PROMPTS, num_inference_steps=2, guidance_scale=3.0, latents=torch.randn(2, *shape), output_type="latent", **size
-        ),
-    )
+    call = {"num_inference_steps": 2, "guidance_scale": 3.0, "latents": torch.randn(2, *shape), "output_type": "latent"}
+    theirs = calls_of(pipeline, adapter.component, lambda: pipeline(PROMPTS, **call, **size))
     assert len(theirs) >= 2
     both = [adapter.encode_prompts([""] * 2), adapter.encode_prompts(PROMPTS)]
     condition = {name: torch.cat([half[name] for half in both]) for name in both[0]}
@@ -190,6 +186,29 @@ def test_a_trained_student_runs_in_plain_diffusers(family: str, sampler: str, tm
 
 
 @by_family
+def test_decoding_gives_the_pipelines_pictures(family: str) -> None:
+    """The pipeline's own latents decode to the pipeline's own images; SDXL with statistics of its channels too."""
+    variants: list[dict[str, list[float]]] = [{}]
+    if family == "StableDiffusionXLPipeline":
+        variants.append({"latents_mean": [0.3, -0.2, 0.1, 0.4], "latents_std": [1.5, 0.7, 1.2, 0.9]})
+    for statistics in variants:
+        pipeline = TINY_PIPELINES[family]()
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.vae.register_to_config(**statistics)
+        adapter = load_adapter(pipeline, torch.float32)
+        size = size_of(adapter)
+        call = {"num_inference_steps": 2, "latents": torch.randn(2, *adapter.latent_shape(**size)), **size}
+        with torch.no_grad():
+            latents = pipeline(PROMPTS, output_type="latent", **call).images
+            theirs = pipeline(PROMPTS, output_type="pt", **call).images
+            torch.testing.assert_close(adapter.decode(latents), theirs, rtol=0, atol=1e-5)
+            again = adapter.encode_images(theirs)
+            raw = pipeline.vae.encode(theirs * 2 - 1).latent_dist.mode()
+            undone = adapter._unscaled(again) if statistics else raw
+            torch.testing.assert_close(undone, raw, rtol=1e-4, atol=1e-5)
+
+
+@by_family
 def test_encoding_inverts_decoding_s_normalization(family: str, pipelines: dict[str, Any]) -> None:
     """A latent's place relative to the VAE's own: what decode undoes, encode_images does."""
     adapter = load_adapter(pipelines[family], torch.float32)
@@ -249,7 +268,7 @@ def test_bad_input_is_refused(family: str, pipelines: dict[str, Any]) -> None:
     adapter = load_adapter(pipelines[family], torch.float32)
     with pytest.raises(ConfigError, match=r"multiples of \d+; got 33 x 64"):
         adapter.latent_shape(33, 64)
-    with pytest.raises(ConfigError, match="shift=3.0 is for rectified flows"):
+    with pytest.raises(ConfigError, match=r"shift=3\.0 is for rectified flows"):
         adapter.student_scheduler(4, 3.0)
     with pytest.raises(ConfigError, match="num_inference_steps=3 does not divide the 1000 training steps"):
         adapter.student_sigmas(3, None)
