@@ -28,7 +28,7 @@ from study_cells import SEEDS, Cell, all_cells
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
-SMOKE = ("dmd2", "gndm", "gndm, lr 0.0008", "4 uses", "balance, ink against jpeg 0.1 and 3")
+SMOKE = ("dmd2", "gndm", "4 uses", "balance, ink against jpeg 0.1 and 3")
 
 
 def start_worker() -> None:
@@ -195,7 +195,7 @@ def main() -> None:
     running.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     running.add_argument("--only", nargs="+", default=["*"], help="names of cells, or patterns such as 'gndm*'")
     running.add_argument("--processes", type=int, default=2)
-    running.add_argument("--smoke", action="store_true", help="five cells, two seeds, four steps, 200 samples")
+    running.add_argument("--smoke", action="store_true", help="four cells, two seeds, four steps, 200 samples")
     reporting = commands.add_parser("report", help="write the page and its plots from the raw results")
     reporting.add_argument("--page", type=Path, help="the Markdown file; docs/study.md, or beside other results")
     for command in (running, reporting):

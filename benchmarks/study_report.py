@@ -13,7 +13,6 @@ from typing import Any
 
 from scipy.stats import t as student_t
 from study_cells import (
-    BEST_RATE,
     CONFIRMING_SEEDS,
     KINDS,
     METHODS,
@@ -22,6 +21,7 @@ from study_cells import (
     SETTINGS,
     all_cells,
     front_cells,
+    long_cell,
     sweep_cell,
 )
 from study_plots import plot_fronts, plot_reuse, plot_sweep
@@ -145,19 +145,15 @@ def reward_table(results: Results, cells: Sequence[str]) -> str:
     return markdown_table(("cell", "seeds", *figures), lines)
 
 
-REFERENCE = sweep_cell("gndm", BEST_RATE)
-"""What the runs of questions b, d and e are compared with."""
-
-
 def native(row: Row, reward: str) -> float:
     """Return a reward in units in which it is not saturated: legibility, near 1 in all cells, by what it lacks."""
     return -math.log10(1 - row[reward] + 1e-7) if reward == "legibility" else float(row[reward])
 
 
 def gain(results: Results, setting: str) -> Callable[[Row], float]:
-    """Return the gain in a setting's rewards over `REFERENCE`, each in deviations over its seeds, averaged."""
+    """Return the gain in a setting's rewards over `gndm`, each in deviations over its seeds, averaged."""
     names = SETTINGS[setting].rewards
-    base = {name: [native(row, name) for row in results.rows[REFERENCE]] for name in names}
+    base = {name: [native(row, name) for row in results.rows["gndm"]] for name in names}
     scales = {name: max(statistics.pstdev(values), 1e-9) for name, values in base.items()}
 
     def of(row: Row) -> float:
@@ -226,7 +222,8 @@ def equal_reward_lines(results: Results, setting: str) -> list[str]:
                     cost = cost_of_reward(ours[seed], reward)
                     if cost is not None:
                         logs.append(math.log(cost / distance))
-                line.append(f"{ratio(logs)}, {len(logs)} of {len(ours)} seeds" if len(logs) > 1 else "not reached")
+                reached = f"{len(logs)} of {len(ours)} seeds reach it" if ours else "not run"
+                line.append(f"{ratio(logs)}, {reached}" if len(logs) > 1 else reached)
             lines.append(line)
     return [markdown_table(header, lines), ""] if lines else []
 
@@ -322,21 +319,30 @@ def sweep_lines(results: Results) -> list[str]:
         "gndm, groups of 16",
     )
     compared += ("dmd2, lr 0.0032", "gndm without correction, lr 0.0032", "gndm, lr 0.0032")
+    compared += (long_cell("dmd2"), long_cell("gndm"))
     own = [cell for cell in compared if results.has(cell)]
     return [*text, "", f"![learning rates]({picture('sweep')})", "", cost_table(results, own), ""]
 
 
-CONFIRMED = (("gndm, lr 0.0008", "dmd2, lr 0.0008"), ("4 uses, lr 0.0008", "gndm, lr 0.0008"))
-"""Comparisons that were run again on fresh seeds: each method at its best rate of the sweep, and reuse."""
+CONFIRMED = (
+    (sweep_cell("gndm", 8e-4), sweep_cell("dmd2", 8e-4)),
+    ("gndm", "dmd2"),
+    ("gndm", sweep_cell("dmd2", 8e-4)),
+    (long_cell("gndm"), long_cell("dmd2")),
+)
+"""Comparisons run again on fresh seeds: at the two best rates, across them, and in longer runs."""
 
 
-def confirmation_lines(fresh: Results) -> list[str]:
-    """Return the comparisons on the confirming seeds."""
+def confirmation_lines(fresh: Results, both: Results) -> list[str]:
+    """Return the comparisons on the confirming seeds, and on these together with the first five."""
     pairs = [pair for pair in CONFIRMED if all(map(fresh.has, pair))]
     if not pairs:
         return ["Not run yet."]
     cells = list(dict.fromkeys(cell for pair in pairs for cell in pair))
-    return [*(f"- {compare(fresh, *pair)}." for pair in pairs), "", cost_table(fresh, cells)]
+    lines = []
+    for pair in pairs:
+        lines += [f"- Fresh seeds: {compare(fresh, *pair)}.", f"- All seeds: {compare(both, *pair)}."]
+    return [*lines, "", cost_table(both, cells)]
 
 
 def write_report(out: Path, page: Path | None) -> Path:
@@ -346,9 +352,12 @@ def write_report(out: Path, page: Path | None) -> Path:
     if page is None:
         page = Path(__file__).parents[1] / "docs" / "study.md" if out == RESULTS else out / "study.md"
     rows = read_runs(out / "runs.jsonl")
-    results, fresh = (Results(r for r in rows if r["seed"] in seeds) for seeds in (SEEDS, CONFIRMING_SEEDS))
-    if not all(map(results.has, ("dmd2", "gndm", REFERENCE))):
-        raise SystemExit(f"{out / 'runs.jsonl'} has no runs of dmd2, gndm and {REFERENCE}; start with: study.py run")
+    results, fresh, both = (
+        Results(r for r in rows if r["seed"] in seeds)
+        for seeds in (SEEDS, CONFIRMING_SEEDS, (*SEEDS, *CONFIRMING_SEEDS))
+    )
+    if not results.has("dmd2") and results.has("gndm"):
+        raise SystemExit(f"{out / 'runs.jsonl'} has no runs of dmd2 and gndm; start with: study.py run")
     plot_sweep(results, page.parent / picture("sweep"))
     reuse = [cell.name for cell in all_cells() if "uses" in cell.name and results.has(cell.name)]
     plot_reuse(results, [c for c in ("gndm", *reuse) if "lr" not in c], page.parent / picture("reuse"))
@@ -359,13 +368,13 @@ def write_report(out: Path, page: Path | None) -> Path:
     sections = [
         reading.read_text(encoding="utf-8").strip(),
         "## a. DMD2 against GNDM\n\n" + "\n".join(sweep_lines(results)),
-        "## Confirmed on seeds that nothing was chosen on\n\n" + "\n".join(confirmation_lines(fresh)),
+        "## Confirmed on seeds that nothing was chosen on\n\n" + "\n".join(confirmation_lines(fresh, both)),
         "## On a closed-form mixture\n\n" + "\n".join(mixture_lines(out / "mixture.jsonl")),
         "## b. DMDR against GNDMR\n\n" + "\n".join(line for s in SETTINGS for line in front_lines(results, s)),
         "## c. Importance sampling\n\n"
-        + cost_table(results, ["gndm", REFERENCE, *reuse])
+        + cost_table(results, ["gndm", sweep_cell("gndm", 8e-4), *reuse])
         + f"\n\n![uses of a rollout]({picture('reuse')})",
-        "## d, e. Guidance, adversary, and rewards alone\n\n" + reward_table(results, [REFERENCE, *others]),
+        "## d, e. Guidance, adversary, and rewards alone\n\n" + reward_table(results, ["gndm", *others]),
     ]
     page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     print(f"wrote {page}")

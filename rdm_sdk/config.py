@@ -71,6 +71,13 @@ class RDMConfig(TrainingArguments):
     )
 
     critic_steps: int = field(default=5, metadata={"help": "Critic updates per student update."})
+    critic_rollouts: Literal["shared", "fresh"] = field(
+        default="shared",
+        metadata={
+            "help": "Critics learn from the samples that the student's update uses, or, as in DMD2, each critic update "
+            "from rollouts of its own."
+        },
+    )
     critic_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the critic; None takes the student's."}
     )
@@ -217,6 +224,7 @@ _CHOICES = {
     "normalization": ("group", "sample", "batch", "rms"),
     "spread": ("stratified", "shared", "free"),
     "critic_correction": ("group", "others", "none"),
+    "critic_rollouts": ("shared", "fresh"),
     "scale_rewards": ("group", "batch", "none"),
     "multi_objective_aggregation": ("normalize_then_sum", "sum_then_normalize"),
     "reward_route": ("gradient", "advantage"),

@@ -128,10 +128,11 @@ class RDMTrainer(JudgingTrainer):
         args = self.args
         model.train()
         if self._window:
-            self._experiences = self._reuse(self._window) or [self._collect(batch) for batch in self._window]
-            self._window, self._position = [], 0
+            window, self._window, self._position = self._window, [], 0
+            self._experiences = self._reuse(window) or [self._collect(batch) for batch in window]
             for _ in range(args.critic_steps):
-                self._train_critics(self._experiences)
+                anew = args.critic_rollouts == "fresh"
+                self._train_critics([self._roll_out(batch) for batch in window] if anew else self._experiences)
 
         experience = self._experiences[self._position]
         x_0 = self._replay(experience)
@@ -157,7 +158,15 @@ class RDMTrainer(JudgingTrainer):
         return loss.detach() / self.current_gradient_accumulation_steps
 
     def _collect(self, inputs: dict[str, Any]) -> Experience:
-        """Roll the student out for a micro-batch of prompts, group-major, and score the endpoints."""
+        """Roll the student out for a micro-batch of prompts; score the endpoints if a reward acts by its scores."""
+        if not self.has(pathwise=False):
+            return self._roll_out(inputs)
+        experience = self._roll_out(inputs, to_the_end=True)
+        scored = [own for own in self.rewards if not own.pathwise]
+        return replace(experience, scored=self.score(scored, self.batch(experience, experience.rollout.x_0[-1])))
+
+    def _roll_out(self, inputs: dict[str, Any], to_the_end: bool = False) -> Experience:
+        """Roll the student out for prompts, group-major, as far as their first use goes or to the end."""
         args, prompts = self.args, inputs["prompts"]
         condition = self.encode(prompts)
         noise = torch.randn(len(prompts), *self.latent_shape, device=args.device)
@@ -167,17 +176,12 @@ class RDMTrainer(JudgingTrainer):
         plan = plan_steps(
             draw_steps(args.spread, groups, args.num_generations, last, noise.device), args.num_iterations, last
         )
-        to_the_end = self.has(pathwise=False)
         depths = torch.full_like(plan[0], args.num_inference_steps) if to_the_end else plan[0] + 1
         done = rollout(self._student_of(condition), noise, depths, self.policy)
         self.spent["rollouts"] += len(prompts)
         weights = torch.ones(len(prompts), device=noise.device)
         x_0 = select_steps(done.x_0, plan[0])
-        experience = Experience(prompts, inputs["columns"], condition, done, plan, 0, x_0, weights, {})
-        if not to_the_end:
-            return experience
-        scored = [own for own in self.rewards if not own.pathwise]
-        return replace(experience, scored=self.score(scored, self.batch(experience, done.x_0[-1])))
+        return Experience(prompts, inputs["columns"], condition, done, plan, 0, x_0, weights, {})
 
     def _reuse(self, window: Sequence[dict[str, Any]]) -> list[Experience] | None:
         """Return the stored rollouts of these prompts for one more use, or None if there are none or they are stale.

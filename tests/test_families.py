@@ -244,6 +244,17 @@ def test_v_prediction_is_recognized() -> None:
     assert load_adapter(pipeline, torch.float32).prediction == "v"
 
 
+def test_the_student_keeps_the_bases_training_steps() -> None:
+    """Betas and their rescaling to zero terminal signal go into the student's schedulers."""
+    pipeline = TINY_PIPELINES["StableDiffusionPipeline"](prediction_type="v_prediction")
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, rescale_betas_zero_snr=True)
+    adapter = load_adapter(pipeline, torch.float32)
+    for stochastic in (True, False):
+        scheduler = adapter.student_scheduler(4, None, stochastic)
+        assert torch.equal(scheduler.alphas_cumprod, pipeline.scheduler.alphas_cumprod)
+        assert scheduler.config.prediction_type == "v_prediction"
+
+
 def test_timesteps_of_noise_levels(pipelines: dict[str, Any]) -> None:
     """Integers on the training steps, rising in between, held at both ends."""
     adapter = load_adapter(pipelines["StableDiffusionPipeline"], torch.float32)

@@ -130,6 +130,29 @@ def test_several_rollouts_before_the_first_is_used_again(make_trainer: Make, tmp
     assert first_use == [True, True, False, False]
 
 
+def test_fresh_rollouts_for_every_critic_update(make_trainer: Make, tmp_path: Path) -> None:
+    """`critic_rollouts="fresh"`: as DMD2, each critic update draws samples of its own, and none of them is scored."""
+    costs, seen = {}, {}
+    for source in ("shared", "fresh"):
+        reward, judge = WatchedMatching(), Judge()
+        samples: list[Tensor] = []
+        learn = reward.training_loss
+        reward.training_loss = lambda batch, learn=learn, samples=samples: (  # type: ignore[method-assign]
+            samples.append(batch.latents) or learn(batch)  # type: ignore[func-returns-value]
+        )
+        trainer = make_trainer(
+            tmp_path, [reward, (judge, 0.1)], critic_rollouts=source, critic_steps=3, max_steps=2, learning_rate=1e-3
+        )
+        trainer.train()
+        costs[source], seen[source] = trainer.costs(), samples
+        assert len(judge.asked) == 2
+    assert costs["shared"]["cost/rollouts"] == 2 * 8
+    assert costs["fresh"]["cost/rollouts"] == 2 * 8 * (1 + 3)
+    assert costs["fresh"]["cost/fake_forwards"] == costs["shared"]["cost/fake_forwards"]
+    assert all(torch.equal(own, seen["shared"][i - i % 3]) for i, own in enumerate(seen["shared"]))
+    assert len({own.sum().item() for own in seen["fresh"]}) == 6
+
+
 # ---- Weights ----------------------------------------------------------------------------------------------------
 
 
