@@ -152,12 +152,16 @@ def front_cells(kind: str, setting: str) -> list[str]:
     return [front_cell(kind, setting, weights) for weights in front_weights(kind, setting)]
 
 
+FRESH = "gndm, fresh rollouts for every update"
+"""No reuse at all: each critic update and each student update has rollouts of its own, as in DMD2."""
+
+
 def reuse() -> list[Cell]:
     """Question c: student updates per rollout, with and without importance weights."""
     without = {"importance_sampling_correction": False}
     best = {"learning_rate": 8e-4}
     return [
-        Cell("gndm, fresh rollouts for every update", "c", settings={"critic_rollouts": "fresh"}),
+        Cell(FRESH, "c", settings={"critic_rollouts": "fresh"}),
         *(Cell(f"{uses} uses", "c", settings={"num_iterations": uses}, curve=True) for uses in (2, 4, 8)),
         *(Cell(f"{n} uses, lr 0.0008", "c", settings={"num_iterations": n, **best}, curve=True) for n in (2, 4, 8)),
         *(Cell(f"{n} uses, no weights", "c", settings={"num_iterations": n, **without}) for n in (4, 8)),

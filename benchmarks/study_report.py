@@ -14,6 +14,7 @@ from typing import Any
 from scipy.stats import t as student_t
 from study_cells import (
     CONFIRMING_SEEDS,
+    FRESH,
     KINDS,
     METHODS,
     RATES,
@@ -345,6 +346,20 @@ def confirmation_lines(fresh: Results, both: Results) -> list[str]:
     return [*lines, "", cost_table(both, cells)]
 
 
+def reuse_lines(results: Results, both: Results, cells: Sequence[str]) -> list[str]:
+    """Return question c's text: costs, and what each kind of reuse costs and gives against no reuse at all."""
+    shown = [cell for cell in (FRESH, "gndm", sweep_cell("gndm", 8e-4), *cells) if results.has(cell)]
+    lines = [cost_table(results, shown), "", f"![uses of a rollout]({picture('reuse')})", ""]
+    for cell in ("gndm", *cells) if results.has(FRESH) else ():
+        if "lr" not in cell:
+            rollouts = results.cost(cell, "rollouts") / results.cost(FRESH, "rollouts")
+            forwards = results.total_forwards(cell) / results.total_forwards(FRESH)
+            lines.append(
+                f"- {compare(both, cell, FRESH)}; {rollouts:.3f} of the rollouts, {forwards:.2f} of the evaluations."
+            )
+    return lines
+
+
 def write_report(out: Path, page: Path | None) -> Path:
     """Write the page and its plots; returns the page's path."""
     from study import RESULTS, read_runs
@@ -371,9 +386,7 @@ def write_report(out: Path, page: Path | None) -> Path:
         "## Confirmed on seeds that nothing was chosen on\n\n" + "\n".join(confirmation_lines(fresh, both)),
         "## On a closed-form mixture\n\n" + "\n".join(mixture_lines(out / "mixture.jsonl")),
         "## b. DMDR against GNDMR\n\n" + "\n".join(line for s in SETTINGS for line in front_lines(results, s)),
-        "## c. Importance sampling\n\n"
-        + cost_table(results, ["gndm", sweep_cell("gndm", 8e-4), *reuse])
-        + f"\n\n![uses of a rollout]({picture('reuse')})",
+        "## c. Importance sampling\n\n" + "\n".join(reuse_lines(results, both, reuse)),
         "## d, e. Guidance, adversary, and rewards alone\n\n" + reward_table(results, ["gndm", *others]),
     ]
     page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
