@@ -78,7 +78,8 @@ def plot_fronts(results: Results, setting: str, path: Path) -> None:
         xscale="log", xlabel="FID-SD (lower is better)", ylabel="gain in reward over GNDM (in its seeds' deviations)"
     )
     axes.set_title(setting)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     _save(figure, path)
 
 

@@ -200,6 +200,8 @@ def seed_fronts(results: Results, setting: str, kind: str) -> dict[int, Front]:
 def front_volumes(results: Results, setting: str) -> dict[str, Estimate]:
     """Return the hypervolume of every method's front, over seeds, against a reference that is worse than every run."""
     fronts = {kind: found for kind in KINDS if (found := seed_fronts(results, setting, kind))}
+    if not fronts:
+        return {}
     everyone = [point for found in fronts.values() for front in found.values() for point in front]
     reference = (min(reward for reward, _ in everyone), max(distance for _, distance in everyone))
     return {
