@@ -41,6 +41,7 @@ def test_presets_say_what_makes_the_methods_differ() -> None:
     assert dmd2.settings["normalization"] == dmdr.settings["normalization"] == "sample"
     assert dmd2.settings["spread"] == dmdr.settings["spread"] == "free"
     assert dmd2.settings["critic_correction"] == dmdr.settings["critic_correction"] == "none"
+    assert gndm.settings["critic_correction"] == "others"
     assert str(dmdr.settings["weighting"]).startswith("fixed[cold_start=")
     assert not str(gndmr.settings["weighting"]).startswith("fixed")
     assert "dm" not in refl.rewards
