@@ -101,12 +101,12 @@ class GroupSampler(Sampler[int]):
 class PromptCache:
     """Encoded prompts, the most recently used ones kept, so that an epoch encodes each prompt once."""
 
-    def __init__(self, encode: Callable[[list[str]], Condition], capacity: int = 256) -> None:
+    def __init__(self, encode: Callable[[list[str | None]], Condition], capacity: int = 256) -> None:
         self._encode, self._capacity = encode, capacity
-        self._rows: OrderedDict[str, Condition] = OrderedDict()
+        self._rows: OrderedDict[str | None, Condition] = OrderedDict()
 
-    def __call__(self, prompts: Sequence[str]) -> Condition:
-        """Return the condition of the prompts, `[N, ...]`, in their order."""
+    def __call__(self, prompts: Sequence[str | None]) -> Condition:
+        """Return the condition of the prompts, `[N, ...]`, in their order; None is no prompt."""
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._rows:
                 # One at a time: in a batch, an encoding's last bits depend on the prompts beside it, and a resumed run,

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 
+from rdm_sdk.errors import ModelError
 from rdm_sdk.models.base import ModelAdapter
 from rdm_sdk.rewards.resolve import WeightedReward
 from rdm_sdk.rewards.spec import show_spec
@@ -28,6 +29,8 @@ class StudentInfo:
     shift: float | None
     stochastic: bool
     """Whether its sampler re-noises."""
+    guidance_scale: float
+    """Of the training run."""
     rewards: Sequence[WeightedReward]
     settings: Mapping[str, object]
     """The settings that differ from the defaults, for the model card."""
@@ -59,6 +62,20 @@ def save_student(directory: str | Path, adapter: ModelAdapter, info: StudentInfo
         move_into(staged, target)
 
 
+def load_student(pipeline: Any, directory: str | Path) -> None:
+    """Load a trained student's weights into a plain pipeline of its base, with nothing but diffusers and PEFT.
+
+    Raises:
+        ModelError: the folder holds no student.
+    """
+    weights = Path(directory) / "pytorch_lora_weights.safetensors"
+    if not weights.is_file():
+        raise ModelError(
+            f"there is no student in {str(directory)!r} (no {weights.name}); give the folder that training saved"
+        )
+    pipeline.load_lora_weights(str(directory))
+
+
 def move_into(staged: Path, target: Path) -> None:
     """Move every file below `staged` to the same place below `target`, replacing each as a whole."""
     for source in sorted(path for path in staged.rglob("*") if path.is_file()):
@@ -86,6 +103,8 @@ def model_card(adapter: ModelAdapter, info: StudentInfo) -> str:
     settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in info.settings.items())
     noising = "noises it again" if info.stochastic else "moves straight on to the next level"
     lora = adapter.roles.lora_config(STUDENT)
+    arguments = adapter.inference_call(info.num_steps, info.guidance_scale)
+    call = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     text = f"""
 # A {info.num_steps}-step student of {adapter.base_name}
 
@@ -100,7 +119,7 @@ folder = "path/to/this/folder"
 pipe = {pipeline}.from_pretrained("{adapter.base_name}")
 pipe.load_lora_weights(folder)
 pipe.scheduler = {scheduler}.from_pretrained(folder, subfolder="scheduler")
-image = pipe("{{your prompt}}", {adapter.inference_call(info.num_steps)}).images[0]
+image = pipe("{{your prompt}}", {call}).images[0]
 ```
 
 - Rewards: `{rewards}` (from {origins})

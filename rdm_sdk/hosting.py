@@ -10,6 +10,7 @@ import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +48,21 @@ class RoleTrainer(Trainer):
     ) -> None:
         self.adapter = adapter
         self.roles: Roles = adapter.roles
-        sigmas = tuple(adapter.student_sigmas(args.num_inference_steps, args.shift))
+        if adapter.guidance == "none" and args.guidance_scale != 1.0:
+            raise ConfigError(
+                f"guidance_scale={args.guidance_scale}: {adapter.base_name!r} was distilled without guidance, and its "
+                "pipeline takes none; set guidance_scale=1"
+            )
+        self.latent_shape = adapter.latent_shape(args.height, args.width)
+        self.shift = adapter.base_shift(self.latent_shape) if args.shift is None else args.shift
+        sigmas = tuple(adapter.student_sigmas(args.num_inference_steps, self.shift))
         self.policy = FewStepPolicy(adapter.schedule, sigmas, args.sampler, args.eta)
         if args.sampler == "sde" and not isinstance(adapter.schedule, FlowSchedule):
             raise ConfigError(
                 f"sampler='sde' is derived for rectified flows, and {adapter.base_name!r} is none; use 'cps' or "
                 "'renoise'"
             )
-        self.latent_shape = adapter.latent_shape(args.height, args.width)
-        self.encode = PromptCache(adapter.encode_prompts)
+        self.encode = PromptCache(partial(adapter.condition, guidance_scale=args.guidance_scale))
         self.fingerprint = adapter.fingerprint()
         self.run_state: checkpoint.RunState | None = None
         self._sampler: GroupSampler | None = None
@@ -102,23 +109,26 @@ class RoleTrainer(Trainer):
     def parameters_of(self, role: str) -> list[nn.Parameter]:
         return list(self.roles.parameters_of(role).values())
 
+    @property
+    def guided(self) -> bool:
+        """Whether the teacher's predictions with and without the prompt are combined to guided ones."""
+        return self.adapter.guidance == "classifier-free" and self.args.guidance_scale != 1.0
+
     def denoiser(self, role: str, condition: Condition) -> Denoiser:
         """Return a role's denoiser for a condition; the teacher's is guided as the run says."""
-        scale = self.args.guidance_scale
-        if role != TEACHER or scale == 1.0:
+        if role != TEACHER or not self.guided:
             return self.adapter.denoiser(self.roles, role, condition)
         pair = self.teacher_pair(condition)
+        return lambda x_t, sigma: self.guide(x_t, sigma, *pair(x_t, sigma))
 
-        def guided(x_t: Tensor, sigma: Tensor) -> Tensor:
-            with_prompt, without = pair(x_t, sigma)
-            return without + scale * (with_prompt - without)
-
-        return guided
+    def guide(self, x_t: Tensor, sigma: Tensor, with_prompt: Tensor, without: Tensor) -> Tensor:
+        """Return the run's guided x_0 `[N, *x]` of the teacher's two predictions."""
+        return self.adapter.guide(x_t, sigma, with_prompt, without, self.args.guidance_scale)
 
     def teacher_pair(self, condition: Condition) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Return `(x_t, sigma) -> (x_0 with the prompt, x_0 without)` of the teacher, from one pass."""
         count = next(iter(condition.values())).shape[0]
-        return self.adapter.denoiser_pair(self.roles, TEACHER, condition, self.encode([""] * count))
+        return self.adapter.denoiser_pair(self.roles, TEACHER, condition, self.encode([None] * count))
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Average gradients over the processes.

@@ -60,7 +60,7 @@ class JudgingTrainer(RoleTrainer):
 
         def unprompted(x_t: Tensor, sigma: Tensor) -> Tensor:
             with torch.no_grad():
-                blank = self.encode([""] * len(x_t))
+                blank = self.encode([None] * len(x_t))
                 return self.adapter.denoiser(self.roles, TEACHER, blank)(x_t, sigma)
 
         args = self.args
@@ -72,7 +72,7 @@ class JudgingTrainer(RoleTrainer):
             args.num_draws,
             args.spread,
             args.critic_correction,
-            args.guidance_scale,
+            self.guide if self.guided else None,
             teacher_pair,
             self.adapter.features(self.roles, TEACHER, condition),
             self.adapter.encode_images,

@@ -338,7 +338,9 @@ class RDMTrainer(JudgingTrainer):
         args = self.args
         stochastic = args.sampler == "renoise"
         settings = non_default_settings(args)
-        return StudentInfo(args.num_inference_steps, args.shift, stochastic, self.rewards, settings)
+        return StudentInfo(
+            args.num_inference_steps, self.shift, stochastic, args.guidance_scale, self.rewards, settings
+        )
 
     def stored_experiences(self) -> list[list[Experience]]:
         return list(self._stored)

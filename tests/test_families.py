@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, PNDMScheduler
+from diffusers.schedulers import scheduling_flow_match_euler_discrete, scheduling_lcm
 from peft import LoraConfig
 from torch import Tensor
 
 from rdm_sdk import ConfigError, ModelError, RDMConfig, RDMTrainer
+from rdm_sdk.export import load_student
 from rdm_sdk.models.base import ModelAdapter
+from rdm_sdk.models.flow import unpack
 from rdm_sdk.models.load import ADAPTERS, load_adapter
 from rdm_sdk.models.roles import TEACHER
 from rdm_sdk.testing.pipelines import TINY_PIPELINES
@@ -34,11 +39,28 @@ def pipelines() -> dict[str, Any]:
     return made
 
 
+GUIDED: dict[str, dict[str, Any]] = {
+    # How each pipeline call is made to guide by 3 in our terms; the others take guidance_scale=3.
+    "QwenImagePipeline": {"true_cfg_scale": 3.0, "negative_prompt": [" ", " "]},
+    "ZImagePipeline": {"guidance_scale": 2.0},
+}
+CALL: dict[str, dict[str, Any]] = {
+    "SanaPipeline": {"use_resolution_binning": False},
+    "PixArtSigmaPipeline": {"use_resolution_binning": False, "clean_caption": False},
+}
+"""What a family's pipeline call needs to be told besides."""
+
+
 def size_of(adapter: ModelAdapter) -> dict[str, int]:
-    """Return a size that is not square, so that height and width cannot be mixed up."""
-    _, height, width = adapter.latent_shape(None, None)
-    factor = adapter.pipeline.vae_scale_factor
-    return {"height": height * factor, "width": 2 * width * factor}
+    """Return a small size that is not square, so that height and width cannot be mixed up."""
+    unit = adapter.size_unit
+    height = -(-32 // unit) * unit
+    return {"height": height, "width": 2 * height}
+
+
+def run_pipeline(pipeline: Any, prompts: list[str], **call: Any) -> Any:
+    """Return the images (or latents) of a plain pipeline call."""
+    return pipeline(prompt=list(prompts), **{**CALL.get(type(pipeline).__name__, {}), **call}).images
 
 
 def calls_of(pipeline: Any, component: str, run: Any) -> list[dict[str, Any]]:
@@ -59,14 +81,23 @@ def calls_of(pipeline: Any, component: str, run: Any) -> list[dict[str, Any]]:
 
 
 def assert_same_inputs(ours: Any, theirs: Any, name: str = "") -> None:
-    """Value for value: tensors after broadcasting to our batch, mappings by key."""
+    """Value for value, in kinds, shapes and float32 numbers; the encoders' last bits depend on the batch.
+
+    A single number stands for one per sample.
+    """
+    assert type(ours) is type(theirs), name
     if isinstance(theirs, dict):
         assert ours.keys() == theirs.keys(), name
         for key in theirs:
             assert_same_inputs(ours[key], theirs[key], f"{name}.{key}")
+    elif isinstance(theirs, (list, tuple)):
+        assert len(ours) == len(theirs), name
+        for place, (own, their) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same_inputs(own, their, f"{name}[{place}]")
     elif isinstance(theirs, Tensor):
-        wanted = theirs.to(ours.dtype)
-        assert torch.equal(ours, wanted.expand_as(ours) if wanted.ndim == 0 else wanted), name
+        wanted = theirs.to(ours.dtype) if theirs.ndim == 0 or name == ".timestep" else theirs
+        wanted = wanted.expand_as(ours) if theirs.ndim == 0 else wanted
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6, msg=lambda said: f"{name}: {said}")
     else:
         assert ours == theirs, name
 
@@ -77,29 +108,66 @@ def test_the_backbone_gets_what_the_pipeline_sends(family: str, pipelines: dict[
     pipeline = pipelines[family]
     adapter = load_adapter(pipeline, torch.float32)
     size = size_of(adapter)
-    torch.manual_seed(0)
-    shape = adapter.latent_shape(**size)
-    call = {"num_inference_steps": 2, "guidance_scale": 3.0, "latents": torch.randn(2, *shape), "output_type": "latent"}
-    theirs = calls_of(pipeline, adapter.component, lambda: pipeline(PROMPTS, **call, **size))
-    assert len(theirs) >= 2
-    both = [adapter.encode_prompts([""] * 2), adapter.encode_prompts(PROMPTS)]
-    condition = {name: torch.cat([half[name] for half in both]) for name in both[0]}
-    known = adapter.student_sigmas(1, None)  # the family's highest level is on both grids
-    assert 0 < known[0] <= 1
-    for call in theirs:
-        x_t = call.get("sample", call.get("hidden_states"))
-        sigma = level_of(adapter, call["timestep"]).expand(4)
+    latents = torch.randn(2, *adapter.latent_shape(**size), generator=torch.Generator().manual_seed(0))
+    guided = GUIDED.get(family, {"guidance_scale": 3.0})
+    theirs = calls_of(
+        pipeline,
+        adapter.component,
+        lambda: run_pipeline(
+            pipeline,
+            PROMPTS,
+            num_inference_steps=2,
+            latents=adapter.pack(latents),
+            output_type="latent",
+            **size,
+            **guided,
+        ),
+    )
+    with_prompt, without = adapter.condition(PROMPTS, 3.0), adapter.condition([None, None], 3.0)
+    # A pipeline runs both branches in one pass, prompts first or last, or in two, prompts first.
+    for position, call in enumerate(theirs):
+        count = batch_of(call)
+        assert count in (2, 4)
+        assert len(theirs) == (4 if count == 2 and adapter.guidance == "classifier-free" else 2)
+        branches = [with_prompt, without]
+        if count == 2:
+            condition = branches[position % 2 if len(theirs) == 4 else 0]
+        else:
+            order = branches if family == "ZImagePipeline" else branches[::-1]
+            condition = {name: torch.cat([half[name] for half in order]) for name in with_prompt}
+        x_t, sigma = state_of(adapter, call, size)
         (ours,) = calls_of(
             pipeline,
             adapter.component,
-            lambda x_t=x_t, sigma=sigma: adapter.predict(adapter.roles, TEACHER, x_t, sigma, condition),
+            lambda x_t=x_t, sigma=sigma, condition=condition: adapter.predict(
+                adapter.roles, TEACHER, x_t, sigma, condition
+            ),
         )
         assert_same_inputs(ours, call)
 
 
+def batch_of(call: dict[str, Any]) -> int:
+    """Return how many samples a backbone's call is for."""
+    state = call.get("sample", call.get("hidden_states", call.get("x")))
+    return len(state)
+
+
+def state_of(adapter: ModelAdapter, call: dict[str, Any], size: dict[str, int]) -> tuple[Tensor, Tensor]:
+    """Return what a backbone's call says of x_t `[N, C, h, w]` and its noise levels `[N]`."""
+    state = call.get("sample", call.get("hidden_states", call.get("x")))
+    if isinstance(state, list):  # Z-Image: [C, 1, h, w] each, and time runs the other way
+        return torch.stack(state)[:, :, 0], 1 - call["t"].float()
+    _, height, width = adapter.latent_shape(**size)
+    x_t = state if state.ndim == 4 else unpack(state, height, width)
+    timestep = (
+        call["timestep"].flatten().float().expand(len(x_t)) if call["timestep"].numel() == 1 else call["timestep"]
+    )
+    scale = 1.0 if state.ndim == 3 else 1000.0  # packed families divide the time by 1000 themselves
+    return x_t, level_of(adapter, timestep * 1000.0 / scale)
+
+
 def level_of(adapter: ModelAdapter, timestep: Tensor) -> Tensor:
-    """Return the noise level of a pipeline's timestep."""
-    timestep = timestep.flatten()[:1]
+    """Return the noise levels of timesteps on the scheduler's scale."""
     if hasattr(adapter, "train_sigmas"):
         return adapter.train_sigmas[timestep.long()]
     return timestep / adapter.pipeline.scheduler.config.num_train_timesteps
@@ -110,10 +178,10 @@ def test_predictions_convert_as_the_familys_scheduler_does(family: str, pipeline
     """Our x_0 is the pipeline's own scheduler's, step by step of its grid."""
     pipeline = pipelines[family]
     adapter = load_adapter(pipeline, torch.float32)
-    shape = adapter.latent_shape(None, None)
-    condition = adapter.encode_prompts(PROMPTS)
+    shape = adapter.latent_shape(**size_of(adapter))
+    condition = adapter.condition(PROMPTS)
     scheduler = adapter.student_scheduler(4, None, stochastic=False)
-    scheduler.set_timesteps(4)
+    adapter.set_grid(scheduler, 4)
     torch.manual_seed(0)
     x_t = torch.randn(2, *shape)
     with torch.no_grad():
@@ -146,7 +214,7 @@ def test_a_trained_student_runs_in_plain_diffusers(family: str, sampler: str, tm
         critic_steps=1,
         learning_rate=1e-2,
         sampler=sampler,
-        guidance_scale=2.0,
+        guidance_scale=1.0 if adapter.guidance == "none" else 2.0,
         report_to="none",
         disable_tqdm=True,
         save_strategy="no",
@@ -155,7 +223,7 @@ def test_a_trained_student_runs_in_plain_diffusers(family: str, sampler: str, tm
     )
     trainer = RDMTrainer(adapter, "dm", args, PROMPTS, peft_config=LoraConfig(r=4, lora_alpha=12))
     probe = torch.randn(2, *adapter.latent_shape(**size), generator=torch.Generator().manual_seed(3))
-    condition, sigma = adapter.encode_prompts(PROMPTS), torch.tensor([0.7, 0.3])
+    condition, sigma = adapter.condition(PROMPTS), torch.tensor([0.7, 0.3])
 
     def teacher_says() -> Tensor:
         with torch.no_grad():
@@ -170,19 +238,40 @@ def test_a_trained_student_runs_in_plain_diffusers(family: str, sampler: str, tm
 
     plain = DiffusionPipeline.from_pretrained(tmp_path / "base")
     plain.set_progress_bar_config(disable=True)
-    scheduler = adapter.student_scheduler(4, None, stochastic=sampler == "renoise")
+    scheduler = adapter.student_scheduler(4, trainer.shift, stochastic=sampler == "renoise")
     plain.scheduler = type(scheduler).from_pretrained(tmp_path / "student", subfolder="scheduler")
+    call = adapter.inference_call(4, args.guidance_scale) | {"output_type": "pt", **size}
 
     def images() -> Tensor:
         torch.manual_seed(5)
-        call = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "pt"}
-        return plain(PROMPTS, latents=probe.clone(), **size, **call).images
+        with noise_in_our_shape(adapter, probe):
+            return run_pipeline(plain, PROMPTS, latents=adapter.pack(probe.clone()), **call)
 
     without = images()
-    plain.load_lora_weights(tmp_path / "student")
+    load_student(plain, tmp_path / "student")
     theirs = images()
     assert (theirs - ours).abs().max() < 1e-4
     assert (without - ours).abs().max() > 1e-3
+
+
+@contextmanager
+def noise_in_our_shape(adapter: ModelAdapter, like: Tensor) -> Iterator[None]:
+    """Let the scheduler draw its noise as latents `[N, C, h, w]`, as our sampler does, and pack it."""
+    modules = [scheduling_flow_match_euler_discrete, scheduling_lcm]
+    before = [module.randn_tensor for module in modules]
+
+    def draw(shape: Any, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+        noise = adapter.pack(torch.randn(like.shape, dtype=dtype))
+        assert noise.shape == tuple(shape)
+        return noise
+
+    try:
+        for module in modules:
+            module.randn_tensor = draw
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            module.randn_tensor = own
 
 
 @by_family
@@ -197,36 +286,44 @@ def test_decoding_gives_the_pipelines_pictures(family: str) -> None:
         pipeline.vae.register_to_config(**statistics)
         adapter = load_adapter(pipeline, torch.float32)
         size = size_of(adapter)
-        call = {"num_inference_steps": 2, "latents": torch.randn(2, *adapter.latent_shape(**size)), **size}
+        shape = adapter.latent_shape(**size)
+        latents = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+        # Whatever the network says, every step of this scheduler leads to our latents.
+        packed = adapter.pack(latents)
+        pipeline.scheduler.step = lambda *_, packed=packed, **__: (packed,)
         with torch.no_grad():
-            latents = pipeline(PROMPTS, output_type="latent", **call).images
-            theirs = pipeline(PROMPTS, output_type="pt", **call).images
+            theirs = run_pipeline(pipeline, PROMPTS, num_inference_steps=2, output_type="pt", **size)
             torch.testing.assert_close(adapter.decode(latents), theirs, rtol=0, atol=1e-5)
-            again = adapter.encode_images(theirs)
-            raw = pipeline.vae.encode(theirs * 2 - 1).latent_dist.mode()
-            undone = adapter._unscaled(again) if statistics else raw
-            torch.testing.assert_close(undone, raw, rtol=1e-4, atol=1e-5)
 
 
 @by_family
 def test_encoding_inverts_decoding_s_normalization(family: str, pipelines: dict[str, Any]) -> None:
     """A latent's place relative to the VAE's own: what decode undoes, encode_images does."""
     adapter = load_adapter(pipelines[family], torch.float32)
-    vae = adapter.pipeline.vae
-    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    latents = adapter.encode_images(images)
+    assert latents.shape == (2, *adapter.latent_shape(64, 64))
+    raw = adapter.to_vae(latents)
+    torch.testing.assert_close(adapter.from_vae(raw), latents, rtol=1e-4, atol=1e-5)
+    assert raw.shape != latents.shape or not torch.allclose(raw, latents, atol=0.1)
     with torch.no_grad():
-        raw = vae.encode(images * 2 - 1).latent_dist.mode()
-        wanted = (vae.decode(raw, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
-        torch.testing.assert_close(adapter.decode(adapter.encode_images(images)), wanted, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(adapter.encode_images(images), raw)
+        encoded = adapter.pipeline.vae.encode(vae_input(adapter, images))
+    own = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+    torch.testing.assert_close(raw.flatten(), own.flatten(), rtol=1e-4, atol=1e-5)
+
+
+def vae_input(adapter: ModelAdapter, images: Tensor) -> Tensor:
+    """Return images as the VAE takes them; Qwen-Image's is for videos."""
+    scaled = images * 2 - 1
+    return scaled[:, :, None] if type(adapter.pipeline).__name__ == "QwenImagePipeline" else scaled
 
 
 @by_family
 def test_features_come_in_tokens(family: str, pipelines: dict[str, Any]) -> None:
     """What heads read is [N, tokens, feature_width] and differentiable in x_t."""
     adapter = load_adapter(pipelines[family], torch.float32)
-    x_t = torch.randn(2, *adapter.latent_shape(None, None), requires_grad=True)
-    features = adapter.features(adapter.roles, TEACHER, adapter.encode_prompts(PROMPTS))(x_t, torch.tensor([0.5, 0.6]))
+    x_t = torch.randn(2, *adapter.latent_shape(**size_of(adapter)), requires_grad=True)
+    features = adapter.features(adapter.roles, TEACHER, adapter.condition(PROMPTS))(x_t, torch.tensor([0.5, 0.6]))
     assert features.ndim == 3
     assert features.shape[::2] == (2, adapter.feature_width)
     features.sum().backward()
@@ -264,10 +361,10 @@ def test_timesteps_of_noise_levels(pipelines: dict[str, Any]) -> None:
     assert adapter.timesteps(torch.tensor([0.0, 1.0])).tolist() == [0.0, 999.0]
 
 
-def test_an_empty_sdxl_prompt_is_the_pipelines_missing_negative_prompt(pipelines: dict[str, Any]) -> None:
+def test_no_sdxl_prompt_is_the_pipelines_missing_negative_prompt(pipelines: dict[str, Any]) -> None:
     """Zeros, as the base was trained; other prompts beside it are untouched."""
     adapter = load_adapter(pipelines["StableDiffusionXLPipeline"], torch.float32)
-    condition = adapter.encode_prompts(["", "a fox"])
+    condition = adapter.condition([None, "a fox"])
     for tensor in condition.values():
         assert not tensor[0].any()
         assert tensor[1].any()
@@ -277,7 +374,7 @@ def test_an_empty_sdxl_prompt_is_the_pipelines_missing_negative_prompt(pipelines
 def test_bad_input_is_refused(family: str, pipelines: dict[str, Any]) -> None:
     """Sizes, shifts, grids and token counts that the family does not have, and schedulers it cannot follow."""
     adapter = load_adapter(pipelines[family], torch.float32)
-    with pytest.raises(ConfigError, match=r"multiples of \d+; got 33 x 64"):
+    with pytest.raises(ConfigError, match=r"positive multiples of \d+ for .*; got 33 x 64"):
         adapter.latent_shape(33, 64)
     with pytest.raises(ConfigError, match=r"shift=3\.0 is for rectified flows"):
         adapter.student_scheduler(4, 3.0)

@@ -50,8 +50,16 @@ def judged(
 ) -> Evaluation:
     """Evaluate rewards on fixed samples with fixed noise, the teacher guided by `scale`."""
     latents = torch.randn(8, 2, 3, generator=torch.Generator().manual_seed(0))
+
+    def guide(x_t: Tensor, sigma: Tensor, with_prompt: Tensor, without: Tensor) -> Tensor:
+        return without + scale * (with_prompt - without)
+
     context = DiffusionContext(
-        FlowSchedule(), networks.denoiser, 0.02, 0.98, draws, "stratified", correct, scale, networks.pair
+        FlowSchedule(),
+        networks.denoiser,
+        *(0.02, 0.98, draws, "stratified", correct),
+        guide=None if scale == 1.0 else guide,
+        denoiser_pair=networks.pair,
     )
     torch.manual_seed(7)
     batch = RewardBatch(latents, ["a"] * 4 + ["b"] * 4, G, lambda x: x, context=context)
@@ -102,9 +110,7 @@ def test_guidance_is_the_difference_of_the_teachers_two_predictions() -> None:
                 ["a"] * 400,
                 400,
                 lambda x: x,
-                context=DiffusionContext(
-                    FlowSchedule(), networks.denoiser, 0.02, 0.98, 1, "stratified", "none", 1.0, networks.pair
-                ),
+                context=DiffusionContext(FlowSchedule(), networks.denoiser, 0.02, 0.98, 1, denoiser_pair=networks.pair),
             ),
         ).outputs["guidance"]
         for value in (1.0, 0.4)

@@ -47,7 +47,7 @@ WITHIN: dict[str, list[set[str]]] = {
     ],
     "vision": [{"preprocess", "weights"}, {"clip"}, {"__init__"}],
     "testing": [{"batches", "models"}, {"subject", "pipelines"}, {"checks"}, {"rewards"}, {"__init__"}],
-    "models": [{"roles"}, {"base"}, {"sd", "sd3"}, {"sdxl"}, {"load"}],
+    "models": [{"roles"}, {"base"}, {"flow", "ddpm"}, {"sd", "sd3"}, {"sdxl"}, {"load"}],
     "digits": [{"__init__"}, {"classifier"}],
 }
 """The same inside the packages; "__init__" imports nothing unless it is named here."""

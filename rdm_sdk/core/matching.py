@@ -21,6 +21,14 @@ def matching_gradient(d_real: Tensor, d_fake: Tensor) -> Tensor:
     return d_real - d_fake
 
 
+def classifier_free_guidance(with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
+    """Return without + scale (with_prompt - without), `[N, *x]`; a scale of 1 is none (arXiv 2207.12598).
+
+    The predictions may be of x_0, of the noise or of the flow: the three are affine in each other.
+    """
+    return without + scale * (with_prompt - without)
+
+
 def critic_lag(residual: Tensor, profile: Tensor, group_size: int, leave_one_out: bool = False) -> Tensor:
     """Return how far the critic lags behind the student, as a group's mean residual shows it, `[N, *x]`.
 

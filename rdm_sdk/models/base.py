@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from rdm_sdk.core.matching import classifier_free_guidance
 from rdm_sdk.core.noise import NoiseSchedule, Prediction, to_x_0
 from rdm_sdk.errors import ConfigError, ModelError
 from rdm_sdk.models.roles import Roles
@@ -20,24 +21,45 @@ from rdm_sdk.types import Condition, Denoiser
 Network = Callable[..., Tensor]
 """`(role, **backbone inputs) -> prediction`, as `Roles` does it."""
 
+Guidance = Literal["classifier-free", "embedded", "none"]
+"""How a family follows its prompts harder: by two passes, by a scale that the backbone is told, or not at all."""
+
 
 class ModelAdapter(ABC):
     """One family of diffusers pipelines: the only place that knows its timesteps, conditions and latents.
 
     Everything outside speaks of `sigma` and of denoisers `(x_t, sigma) -> x_0`.
+
+    Args:
+        pipeline: the loaded pipeline.
+
+    Raises:
+        ModelError: the pipeline lacks one of the components in `required`.
     """
 
     component: str
     """The pipeline's component that is trained, such as "transformer"."""
+    required: tuple[str, ...] = ("vae", "text_encoder", "tokenizer")
+    """What the pipeline must have besides; loaders leave parts out when they are told to."""
     lora_targets: tuple[str, ...]
+    """Names of the layers that get adapters unless a LoRA config names its own."""
     schedule: NoiseSchedule
     prediction: Prediction
+    guidance: Guidance = "classifier-free"
 
     def __init__(self, pipeline: Any) -> None:
+        missing = [name for name in (self.component, *self.required) if getattr(pipeline, name, None) is None]
+        if missing:
+            raise ModelError(
+                f"this {type(pipeline).__name__} has no {' and no '.join(missing)}, which training needs; load the "
+                f"pipeline without {', '.join(f'{name}=None' for name in missing)}"
+            )
         self.pipeline = pipeline
         self.backbone: Any = getattr(pipeline, self.component)
+        self.device = torch.device("cpu")
+        """Where encoders, backbone and VAE work."""
         self.roles = Roles(self.backbone)
-        for part in self.frozen_parts():
+        for part in self.frozen_parts().values():
             part.requires_grad_(False).eval()
 
     @property
@@ -45,13 +67,18 @@ class ModelAdapter(ABC):
         """The hub id or path that the pipeline was loaded from."""
         return str(self.pipeline.config.get("_name_or_path") or type(self.pipeline).__name__)
 
-    def frozen_parts(self) -> list[nn.Module]:
-        """Return the pipeline's other modules: VAE and text encoders."""
-        parts = self.pipeline.components.values()
-        return [part for part in parts if isinstance(part, nn.Module) and part is not self.backbone]
+    def frozen_parts(self) -> dict[str, nn.Module]:
+        """Return the pipeline's other modules by name: VAE and text encoders."""
+        parts = self.pipeline.components.items()
+        return {name: part for name, part in parts if isinstance(part, nn.Module) and part is not self.backbone}
+
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """Return the modules that only `encode_prompts` needs, by the names of their components."""
+        return {name: part for name, part in self.frozen_parts().items() if name.startswith("text_encoder")}
 
     def to(self, device: torch.device) -> None:
         """Move backbone, VAE and text encoders."""
+        self.device = device
         self.pipeline.to(device)
 
     def fingerprint(self) -> str:
@@ -64,25 +91,117 @@ class ModelAdapter(ABC):
                 digest.update(sample.numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    @abstractmethod
-    def encode_prompts(self, prompts: list[str]) -> Condition:
-        """Encode prompts as the family's pipeline would; each tensor `[N, ...]`."""
+    # ---- Prompts ------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
-        """Return the shape of one latent for an image size in pixels, None meaning the model's default.
+    def encode_prompts(self, prompts: list[str]) -> Condition:
+        """Encode prompts as the family's pipeline would; each tensor `[N, ...]`, on `self.device`.
+
+        Shapes must not depend on the prompts, so that rows of different calls can be stacked: texts of several lengths
+        are padded to one length and come with a mask.
+        """
+
+    def encode_no_prompt(self) -> Condition:
+        """Return what the family's pipeline takes where there is no (negative) prompt, one row `[1, ...]`."""
+        return self.encode_prompts([""])
+
+    def condition(self, prompts: Sequence[str | None], guidance_scale: float = 1.0) -> Condition:
+        """Return everything that the backbone is told beside x_t and its noise level, `[N, ...]`.
+
+        Prompts are encoded one at a time: in a batch, an encoding's last bits depend on the prompts beside it.
+
+        Args:
+            prompts: N prompts; None is no prompt.
+            guidance_scale: where the backbone is told it (`guidance` is "embedded"), it becomes a part: "guidance".
+        """
+        rows = [self.encode_no_prompt() if prompt is None else self.encode_prompts([prompt]) for prompt in prompts]
+        condition = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        if self.guidance == "embedded":
+            condition["guidance"] = torch.full((len(rows),), guidance_scale, device=self.device)
+        return condition
+
+    # ---- Sizes --------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def default_size(self) -> tuple[int, int]:
+        """Height and width in pixels that the base was made for."""
+
+    @property
+    @abstractmethod
+    def size_unit(self) -> int:
+        """Height and width in pixels must be multiples of this."""
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.backbone.config.in_channels)
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        """Return the shape of one latent, `[C, h, w]`, for an image size in pixels, None meaning the model's default.
 
         Raises:
             ConfigError: the size does not divide as the family needs.
         """
+        height = self.default_size[0] if height is None else height
+        width = self.default_size[1] if width is None else width
+        if height <= 0 or width <= 0 or height % self.size_unit or width % self.size_unit:
+            raise ConfigError(
+                f"height and width must be positive multiples of {self.size_unit} for {self.base_name!r}; got "
+                f"{height} x {width}"
+            )
+        factor = self.pipeline.vae_scale_factor
+        return (self.latent_channels, height // factor, width // factor)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Return latents `[N, C, h, w]` as the pipeline's own `latents=` argument takes them."""
+        return latents
+
+    # ---- The backbone -------------------------------------------------------------------------------------------
 
     @abstractmethod
     def predict(self, network: Network, role: str, x_t: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """Run the backbone as `role` and return its raw prediction `[N, *x]`."""
 
-    @abstractmethod
+    def guide(self, x_t: Tensor, sigma: Tensor, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
+        """Return the guided x_0 `[N, *x]` of the two predictions of x_0, in the family's own form.
+
+        Args:
+            x_t: `[N, *x]`, what the predictions were made at.
+            sigma: `[N]`, its noise level.
+            with_prompt: x_0 `[N, *x]`.
+            without: x_0 `[N, *x]`.
+            scale: 1 is none.
+        """
+        return classifier_free_guidance(with_prompt, without, scale)
+
+    # ---- The VAE ------------------------------------------------------------------------------------------------
+
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents `[N, *x]` to RGB images `[N, 3, H, W]` in [0, 1], differentiable."""
+        vae = self.pipeline.vae
+        images: Tensor = vae.decode(self.to_vae(latents).to(vae.dtype), return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Encode RGB images `[N, 3, H, W]` in [0, 1] to latents `[N, *x]`: the inverse of `decode`."""
+        vae = self.pipeline.vae
+        with torch.no_grad():
+            latents: Tensor = vae.encode((images * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mode()
+        return self.from_vae(latents.float())
+
+    def to_vae(self, latents: Tensor) -> Tensor:
+        """Return latents as the VAE decodes them: not normalized."""
+        config = self.pipeline.vae.config
+        unscaled: Tensor = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        return unscaled
+
+    def from_vae(self, latents: Tensor) -> Tensor:
+        """Return the VAE's own latents as the backbone knows them: the inverse of `to_vae`."""
+        config = self.pipeline.vae.config
+        scaled: Tensor = (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+        return scaled
+
+    # ---- The student in plain diffusers -------------------------------------------------------------------------
 
     @abstractmethod
     def student_scheduler(self, num_steps: int, shift: float | None, stochastic: bool = True) -> Any:
@@ -94,18 +213,32 @@ class ModelAdapter(ABC):
             stochastic: re-noise after each step; otherwise take the deterministic step.
         """
 
-    @abstractmethod
-    def inference_call(self, num_steps: int) -> str:
-        """Return the arguments, as Python source, with which a plain pipeline call samples the student."""
+    def base_shift(self, shape: Sequence[int]) -> float | None:
+        """Return the shift of the base's own grid for latents of a shape `[C, h, w]`, None if the family has none."""
+        return None
 
-    @abstractmethod
+    def set_grid(self, scheduler: Any, num_steps: int) -> None:
+        """Set the scheduler's timesteps as the family's pipeline call does."""
+        scheduler.set_timesteps(num_steps)
+
+    def inference_call(self, num_steps: int, guidance_scale: float = 1.0) -> dict[str, Any]:
+        """Return the arguments with which a plain pipeline call samples the student, beside prompt and size.
+
+        Args:
+            num_steps: K.
+            guidance_scale: that of the training run; only a backbone that is told the scale is still told it.
+        """
+        return {"num_inference_steps": num_steps, "guidance_scale": 1.0}
+
     def save_lora(self, directory: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         """Write LoRA weights with their metadata in the format that the pipeline's `load_lora_weights` reads."""
+        layers = {f"{self.component}_lora_layers": state, f"{self.component}_lora_adapter_metadata": metadata}
+        type(self.pipeline).save_lora_weights(directory, **layers)
 
     def student_sigmas(self, num_steps: int, shift: float | None) -> list[float]:
         """Return the student's grid of noise levels, largest first, without the final zero."""
         scheduler = self.student_scheduler(num_steps, shift)
-        scheduler.set_timesteps(num_steps)
+        self.set_grid(scheduler, num_steps)
         sigmas: list[float] = scheduler.sigmas[:-1].tolist()
         if len(sigmas) != num_steps or not all(a > b > 0 for a, b in pairwise(sigmas)):
             raise ConfigError(
@@ -174,11 +307,3 @@ class ModelAdapter(ABC):
             f"{type(self).__name__} names no feature_block() and feature_width, which a reward with a head on the "
             "teacher's features needs; write both to use one"
         )
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Encode RGB images `[N, 3, H, W]` in [0, 1] to latents `[N, *x]`: the inverse of `decode`.
-
-        Raises:
-            ModelError: the family's adapter cannot; then rewards that learn from real images cannot be used with it.
-        """
-        raise ModelError(f"{type(self).__name__} has no encode_images, which a reward that learns from images needs")

@@ -15,21 +15,24 @@ from rdm_sdk.types import Condition
 class SDXLAdapter(SDAdapter):
     """`StableDiffusionXLPipeline`: as Stable Diffusion, and told the size that the picture is made for, uncropped.
 
-    An empty prompt is encoded as the pipeline encodes a missing negative prompt: by zeros, if the base was trained so
+    No prompt is zeros, as the pipeline takes a missing negative prompt, if the base was trained so
     (`force_zeros_for_empty_prompt`). Latents are normalized per channel where the VAE says how.
     """
 
+    required = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+
     def encode_prompts(self, prompts: list[str]) -> Condition:
-        device = self.pipeline.text_encoder_2.device
         with torch.no_grad():
             embeds, _, pooled, _ = self.pipeline.encode_prompt(
-                prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+                prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
             )
-        if self.pipeline.config.force_zeros_for_empty_prompt:
-            empty = torch.tensor([not prompt for prompt in prompts], device=device)
-            embeds = embeds.masked_fill(empty[:, None, None], 0.0)
-            pooled = pooled.masked_fill(empty[:, None], 0.0)
         return {"encoder_hidden_states": embeds, "text_embeds": pooled}
+
+    def encode_no_prompt(self) -> Condition:
+        blank = self.encode_prompts([""])
+        if self.pipeline.config.force_zeros_for_empty_prompt:
+            return {name: torch.zeros_like(tensor) for name, tensor in blank.items()}
+        return blank
 
     def predict(self, network: Network, role: str, x_t: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         dtype, factor = self.backbone.dtype, self.pipeline.vae_scale_factor
@@ -46,13 +49,13 @@ class SDXLAdapter(SDAdapter):
             },
         )
 
-    def _scaled(self, latents: Tensor) -> Tensor:
+    def to_vae(self, latents: Tensor) -> Tensor:
         mean, std = self._statistics(latents)
-        return super()._scaled((latents - mean) / std)
+        return super().to_vae(latents) * std + mean
 
-    def _unscaled(self, latents: Tensor) -> Tensor:
+    def from_vae(self, latents: Tensor) -> Tensor:
         mean, std = self._statistics(latents)
-        return super()._unscaled(latents) * std + mean
+        return super().from_vae((latents - mean) / std)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of the VAE's channels, `[1, C, 1, 1]`; 0 and 1 where it has none."""

@@ -45,8 +45,8 @@ class DiffusionContext:
     critic_correction: Literal["group", "others", "none"] = "none"
     """Whether the critic's lag is estimated from a sample's group (or from the "others" in it) and taken out of `dm`'s
     gradient."""
-    guidance_scale: float = 1.0
-    """Of the teacher, uncond + s (cond - uncond); 1 is none."""
+    guide: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
+    """`(x_t, sigma, x_0 with the prompt, x_0 without) -> guided x_0` as the run says; None where nothing guides."""
     denoiser_pair: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     """The teacher with and without the prompt, from one pass; None where nothing guides."""
     features: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -90,9 +90,8 @@ class Renoised:
 
     def x_0(self, role: str) -> Tensor:
         """Return a role's prediction of x_0 `[N, *x]`; the teacher's is guided as the run says."""
-        if role == TEACHER and self._context.guidance_scale != 1.0:
-            with_prompt, without = self.teacher_pair()
-            return without + self._context.guidance_scale * (with_prompt - without)
+        if role == TEACHER and self._context.guide is not None:
+            return self._context.guide(self.x_t, self.sigma, *self.teacher_pair())
         if role == TEACHER and "with" in self._said:
             return self._said["with"]
         if role not in self._said:
