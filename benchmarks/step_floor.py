@@ -32,7 +32,7 @@ class Floor:
         self.size, self.steps, self.critic_steps = args.train_batch_size, len(trainer.sigmas), args.critic_steps
         condition = trainer.encode((digits.prompts() * self.size)[: self.size])
         self.inputs = {
-            "hidden_states": torch.randn(self.size, *trainer.latent_shape),
+            "hidden_states": torch.randn(self.size, *trainer.latent_shapes[0]),
             "timestep": torch.rand(self.size) * 1000,
             **condition,
         }

@@ -91,6 +91,8 @@ def estimators() -> list[Cell]:
         Cell("gndm, whole group", "a", settings={"critic_correction": "group"}),
         Cell("gndm, shared sigma", "a", settings={"spread": "shared"}),
         *(Cell(f"gndm, groups of {size}", "a", settings={"num_generations": size}) for size in (4, 16)),
+        # The control: the batches of the cell above, with two prompts instead of four, without its estimator.
+        Cell("dmd2, groups of 16", "a", "dmd2", settings={"num_generations": 16}),
     ]
 
 

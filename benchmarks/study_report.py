@@ -332,8 +332,12 @@ CONFIRMED = (
     ("gndm", "dmd2"),
     ("gndm", sweep_cell("dmd2", 8e-4)),
     (long_cell("gndm"), long_cell("dmd2")),
+    ("gndm, groups of 16", "dmd2, groups of 16"),
+    ("gndm, groups of 16", "dmd2"),
+    ("gndm, groups of 16", sweep_cell("dmd2", 8e-4)),
+    ("gndm, groups of 16", "gndm"),
 )
-"""Comparisons run again on fresh seeds: at the two best rates, across them, and in longer runs."""
+"""Comparisons run again on fresh seeds: at the two best rates, across them, in longer runs, and with larger groups."""
 
 
 def confirmation_lines(fresh: Results, both: Results) -> list[str]:
