@@ -19,14 +19,14 @@ from rdm_sdk import ConfigError, ModelError, RDMConfig, RDMTrainer
 from rdm_sdk.export import load_student
 from rdm_sdk.models.base import ModelAdapter
 from rdm_sdk.models.flow import unpack
-from rdm_sdk.models.load import ADAPTERS, load_adapter
+from rdm_sdk.models.load import load_adapter
 from rdm_sdk.models.roles import TEACHER
 from rdm_sdk.testing.pipelines import TINY_PIPELINES
 
 # Diffusers' Euler scheduler under numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-FAMILIES = sorted(ADAPTERS)
-PROMPTS = ["a red fox", "two boats"]
+FAMILIES = sorted(TINY_PIPELINES)
+PROMPTS = ["a red fox", "two boats on a lake"]  # of two lengths, so that masks matter
 by_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -174,31 +174,6 @@ def level_of(adapter: ModelAdapter, timestep: Tensor) -> Tensor:
 
 
 @by_family
-def test_predictions_convert_as_the_familys_scheduler_does(family: str, pipelines: dict[str, Any]) -> None:
-    """Our x_0 is the pipeline's own scheduler's, step by step of its grid."""
-    pipeline = pipelines[family]
-    adapter = load_adapter(pipeline, torch.float32)
-    shape = adapter.latent_shape(**size_of(adapter))
-    condition = adapter.condition(PROMPTS)
-    scheduler = adapter.student_scheduler(4, None, stochastic=False)
-    adapter.set_grid(scheduler, 4)
-    torch.manual_seed(0)
-    x_t = torch.randn(2, *shape)
-    with torch.no_grad():
-        for step, timestep in enumerate(scheduler.timesteps):
-            sigma = level_of(adapter, timestep).expand(2)
-            prediction = adapter.predict(adapter.roles, TEACHER, x_t, sigma, condition)
-            ours = adapter.denoiser(adapter.roles, TEACHER, condition)(x_t, sigma)
-            stepped = scheduler.step(prediction, timestep, x_t)
-            if hasattr(stepped, "pred_original_sample"):
-                theirs = stepped.pred_original_sample
-            else:  # flow matching: follow the straight line to its end
-                theirs = x_t - scheduler.sigmas[step] * prediction
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-            x_t = stepped.prev_sample
-
-
-@by_family
 @pytest.mark.parametrize("sampler", ["renoise", "ode"])
 def test_a_trained_student_runs_in_plain_diffusers(family: str, sampler: str, tmp_path: Path) -> None:
     """Ten steps move the student and leave the teacher bit for bit; export and plain pipeline give our own images."""
@@ -254,6 +229,12 @@ def test_a_trained_student_runs_in_plain_diffusers(family: str, sampler: str, tm
     assert (without - ours).abs().max() > 1e-3
 
 
+def in_the_loop(adapter: ModelAdapter, latents: Tensor) -> Tensor:
+    """Return latents as the pipeline's scheduler sees them: FLUX.2 packs what it is given once more."""
+    packed = adapter.pack(latents)
+    return packed.flatten(2).transpose(1, 2) if type(adapter.pipeline).__name__ == "Flux2KleinPipeline" else packed
+
+
 @contextmanager
 def noise_in_our_shape(adapter: ModelAdapter, like: Tensor) -> Iterator[None]:
     """Let the scheduler draw its noise as latents `[N, C, h, w]`, as our sampler does, and pack it."""
@@ -261,7 +242,7 @@ def noise_in_our_shape(adapter: ModelAdapter, like: Tensor) -> Iterator[None]:
     before = [module.randn_tensor for module in modules]
 
     def draw(shape: Any, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
-        noise = adapter.pack(torch.randn(like.shape, dtype=dtype))
+        noise = in_the_loop(adapter, torch.randn(like.shape, dtype=dtype))
         assert noise.shape == tuple(shape)
         return noise
 
@@ -289,7 +270,7 @@ def test_decoding_gives_the_pipelines_pictures(family: str) -> None:
         shape = adapter.latent_shape(**size)
         latents = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
         # Whatever the network says, every step of this scheduler leads to our latents.
-        packed = adapter.pack(latents)
+        packed = in_the_loop(adapter, latents)
         pipeline.scheduler.step = lambda *_, packed=packed, **__: (packed,)
         with torch.no_grad():
             theirs = run_pipeline(pipeline, PROMPTS, num_inference_steps=2, output_type="pt", **size)
@@ -297,15 +278,11 @@ def test_decoding_gives_the_pipelines_pictures(family: str) -> None:
 
 
 @by_family
-def test_encoding_inverts_decoding_s_normalization(family: str, pipelines: dict[str, Any]) -> None:
-    """A latent's place relative to the VAE's own: what decode undoes, encode_images does."""
+def test_encoding_gives_the_vaes_latents(family: str, pipelines: dict[str, Any]) -> None:
+    """Images are scaled as the VAE takes them, and its latents come out normalized."""
     adapter = load_adapter(pipelines[family], torch.float32)
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    latents = adapter.encode_images(images)
-    assert latents.shape == (2, *adapter.latent_shape(64, 64))
-    raw = adapter.to_vae(latents)
-    torch.testing.assert_close(adapter.from_vae(raw), latents, rtol=1e-4, atol=1e-5)
-    assert raw.shape != latents.shape or not torch.allclose(raw, latents, atol=0.1)
+    raw = adapter.to_vae(adapter.encode_images(images))
     with torch.no_grad():
         encoded = adapter.pipeline.vae.encode(vae_input(adapter, images))
     own = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
@@ -316,19 +293,6 @@ def vae_input(adapter: ModelAdapter, images: Tensor) -> Tensor:
     """Return images as the VAE takes them; Qwen-Image's is for videos."""
     scaled = images * 2 - 1
     return scaled[:, :, None] if type(adapter.pipeline).__name__ == "QwenImagePipeline" else scaled
-
-
-@by_family
-def test_features_come_in_tokens(family: str, pipelines: dict[str, Any]) -> None:
-    """What heads read is [N, tokens, feature_width] and differentiable in x_t."""
-    adapter = load_adapter(pipelines[family], torch.float32)
-    x_t = torch.randn(2, *adapter.latent_shape(**size_of(adapter)), requires_grad=True)
-    features = adapter.features(adapter.roles, TEACHER, adapter.condition(PROMPTS))(x_t, torch.tensor([0.5, 0.6]))
-    assert features.ndim == 3
-    assert features.shape[::2] == (2, adapter.feature_width)
-    features.sum().backward()
-    assert x_t.grad is not None
-    assert x_t.grad.any()
 
 
 # ---- Stable Diffusion and SDXL ----------------------------------------------------------------------------------

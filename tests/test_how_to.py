@@ -1,4 +1,4 @@
-"""A stranger's package: written from docs/write-a-reward.md, or by `rdm-sdk new-reward`, installed by pip, and used."""
+"""Packages of strangers: from docs/write-a-reward.md and write-a-model.md, or `rdm-sdk new-reward`; installed, used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from rdm_sdk import ConfigError
 from rdm_sdk.scaffold import new_reward
 
-PAGE = Path(__file__).parent.parent / "docs" / "write-a-reward.md"
+DOCS = Path(__file__).parent.parent / "docs"
 Run = Callable[..., str]
 
 TRAIN = """
@@ -29,9 +29,9 @@ print(sorted(key for key in trainer.state.log_history[0] if key.startswith("rewa
 """
 
 
-def files_of_the_page() -> dict[str, str]:
-    """Return the files that the page tells its reader to write: a name in backquotes, a colon, and a block of code."""
-    text = PAGE.read_text(encoding="utf-8")
+def files_of_the_page(name: str) -> dict[str, str]:
+    """Return the files that a page tells its reader to write: a name in backquotes, a colon, and a block of code."""
+    text = (DOCS / name).read_text(encoding="utf-8")
     found = re.findall(r"^`([\w./-]+)`:.*?\n\n```\w+\n(.*?)```", text, re.M | re.S)
     return dict(found)
 
@@ -59,7 +59,7 @@ def install(run: Run, folder: Path, site: Path) -> None:
 
 def test_the_page_from_an_empty_folder_to_a_run(tmp_path: Path, run: Run) -> None:
     """The page's own files, installed with pip, are listed, checked and trained with, without touching the SDK."""
-    files = files_of_the_page()
+    files = files_of_the_page("write-a-reward.md")
     assert files.keys() == {
         "pyproject.toml",
         "acme_rewards/__init__.py",
@@ -110,9 +110,10 @@ def test_the_models_example_of_the_page(tmp_path: Path) -> None:
 
     from rdm_sdk.testing import check_reward, save_tiny_clip
 
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if "class Score" in block]
+    page = DOCS / "write-a-reward.md"
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S) if "class Score" in block]
     names: dict[str, object] = {"__name__": __name__}
-    exec(compile(code, str(PAGE), "exec", dont_inherit=True), names)
+    exec(compile(code, str(page), "exec", dont_inherit=True), names)
     reward = names["Score"](path=str(save_tiny_clip(tmp_path)), variant="v1")
     assert {result.status for result in check_reward(reward)} <= {"passed", "skipped"}
     assert torch.is_tensor(reward.clip.model.logit_scale)
@@ -137,3 +138,41 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
         new_reward("acme/sharpness", tmp_path)
     assert (folder / "README.md").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+FAMILY = """
+import sys, warnings
+sys.path.insert(0, "acme-models/tests")
+from test_auraflow import tiny_auraflow
+from rdm_sdk import RDMConfig, RDMTrainer
+tiny_auraflow().save_pretrained("base")
+args = RDMConfig(
+    output_dir="run", max_steps=1, per_device_train_batch_size=4, num_generations=2, max_sequence_length=16,
+    critic_steps=1, logging_steps=1, report_to="none", use_cpu=True, save_strategy="no",
+)
+trainer = RDMTrainer("base", "dm", args, ["a red fox", "two boats"])
+trainer.train()
+trainer.save_model("student")
+print(type(trainer.adapter).__name__, trainer.state.log_history[0]["loss"] > 0)
+"""
+
+
+def test_a_family_from_the_page_to_a_run(tmp_path: Path, run: Run) -> None:
+    """The page's own adapter is found by the pipeline's class, keeps the contract and trains."""
+    files = files_of_the_page("write-a-model.md")
+    assert files.keys() == {
+        "pyproject.toml",
+        "acme_models/__init__.py",
+        "acme_models/auraflow.py",
+        "tests/test_auraflow.py",
+    }
+    for name, text in files.items():
+        path = tmp_path / "acme-models" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    install(run, tmp_path / "acme-models", tmp_path / "site")
+    assert "AuraFlowPipeline" in run("-m", "rdm_sdk.cli", "models", "list")
+    assert "18 passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", "acme-models/tests")
+    (tmp_path / "train.py").write_text(FAMILY)
+    assert "AuraFlowAdapter True" in run("train.py")
+    assert "from diffusers import AuraFlowPipeline" in (tmp_path / "student" / "README.md").read_text()

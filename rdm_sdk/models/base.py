@@ -77,9 +77,15 @@ class ModelAdapter(ABC):
         return {name: part for name, part in self.frozen_parts().items() if name.startswith("text_encoder")}
 
     def to(self, device: torch.device) -> None:
-        """Move backbone, VAE and text encoders."""
+        """Let backbone, VAE and text encoders work on a device.
+
+        What was quantized or spread over devices when it was loaded stays where it is.
+        """
         self.device = device
-        self.pipeline.to(device)
+        for part in (self.roles, *self.frozen_parts().values()):
+            network = self.backbone if part is self.roles else part
+            if getattr(network, "hf_device_map", None) is None and getattr(network, "hf_quantizer", None) is None:
+                part.to(device)
 
     def fingerprint(self) -> str:
         """Return a hash of the base's shapes and of samples of its weights, to recognize it on resume."""
@@ -104,6 +110,17 @@ class ModelAdapter(ABC):
     def encode_no_prompt(self) -> Condition:
         """Return what the family's pipeline takes where there is no (negative) prompt, one row `[1, ...]`."""
         return self.encode_prompts([""])
+
+    def example_encoding(self, count: int) -> Condition:
+        """Return what `encode_prompts` returns for `count` prompts that are as long as they can be, encoding nothing.
+
+        Shapes and dtypes count, values do not, except those of masks: ones, on the CPU. `rdm-sdk plan` runs the
+        backbone with it when there are configs and no weights.
+
+        Raises:
+            ModelError: the family names none; then it cannot be planned.
+        """
+        raise ModelError(f"{type(self).__name__} names no example_encoding(count), which rdm-sdk plan needs; write it")
 
     def condition(self, prompts: Sequence[str | None], guidance_scale: float = 1.0) -> Condition:
         """Return everything that the backbone is told beside x_t and its noise level, `[N, ...]`.
@@ -186,7 +203,7 @@ class ModelAdapter(ABC):
         """Encode RGB images `[N, 3, H, W]` in [0, 1] to latents `[N, *x]`: the inverse of `decode`."""
         vae = self.pipeline.vae
         with torch.no_grad():
-            latents: Tensor = vae.encode((images * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mode()
+            latents: Tensor = vae.encode((images * 2 - 1).to(self.device, vae.dtype)).latent_dist.mode()
         return self.from_vae(latents.float())
 
     def to_vae(self, latents: Tensor) -> Tensor:
@@ -234,6 +251,11 @@ class ModelAdapter(ABC):
         """Write LoRA weights with their metadata in the format that the pipeline's `load_lora_weights` reads."""
         layers = {f"{self.component}_lora_layers": state, f"{self.component}_lora_adapter_metadata": metadata}
         type(self.pipeline).save_lora_weights(directory, **layers)
+
+    @property
+    def loading_code(self) -> str:
+        """The model card's lines that load what was exported to `folder` into a plain pipeline `pipe`."""
+        return "pipe.load_lora_weights(folder)"
 
     def student_sigmas(self, num_steps: int, shift: float | None) -> list[float]:
         """Return the student's grid of noise levels, largest first, without the final zero."""

@@ -1,8 +1,8 @@
 """Several roles on one set of base weights.
 
 The teacher is the base with every adapter off; "student", "fake" and any other role are LoRA adapters. The base is held
-once, whatever the number of roles. A reward may also bring a role of its own that is no adapter but a module, such as a
-discriminator's head.
+once, whatever the number of roles. For full fine-tuning a role is a copy of the base instead. A reward may also bring a
+role of its own that is neither but a module, such as a discriminator's head.
 """
 
 from __future__ import annotations
@@ -72,9 +72,15 @@ class Roles(nn.Module):
         """Network evaluations so far, in samples, per role."""
         self._role = TEACHER
         self._names: list[str] = []
+        """Of the roles that can denoise, in the order in which they were added."""
+        self.copies = nn.ModuleDict()
+        """Roles that are full copies of the backbone."""
         self.heads = nn.ModuleDict()
         """Roles that are modules of their own."""
         self._layers: list[BaseTunerLayer] = []
+        placed = getattr(backbone, "hf_device_map", None)
+        if placed is not None:  # the base is spread over devices, and Trainer must leave it there
+            self.hf_device_map: dict[str, Any] = placed
 
     def train(self, mode: bool = True) -> Roles:
         """Set the flag for Trainer's sake; the backbone itself stays in evaluation mode."""
@@ -101,6 +107,12 @@ class Roles(nn.Module):
                 parameter.requires_grad_(True)
         self._switch(TEACHER)
 
+    def add_copy(self, name: str, module: nn.Module) -> None:
+        """Add a copy of the backbone, made before it got any adapters, as a role; it is trained whole, in float32."""
+        self._check_new(name)
+        self.copies[name] = module.float().eval().requires_grad_(True)
+        self._names.append(name)
+
     def add_head(self, name: str, module: nn.Module) -> None:
         """Add a module as a role: it is trained and saved as the others are, and `forward` does not run it."""
         self._check_new(name)
@@ -111,8 +123,8 @@ class Roles(nn.Module):
             raise ConfigError(f"there is already a role {name!r}")
 
     @property
-    def adapter_roles(self) -> tuple[str, ...]:
-        """The roles that are LoRA adapters and so can denoise."""
+    def denoising_roles(self) -> tuple[str, ...]:
+        """The trained roles that are networks of their own: LoRA adapters and copies."""
         return tuple(self._names)
 
     @property
@@ -121,16 +133,18 @@ class Roles(nn.Module):
 
     def parameters_of(self, role: str) -> dict[str, nn.Parameter]:
         """Return a role's parameters by name."""
-        if role in self.heads:
-            return dict(self.heads[role].named_parameters())
+        own = self._own_module(role)
+        if own is not None:
+            return dict(own.named_parameters())
         if role not in self._names:
             raise ConfigError(f"no role {role!r}; there are {', '.join([TEACHER, *self.trainable_roles])}")
         return {name: p for name, p in self.backbone.named_parameters() if f".{role}." in f"{name}."}
 
     def role_state_dict(self, role: str) -> dict[str, Tensor]:
         """Return a role's weights (an adapter's with PEFT's names), detached and on CPU."""
-        if role in self.heads:
-            state: dict[str, Tensor] = self.heads[role].state_dict()
+        own = self._own_module(role)
+        if own is not None:
+            state: dict[str, Tensor] = own.state_dict()
         else:
             state = get_peft_model_state_dict(self.backbone, adapter_name=role)
         return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -150,14 +164,21 @@ class Roles(nn.Module):
                     f"weights for role {role!r} do not fit: {name} has shape {list(tensor.shape)}, this run's has "
                     f"{list(own[name].shape)}; was the run started with another LoRA rank?"
                 )
-        if role in self.heads:
-            self.heads[role].load_state_dict(state)
+        module = self._own_module(role)
+        if module is not None:
+            module.load_state_dict(state)
         else:
             set_peft_model_state_dict(self.backbone, state, adapter_name=role)
 
     def describe(self, role: str) -> str:
         """Return what a role's weights only mean something with, for people and for comparison."""
+        if role in self.copies:
+            return "a full copy of the base"
         return str(self.heads[role]) if role in self.heads else describe_lora(self.lora_config(role))
+
+    def _own_module(self, role: str) -> nn.Module | None:
+        """Return the module that a role is, None for an adapter."""
+        return dict([*self.copies.items(), *self.heads.items()]).get(role)
 
     def lora_config(self, role: str) -> LoraConfig:
         """Return the role's LoRA configuration, with its targets as found in this model."""
@@ -178,16 +199,21 @@ class Roles(nn.Module):
     def _switch(self, role: str) -> None:
         if role not in (TEACHER, *self._names):
             raise ConfigError(f"no role {role!r}; there are {', '.join([TEACHER, *self._names])}")
+        adapter = role != TEACHER and role not in self.copies
         for layer in self._layers:
-            layer._disable_adapters = role == TEACHER
-            layer._active_adapter = [role] if role != TEACHER else []
+            layer._disable_adapters = not adapter
+            layer._active_adapter = [role] if adapter else []
         self._role = role
 
     def forward(self, role: str, **inputs: Any) -> Tensor:
         """Run the backbone as `role`; returns its first output."""
         self.forwards[role] += next(value.shape[0] for value in inputs.values() if isinstance(value, Tensor))
-        with self.use(role):
-            output: Tensor = self.backbone(**inputs, return_dict=False)[0]
+        # A copy's weights are float32, while its inputs have the base's dtype.
+        base = next(self.backbone.parameters())
+        mixed = role in self.copies and base.dtype != torch.float32
+        network = dict(self.copies.items()).get(role, self.backbone)
+        with self.use(role), torch.autocast(base.device.type, base.dtype, enabled=mixed):
+            output: Tensor = network(**inputs, return_dict=False)[0]
         return output
 
     def gradient_checkpointing_enable(self, **_: Any) -> None:
@@ -195,10 +221,13 @@ class Roles(nn.Module):
 
         Without that, the replay would run as whatever role happens to be active then: wrong gradients, silently.
         """
-        enable = getattr(self.backbone, "enable_gradient_checkpointing", None)
-        if enable is None:
-            raise ModelError(f"{type(self.backbone).__name__} does not support gradient checkpointing")
-        enable(partial(checkpoint, use_reentrant=False, context_fn=self._checkpoint_contexts))
+        networks: list[Any] = [self.backbone, *self.copies.values()]
+        for network in networks:
+            if not getattr(network, "_supports_gradient_checkpointing", False):
+                raise ModelError(f"{type(network).__name__} does not support gradient checkpointing")
+            network.enable_gradient_checkpointing(
+                partial(checkpoint, use_reentrant=False, context_fn=self._checkpoint_contexts)
+            )
 
     activation_checkpointing_enable = gradient_checkpointing_enable
 

@@ -40,6 +40,11 @@ class SDAdapter(DDPMAdapter):
             embeds, _ = self.pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeds}
 
+    def example_encoding(self, count: int) -> Condition:
+        encoder = self.pipeline.text_encoder
+        shape = count, encoder.config.max_position_embeddings, encoder.config.hidden_size
+        return {"encoder_hidden_states": torch.zeros(shape, dtype=encoder.dtype, device=self.device)}
+
     @property
     def default_size(self) -> tuple[int, int]:
         size, factor = self.backbone.config.sample_size, self.pipeline.vae_scale_factor

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rdm_sdk.errors import ConfigError
 from rdm_sdk.models.base import Network
 from rdm_sdk.models.flow import FlowAdapter
 from rdm_sdk.types import Condition
@@ -43,6 +44,15 @@ class SD3Adapter(FlowAdapter):
             )
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
+    def example_encoding(self, count: int) -> Condition:
+        encoder, config = self.pipeline.text_encoder, self.backbone.config
+        tokens = encoder.config.max_position_embeddings + self.max_sequence_length
+        embeds = torch.zeros(count, tokens, config.joint_attention_dim, dtype=encoder.dtype, device=self.device)
+        return {
+            "encoder_hidden_states": embeds,
+            "pooled_projections": embeds.new_zeros(count, config.pooled_projection_dim),
+        }
+
     @property
     def default_size(self) -> tuple[int, int]:
         size = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
@@ -51,6 +61,16 @@ class SD3Adapter(FlowAdapter):
     @property
     def size_unit(self) -> int:
         return int(self.pipeline.vae_scale_factor * self.pipeline.patch_size)
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        shape = super().latent_shape(height, width)
+        most = self.backbone.config.pos_embed_max_size * self.pipeline.patch_size
+        if max(shape[1:]) > most:
+            raise ConfigError(
+                f"{height} x {width} pixels are too large for {self.base_name!r}, whose position embedding ends at "
+                f"{most * self.pipeline.vae_scale_factor}; use a smaller height and width"
+            )
+        return shape
 
     def predict(self, network: Network, role: str, x_t: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         dtype = self.backbone.dtype

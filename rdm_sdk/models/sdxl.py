@@ -28,6 +28,13 @@ class SDXLAdapter(SDAdapter):
             )
         return {"encoder_hidden_states": embeds, "text_embeds": pooled}
 
+    def example_encoding(self, count: int) -> Condition:
+        first, second = self.pipeline.text_encoder, self.pipeline.text_encoder_2
+        width = first.config.hidden_size + second.config.hidden_size
+        embeds = torch.zeros(count, first.config.max_position_embeddings, width, dtype=first.dtype, device=self.device)
+        pooled = embeds.new_zeros(count, second.config.projection_dim)
+        return {"encoder_hidden_states": embeds, "text_embeds": pooled}
+
     def encode_no_prompt(self) -> Condition:
         blank = self.encode_prompts([""])
         if self.pipeline.config.force_zeros_for_empty_prompt:

@@ -1,10 +1,12 @@
-"""For authors of plugins: the contract kit, batches to try rewards on, and tiny offline models."""
+"""For authors of plugins: the contract kits, batches to try rewards on, and tiny offline models."""
 
+from rdm_sdk.testing.adapter_checks import MODEL_CHECKS
+from rdm_sdk.testing.adapters import ModelCheckError, ModelCheckWarning, check_model, parametrize_model_checks
 from rdm_sdk.testing.batches import example_batch, example_images
 from rdm_sdk.testing.checks import CHECKS
+from rdm_sdk.testing.kit import CheckResult
 from rdm_sdk.testing.models import save_tiny_clip, tiny_clip_config, tiny_tokenizer
 from rdm_sdk.testing.rewards import (
-    CheckResult,
     RewardCheckError,
     RewardCheckWarning,
     check_reward,
@@ -14,12 +16,17 @@ from rdm_sdk.testing.rewards import (
 
 __all__ = [
     "CHECKS",
+    "MODEL_CHECKS",
     "CheckResult",
+    "ModelCheckError",
+    "ModelCheckWarning",
     "RewardCheckError",
     "RewardCheckWarning",
+    "check_model",
     "check_reward",
     "example_batch",
     "example_images",
+    "parametrize_model_checks",
     "parametrize_reward_checks",
     "run_reward_checks",
     "save_tiny_clip",

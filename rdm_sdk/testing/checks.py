@@ -1,7 +1,6 @@
 """The checks of the reward contract, one function each; `rewards.py` runs them.
 
-A check takes a `Subject`, raises `AssertionError` with a message for the reward's author, or returns a `Remark`. It may
-rely on the checks that it `needs`: it is not run where one of them failed.
+A check takes a `Subject`; see `kit.Check`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import random
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -27,21 +25,15 @@ from rdm_sdk.rewards.evaluate import as_declared, evaluate_reward
 from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.rewards.spec import checked_model, parse_spec
 from rdm_sdk.testing.batches import copied, rows
-from rdm_sdk.testing.subject import Check, Remark, Subject, advising, assert_close, demand, same, shown
+from rdm_sdk.testing.kit import Check, Remark, advising, collector, demand
+from rdm_sdk.testing.subject import Subject, assert_close, same, shown
 
 STEPS = (0.003, 0.01, 0.03)
 """Ascent steps in units of an image's or latent's range; more than one, because 8-bit rounding swallows small ones."""
 
 
 CHECKS: list[Check] = []
-
-
-def check(*needs: str) -> Callable[[Callable[[Subject], Remark | None]], Callable[[Subject], Remark | None]]:
-    def add(run: Callable[[Subject], Remark | None]) -> Callable[[Subject], Remark | None]:
-        CHECKS.append(Check(run.__name__, run, needs))
-        return run
-
-    return add
+check = collector(CHECKS)
 
 
 @check()

@@ -117,7 +117,7 @@ def tiny_sd(seed: int = 0, prediction_type: str = "epsilon") -> Any:
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        return _randomized(pipeline)
+        return randomized(pipeline)
 
 
 def tiny_sdxl(seed: int = 0) -> Any:
@@ -142,7 +142,7 @@ def tiny_sdxl(seed: int = 0) -> Any:
             ),
             scheduler=EulerDiscreteScheduler(**SD_STEPS, timestep_spacing="leading"),
         )
-        return _randomized(pipeline)
+        return randomized(pipeline)
 
 
 def tiny_sd3(seed: int = 0) -> Any:
@@ -171,7 +171,7 @@ def tiny_sd3(seed: int = 0) -> Any:
             ),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         )
-        return _randomized(pipeline)
+        return randomized(pipeline)
 
 
 def tiny_flux(seed: int = 0, guidance_embeds: bool = True) -> Any:
@@ -197,7 +197,7 @@ def tiny_flux(seed: int = 0, guidance_embeds: bool = True) -> Any:
                 shift=3.0 if guidance_embeds else 1.0, use_dynamic_shifting=guidance_embeds
             ),
         )
-        return _randomized(pipeline)
+        return randomized(pipeline)
 
 
 def tiny_flux2(seed: int = 0) -> Any:
@@ -224,7 +224,7 @@ def tiny_flux2(seed: int = 0) -> Any:
         statistics = pipeline.vae.bn
         statistics.running_mean.normal_()
         statistics.running_var.uniform_(0.25, 4.0)
-        return _randomized(pipeline)
+        return randomized(pipeline)
 
 
 def tiny_qwen_image(seed: int = 0) -> Any:
@@ -279,7 +279,7 @@ def tiny_qwen_image(seed: int = 0) -> Any:
             ),
         )
         pipeline.register_modules(tokenizer=tiny_qwen_tokenizer(pipeline.prompt_template_encode))
-        return _randomized(pipeline)
+        return randomized(pipeline)
 
 
 def tiny_z_image(seed: int = 0) -> Any:
@@ -301,7 +301,7 @@ def tiny_z_image(seed: int = 0) -> Any:
             ),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         )
-        return _randomized(pipeline)
+        return randomized(pipeline)
 
 
 def tiny_sana(seed: int = 0) -> Any:
@@ -351,7 +351,7 @@ def tiny_sana(seed: int = 0) -> Any:
                 prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
             ),
         )
-        return _randomized(pipeline)
+        return randomized(pipeline)
 
 
 def tiny_pixart(seed: int = 0) -> Any:
@@ -374,7 +374,7 @@ def tiny_pixart(seed: int = 0) -> Any:
             ),
             scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
         )
-        return _randomized(pipeline)
+        return randomized(pipeline)
 
 
 TINY_PIPELINES: dict[str, Callable[..., Any]] = {
@@ -500,8 +500,8 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _randomized(pipeline: Any) -> Any:
-    """Draw all weights of a pipeline and put it in evaluation mode.
+def randomized(pipeline: Any) -> Any:
+    """Draw all weights of a pipeline from the global random state, put it in evaluation mode, and return it.
 
     As networks start, some outputs are zero and the embeddings of all texts are alike. Here every layer keeps the size
     of what it gets, and scales of norms stay as they are.

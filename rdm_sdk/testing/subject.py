@@ -1,31 +1,21 @@
-"""What checks are made of: the reward under test, and assertions with advice."""
+"""The reward under test, and how its scores are compared."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rdm_sdk.errors import RDMError, said
 from rdm_sdk.rewards.base import Reward, RewardBatch
 from rdm_sdk.rewards.evaluate import as_declared, evaluate_reward
 from rdm_sdk.testing.batches import copied
+from rdm_sdk.testing.kit import demand
 from rdm_sdk.types import RewardOutput
 
 TOLERANCE = 1e-4
 """Relative to the scores' own size; models add up differently in batches of different sizes."""
-
-
-@dataclass(frozen=True)
-class Remark:
-    """What a check has to say without failing."""
-
-    kind: str
-    """"skipped" (it does not apply) or "warning"."""
-    text: str
 
 
 @dataclass(frozen=True)
@@ -60,47 +50,12 @@ class Subject:
             return evaluate_reward(self.reward, batch, gradients_of=wanted, **options)
 
 
-@dataclass(frozen=True)
-class Check:
-    """One check of the kit."""
-
-    name: str
-    run: Callable[[Subject], Remark | None]
-    needs: tuple[str, ...]
-
-    @property
-    def promise(self) -> str:
-        """What a reward that passes it keeps to."""
-        return (self.run.__doc__ or "").strip().splitlines()[0]
-
-
-class advising:  # noqa: N801 - reads as a statement
-    """Turn an exception inside the block into a failure of the check that says what to do."""
-
-    def __init__(self, advice: str) -> None:
-        self.advice = advice
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, AssertionError):
-            text = str(error) if isinstance(error, RDMError) else said(error)
-            raise AssertionError(f"{text.rstrip('. ')}. {self.advice}") from error
-
-
 def assert_close(found: Tensor, wanted: Tensor, what: str, advice: str, tolerance: float = TOLERANCE) -> None:
     demand(torch.equal(found.isnan(), wanted.isnan()), f"{what} are NaN for other samples; {advice}")
     found, wanted = found[~found.isnan()], wanted[~wanted.isnan()]
     size = max(float(wanted.abs().max()), 1e-6)
     apart = float((found - wanted).abs().max())
     demand(apart <= tolerance * size, f"{what} differ by up to {apart:.3g} (of {size:.3g}); {advice}")
-
-
-def demand(holds: object, message: str) -> None:
-    """An assertion that `python -O` does not remove."""
-    if not holds:
-        raise AssertionError(message)
 
 
 def same(first: Tensor, second: Tensor) -> bool:

@@ -1,0 +1,483 @@
+"""The checks of the contract of model adapters, one function each; `adapters.py` runs them.
+
+A check takes a `ModelSubject`; see `kit.Check`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from rdm_sdk.core.noise import Prediction, to_x_0
+from rdm_sdk.errors import ConfigError, ModelError
+from rdm_sdk.export import STUDENT, StudentInfo, load_student, save_student
+from rdm_sdk.hosting import add_roles
+from rdm_sdk.models.base import Guidance, ModelAdapter
+from rdm_sdk.models.load import load_adapter
+from rdm_sdk.models.roles import TEACHER
+from rdm_sdk.rewards.resolve import resolve_rewards
+from rdm_sdk.sampling import FewStepPolicy, sample
+from rdm_sdk.testing.kit import Check, Remark, advising, collector, demand
+from rdm_sdk.types import Condition, Denoiser
+
+PROMPTS = ["a red fox", "two boats on a lake, at night, seen from afar"]
+NUM_STEPS = 4
+LORA = LoraConfig(r=4, lora_alpha=12)
+"""Alpha is not the rank: a format that loses it is noticed."""
+CLOSE = 1e-4
+"""Of float32 networks in other batches, or in another program."""
+
+MODEL_CHECKS: list[Check] = []
+check = collector(MODEL_CHECKS)
+
+
+@dataclass(frozen=True)
+class ModelSubject:
+    """A model family under test: `make` returns a pipeline or an adapter, with the same weights every time."""
+
+    make: Callable[[], Any]
+
+    def fresh(self) -> ModelAdapter:
+        """Return an adapter that a check may change."""
+        made = self.make()
+        if not isinstance(made, ModelAdapter):
+            made.set_progress_bar_config(disable=True)
+        return load_adapter(made, torch.float32)
+
+    @cached_property
+    def adapter(self) -> ModelAdapter:
+        """An adapter that checks leave as it is."""
+        return self.fresh()
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels: small, and not square if the base allows it."""
+        unit = self.adapter.size_unit
+        height = -(-32 // unit) * unit
+        try:
+            self.adapter.latent_shape(height, 2 * height)
+        except ConfigError:
+            return self.adapter.default_size
+        return height, 2 * height
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.adapter.latent_shape(*self.size)
+
+    @cached_property
+    def condition(self) -> Condition:
+        return self.adapter.condition(PROMPTS)
+
+    @cached_property
+    def x_t(self) -> Tensor:
+        return torch.randn(2, *self.shape, generator=torch.Generator().manual_seed(0))
+
+    @property
+    def sigma(self) -> Tensor:
+        return torch.tensor([0.8, 0.4])
+
+    def denoise(self, denoiser: Denoiser) -> Tensor:
+        with torch.no_grad():
+            return denoiser(self.x_t, self.sigma)
+
+    def teacher(self, condition: Condition | None = None) -> Denoiser:
+        """Return the teacher's denoiser, by default for the two prompts."""
+        adapter = self.adapter
+        return adapter.denoiser(adapter.roles, TEACHER, self.condition if condition is None else condition)
+
+
+def rows(condition: Condition, *places: int) -> Condition:
+    return {name: tensor[list(places)] for name, tensor in condition.items()}
+
+
+def apart(found: Tensor, wanted: Tensor) -> float:
+    """Return the largest difference, relative to the largest value."""
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6))
+
+
+@check()
+def declarations(subject: ModelSubject) -> None:
+    """What the class declares exists: component, LoRA targets, kinds of prediction and guidance."""
+    adapter = subject.adapter
+    demand(
+        adapter.prediction in get_args(Prediction),
+        f"prediction is {adapter.prediction!r}; it must be one of {', '.join(get_args(Prediction))}",
+    )
+    demand(
+        adapter.guidance in get_args(Guidance),
+        f"guidance is {adapter.guidance!r}; it must be one of {', '.join(get_args(Guidance))}",
+    )
+    layers = [name for name, module in adapter.backbone.named_modules() if isinstance(module, nn.Linear)]
+    for target in adapter.lora_targets:
+        demand(
+            any(f".{name}".endswith(f".{target}") for name in layers),
+            f"no linear layer's name ends in the LoRA target {target!r}; there are, among others, "
+            f"{', '.join(sorted({name.split('.')[-1] for name in layers})[:12])}",
+        )
+
+
+@check()
+def encodes_prompts(subject: ModelSubject) -> None:
+    """`encode_prompts` returns tensors `[N, ...]` whose shapes do not depend on the prompts."""
+    adapter = subject.adapter
+    together = adapter.encode_prompts(list(PROMPTS))
+    demand(
+        isinstance(together, dict) and all(isinstance(value, Tensor) for value in together.values()),
+        "encode_prompts() must return a dict of tensors",
+    )
+    for name, tensor in together.items():
+        demand(
+            len(tensor) == len(PROMPTS),
+            f"{name!r} has shape {list(tensor.shape)} for {len(PROMPTS)} prompts; its first dimension is the batch",
+        )
+        demand(not tensor.requires_grad, f"{name!r} requires gradients; encode under torch.no_grad()")
+    for place, prompt in enumerate(PROMPTS):
+        alone = adapter.encode_prompts([prompt])
+        for name, tensor in together.items():
+            demand(
+                alone[name].shape[1:] == tensor.shape[1:],
+                f"{name!r} is {list(alone[name].shape[1:])} for {prompt!r} alone and {list(tensor.shape[1:])} beside a "
+                "longer one; pad to max_sequence_length, and return a mask if the backbone takes one",
+            )
+            demand(
+                apart(alone[name].float(), tensor[place : place + 1].float()) < CLOSE,
+                f"{name!r} of {prompt!r} depends on the prompts beside it",
+            )
+    demand(
+        any(not torch.equal(tensor[0], tensor[1]) for tensor in together.values()),
+        "two prompts are encoded alike",
+    )
+
+
+@check("encodes_prompts")
+def encodes_no_prompt(subject: ModelSubject) -> None:
+    """`encode_no_prompt` returns one row that can stand beside those of prompts."""
+    blank, encoded = subject.adapter.encode_no_prompt(), subject.adapter.encode_prompts(PROMPTS[:1])
+    demand(blank.keys() == encoded.keys(), f"it has {sorted(blank)}, and encode_prompts() {sorted(encoded)}")
+    for name, tensor in encoded.items():
+        demand(
+            blank[name].shape == tensor.shape and blank[name].dtype == tensor.dtype,
+            f"{name!r} is {list(blank[name].shape)} ({blank[name].dtype}), and of a prompt {list(tensor.shape)} "
+            f"({tensor.dtype})",
+        )
+
+
+@check()
+def sizes(subject: ModelSubject) -> None:
+    """Latents have `[C, h, w]` for sizes that divide, and others are refused."""
+    adapter = subject.adapter
+    for height, width in (adapter.default_size, subject.size):
+        shape = adapter.latent_shape(height, width)
+        demand(len(shape) == 3, f"latent_shape() is {list(shape)}; it must be channels, height, width")
+        demand(shape[1] * width == shape[2] * height, f"{height} x {width} pixels have latents of {list(shape)}")
+    demand(adapter.latent_shape() == adapter.latent_shape(*adapter.default_size), "without a size, it is the default")
+    if adapter.size_unit > 1:
+        try:
+            adapter.latent_shape(subject.size[0] + 1, subject.size[1])
+        except ConfigError:
+            return
+        raise AssertionError(f"a height of {subject.size[0] + 1} is not refused; raise ConfigError")
+
+
+@check("encodes_prompts", "sizes")
+def denoises(subject: ModelSubject) -> None:
+    """The teacher's denoiser returns finite x_0 in float32, of the latents' shape."""
+    with advising("predict() must pass what the family's pipeline passes to its backbone"):
+        x_0 = subject.denoise(subject.teacher())
+    demand(
+        x_0.shape == subject.x_t.shape,
+        f"predict() returned {list(x_0.shape)} for latents {list(subject.x_t.shape)}; undo what it packs, and drop a "
+        "learned variance",
+    )
+    demand(x_0.dtype == torch.float32, f"x_0 is {x_0.dtype}")
+    demand(x_0.isfinite().all(), "x_0 holds NaN or infinities")
+
+
+@check("denoises")
+def samples_stand_alone(subject: ModelSubject) -> None:
+    """A sample's x_0 depends on its own state, noise level and prompt alone."""
+    together = subject.denoise(subject.teacher())
+    for place in range(2):
+        denoiser = subject.teacher(rows(subject.condition, place))
+        with torch.no_grad():
+            alone = denoiser(subject.x_t[place : place + 1], subject.sigma[place : place + 1])
+        demand(
+            apart(alone, together[place : place + 1]) < CLOSE,
+            "x_0 differs when a sample is denoised alone; use every sample's own sigma (not sigma[0]) and mask",
+        )
+
+
+@check("denoises")
+def follows_prompt_and_level(subject: ModelSubject) -> None:
+    """Other prompts and other noise levels give another x_0."""
+    x_0 = subject.denoise(subject.teacher())
+    swapped = subject.denoise(subject.teacher(rows(subject.condition, 1, 0)))
+    demand(not torch.equal(x_0, swapped), "x_0 does not depend on the prompt; pass the condition to the backbone")
+    adapter = subject.adapter
+
+    def raw(sigma: Tensor) -> Tensor:
+        with torch.no_grad():
+            return adapter.predict(adapter.roles, TEACHER, subject.x_t, sigma, subject.condition)
+
+    demand(
+        not torch.equal(raw(subject.sigma), raw(subject.sigma.flip(0))),
+        "the backbone's prediction does not depend on sigma; pass it the timestep",
+    )
+
+
+@check("denoises")
+def grid(subject: ModelSubject) -> None:
+    """The student's noise levels fall, and both of its schedulers follow them."""
+    adapter = subject.adapter
+    for num_steps in (1, 2, NUM_STEPS):
+        sigmas = adapter.student_sigmas(num_steps, None)
+        demand(len(sigmas) == num_steps, f"student_sigmas({num_steps}, None) has {len(sigmas)} levels")
+        demand(
+            all(1 >= a > b > 0 for a, b in zip(sigmas, [*sigmas[1:], 0.0][: len(sigmas)], strict=True) if b)
+            and 0 < sigmas[-1] <= 1,
+            f"student_sigmas({num_steps}, None) is {sigmas}; it must fall within (0, 1]",
+        )
+        times = []
+        for stochastic in (True, False):
+            scheduler = adapter.student_scheduler(num_steps, None, stochastic)
+            adapter.set_grid(scheduler, num_steps)
+            times.append(scheduler.timesteps.tolist())
+        demand(times[0] == times[1], f"the stochastic scheduler runs at {times[0]}, the deterministic at {times[1]}")
+
+
+@check("grid")
+def steps_as_the_scheduler(subject: ModelSubject) -> None:
+    """Every deterministic step leads where the exported scheduler's leads."""
+    adapter = subject.adapter
+    scheduler = adapter.student_scheduler(NUM_STEPS, None, stochastic=False)
+    adapter.set_grid(scheduler, NUM_STEPS)
+    policy = FewStepPolicy(adapter.schedule, tuple(adapter.student_sigmas(NUM_STEPS, None)), "ode")
+    x_t = subject.x_t
+    for k, timestep in enumerate(scheduler.timesteps):
+        steps = torch.full((2,), k)
+        sigma = policy.levels(steps)
+        with torch.no_grad():
+            prediction = adapter.predict(adapter.roles, TEACHER, x_t, sigma, subject.condition).float()
+        x_0 = to_x_0(adapter.schedule, adapter.prediction, prediction, x_t, sigma)
+        ours = policy.transition(x_t, x_0, steps).mean if k + 1 < NUM_STEPS else x_0
+        theirs = scheduler.step(prediction, timestep, x_t).prev_sample
+        demand(
+            apart(ours, theirs) < CLOSE,
+            f"step {k} (sigma {float(sigma[0]):.4g}, timestep {float(timestep):.4g}) leads elsewhere than "
+            f"{type(scheduler).__name__}'s; check `schedule` and `prediction`",
+        )
+        x_t = theirs
+
+
+@check("sizes")
+def decodes(subject: ModelSubject) -> None:
+    """`decode` returns RGB images in [0, 1] of the size asked for, differentiable."""
+    latents = subject.x_t.clone().requires_grad_()
+    images = subject.adapter.decode(latents)
+    wanted = (2, 3, *subject.size)
+    demand(tuple(images.shape) == wanted, f"decode() returned {list(images.shape)}; it should be {list(wanted)}")
+    demand(images.min() >= 0 and images.max() <= 1, "images must lie in [0, 1]")
+    images.sum().backward()
+    demand(
+        latents.grad is not None and bool(latents.grad.any()),
+        "no gradient reaches the latents; decode without no_grad, detach or rounding",
+    )
+
+
+@check("decodes")
+def encodes_images(subject: ModelSubject) -> None:
+    """`encode_images` returns latents of the right shape, and `from_vae` undoes `to_vae`."""
+    adapter = subject.adapter
+    images = torch.rand(2, 3, *subject.size, generator=torch.Generator().manual_seed(0))
+    latents = adapter.encode_images(images)
+    demand(
+        latents.shape == subject.x_t.shape,
+        f"encode_images() returned {list(latents.shape)}; it should be {list(subject.x_t.shape)}",
+    )
+    again = adapter.from_vae(adapter.to_vae(subject.x_t))
+    demand(apart(again, subject.x_t) < CLOSE, "from_vae() does not undo to_vae()")
+
+
+@check("steps_as_the_scheduler", "decodes")
+def agrees_with_the_pipeline(subject: ModelSubject) -> None:
+    """A plain pipeline call with the student's scheduler and `inference_call` makes the images that we make."""
+    adapter = subject.fresh()
+    noise = subject.x_t
+    ours = images_of(adapter, TEACHER, noise)
+    adapter.pipeline.scheduler = adapter.student_scheduler(NUM_STEPS, None, stochastic=False)
+    theirs = call(adapter, adapter.pipeline, noise)
+    demand(
+        apart(ours, theirs) < CLOSE,
+        f"our images differ from the pipeline's by up to {float((ours - theirs).abs().max()):.3g}; compare the keyword "
+        "arguments of the backbone (a forward pre-hook shows them), the sign of what predict() returns, the grid "
+        "(set_grid), and to_vae()",
+    )
+
+
+def images_of(adapter: ModelAdapter, role: str, noise: Tensor) -> Tensor:
+    """Return the images `[2, 3, H, W]` that a role samples deterministically for the two prompts."""
+    policy = FewStepPolicy(adapter.schedule, tuple(adapter.student_sigmas(NUM_STEPS, None)), "ode")
+    denoiser = adapter.denoiser(adapter.roles, role, adapter.condition(PROMPTS))
+    with torch.no_grad():
+        return adapter.decode(sample(denoiser, noise, policy))
+
+
+def call(adapter: ModelAdapter, pipeline: Any, noise: Tensor) -> Tensor:
+    """Return the images of a plain pipeline call."""
+    images: Tensor = pipeline(
+        prompt=list(PROMPTS),
+        latents=adapter.pack(noise.clone()),
+        **dict(zip(("height", "width"), pixels(adapter, noise), strict=True)),
+        output_type="pt",
+        **adapter.inference_call(NUM_STEPS),
+    ).images
+    return images
+
+
+def pixels(adapter: ModelAdapter, latents: Tensor) -> tuple[int, int]:
+    factor = adapter.default_size[0] // adapter.latent_shape()[1]
+    return latents.shape[-2] * factor, latents.shape[-1] * factor
+
+
+def with_roles(subject: ModelSubject) -> ModelAdapter:
+    """Return a fresh adapter with a student and a critic, whose weights are random, not as they start."""
+    adapter = subject.fresh()
+    add_roles(adapter, {STUDENT: LORA, "fake": LORA})
+    generator = torch.Generator().manual_seed(1)
+    for role in (STUDENT, "fake"):
+        for parameter in adapter.roles.parameters_of(role).values():
+            with torch.no_grad():
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return adapter
+
+
+@check("denoises", "declarations")
+def roles_share_the_base(subject: ModelSubject) -> None:
+    """Adapters start as the teacher, and moving them leaves it bit for bit."""
+    before = subject.denoise(subject.teacher())
+    adapter = subject.fresh()
+    add_roles(adapter, {STUDENT: LORA, "fake": LORA})
+
+    def says(role: str) -> Tensor:
+        return subject.denoise(adapter.denoiser(adapter.roles, role, subject.condition))
+
+    demand(torch.equal(says(TEACHER), before), "adding adapters changed the teacher")
+    demand(apart(says(STUDENT), before) < CLOSE, "the student does not start as the teacher")
+    adapter = with_roles(subject)
+    demand(torch.equal(says(TEACHER), before), "the adapters' weights reach the teacher; all layers must be PEFT's")
+    demand(not torch.equal(says(STUDENT), before), "the student's weights do not reach its output")
+
+
+def gradients(adapter: ModelAdapter, subject: ModelSubject, order: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return the gradients of two roles whose forwards ran in an order, with a teacher's in between."""
+    losses = []
+    for role in order:
+        x_0 = adapter.denoiser(adapter.roles, role, subject.condition)(subject.x_t, subject.sigma)
+        if role != TEACHER:
+            losses.append(x_0.square().mean())
+    torch.stack(losses).sum().backward()  # after all forwards, when another role is the last that was active
+    found = {}
+    for role in (STUDENT, "fake"):
+        for name, parameter in adapter.roles.parameters_of(role).items():
+            if parameter.grad is not None:
+                found[f"{role}.{name}"], parameter.grad = parameter.grad, None
+    return found
+
+
+@check("roles_share_the_base")
+def student_learns(subject: ModelSubject) -> None:
+    """A gradient reaches the adapters of every kind of target."""
+    adapter = with_roles(subject)
+    found = gradients(adapter, subject, (STUDENT, TEACHER))
+    demand(found, "no gradient reaches the student")
+    for target in adapter.lora_targets:
+        demand(
+            any(f".{target}." in name and bool(gradient.any()) for name, gradient in found.items()),
+            f"no gradient reaches the adapters on {target!r}; the backbone does not use these layers",
+        )
+
+
+@check("student_learns")
+def checkpointing_changes_nothing(subject: ModelSubject) -> Remark | None:
+    """Gradient checkpointing gives the same gradients, in whatever order the roles ran."""
+    plain, saving = with_roles(subject), with_roles(subject)
+    try:
+        saving.roles.gradient_checkpointing_enable()
+    except ModelError as error:
+        return Remark("skipped", str(error))
+    for order in ((STUDENT, TEACHER, "fake"), ("fake", STUDENT, TEACHER), (TEACHER, "fake", STUDENT)):
+        wanted, found = gradients(plain, subject, order), gradients(saving, subject, order)
+        demand(wanted.keys() == found.keys(), f"other parameters have gradients when the roles run as {order}")
+        largest = max(float(gradient.abs().max()) for gradient in wanted.values())
+        worst = max(float((found[name] - wanted[name]).abs().max()) for name in wanted)
+        demand(
+            worst <= 1e-5 * largest,
+            f"gradients differ by {worst:.3g} of {largest:.3g} when the roles run as {order}; the backbone must run "
+            "its blocks through its own _gradient_checkpointing_func",
+        )
+    return None
+
+
+@check("roles_share_the_base", "agrees_with_the_pipeline")
+def exports(subject: ModelSubject) -> None:
+    """A student that is saved and loaded into a plain pipeline of its base makes the same images."""
+    adapter = with_roles(subject)
+    ours, base = images_of(adapter, STUDENT, subject.x_t), images_of(adapter, TEACHER, subject.x_t)
+    demand(apart(ours, base) > 10 * CLOSE, "the student's images are the teacher's")
+    with tempfile.TemporaryDirectory() as folder:
+        save_student(folder, adapter, StudentInfo(NUM_STEPS, None, False, 1.0, resolve_rewards("dm"), {}))
+        plain = subject.fresh().pipeline
+        scheduler = type(adapter.student_scheduler(NUM_STEPS, None, stochastic=False))
+        plain.scheduler = scheduler.from_pretrained(Path(folder) / "scheduler")
+        load_student(plain, folder)
+        theirs = call(adapter, plain, subject.x_t)
+    demand(
+        apart(ours, theirs) < CLOSE,
+        f"after save_lora() and load_student() the images differ by up to {float((ours - theirs).abs().max()):.3g}; is "
+        "the LoRA metadata (alpha) written?",
+    )
+
+
+@check("denoises")
+def features(subject: ModelSubject) -> Remark | None:
+    """Features for discriminators, if there are any, are `[N, tokens, feature_width]` and differentiable."""
+    adapter = subject.adapter
+    try:
+        width = adapter.feature_width
+    except ModelError:
+        return Remark("skipped", "the family names no features, so rewards with a head on them cannot be used")
+    x_t = subject.x_t.clone().requires_grad_()
+    found = adapter.features(adapter.roles, TEACHER, subject.condition)(x_t, subject.sigma)
+    demand(
+        found.ndim == 3 and len(found) == 2 and found.shape[2] == width,
+        f"features are {list(found.shape)}; they should be [2, tokens, {width}]",
+    )
+    found.sum().backward()
+    demand(x_t.grad is not None and bool(x_t.grad.any()), "no gradient reaches x_t through the features")
+    return None
+
+
+@check("encodes_prompts")
+def example_encoding(subject: ModelSubject) -> Remark | None:
+    """`example_encoding` has the names, shapes and dtypes of what `encode_prompts` returns."""
+    try:
+        example = subject.adapter.example_encoding(len(PROMPTS))
+    except ModelError:
+        return Remark("skipped", "the family names no example_encoding, so rdm-sdk plan cannot be used")
+    encoded = subject.adapter.encode_prompts(list(PROMPTS))
+    demand(example.keys() == encoded.keys(), f"it has {sorted(example)}, and encode_prompts() {sorted(encoded)}")
+    for name, tensor in encoded.items():
+        demand(
+            example[name].shape == tensor.shape and example[name].dtype == tensor.dtype,
+            f"{name!r} is {list(example[name].shape)} ({example[name].dtype}), and encoded {list(tensor.shape)} "
+            f"({tensor.dtype})",
+        )
+    return None

@@ -1,0 +1,74 @@
+"""The contract kit for model adapters: what every author should run, and what the SDK's own families have to pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rdm_sdk.testing.adapter_checks import MODEL_CHECKS, ModelSubject
+from rdm_sdk.testing.kit import (
+    CheckResult,
+    ContractError,
+    ContractWarning,
+    demand_all,
+    parametrize_checks,
+    run_checks,
+)
+
+
+class ModelCheckError(ContractError):
+    """An adapter does not keep its contract; the message lists every check that failed and what to do."""
+
+
+class ModelCheckWarning(ContractWarning):
+    """An adapter keeps its contract, and something about it is odd."""
+
+
+def check_model(make: Callable[[], Any], *, expected_failures: Mapping[str, str] | None = None) -> list[CheckResult]:
+    """Check that a model family's adapter keeps the contract; see `MODEL_CHECKS` for what that is.
+
+    The kit runs the true pipeline beside the adapter, in float32 on the CPU: give it a tiny one, with random weights
+    that are not near zero (`rdm_sdk.testing.pipelines` shows nine).
+
+    Args:
+        make: makes a pipeline whose class has a registered adapter, or an adapter; called several times, and must give
+            the same weights every time.
+        expected_failures: check name to reason, for what is known and accepted; such a check must fail.
+
+    Returns:
+        The result of every check.
+
+    Raises:
+        ModelCheckError: a check failed, or one that was expected to fail did not.
+        ModelError: there is no adapter for what `make` makes.
+    """
+    subject = ModelSubject(make)
+    return demand_all(
+        MODEL_CHECKS,
+        run_checks(MODEL_CHECKS, subject, "adapter"),
+        expected_failures,
+        f"{type(subject.adapter).__name__} does not keep the contract of model adapters",
+        ModelCheckError,
+        ModelCheckWarning,
+    )
+
+
+def parametrize_model_checks(make: Callable[[], Any], *, expected_failures: Mapping[str, str] | None = None) -> Any:
+    """Return a pytest decorator that runs a test once per check, as its argument `check`; call it: `check()`.
+
+    Args:
+        make: as in `check_model`; first called when the first check runs.
+        expected_failures: as in `check_model`.
+
+    Example:
+        @parametrize_model_checks(tiny_auraflow)
+        def test_contract(check):
+            check()
+    """
+    return parametrize_checks(
+        MODEL_CHECKS,
+        lambda: run_checks(MODEL_CHECKS, ModelSubject(make), "adapter"),
+        expected_failures,
+        ModelCheckError,
+        ModelCheckWarning,
+    )

@@ -1,0 +1,197 @@
+"""What a contract kit is made of: checks with advice, their results, and a runner, whatever it is that is checked."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from rdm_sdk.errors import RDMError, said
+
+
+class ContractError(AssertionError):
+    """What was checked does not keep its contract; the message lists every check that failed and what to do."""
+
+
+class ContractWarning(UserWarning):
+    """A contract is kept, and something about it is odd."""
+
+
+@dataclass(frozen=True)
+class Remark:
+    """What a check has to say without failing."""
+
+    kind: str
+    """"skipped" (it does not apply) or "warning"."""
+    text: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of a kit.
+
+    `run` takes the subject, raises `AssertionError` with a message for its author, or returns a `Remark`. It may rely
+    on the checks that it `needs`: it is not run where one of them failed.
+    """
+
+    name: str
+    run: Callable[[Any], Remark | None]
+    needs: tuple[str, ...]
+
+    @property
+    def promise(self) -> str:
+        """What a subject that passes it keeps to."""
+        return (self.run.__doc__ or "").strip().splitlines()[0]
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """The outcome of one check."""
+
+    name: str
+    status: Literal["passed", "failed", "skipped", "warning"]
+    message: str
+    """What is wrong and what to do, why it was skipped, or empty."""
+    cause: BaseException | None = None
+    """The subject's own exception, if it raised one."""
+
+
+Run = TypeVar("Run", bound=Callable[[Any], Remark | None])
+
+
+def collector(checks: list[Check]) -> Callable[..., Callable[[Run], Run]]:
+    """Return the decorator factory `check(*needs)` that appends functions to a list of checks."""
+
+    def check(*needs: str) -> Callable[[Run], Run]:
+        def add(run: Run) -> Run:
+            checks.append(Check(run.__name__, run, needs))
+            return run
+
+        return add
+
+    return check
+
+
+def run_checks(checks: Sequence[Check], subject: object, noun: str) -> list[CheckResult]:
+    """Run every check on a subject, called a "reward" or so in messages; one whose prerequisite failed is skipped."""
+    results: list[CheckResult] = []
+    root: dict[str, str] = {}
+    for own in checks:
+        unmet = next((root[name] for name in own.needs if name in root), None)
+        if unmet is not None:
+            root[own.name] = unmet
+            results.append(CheckResult(own.name, "skipped", f"{unmet} failed, so this was not run"))
+            continue
+        results.append(_outcome(own, subject, noun))
+        if results[-1].status == "failed":
+            root[own.name] = own.name
+    return results
+
+
+def _outcome(check: Check, subject: object, noun: str) -> CheckResult:
+    try:
+        remark = check.run(subject)
+    except AssertionError as error:
+        return CheckResult(check.name, "failed", str(error), error.__cause__)
+    except Exception as error:
+        message = f"the {noun} raised {said(error)}. It promises: {check.promise}"
+        return CheckResult(check.name, "failed", message, error)
+    if remark is None:
+        return CheckResult(check.name, "passed", "")
+    return CheckResult(check.name, "warning" if remark.kind == "warning" else "skipped", remark.text)
+
+
+def demand_all(
+    checks: Sequence[Check],
+    results: list[CheckResult],
+    expected_failures: Mapping[str, str] | None,
+    who: str,
+    error: type[ContractError],
+    warning: type[ContractWarning],
+) -> list[CheckResult]:
+    """Return the results, warn of what is odd, or raise `error` with a line for every problem."""
+    problems = problems_of(checks, results, expected_failures or {})
+    for result in results:
+        if result.status == "warning":
+            warnings.warn(f"{result.name}: {result.message}", warning, stacklevel=3)
+    if problems:
+        lines = "\n".join(f"- {problem}" for problem in problems)
+        cause = next((result.cause for result in results if result.cause is not None), None)
+        raise error(f"{who}:\n{lines}") from cause
+    return results
+
+
+def parametrize_checks(
+    checks: Sequence[Check],
+    run_all: Callable[[], list[CheckResult]],
+    expected_failures: Mapping[str, str] | None,
+    error: type[ContractError],
+    warning: type[ContractWarning],
+) -> Any:
+    """Return a pytest decorator that runs a test once per check, as its argument `check`; call it: `check()`."""
+    import pytest  # only authors' tests need it
+
+    expected = expected_failures or {}
+    problems_of(checks, [], {name: reason for name, reason in expected.items() if name not in [c.name for c in checks]})
+    cache: dict[str, CheckResult] = {}
+
+    def run(name: str) -> None:
+        if not cache:
+            cache.update({result.name: result for result in run_all()})
+        result = cache[name]
+        if result.status == "skipped":
+            pytest.skip(result.message)
+        if result.status == "warning":
+            warnings.warn(f"{name}: {result.message}", warning, stacklevel=2)
+        problems = problems_of(checks, [result], {name: expected[name]} if name in expected else {})
+        if problems:
+            raise error(problems[0]) from result.cause
+
+    return pytest.mark.parametrize("check", [pytest.param(_bound(run, c.name), id=c.name) for c in checks])
+
+
+def _bound(run: Callable[[str], None], name: str) -> Callable[[], None]:
+    return lambda: run(name)
+
+
+def problems_of(checks: Sequence[Check], results: list[CheckResult], expected: Mapping[str, str]) -> list[str]:
+    """Return a line for each check that failed, or was expected to and did not.
+
+    Raises:
+        ValueError: a check is expected to fail that does not exist.
+    """
+    known = [own.name for own in checks]
+    unknown = [name for name in expected if name not in known]
+    if unknown:
+        raise ValueError(
+            f"expected_failures names {unknown[0]!r}, which is no check; the checks are {', '.join(known)}"
+        )
+    problems = [f"{r.name}: {r.message}" for r in results if r.status == "failed" and r.name not in expected]
+    problems += [
+        f"{r.name}: was expected to fail ({expected[r.name]}), but {r.status}; remove it from expected_failures"
+        for r in results
+        if r.name in expected and r.status != "failed"
+    ]
+    return problems
+
+
+class advising:  # noqa: N801 - reads as a statement
+    """Turn an exception inside the block into a failure of the check that says what to do."""
+
+    def __init__(self, advice: str) -> None:
+        self.advice = advice
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, AssertionError):
+            text = str(error) if isinstance(error, RDMError) else said(error)
+            raise AssertionError(f"{text.rstrip('. ')}. {self.advice}") from error
+
+
+def demand(holds: object, message: str) -> None:
+    """An assertion that `python -O` does not remove."""
+    if not holds:
+        raise AssertionError(message)

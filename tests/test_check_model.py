@@ -1,0 +1,213 @@
+"""The contract kit for model adapters: the SDK's nine families pass it, and every check catches what it is for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rdm_sdk import ModelError
+from rdm_sdk.models.roles import TEACHER
+from rdm_sdk.models.sd3 import SD3Adapter
+from rdm_sdk.testing import MODEL_CHECKS, ModelCheckError, check_model, parametrize_model_checks
+from rdm_sdk.testing.adapter_checks import ModelSubject
+from rdm_sdk.testing.kit import CheckResult, run_checks
+from rdm_sdk.testing.pipelines import TINY_PIPELINES
+from rdm_sdk.types import Condition
+
+# Diffusers' Euler scheduler under numpy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+tiny_sd3 = TINY_PIPELINES["StableDiffusion3Pipeline"]
+
+
+@pytest.mark.parametrize("family", sorted(TINY_PIPELINES))
+def test_every_family_keeps_the_contract(family: str) -> None:
+    """No check fails, and none is left out."""
+    results = check_model(TINY_PIPELINES[family])
+    assert [result for result in results if result.status != "passed"] == []
+    assert len(results) == len(MODEL_CHECKS) == 18
+
+
+# ---- Planted faults ---------------------------------------------------------------------------------------------
+
+
+class UnknownTarget(SD3Adapter):
+    lora_targets = ("attn.to_q", "attn.to_x")
+
+
+class UnpaddedPrompts(SD3Adapter):
+    def encode_prompts(self, prompts: list[str]) -> Condition:
+        encoded = super().encode_prompts(prompts)
+        longest = max(len(prompt) for prompt in prompts)
+        return encoded | {"encoder_hidden_states": encoded["encoder_hidden_states"][:, :longest]}
+
+
+class OddNoPrompt(SD3Adapter):
+    def encode_no_prompt(self) -> Condition:
+        return {name: tensor.double() for name, tensor in super().encode_no_prompt().items()}
+
+
+class AnySize(SD3Adapter):
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        height, width = height or self.default_size[0], width or self.default_size[1]
+        return (self.latent_channels, height // 4, width // 4)
+
+
+class DoubledChannels(SD3Adapter):
+    def predict(self, *args: Any) -> Tensor:
+        return super().predict(*args).repeat(1, 2, 1, 1)
+
+
+class FirstLevelForAll(SD3Adapter):
+    def timesteps(self, sigma: Tensor) -> Tensor:
+        return super().timesteps(sigma[:1].expand_as(sigma))
+
+
+class DeafToPrompts(SD3Adapter):
+    def predict(self, network: Any, role: str, x_t: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        silent = {name: torch.zeros_like(tensor) for name, tensor in condition.items()}
+        return super().predict(network, role, x_t, sigma, silent)
+
+
+class TwoGrids(SD3Adapter):
+    def student_scheduler(self, num_steps: int, shift: float | None, stochastic: bool = True) -> Any:
+        return super().student_scheduler(num_steps, 1.0 if stochastic else shift, stochastic)
+
+
+class WrongKind(SD3Adapter):
+    prediction = "v"
+
+
+class DetachedDecoder(SD3Adapter):
+    def decode(self, latents: Tensor) -> Tensor:
+        return super().decode(latents.detach()) + 0 * latents.sum()
+
+
+class ForgottenShift(SD3Adapter):
+    def from_vae(self, latents: Tensor) -> Tensor:
+        factor: float = self.pipeline.vae.config.scaling_factor
+        return latents * factor
+
+
+class WrongSign(SD3Adapter):
+    def predict(self, *args: Any) -> Tensor:
+        return -super().predict(*args)
+
+
+class WrongTime(SD3Adapter):
+    def timesteps(self, sigma: Tensor) -> Tensor:
+        return super().timesteps(sigma) / 1000
+
+
+class AlwaysTeacher(SD3Adapter):
+    def predict(self, network: Any, role: str, *args: Any) -> Tensor:
+        return super().predict(network, TEACHER, *args)
+
+
+class UnusedTarget(SD3Adapter):
+    lora_targets = (*SD3Adapter.lora_targets, "spare")
+
+    def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
+        super().__init__(pipeline, max_sequence_length)
+        self.backbone.spare = nn.Linear(4, 4).requires_grad_(False)
+
+
+class PlainCheckpointing(SD3Adapter):
+    def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
+        super().__init__(pipeline, max_sequence_length)
+        self.roles.gradient_checkpointing_enable = self.backbone.enable_gradient_checkpointing  # type: ignore[method-assign]
+
+
+class ForgottenAlpha(SD3Adapter):
+    def save_lora(self, directory: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        type(self.pipeline).save_lora_weights(directory, transformer_lora_layers=state)
+
+
+class WrongWidth(SD3Adapter):
+    @property
+    def feature_width(self) -> int:
+        return super().feature_width + 1
+
+
+class WrongExample(SD3Adapter):
+    def example_encoding(self, count: int) -> Condition:
+        return {name: tensor[:, :-1] for name, tensor in super().example_encoding(count).items()}
+
+
+FAULTS: dict[str, type[SD3Adapter]] = {
+    "declarations": UnknownTarget,
+    "encodes_prompts": UnpaddedPrompts,
+    "encodes_no_prompt": OddNoPrompt,
+    "sizes": AnySize,
+    "denoises": DoubledChannels,
+    "samples_stand_alone": FirstLevelForAll,
+    "follows_prompt_and_level": DeafToPrompts,
+    "grid": TwoGrids,
+    "steps_as_the_scheduler": WrongKind,
+    "decodes": DetachedDecoder,
+    "encodes_images": ForgottenShift,
+    "agrees_with_the_pipeline": WrongTime,
+    "roles_share_the_base": AlwaysTeacher,
+    "student_learns": UnusedTarget,
+    "checkpointing_changes_nothing": PlainCheckpointing,
+    "exports": ForgottenAlpha,
+    "features": WrongWidth,
+    "example_encoding": WrongExample,
+}
+
+
+def with_needs(name: str) -> list[str]:
+    """Return a check and all that it rests on, in order."""
+    wanted = {name}
+    for check in reversed(MODEL_CHECKS):
+        if check.name in wanted:
+            wanted |= set(check.needs)
+    return [check.name for check in MODEL_CHECKS if check.name in wanted]
+
+
+def run(adapter: type[SD3Adapter], names: list[str]) -> dict[str, CheckResult]:
+    chosen = [check for check in MODEL_CHECKS if check.name in names]
+    results = run_checks(chosen, ModelSubject(lambda: adapter(tiny_sd3())), "adapter")
+    return {result.name: result for result in results}
+
+
+def test_there_is_a_fault_for_every_check() -> None:
+    assert FAULTS.keys() == {check.name for check in MODEL_CHECKS}
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"), [*FAULTS.items(), ("agrees_with_the_pipeline", WrongSign)], ids=lambda value: str(value)
+)
+def test_a_fault_is_caught_by_its_check(name: str, fault: type[SD3Adapter]) -> None:
+    """What the check rests on passes, it fails itself, and says what to do."""
+    results = run(fault, with_needs(name))
+    failed = [result.name for result in results.values() if result.status == "failed"]
+    assert failed == [name], results
+    assert len(results[name].message) > 20
+
+
+def test_failures_are_raised_together_and_may_be_expected() -> None:
+    """One error lists what failed; what rests on it is skipped, and an expected failure must fail."""
+    with pytest.raises(ModelCheckError, match=r"WrongExample does not keep .*\n- example_encoding: ") as caught:
+        check_model(lambda: WrongExample(tiny_sd3()))
+    assert str(caught.value).count("\n- ") == 1
+    check_model(lambda: WrongExample(tiny_sd3()), expected_failures={"example_encoding": "known"})
+    with pytest.raises(ModelCheckError, match="was expected to fail"):
+        check_model(tiny_sd3, expected_failures={"grid": "not so"})
+    with pytest.raises(ValueError, match="no check"):
+        check_model(tiny_sd3, expected_failures={"grids": "misspelt"})
+
+
+def test_an_unknown_pipeline_is_no_family() -> None:
+    """The kit says what is missing as the trainer does."""
+    with pytest.raises(ModelError, match="SimpleNamespace is not supported"):
+        check_model(lambda: SimpleNamespace(set_progress_bar_config=lambda **_: None))
+
+
+@parametrize_model_checks(tiny_sd3)
+def test_the_decorator_runs_every_check(check: Any) -> None:
+    check()
