@@ -23,11 +23,16 @@ _PUBLIC = {
     "score_images": "rdm_sdk.rewards.scoring",
     "hookimpl": "rdm_sdk.hookspecs",
     "RegisterReward": "rdm_sdk.hookspecs",
+    "RegisterModel": "rdm_sdk.hookspecs",
     "ModelAdapter": "rdm_sdk.models.base",
+    "FlowAdapter": "rdm_sdk.models.flow",
+    "DDPMAdapter": "rdm_sdk.models.ddpm",
     "Scored": "rdm_sdk.rewards.scored",
     "Weighting": "rdm_sdk.weighting",
     "RewardStatistics": "rdm_sdk.weighting",
     "preset": "rdm_sdk.presets",
+    "plan_memory": "rdm_sdk.plan",
+    "MemoryPlan": "rdm_sdk.plan",
     "RDMError": "rdm_sdk.errors",
     "ConfigError": "rdm_sdk.errors",
     "DataError": "rdm_sdk.errors",
@@ -56,11 +61,16 @@ __all__ = [  # noqa: RUF022 - in the order of _PUBLIC
     "score_images",
     "hookimpl",
     "RegisterReward",
+    "RegisterModel",
     "ModelAdapter",
+    "FlowAdapter",
+    "DDPMAdapter",
     "Scored",
     "Weighting",
     "RewardStatistics",
     "preset",
+    "plan_memory",
+    "MemoryPlan",
     "RDMError",
     "ConfigError",
     "DataError",
@@ -101,9 +111,14 @@ if TYPE_CHECKING:
     from rdm_sdk.evaluation import frechet_distance as frechet_distance
     from rdm_sdk.evaluation import legibility as legibility
     from rdm_sdk.evaluation import teacher_statistics as teacher_statistics
+    from rdm_sdk.hookspecs import RegisterModel as RegisterModel
     from rdm_sdk.hookspecs import RegisterReward as RegisterReward
     from rdm_sdk.hookspecs import hookimpl as hookimpl
     from rdm_sdk.models.base import ModelAdapter as ModelAdapter
+    from rdm_sdk.models.ddpm import DDPMAdapter as DDPMAdapter
+    from rdm_sdk.models.flow import FlowAdapter as FlowAdapter
+    from rdm_sdk.plan import MemoryPlan as MemoryPlan
+    from rdm_sdk.plan import plan_memory as plan_memory
     from rdm_sdk.presets import preset as preset
     from rdm_sdk.report import image_grid as image_grid
     from rdm_sdk.report import markdown_table as markdown_table

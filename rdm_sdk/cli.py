@@ -1,4 +1,4 @@
-"""The command line: `rdm-sdk demo`, `train`, `sample`, `presets`; `cli_rewards.py` adds the rewards' and plugins'."""
+"""The command line: `rdm-sdk demo`, `train`, `sample`, `presets`; `cli_rewards.py` and `cli_plan.py` add more."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import rdm_sdk
+from rdm_sdk.cli_plan import add_command
 from rdm_sdk.cli_rewards import add_commands
 from rdm_sdk.errors import ConfigError, RDMError
 from rdm_sdk.presets import PRESETS, show_preset
@@ -50,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sample.add_argument("--model", required=True, help="the base that the student was trained on ('digits' works too)")
     sample.add_argument("--student", type=Path, required=True, help="the folder that training saved")
     sample.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    sample.add_argument("--num_inference_steps", type=int, default=4)
-    sample.add_argument("--max_sequence_length", type=int, default=None)
+    for name in ("num_inference_steps", "max_sequence_length", "height", "width"):
+        sample.add_argument(f"--{name}", type=int, default=None, help="as the student was trained, unless given")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--output", type=Path, default=Path("sample.png"))
     commands.add_parser(
@@ -67,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.set_defaults(run=_demo)
     sample.set_defaults(run=_sample)
     add_commands(commands)
+    add_command(commands)
     try:
         if arguments[:1] == ["train"]:
             return train(arguments[1:])
@@ -145,23 +147,19 @@ def _sample(options: argparse.Namespace) -> int:
     import torch
     from diffusers import DiffusionPipeline
 
-    weights = options.student / "pytorch_lora_weights.safetensors"
-    if not weights.is_file():
-        raise ConfigError(f"--student: there is no {weights}; give the folder that training saved")
+    from rdm_sdk.export import load_student
+
+    if not options.student.is_dir():
+        raise ConfigError(f"--student: there is no folder {options.student}; give the one that training saved")
     pipeline = DiffusionPipeline.from_pretrained(_base(options.model))
-    pipeline.load_lora_weights(str(options.student))
-    pipeline.scheduler = type(pipeline.scheduler).from_pretrained(options.student, subfolder="scheduler")
+    call = load_student(pipeline, options.student)
+    for name in ("num_inference_steps", "max_sequence_length", "height", "width"):
+        if getattr(options, name) is not None:
+            call[name] = getattr(options, name)
     if torch.cuda.is_available():
         pipeline.to("cuda")
     torch.manual_seed(options.seed)
-    extra = {} if options.max_sequence_length is None else {"max_sequence_length": options.max_sequence_length}
-    images = pipeline(
-        options.prompt,
-        num_inference_steps=options.num_inference_steps,
-        guidance_scale=1.0,
-        output_type="pt",
-        **extra,
-    ).images
+    images = pipeline(prompt=options.prompt, output_type="pt", **call).images
     path = rdm_sdk.image_grid([("", images)], options.output)
     print(f"wrote {path}")
     return 0

@@ -1,4 +1,4 @@
-"""The command line for rewards and their authors: `rdm-sdk rewards`, `rdm-sdk plugins`, `rdm-sdk new-reward`.
+"""The command line for plugins and their authors: `rdm-sdk rewards`, `models`, `plugins`, `new-reward`.
 
 Listing imports no torch; `info` imports the one reward that is asked for.
 """
@@ -29,6 +29,10 @@ def add_commands(commands: Any) -> None:
     check = rewards.add_parser("check", help="run the contract kit on a reward; exit status 1 if a check fails")
     check.add_argument("spec", help="a name, or a spec with options such as 'acme/sharpness[radius=3]'")
     check.set_defaults(run=check_reward)
+    models = commands.add_parser("models", help="list model families").add_subparsers(required=True)
+    families = models.add_parser("list", help="the pipeline classes that can be distilled, and who brings them")
+    families.add_argument("--json", action="store_true", help="as JSON")
+    families.set_defaults(run=list_models)
     plugins = commands.add_parser("plugins", help="installed plugins: distribution, version, hooks, faults")
     plugins.add_argument("--json", action="store_true", help="as JSON")
     plugins.set_defaults(run=show_plugins)
@@ -48,6 +52,15 @@ def list_rewards(options: argparse.Namespace) -> int:
     if missing:
         print("\nnot installed:")
         _print_table([(name, f"pip install {package}") for name, package in sorted(missing.items())])
+    return 0
+
+
+def list_models(options: argparse.Namespace) -> int:
+    found = registry().models
+    if options.json:
+        print(json.dumps([dataclasses.asdict(entry) for entry in found.values()], indent=2))
+        return 0
+    _print_table([(name, found[name].distribution, found[name].description) for name in sorted(found)])
     return 0
 
 
@@ -98,9 +111,9 @@ def show_plugins(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([_described(plugin) for plugin in plugins], indent=2))
         return 0
-    rows = [("plugin", "distribution", "version", "hooks", "rewards")]
+    rows = [("plugin", "distribution", "version", "hooks", "brings")]
     for plugin in plugins:
-        names = ", ".join(entry.name for entry in plugin.rewards) or "-"
+        names = ", ".join(entry.name for entry in [*plugin.rewards, *plugin.models]) or "-"
         rows.append((plugin.name, plugin.distribution, plugin.version, ", ".join(plugin.hooks) or "-", names))
     _print_table(rows)
     for plugin in plugins:
@@ -129,6 +142,7 @@ def _described(plugin: Plugin) -> dict[str, object]:
         "module": plugin.module,
         "hooks": plugin.hooks,
         "rewards": [entry.name for entry in plugin.rewards],
+        "models": [entry.name for entry in plugin.models],
         "failures": plugin.failures,
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -38,6 +39,13 @@ class RDMConfig(TrainingArguments):
     )
     height: int | None = field(default=None, metadata={"help": "Image height in pixels; None takes the model's."})
     width: int | None = field(default=None, metadata={"help": "Image width in pixels; None takes the model's."})
+    resolutions: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Image sizes to train at, height x width, such as '1024x1024 832x1216'; every optimizer step draws "
+            "one. None is height and width alone."
+        },
+    )
     max_sequence_length: int | None = field(
         default=None, metadata={"help": "Text tokens per prompt as in the pipeline's call; None takes its default."}
     )
@@ -155,6 +163,30 @@ class RDMConfig(TrainingArguments):
         metadata={"help": "What an exception inside a reward does: stop, or go on without that reward and count it."},
     )
 
+    student_weights: Literal["lora", "full"] = field(
+        default="lora",
+        metadata={"help": "What of the student is trained: LoRA adapters on the base, or a full copy of it."},
+    )
+    critic_weights: Literal["lora", "full"] = field(
+        default="lora", metadata={"help": "What of the critics is trained: LoRA adapters on the base, or full copies."}
+    )
+    quantization: Literal["none", "8bit", "4bit"] = field(
+        default="none",
+        metadata={"help": "Load the frozen base in 8 or 4 bits (bitsandbytes) and train adapters on it (QLoRA)."},
+    )
+    text_encoders: Literal["keep", "offload", "drop"] = field(
+        default="keep",
+        metadata={
+            "help": "Text encoders between uses: on the device, on the CPU, or gone for good once every prompt of the "
+            "datasets is encoded at the start."
+        },
+    )
+    vae_offload: bool = field(default=False, metadata={"help": "Keep the VAE on the CPU between uses."})
+    vae_slicing: bool = field(default=False, metadata={"help": "Decode one image at a time, to save memory."})
+    vae_tiling: bool = field(
+        default=False, metadata={"help": "Decode large images in overlapping tiles, to save memory; seams are blended."}
+    )
+
     log_images: int = field(
         default=0, metadata={"help": "Write a grid of student, teacher and critic x_0 every so many steps; 0 is never."}
     )
@@ -185,6 +217,17 @@ class RDMConfig(TrainingArguments):
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             _require(value in choices, name, value, f"one of {', '.join(choices)}.{nearest(str(value), choices)}")
+        if self.resolutions is not None:
+            _require(len(self.resolutions) > 0, "resolutions", self.resolutions, "a list of sizes, or None")
+            if self.height is not None or self.width is not None:
+                raise ConfigError("resolutions replaces height and width; give one or the other")
+            for resolution in self.resolutions:
+                parse_resolution(resolution)
+        if self.quantization != "none" and "full" in (self.student_weights, self.critic_weights):
+            raise ConfigError(
+                f"quantization={self.quantization!r} keeps the base in few bits, which cannot be trained in full; use "
+                "student_weights='lora' and critic_weights='lora', or quantization='none'"
+            )
         if self.sampler == "cps":
             _require(0 < self.eta <= 1, "eta", self.eta, "in (0, 1] for sampler='cps'")
         if self.sampler == "sde":
@@ -204,6 +247,13 @@ class RDMConfig(TrainingArguments):
             raise ConfigError("fp16=True is not supported: its range is too small for scores. Use bf16=True.")
         make_weighting(self.weighting)  # so that a typo is found here
         super().__post_init__()  # type: ignore[no-untyped-call]
+
+    @property
+    def sizes(self) -> list[tuple[int | None, int | None]]:
+        """Height and width in pixels of every resolution; None means the model's own."""
+        if self.resolutions is None:
+            return [(self.height, self.width)]
+        return [parse_resolution(resolution) for resolution in self.resolutions]
 
     @property
     def num_random_steps(self) -> int:
@@ -231,12 +281,28 @@ _CHOICES = {
     "sampler": ("renoise", "cps", "sde", "ode"),
     "ratio_reduction": ("sum", "mean"),
     "reward_on_error": ("raise", "skip"),
+    "student_weights": ("lora", "full"),
+    "critic_weights": ("lora", "full"),
+    "quantization": ("none", "8bit", "4bit"),
+    "text_encoders": ("keep", "offload", "drop"),
 }
 
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:
     if not holds:
         raise ConfigError(f"{name}={value!r} cannot be used; it must be {wanted}")
+
+
+def parse_resolution(text: str) -> tuple[int, int]:
+    """Return height and width of "1024x832".
+
+    Raises:
+        ConfigError: it is no such text.
+    """
+    match = re.fullmatch(r"\s*(\d+)\s*x\s*(\d+)\s*", str(text))
+    if match is None:
+        raise ConfigError(f"resolutions: {text!r} is no size; write height x width in pixels, such as '1024x832'")
+    return int(match[1]), int(match[2])
 
 
 def _is_device(name: str) -> bool:

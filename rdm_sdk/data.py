@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
 
-from rdm_sdk.errors import DataError, nearest
+from rdm_sdk.errors import ConfigError, DataError, nearest
 from rdm_sdk.types import Condition
 
 
@@ -99,22 +99,49 @@ class GroupSampler(Sampler[int]):
 
 
 class PromptCache:
-    """Encoded prompts, the most recently used ones kept, so that an epoch encodes each prompt once."""
+    """Encoded prompts, the most recently used ones kept (on the CPU), so that an epoch encodes each prompt once.
 
-    def __init__(self, encode: Callable[[list[str | None]], Condition], capacity: int = 256) -> None:
-        self._encode, self._capacity = encode, capacity
+    Args:
+        encode: encodes a list of prompts, None being no prompt.
+        device: where conditions are needed.
+        capacity: how many prompts are kept; None is all.
+        encoded: called after new prompts were encoded.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[list[str | None]], Condition],
+        device: torch.device,
+        capacity: int | None = 256,
+        encoded: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._encode, self._device, self._capacity, self._encoded = encode, device, capacity, encoded
         self._rows: OrderedDict[str | None, Condition] = OrderedDict()
 
     def __call__(self, prompts: Sequence[str | None]) -> Condition:
-        """Return the condition of the prompts, `[N, ...]`, in their order; None is no prompt."""
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self._rows:
-                # One at a time: in a batch, an encoding's last bits depend on the prompts beside it, and a resumed run,
-                # which starts with an empty cache, would not repeat the uninterrupted one.
-                self._rows[prompt] = {name: tensor[0] for name, tensor in self._encode([prompt]).items()}
+        """Return the condition of the prompts, `[N, ...]`, in their order."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
+        for prompt in new:
+            # One at a time: in a batch, an encoding's last bits depend on the prompts beside it, and a resumed run,
+            # which starts with an empty cache, would not repeat the uninterrupted one.
+            self._rows[prompt] = {name: tensor[0].cpu() for name, tensor in self._encode([prompt]).items()}
+        if new:
+            self._encoded()
         rows = [self._rows[prompt] for prompt in prompts]
         for prompt in prompts:
             self._rows.move_to_end(prompt)
-        while len(self._rows) > self._capacity:
+        while self._capacity is not None and len(self._rows) > self._capacity:
             self._rows.popitem(last=False)
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return {name: torch.stack([row[name] for row in rows]).to(self._device) for name in rows[0]}
+
+    def bytes_per_prompt(self) -> int:
+        """Return how much memory a prompt that is kept takes (the last one's)."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in next(reversed(self._rows.values())).values())
+
+    def close(self, reason: str) -> None:
+        """Answer for the prompts that are kept alone from now on; others raise a `ConfigError` with the reason."""
+
+        def refuse(prompts: list[str | None]) -> Condition:
+            raise ConfigError(f"the prompt {prompts[0]!r} cannot be encoded: {reason}")
+
+        self._encode = refuse

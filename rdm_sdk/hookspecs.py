@@ -10,7 +10,8 @@ PROJECT = "rdm_sdk"
 """pluggy's project name, and the entry-point group that plugins are found by."""
 
 CONTRACT_VERSION = 1
-"""Of the reward contract; a plugin says which one it was written for, and one from the future is refused by name."""
+"""Of the contracts of rewards and model adapters; a plugin says which one it was written for, and one from the future
+is refused by name."""
 
 # A hyphen before a letter is part of the name; any other is the minus of a reward spec.
 _WORD = r"[A-Za-z](?:[A-Za-z0-9_]|-(?=[A-Za-z]))*"
@@ -37,10 +38,30 @@ class RegisterReward(Protocol):
         ...
 
 
-ARGUMENTS = {"rdm_register_rewards": ("register",)}
+class RegisterModel(Protocol):
+    """What `rdm_register_models` is given."""
+
+    def __call__(self, pipeline: str, target: str, *, description: str = "", contract: int = 1) -> None:
+        """Register a model family.
+
+        Args:
+            pipeline: name of the diffusers pipeline class that the family's bases are loaded as.
+            target: "package.module:attribute" of a `ModelAdapter` subclass, imported when it is first used.
+            description: one line for `rdm-sdk models`.
+            contract: the contract version that the adapter was written for.
+        """
+        ...
+
+
+ARGUMENTS = {"rdm_register_rewards": ("register",), "rdm_register_models": ("register",)}
 """What each hook is given, for messages."""
 
 
 @hookspec
 def rdm_register_rewards(register: RegisterReward) -> None:
     """Register rewards by dotted strings; import nothing heavy."""
+
+
+@hookspec
+def rdm_register_models(register: RegisterModel) -> None:
+    """Register model families by dotted strings; import nothing heavy."""

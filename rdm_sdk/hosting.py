@@ -6,6 +6,7 @@ Nothing here knows about rewards; `trainer.py` holds the step.
 from __future__ import annotations
 
 import copy
+import random
 import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,12 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from datasets import Dataset
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.data import Sampler
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
@@ -30,6 +33,7 @@ from rdm_sdk.data import GroupSampler, PromptCache, collate
 from rdm_sdk.errors import CheckpointError, ConfigError, DataError
 from rdm_sdk.export import STUDENT, StudentInfo, move_into, save_student
 from rdm_sdk.models.base import ModelAdapter
+from rdm_sdk.models.placement import Offload, drop_text_encoders, slice_vae, tile_vae
 from rdm_sdk.models.roles import TEACHER, Roles
 from rdm_sdk.rollouts import read_rollouts, rollouts_path, write_rollouts
 from rdm_sdk.sampling import FewStepPolicy, sample
@@ -53,8 +57,8 @@ class RoleTrainer(Trainer):
                 f"guidance_scale={args.guidance_scale}: {adapter.base_name!r} was distilled without guidance, and its "
                 "pipeline takes none; set guidance_scale=1"
             )
-        self.latent_shape = adapter.latent_shape(args.height, args.width)
-        self.shift = adapter.base_shift(self.latent_shape) if args.shift is None else args.shift
+        self.latent_shapes = [adapter.latent_shape(*size) for size in args.sizes]
+        self.shift = adapter.base_shift(self.latent_shapes[0]) if args.shift is None else args.shift
         sigmas = tuple(adapter.student_sigmas(args.num_inference_steps, self.shift))
         self.policy = FewStepPolicy(adapter.schedule, sigmas, args.sampler, args.eta)
         if args.sampler == "sde" and not isinstance(adapter.schedule, FlowSchedule):
@@ -62,7 +66,6 @@ class RoleTrainer(Trainer):
                 f"sampler='sde' is derived for rectified flows, and {adapter.base_name!r} is none; use 'cps' or "
                 "'renoise'"
             )
-        self.encode = PromptCache(partial(adapter.condition, guidance_scale=args.guidance_scale))
         self.fingerprint = adapter.fingerprint()
         self.run_state: checkpoint.RunState | None = None
         self._sampler: GroupSampler | None = None
@@ -74,7 +77,6 @@ class RoleTrainer(Trainer):
             callbacks=[_Bookkeeper(self), *(callbacks or [])],
             **kwargs,
         )
-        adapter.to(args.device)
         if args.n_gpu > 1:
             raise ConfigError(
                 f"{args.n_gpu} GPUs in one process would use nn.DataParallel, which cannot switch roles; start with "
@@ -82,6 +84,7 @@ class RoleTrainer(Trainer):
             )
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ConfigError("DeepSpeed and FSDP are not supported yet; use plain distributed data parallel")
+        self._place_frozen_parts()
         if args.process_index:
             torch.manual_seed(args.seed + args.process_index)  # other noise than the first process, same weights
         self.ema: EMAModel | None = None
@@ -103,6 +106,55 @@ class RoleTrainer(Trainer):
     @abstractmethod
     def restore_state(self, state: checkpoint.RunState, experiences: list[list[Experience]]) -> None:
         """Take up a checkpoint's state."""
+
+    # ---- Frozen parts -------------------------------------------------------------------------------------------
+
+    def _place_frozen_parts(self) -> None:
+        """Bring the model to the device, VAE and text encoders as the run says."""
+        args, adapter = self.args, self.adapter
+        if args.vae_slicing:
+            slice_vae(adapter)
+        if args.vae_tiling:
+            tile_vae(adapter)
+        adapter.to(args.device)
+        self._vae = Offload([adapter.pipeline.vae] if args.vae_offload else [], args.device)
+        offload = args.text_encoders == "offload"
+        encoders = Offload(adapter.text_encoders().values() if offload else [], args.device)
+        self.encode = PromptCache(
+            partial(adapter.condition, guidance_scale=args.guidance_scale),
+            args.device,
+            capacity=None if args.text_encoders == "drop" else 256,
+            encoded=encoders.release,
+        )
+        if args.text_encoders == "drop":
+            self._encode_and_drop()
+
+    def _encode_and_drop(self) -> None:
+        """Encode every prompt of the datasets, and let go of the text encoders."""
+        datasets = [dataset for dataset in (self.train_dataset, self.eval_dataset) if dataset is not None]
+        prompts = list(dict.fromkeys(prompt for dataset in datasets for prompt in dataset["prompt"]))
+        self.encode([None])
+        needed, free = self.encode.bytes_per_prompt() * len(prompts), psutil.virtual_memory().available
+        if needed > free:
+            raise ConfigError(
+                f"text_encoders='drop' keeps the encodings of all {len(prompts)} prompts in memory, {needed / 1e9:.1f} "
+                f"GB, and {free / 1e9:.1f} GB are free; use text_encoders='offload'"
+            )
+        for prompt in tqdm(prompts, desc="encoding prompts", disable=self.args.disable_tqdm):
+            self.encode([prompt])
+        drop_text_encoders(self.adapter)
+        self.encode.close(
+            "text_encoders='drop' has let go of the encoders, and it is not among the datasets' prompts; add it there, "
+            "or use text_encoders='offload'"
+        )
+
+    @contextmanager
+    def vae_at_hand(self) -> Iterator[None]:
+        """Let the VAE go back to where it waits, if it does, after the block that decodes and differentiates."""
+        try:
+            yield
+        finally:
+            self._vae.release()
 
     # ---- Roles --------------------------------------------------------------------------------------------------
 
@@ -183,15 +235,24 @@ class RoleTrainer(Trainer):
 
         Args:
             prompts: N prompts.
-            noise: the initial latents `[N, *x]`; drawn by default.
+            noise: the initial latents `[N, *x]`, which set the size; by default drawn at the run's (first) resolution.
             seed: makes the call repeatable and leaves the global random state alone; None draws from the global one.
         """
         with self.seeded(seed), self.exported_weights():
-            return self.adapter.decode(self.sample_latents(prompts, noise))
+            latents = self.sample_latents(prompts, noise)
+            with self.vae_at_hand():
+                return self.adapter.decode(latents)
+
+    def step_shape(self) -> tuple[int, ...]:
+        """Return the shape of the latents of the coming optimizer step.
+
+        It depends on the seed and the step alone, so that all processes and a resumed run agree.
+        """
+        return random.Random(f"{self.args.seed} {self.state.global_step}").choice(self.latent_shapes)
 
     def sample_latents(self, prompts: Sequence[str], noise: Tensor | None = None) -> Tensor:
         if noise is None:
-            noise = torch.randn(len(prompts), *self.latent_shape, device=self.args.device)
+            noise = torch.randn(len(prompts), *self.latent_shapes[0], device=self.args.device)
         student = self.denoiser(STUDENT, self.encode(prompts))
         return sample(student, noise.to(self.args.device), self.policy.inference())
 
@@ -314,16 +375,25 @@ class _Bookkeeper(TrainerCallback):
 
 
 def add_roles(
-    adapter: ModelAdapter, configs: Mapping[str, LoraConfig], heads: Mapping[str, nn.Module] | None = None
+    adapter: ModelAdapter, configs: Mapping[str, LoraConfig | None], heads: Mapping[str, nn.Module] | None = None
 ) -> None:
-    """Add LoRA roles to an adapter's base, on the family's usual layers unless a config names its own, and heads.
+    """Add roles to an adapter's base: LoRA adapters, full copies of it and heads.
+
+    Args:
+        adapter: the model.
+        configs: role to its LoRA, on the family's usual layers unless the config names its own; None is a full copy.
+        heads: role to a module of its own.
 
     Raises:
         ConfigError: the base has roles already, or a config's targets match nothing.
     """
     if adapter.roles.trainable_roles:
         raise ConfigError("this model already has trainable roles from another trainer; load it afresh")
+    copies = {role: copy.deepcopy(adapter.roles.backbone) for role, config in configs.items() if config is None}
     for role, config in configs.items():
+        if config is None:
+            adapter.roles.add_copy(role, copies[role])
+            continue
         own = copy.deepcopy(config)
         own.target_modules = own.target_modules or list(adapter.lora_targets)
         adapter.roles.add_role(role, own)

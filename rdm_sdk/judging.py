@@ -102,7 +102,7 @@ class JudgingTrainer(RoleTrainer):
         for counts in (True, False):
             chosen = [own for own in rewards if bool(own.weight) == counts]
             if chosen:
-                with self.aside(*chosen):
+                with self.aside(*chosen), self.vae_at_hand():
                     graded = [own.label for own in chosen if counts and own.pathwise]
                     result = evaluate_rewards(
                         {own.label: own.reward for own in chosen},
@@ -179,9 +179,10 @@ class JudgingTrainer(RoleTrainer):
             context = self.context(self.encode(prompts))
             x_t = context.add_noise(latents, sigma)
             rows.append(("teacher x_0\nfrom sigma 0.6", context.denoiser(TEACHER)(x_t, sigma)))
-            critics = [role for role in self.roles.adapter_roles if role != STUDENT]
+            critics = [role for role in self.roles.denoising_roles if role != STUDENT]
             rows += [(f"{role} x_0\nfrom sigma 0.6", context.denoiser(role)(x_t, sigma)) for role in critics]
-            images = [(label, self.adapter.decode(row)) for label, row in rows]
+            with self.vae_at_hand():
+                images = [(label, self.adapter.decode(row)) for label, row in rows]
         return image_grid(images, path, scale=max(1, 64 // images[0][1].shape[-1]))
 
     @torch.no_grad()
@@ -213,7 +214,8 @@ class JudgingTrainer(RoleTrainer):
         with self.seeded(self.args.seed), self.exported_weights():
             latents = [self.sample_latents(prompts[i : i + size]) for i in range(0, len(prompts), size)]
             batch = RewardBatch(torch.cat(latents), prompts, group, self.adapter.decode, inputs["columns"])
-            outputs = evaluate_rewards(judges, batch, chunk_size=size, gradients_of=(), **self.judging).outputs
+            with self.vae_at_hand():
+                outputs = evaluate_rewards(judges, batch, chunk_size=size, gradients_of=(), **self.judging).outputs
         if not outputs:
             raise RDMError("every reward was skipped in evaluate(), so there is nothing to report")
         metrics = {

@@ -1,8 +1,8 @@
-"""Finding plugins and the rewards they register, so that no plugin can take down another.
+"""Finding plugins, and the rewards and model families they register, so that no plugin can take down another.
 
 pluggy's own entry-point loader stops at the first plugin that fails to import and silently skips a second entry point
 of one name. So entry points are loaded one at a time here, each into a plugin manager of its own; what fails is kept
-by name, with its cause, and raised again only when somebody asks for a reward of that plugin. Nothing here imports
+by name, with its cause, and raised again only when somebody asks for something of that plugin. Nothing here imports
 torch.
 """
 
@@ -11,9 +11,9 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -22,9 +22,10 @@ import pluggy
 
 import rdm_sdk
 from rdm_sdk import hookspecs
-from rdm_sdk.errors import ConfigError, RewardError, nearest, said
+from rdm_sdk.errors import ConfigError, ModelError, RDMError, RewardError, nearest, said
 
 BUILTIN = "rdm-sdk"
+BUILTIN_MODULES = {"rewards": "rdm_sdk.rewards.builtin", "models": "rdm_sdk.models.builtin"}
 ONLY, WITHOUT, STRICT = "RDM_SDK_PLUGINS", "RDM_SDK_DISABLE_PLUGINS", "RDM_SDK_STRICT_PLUGINS"
 
 KNOWN_PLUGINS = {
@@ -45,10 +46,11 @@ class PluginWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class RewardEntry:
-    """A reward that somebody registered."""
+class Entry:
+    """A reward or a model family that somebody registered."""
 
     name: str
+    """A reward's name, or the class of a family's pipelines."""
     target: str
     """"module:attribute"."""
     distribution: str
@@ -71,9 +73,10 @@ class Plugin:
     version: str
     module: str = ""
     hooks: list[str] = field(default_factory=list)
-    rewards: list[RewardEntry] = field(default_factory=list)
+    rewards: list[Entry] = field(default_factory=list)
+    models: list[Entry] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
-    """Rewards it tried to register in vain, with the reason."""
+    """What it tried to register in vain, with the reason."""
     failures: list[str] = field(default_factory=list)
     """What is wrong with it, one sentence each; empty for a sound plugin."""
     cause: BaseException | None = None
@@ -90,15 +93,17 @@ class Plugin:
 
 @dataclass(frozen=True)
 class Registry:
-    """All plugins found, and who owns which reward."""
+    """All plugins found, and who owns which reward and which model family."""
 
     plugins: list[Plugin]
-    rewards: Mapping[str, RewardEntry]
+    rewards: Mapping[str, Entry]
     """The rewards that can be had, by name."""
     contested: Mapping[str, list[str]]
     """Names that several distributions claim, with their distributions; none of them can be had."""
+    models: Mapping[str, Entry]
+    """The model families that can be had, by the class of their pipelines."""
 
-    def find(self, name: str) -> RewardEntry:
+    def find(self, name: str) -> Entry:
         """Return the entry of a reward.
 
         Raises:
@@ -138,15 +143,35 @@ class Registry:
         Raises:
             RewardError: as `find`; or its module cannot be imported.
         """
-        entry = self.find(name)
-        module, _, attribute = entry.target.partition(":")
-        try:
-            return getattr(import_module(module), attribute)
-        except Exception as error:
-            raise RewardError(
-                f"the reward {name!r} of {entry.distribution} cannot be imported from {entry.target!r}: "
-                f"{said(error)}. Repair or upgrade {entry.distribution}."
-            ) from error
+        return _imported(self.find(name), f"the reward {name!r}", RewardError)
+
+    def load_model(self, pipeline: str) -> Any:
+        """Import and return the adapter class for a pipeline's class.
+
+        Raises:
+            ModelError: no family is registered for it, several are, its plugin is broken, or its module cannot be
+                imported; says what to do.
+        """
+        if pipeline in self.models:
+            return _imported(self.models[pipeline], f"the adapter for {pipeline}", ModelError)
+        if pipeline in self.contested:
+            owners = self.contested[pipeline]
+            raise ModelError(
+                f"an adapter for {pipeline} is registered by {' and by '.join(owners)}, and nothing says which one is "
+                f"meant; uninstall one, or set {WITHOUT}={owners[-1]}"
+            )
+        for plugin in self.plugins:
+            if pipeline in plugin.refused:
+                raise ModelError(
+                    f"the adapter for {pipeline} cannot be had, because the plugin {plugin.key} ({plugin.version}) is "
+                    f"broken: {plugin.refused[pipeline]}. Repair or upgrade {plugin.distribution}."
+                )
+        broken = [plugin for plugin in self.plugins if plugin.failures]
+        raise ModelError(
+            f"{pipeline} is not supported.{nearest(pipeline, self.models)} Pass a hub id, a local path or a pipeline "
+            f"of one of: {', '.join(sorted(self.models))}; install a plugin that brings an adapter for it; or pass a "
+            f"rdm_sdk.ModelAdapter of your own (docs/write-a-model.md says how to write one){_suspects(broken)}"
+        )
 
     def fingerprint(self) -> list[str]:
         """Return what must be the same on every process of a run: plugins, versions and failures."""
@@ -189,10 +214,12 @@ def registry() -> Registry:
 
 
 def build_registry(points: Iterable[EntryPoint]) -> Registry:
-    """Load the SDK's own rewards and the given entry points, in the order of their distributions' names."""
-    builtin = Plugin("builtin", BUILTIN, rdm_sdk.__version__, "rdm_sdk.rewards.builtin")
-    _load(builtin, lambda: import_module(builtin.module))
-    plugins = [builtin]
+    """Load the SDK's own plugins and the given entry points, in the order of their distributions' names."""
+    plugins = []
+    for name, module in BUILTIN_MODULES.items():
+        builtin = Plugin(name, BUILTIN, rdm_sdk.__version__, module)
+        _load(builtin, partial(import_module, module))
+        plugins.append(builtin)
     for point in sorted(points, key=lambda point: (_distribution(point), point.name)):
         version = (point.dist.version if point.dist is not None else None) or "?"
         plugin = Plugin(point.name, _distribution(point), version, point.value)
@@ -222,20 +249,26 @@ def _load(plugin: Plugin, load: Any) -> None:
         plugin.fail(f"it implements no hook; decorate a function named {' or '.join(known)} with @rdm_sdk.hookimpl")
         return
 
-    def register(name: str, target: str, *, description: str = "", contract: int = 1) -> None:
-        problem = _unacceptable(name, target, contract, plugin)
-        if problem:
-            plugin.refused[str(name)] = problem
-            plugin.fail(problem)
-        else:
-            plugin.rewards.append(
-                RewardEntry(name, target, plugin.distribution, plugin.version, str(description or ""))
-            )
+    def taker(entries: list[Entry], problem_of: Callable[[object, Plugin], str | None]) -> Any:
+        def register(name: str, target: str, *, description: str = "", contract: int = 1) -> None:
+            problem = problem_of(name, plugin) or _unusable(name, target, contract, entries)
+            if problem:
+                plugin.refused[str(name)] = problem
+                plugin.fail(problem)
+            else:
+                entries.append(Entry(name, target, plugin.distribution, plugin.version, str(description or "")))
 
-    try:
-        manager.hook.rdm_register_rewards(register=register)
-    except Exception as error:
-        plugin.fail(f"its hook rdm_register_rewards raised {said(error)}", error)
+        return register
+
+    calls = {
+        "rdm_register_rewards": taker(plugin.rewards, _bad_reward_name),
+        "rdm_register_models": taker(plugin.models, _bad_pipeline_name),
+    }
+    for hook, register in calls.items():
+        try:
+            getattr(manager.hook, hook)(register=register)
+        except Exception as error:
+            plugin.fail(f"its hook {hook} raised {said(error)}", error)
 
 
 def _explain(error: pluggy.PluginValidationError, known: list[str]) -> str:
@@ -256,35 +289,67 @@ def _explain(error: pluggy.PluginValidationError, known: list[str]) -> str:
     return f"pluggy refuses it: {text}"
 
 
-def _unacceptable(name: object, target: object, contract: object, plugin: Plugin) -> str | None:
+def _bad_reward_name(name: object, plugin: Plugin) -> str | None:
     if not isinstance(name, str) or not re.fullmatch(hookspecs.REWARD_NAME, name, re.ASCII):
         return f"it registers a reward named {name!r}; names are written 'owner/name' in letters, digits, '-' and '_'"
+    if "/" not in name and plugin.distribution not in (BUILTIN, KNOWN_PLUGINS.get(name)):
+        return f"it registers the bare name {name!r}, which is kept for the SDK's own rewards; name it 'owner/{name}'"
+    return None
+
+
+def _bad_pipeline_name(name: object, plugin: Plugin) -> str | None:
+    if not isinstance(name, str) or not name.isidentifier():
+        return f"it registers a model family for {name!r}; give the name of a pipeline class, such as 'FluxPipeline'"
+    return None
+
+
+def _unusable(name: str, target: object, contract: object, entries: list[Entry]) -> str | None:
     if not isinstance(target, str) or not re.fullmatch(r"[\w.]+:\w+", target):
         return f"it registers {name!r} with the target {target!r}; write 'package.module:attribute'"
     if not isinstance(contract, int) or contract > hookspecs.CONTRACT_VERSION:
         return (
-            f"it registers {name!r} for version {contract!r} of the reward contract, and rdm-sdk {rdm_sdk.__version__} "
-            f"has version {hookspecs.CONTRACT_VERSION}; upgrade rdm-sdk"
+            f"it registers {name!r} for version {contract!r} of the contract, and rdm-sdk {rdm_sdk.__version__} has "
+            f"version {hookspecs.CONTRACT_VERSION}; upgrade rdm-sdk"
         )
-    if "/" not in name and plugin.distribution not in (BUILTIN, KNOWN_PLUGINS.get(name)):
-        return f"it registers the bare name {name!r}, which is kept for the SDK's own rewards; name it 'owner/{name}'"
-    if name in [entry.name for entry in plugin.rewards]:
+    if name in [entry.name for entry in entries]:
         return f"it registers {name!r} twice"
     return None
 
 
+def _imported(entry: Entry, what: str, kind: type[RDMError]) -> Any:
+    module, _, attribute = entry.target.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except Exception as error:
+        raise kind(
+            f"{what} of {entry.distribution} cannot be imported from {entry.target!r}: {said(error)}. Repair or "
+            f"upgrade {entry.distribution}."
+        ) from error
+
+
 def _settle(plugins: list[Plugin]) -> Registry:
-    """Decide who owns which name; a name with two owners belongs to neither."""
-    claims: dict[str, list[tuple[Plugin, RewardEntry]]] = {}
-    for plugin in plugins:
-        for entry in plugin.rewards:
-            claims.setdefault(entry.name, []).append((plugin, entry))
-    contested = {name: [p.distribution for p, _ in owners] for name, owners in claims.items() if len(owners) > 1}
-    for name, owners in contested.items():
-        for plugin, _ in claims[name]:
-            plugin.fail(f"the reward {name!r} is registered by {' and by '.join(owners)}, so it cannot be used")
-    rewards = {name: owners[0][1] for name, owners in claims.items() if len(owners) == 1}
-    return Registry(plugins, rewards, contested)
+    """Decide who owns which name; a name with two owners belongs to neither, unless it is the SDK's own."""
+    settled: list[dict[str, Entry]] = []
+    contested: dict[str, list[str]] = {}
+    for kind, noun in (("rewards", "the reward"), ("models", "an adapter for")):
+        claims: dict[str, list[tuple[Plugin, Entry]]] = {}
+        for plugin in plugins:
+            for entry in getattr(plugin, kind):
+                claims.setdefault(entry.name, []).append((plugin, entry))
+        found = {}
+        for name, owners in claims.items():
+            if len(owners) == 1 or owners[0][0].distribution == BUILTIN:
+                found[name] = owners[0][1]
+                for plugin, _ in owners[1:]:
+                    plugin.fail(f"it registers {name}, which is the SDK's own; pass your adapter as model= instead")
+                continue
+            contested[name] = [plugin.distribution for plugin, _ in owners]
+            for plugin, _ in owners:
+                plugin.fail(
+                    f"{noun} {name!r} is registered by {' and by '.join(contested[name])}, so it cannot be used"
+                )
+        settled.append(found)
+    return Registry(plugins, settled[0], contested, settled[1])
 
 
 def _selected(points: Iterable[EntryPoint], environment: Mapping[str, str]) -> list[EntryPoint]:

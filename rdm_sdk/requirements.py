@@ -8,17 +8,52 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 from datasets import Dataset
+from peft import LoraConfig
 
 from rdm_sdk.config import RDMConfig
 from rdm_sdk.errors import ConfigError, DataError, nearest
+from rdm_sdk.models.roles import TEACHER, check_lora_config
 from rdm_sdk.registry import registry
 from rdm_sdk.rewards.resolve import WeightedReward
 from rdm_sdk.weighting import ANCHOR, Weighting, make_weighting
+
+STUDENT = "student"
+"""The role that is distilled and exported."""
 
 
 def critic_roles(rewards: Sequence[WeightedReward]) -> list[str]:
     """Return the roles that the rewards train, in order, each once."""
     return list(dict.fromkeys(own.reward.capabilities.trains for own in rewards if own.reward.capabilities.trains))
+
+
+def role_configs(
+    args: RDMConfig,
+    rewards: Sequence[WeightedReward],
+    peft_config: LoraConfig | None,
+    fake_peft_config: LoraConfig | None,
+) -> dict[str, LoraConfig | None]:
+    """Return the networks that are trained: role to its LoRA, or to None for a full copy of the base.
+
+    Raises:
+        ConfigError: a LoRA config cannot be used, or is given for a role that is trained in full.
+    """
+    given = (
+        ("peft_config", peft_config, "student_weights", args.student_weights),
+        ("fake_peft_config", fake_peft_config, "critic_weights", args.critic_weights),
+    )
+    for argument, lora, setting, weights in given:
+        if lora is not None and weights == "full":
+            raise ConfigError(f"{argument} describes adapters, and {setting}='full' trains a copy of the base; use one")
+        if lora is not None:
+            check_lora_config(lora, argument)
+    student = peft_config or LoraConfig(r=16, lora_alpha=16)
+    critic = fake_peft_config or student
+    heads = {own.reward.capabilities.trains for own in rewards if own.reward.capabilities.head}
+    configs: dict[str, LoraConfig | None] = {STUDENT: None if args.student_weights == "full" else student}
+    for role in critic_roles(rewards):
+        if role not in heads:
+            configs[role] = None if args.critic_weights == "full" else critic
+    return configs
 
 
 def check_run(
@@ -56,7 +91,7 @@ def check_run(
             "num_generations=1 leaves nothing to compare with; use at least 2"
         )
     for role in critic_roles(rewards):
-        if role in ("student", "teacher"):
+        if role in (STUDENT, TEACHER):
             raise ConfigError(f"a reward declares trains={role!r}, which is not a critic's; give its role another name")
     if critic_roles(rewards) and args.critic_steps == 0:
         raise ConfigError("critic_steps=0 would leave the critics of the rewards untrained; use at least 1")

@@ -25,9 +25,8 @@ from rdm_sdk.export import STUDENT, StudentInfo, non_default_settings
 from rdm_sdk.hosting import add_roles
 from rdm_sdk.judging import JudgingTrainer, reward_heads
 from rdm_sdk.models.load import load_adapter
-from rdm_sdk.models.roles import check_lora_config
 from rdm_sdk.objective import Signal, Term, combine, normalize, policy_loss, policy_pull
-from rdm_sdk.requirements import check_run, check_same_plugins, critic_roles
+from rdm_sdk.requirements import check_run, check_same_plugins, role_configs
 from rdm_sdk.rewards.resolve import RewardFuncs, resolve_rewards, routed
 from rdm_sdk.sampling import StudentOf, plan_steps, redraw, replay_log_ratio, rollout, state_log_ratio
 from rdm_sdk.types import Condition, Experience, RewardOutput, select, select_steps
@@ -47,8 +46,9 @@ class RDMTrainer(JudgingTrainer):
         processing_class: handed to `Trainer` as it is; the method itself needs none.
         callbacks: `transformers` callbacks.
         optimizers: an optimizer over the parameters of all trainable roles and a scheduler, as in `Trainer`.
-        peft_config: LoRA of the student; rank 16 and alpha 16 on the family's usual layers by default.
-        fake_peft_config: LoRA of the critic; the student's by default.
+        peft_config: LoRA of the student; rank 16 and alpha 16 on the family's usual layers by default. None where
+            `args.student_weights` is "full".
+        fake_peft_config: LoRA of the critics; the student's by default. None where `args.critic_weights` is "full".
         weighting: a `Weighting` of your own, in place of the one that `args.weighting` names.
 
     Raises:
@@ -78,19 +78,18 @@ class RDMTrainer(JudgingTrainer):
         eval_dataset = None if eval_dataset is None else load_prompts(eval_dataset, "eval_dataset")
         self.rewards = routed(resolve_rewards(reward_funcs, args.reward_weights), args.reward_route)
         check_run(args, self.rewards, {"train_dataset": train_dataset, "eval_dataset": eval_dataset}, weighting)
-        for argument, lora in (("peft_config", peft_config), ("fake_peft_config", fake_peft_config)):
-            if lora is not None:
-                check_lora_config(lora, argument)
+        roles = role_configs(args, self.rewards, peft_config, fake_peft_config)
 
         adapter = load_adapter(
-            model, torch.bfloat16 if args.bf16 else torch.float32, max_sequence_length=args.max_sequence_length
+            model,
+            torch.bfloat16 if args.bf16 else torch.float32,
+            args.quantization,
+            max_sequence_length=args.max_sequence_length,
         )
         set_seed(args.seed)  # the adapters' initial weights are part of the run
-        student = peft_config or LoraConfig(r=16, lora_alpha=16)
         with torch.random.fork_rng(devices=[]):  # so that a head changes nothing about the student's initial weights
             heads = dict(reward_heads(self.rewards, adapter))
-        roles = [role for role in critic_roles(self.rewards) if role not in heads]
-        add_roles(adapter, {STUDENT: student} | dict.fromkeys(roles, fake_peft_config or student), heads)
+        add_roles(adapter, roles, heads)
         self._window: list[dict[str, Any]] = []
         self._experiences: list[Experience] = []
         self._stored: deque[list[Experience]] = deque(maxlen=args.steps_per_generation)
@@ -169,7 +168,7 @@ class RDMTrainer(JudgingTrainer):
         """Roll the student out for prompts, group-major, as far as their first use goes or to the end."""
         args, prompts = self.args, inputs["prompts"]
         condition = self.encode(prompts)
-        noise = torch.randn(len(prompts), *self.latent_shape, device=args.device)
+        noise = torch.randn(len(prompts), *self.step_shape(), device=args.device)
         # A trajectory stopped at the last step has no density, so it is of no use where only scores teach.
         last = args.num_inference_steps if self.has(pathwise=True) else args.num_random_steps
         groups = len(prompts) // args.num_generations

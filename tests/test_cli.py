@@ -53,7 +53,7 @@ def test_train_then_sample(run_file, tmp_path, capsys):
         ),
         (["train", "--config", "no/such.yaml"], "there is no file 'no/such.yaml'"),
         (["train", "--model", "some/model"], "--prompts is missing"),
-        (["sample", "--model", "digits", "--student", "nowhere", "--prompt", "x"], "there is no nowhere"),
+        (["sample", "--model", "digits", "--student", "nowhere", "--prompt", "x"], "there is no folder nowhere"),
         (["demo", "--samples", "7"], "--samples must be a multiple of 10"),
     ],
 )

@@ -148,7 +148,7 @@ class Encoder:
 def test_the_cache_encodes_each_prompt_once_and_keeps_the_order() -> None:
     """Repeated prompts cost one encoding; rows come back in the order asked for."""
     encoder = Encoder()
-    cache = PromptCache(encoder)
+    cache = PromptCache(encoder, torch.device("cpu"))
     assert cache(["aaa", "b", "aaa"])["length"].tolist() == [[3.0], [1.0], [3.0]]
     assert cache(["cc", "aaa"])["length"].tolist() == [[2.0], [3.0]]
     assert encoder.asked == ["aaa", "b", "cc"]
@@ -157,7 +157,7 @@ def test_the_cache_encodes_each_prompt_once_and_keeps_the_order() -> None:
 def test_the_cache_forgets_the_least_recently_used() -> None:
     """Beyond its capacity the cache drops the prompt that was not used for longest, and one call may exceed it."""
     encoder = Encoder()
-    cache = PromptCache(encoder, capacity=2)
+    cache = PromptCache(encoder, torch.device("cpu"), capacity=2)
     cache(["a", "bb"])
     cache(["a"])
     cache(["ccc"])  # drops "bb"

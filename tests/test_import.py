@@ -16,20 +16,20 @@ ROOT = Path(rdm_sdk.__file__).parent
 
 LAYERS: list[set[str]] = [
     {"errors", "types", "hookspecs"},
-    {"registry", "presets"},
+    {"registry", "presets", "footprint"},
     {"core"},
     {"digits"},  # the embedded data set: data and a classifier, no part of the method
     {"sampling", "rewards", "models"},
-    {"objective", "weighting", "rollouts"},
+    {"objective", "weighting", "rollouts", "rehearsal"},
     {"config", "data"},
     {"requirements"},
-    {"export", "evaluation", "report", "checkpoint"},
+    {"export", "evaluation", "report", "checkpoint", "phases"},
     {"hosting", "monitor"},
     {"judging"},
-    {"trainer"},
-    {"vision"},
+    {"trainer", "plan"},
+    {"vision", "advice"},
     {"testing", "scaffold", "demo"},
-    {"cli_rewards"},
+    {"cli_rewards", "cli_plan"},
     {"cli"},
 ]
 """Bottom first. A part imports from layers below its own and from itself, never sideways or upwards."""
@@ -46,15 +46,29 @@ WITHIN: dict[str, list[set[str]]] = {
         {"scoring", "builtin"},
     ],
     "vision": [{"preprocess", "weights"}, {"clip"}, {"__init__"}],
-    "testing": [{"batches", "models"}, {"subject", "pipelines"}, {"checks"}, {"rewards"}, {"__init__"}],
-    "models": [{"roles"}, {"base"}, {"flow", "ddpm"}, {"sd", "sd3"}, {"sdxl"}, {"load"}],
+    "testing": [
+        {"kit", "batches", "models"},
+        {"subject", "pipelines", "adapter_checks"},
+        {"checks", "adapters"},
+        {"rewards"},
+        {"__init__"},
+    ],
+    "models": [
+        {"roles"},
+        {"base"},
+        {"flow", "ddpm"},
+        {"sd", "sd3", "flux", "qwen_image", "z_image", "pixart"},
+        {"sdxl", "flux2", "sana"},
+        {"load", "builtin", "placement"},
+        {"blueprint"},
+    ],
     "digits": [{"__init__"}, {"classifier"}],
 }
 """The same inside the packages; "__init__" imports nothing unless it is named here."""
 
-LAZY = {("digits", "digits.classifier"), ("registry", "rewards.builtin")}
+LAZY = {("digits", "digits.classifier"), ("registry", "rewards.builtin"), ("registry", "models.builtin")}
 """Exceptions: the front of the digits opens its own back room when a function asks for tensors; the registry loads the
-built-in rewards' registrations by name, as it does any plugin's."""
+built-in registrations by name, as it does any plugin's."""
 
 MODULES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
 

@@ -162,7 +162,7 @@ def test_two_entry_points_of_one_name_are_two_plugins(install: Install, run: Run
         ('register("ink", "a:B")', "the bare name 'ink'"),
         ('register("acme/i nk", "a:B")', "names are written 'owner/name'"),
         ('register("acme/ink", "no target")', "write 'package.module:attribute'"),
-        ('register("acme/ink", "a:B", contract=2)', "for version 2 of the reward contract"),
+        ('register("acme/ink", "a:B", contract=2)', "for version 2 of the contract"),
         ('register("acme/ink", "a:B", flavor="new")', "unexpected keyword argument 'flavor'"),
         ("1 / 0", "its hook rdm_register_rewards raised ZeroDivisionError"),
     ],
@@ -178,7 +178,10 @@ def test_unacceptable_registrations_are_faults(install: Install, run: Run, body:
 def test_a_plugin_without_hooks_is_a_fault(install: Install, run: Run) -> None:
     """The decorator was forgotten."""
     install("acme-one", code="def rdm_register_rewards(register):\n    pass\n")
-    assert "implements no hook; decorate a function named rdm_register_rewards with @rdm_sdk.hookimpl" in run("plugins")
+    said = run("plugins")
+    assert (
+        "no hook; decorate a function named rdm_register_rewards or rdm_register_models with @rdm_sdk.hookimpl" in said
+    )
 
 
 def test_a_typo_is_not_blamed_on_a_fault_elsewhere(install: Install, run: Run) -> None:
@@ -294,3 +297,73 @@ def test_other_plugins_on_another_process_are_refused(monkeypatch: pytest.Monkey
         requirements.check_same_plugins(2)
     monkeypatch.setattr(requirements, "gather_object", lambda mine: mine * 2)
     requirements.check_same_plugins(2)
+
+
+# ---- Model families -----------------------------------------------------------------------------------------------
+
+ADAPTER = 'register("AuraFlowPipeline", "{module}_rewards:Ink")'
+
+
+def asks_for(pipeline: str) -> str:
+    """Return code that prints what asking for an adapter raises, or its class."""
+    return (
+        "import warnings; warnings.simplefilter('ignore')\nfrom rdm_sdk.models.load import adapter_class\n"
+        f"try:\n    print(adapter_class({pipeline!r}))\nexcept Exception as error:\n    print(type(error).__name__, error)"
+    )
+
+
+def test_a_plugins_adapter_is_found(install: Install, run: Run) -> None:
+    """By the pipeline's class; what is no adapter is refused, and the SDK's own families are listed for the rest."""
+    install("good-aura", hook="rdm_register_models", body=ADAPTER.format(module="good_aura"))
+    assert "must subclass rdm_sdk.ModelAdapter" in run(code=asks_for("AuraFlowPipeline"))
+    assert "rdm_sdk.models.sd3.SD3Adapter" in run(code=asks_for("StableDiffusion3Pipeline"))
+    said = run(code=asks_for("StableDiffusion3Pipelin"))
+    assert "ModelError StableDiffusion3Pipelin is not supported. Did you mean 'StableDiffusion3Pipeline'?" in said
+    assert "AuraFlowPipeline" in said
+    assert "docs/write-a-model.md" in said
+    listed = run("models", "list")
+    assert "AuraFlowPipeline" in listed
+    assert "StableDiffusion3Pipeline" in listed
+
+
+def test_a_family_with_two_owners_belongs_to_neither(install: Install, run: Run) -> None:
+    """Both are named, with what settles it; the SDK's own families stay its own."""
+    for name in ("aura-one", "aura-two"):
+        install(name, hook="rdm_register_models", body=ADAPTER.format(module=name.replace("-", "_")))
+    install("greedy", hook="rdm_register_models", body='register("FluxPipeline", "greedy_rewards:Ink")')
+    said = run(code=asks_for("AuraFlowPipeline"))
+    assert "registered by aura-one and by aura-two" in said
+    assert "RDM_SDK_DISABLE_PLUGINS=aura-two" in said
+    faults = run("plugins")
+    assert "FAULT in greedy:main (1.2): it registers FluxPipeline, which is the SDK's own" in faults
+    assert "rdm_sdk.models.flux:FluxAdapter" in run(
+        code="import warnings; warnings.simplefilter('ignore')\nfrom rdm_sdk.registry import registry\n"
+        "print(registry().models['FluxPipeline'].target)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ('register("not a class", "a:B")', "give the name of a pipeline class"),
+        ('register("AuraFlowPipeline", "a.B")', "write 'package.module:attribute'"),
+        ('register("AuraFlowPipeline", "a:B", contract=2)', "for version 2 of the contract"),
+        ('register("AuraFlowPipeline", "a:B"); register("AuraFlowPipeline", "a:C")', "twice"),
+    ],
+)
+def test_unacceptable_families_are_faults(install: Install, run: Run, body: str, words: str) -> None:
+    """What cannot be registered is said under the plugin's name, and again to whoever asks for it."""
+    install("bad-aura", hook="rdm_register_models", body=body)
+    said = run("plugins")
+    assert "FAULT in bad-aura:main (1.2)" in said
+    assert words in said
+    if "not a class" not in body and "twice" not in words:
+        assert words in run(code=asks_for("AuraFlowPipeline"))
+
+
+def test_an_adapter_that_cannot_be_imported(install: Install, run: Run) -> None:
+    """The error names the distribution and the cause."""
+    install("bad-aura", hook="rdm_register_models", body='register("AuraFlowPipeline", "no_such_module:Adapter")')
+    said = run(code=asks_for("AuraFlowPipeline"))
+    assert "ModelError the adapter for AuraFlowPipeline of bad-aura cannot be imported" in said
+    assert "No module named 'no_such_module'" in said
