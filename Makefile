@@ -11,10 +11,10 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 demo: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/rdm-sdk demo --output demo
 
-test: $(VENV)/.installed
+test: $(VENV)/.quantization
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-all: $(VENV)/.installed
+test-all: $(VENV)/.quantization
 	$(TEST_ENV) $(BIN)/python -m pytest
 
 lint: $(VENV)/.installed
@@ -42,6 +42,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(addsuffix /pyproject.toml,$
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)" -c constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps $(addprefix -e ,$(PLUGINS))
+	@touch $@
+
+# Adapters are trained on quantized layers in the tests. On its own, because bitsandbytes has something to say at every
+# start of a program on some CPUs.
+$(VENV)/.quantization: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quantization]"
 	@touch $@
 
 clean:

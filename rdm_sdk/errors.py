@@ -33,8 +33,14 @@ class RewardError(RDMError):
 
 
 def said(error: BaseException) -> str:
-    """Return an exception as "Type: message (file.py, line 12)", the place being where it was raised."""
-    text = f"{type(error).__name__}: {str(error).rstrip('. ')}"
+    """Return an exception as "Type: message (file.py, line 12)", the place being where it was raised.
+
+    Of long messages, such as those that hold a printed network, the two ends are kept.
+    """
+    message = str(error).rstrip(". ")
+    if len(message) > 600:
+        message = f"{message[:200]} [...] {message[-300:]}"
+    text = f"{type(error).__name__}: {message}"
     frames = traceback.extract_tb(error.__traceback__)
     return f"{text} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else text
 

@@ -238,6 +238,10 @@ class ModelAdapter(ABC):
         """Set the scheduler's timesteps as the family's pipeline call does."""
         scheduler.set_timesteps(num_steps)
 
+    def guidance_call(self, scale: float) -> dict[str, Any]:
+        """Return the arguments by which a plain pipeline call is guided by `scale`, 1 being none."""
+        return {"guidance_scale": scale}
+
     def inference_call(self, num_steps: int, guidance_scale: float = 1.0) -> dict[str, Any]:
         """Return the arguments with which a plain pipeline call samples the student, beside prompt and size.
 
@@ -245,7 +249,8 @@ class ModelAdapter(ABC):
             num_steps: K.
             guidance_scale: that of the training run; only a backbone that is told the scale is still told it.
         """
-        return {"num_inference_steps": num_steps, "guidance_scale": 1.0}
+        told = guidance_scale if self.guidance == "embedded" else 1.0
+        return {"num_inference_steps": num_steps, **self.guidance_call(told)}
 
     def save_lora(self, directory: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         """Write LoRA weights with their metadata in the format that the pipeline's `load_lora_weights` reads."""

@@ -43,7 +43,13 @@ class FlowAdapter(ModelAdapter):
         return sigma * steps
 
     def base_shift(self, shape: Sequence[int]) -> float | None:
-        shift: float = self.pipeline.scheduler.config.shift
+        config = self.pipeline.scheduler.config
+        if config.use_dynamic_shifting:
+            raise ModelError(
+                f"the scheduler of {self.base_name!r} shifts its grid by what the pipeline call tells it, and "
+                f"{type(self).__name__} does not say how; override base_shift(), and set_grid() if the call sets it"
+            )
+        shift: float = config.shift
         return shift
 
     def student_scheduler(
@@ -61,13 +67,16 @@ class FlowAdapter(ModelAdapter):
         )
 
     def feature_block(self) -> nn.Module:
-        blocks: Any = self.backbone.transformer_blocks
+        blocks: Any = getattr(self.backbone, "transformer_blocks", None)
+        if blocks is None:
+            return super().feature_block()
         middle: nn.Module = blocks[(len(blocks) - 1) // 2]
         return middle
 
     @property
     def feature_width(self) -> int:
-        return int(self.backbone.inner_dim)
+        width = getattr(self.backbone, "inner_dim", None)
+        return super().feature_width if width is None else int(width)
 
 
 class PackedFlowAdapter(FlowAdapter):
@@ -87,8 +96,7 @@ class PackedFlowAdapter(FlowAdapter):
         return size, size
 
     def base_shift(self, shape: Sequence[int]) -> float | None:
-        config = self.pipeline.scheduler.config
-        if not config.use_dynamic_shifting:
+        if not self.pipeline.scheduler.config.use_dynamic_shifting:
             return super().base_shift(shape)
         return float(np.exp(self.dynamic_mu(prod(shape[-2:]) // 4)))
 

@@ -68,8 +68,6 @@ class TwoStreamAdapter(PackedFlowAdapter):
 
     def inference_call(self, num_steps: int, guidance_scale: float = 1.0) -> dict[str, Any]:
         call = super().inference_call(num_steps, guidance_scale)
-        if self.guidance == "embedded":
-            call["guidance_scale"] = guidance_scale
         if self.max_sequence_length != CALL_LENGTH:
             call["max_sequence_length"] = self.max_sequence_length
         return call

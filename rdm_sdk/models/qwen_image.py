@@ -116,7 +116,10 @@ class QwenImageAdapter(PackedFlowAdapter):
         mean, std = like.new_tensor(config.latents_mean), like.new_tensor(config.latents_std)
         return mean.reshape(1, -1, 1, 1), std.reshape(1, -1, 1, 1)
 
-    def inference_call(self, num_steps: int, guidance_scale: float = 1.0) -> dict[str, Any]:
+    def guidance_call(self, scale: float) -> dict[str, Any]:
         # The pipeline warns of a guidance_scale, which only a backbone that is told it would use.
-        call = {"num_inference_steps": num_steps, "true_cfg_scale": 1.0}
+        return {"true_cfg_scale": scale} | ({"negative_prompt": " "} if scale > 1 else {})
+
+    def inference_call(self, num_steps: int, guidance_scale: float = 1.0) -> dict[str, Any]:
+        call = super().inference_call(num_steps, guidance_scale)
         return call if self.max_sequence_length == 512 else call | {"max_sequence_length": self.max_sequence_length}

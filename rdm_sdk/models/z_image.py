@@ -102,6 +102,9 @@ class ZImageAdapter(PackedFlowAdapter):
     def feature_width(self) -> int:
         return int(self.backbone.dim)
 
+    def guidance_call(self, scale: float) -> dict[str, Any]:
+        return {"guidance_scale": scale - 1}
+
     def inference_call(self, num_steps: int, guidance_scale: float = 1.0) -> dict[str, Any]:
-        call = {"num_inference_steps": num_steps, "guidance_scale": 0.0}
+        call = super().inference_call(num_steps, guidance_scale)
         return call if self.max_sequence_length == 512 else call | {"max_sequence_length": self.max_sequence_length}

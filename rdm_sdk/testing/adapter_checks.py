@@ -5,8 +5,10 @@ A check takes a `ModelSubject`; see `kit.Check`.
 
 from __future__ import annotations
 
+import inspect
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,9 +61,12 @@ class ModelSubject:
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels: small, and not square if the base allows it."""
+        """Height and width in pixels: small, and not square if the base allows it.
+
+        The height is an odd multiple of the unit, so that a unit that is too small is noticed.
+        """
         unit = self.adapter.size_unit
-        height = -(-32 // unit) * unit
+        height = (max(1, 32 // unit) // 2 * 2 + 1) * unit
         try:
             self.adapter.latent_shape(height, 2 * height)
         except ConfigError:
@@ -100,7 +105,7 @@ def rows(condition: Condition, *places: int) -> Condition:
 
 def apart(found: Tensor, wanted: Tensor) -> float:
     """Return the largest difference, relative to the largest value."""
-    return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6))
+    return float(((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6)).detach())
 
 
 @check()
@@ -120,7 +125,7 @@ def declarations(subject: ModelSubject) -> None:
         demand(
             any(f".{name}".endswith(f".{target}") for name in layers),
             f"no linear layer's name ends in the LoRA target {target!r}; there are, among others, "
-            f"{', '.join(sorted({name.split('.')[-1] for name in layers})[:12])}",
+            f"{', '.join(sorted({'.'.join(name.split('.')[-2:]) for name in layers})[:16])}",
         )
 
 
@@ -306,38 +311,122 @@ def encodes_images(subject: ModelSubject) -> None:
     demand(apart(again, subject.x_t) < CLOSE, "from_vae() does not undo to_vae()")
 
 
-@check("steps_as_the_scheduler", "decodes")
+@check("steps_as_the_scheduler", "decodes", "encodes_images")
 def agrees_with_the_pipeline(subject: ModelSubject) -> None:
     """A plain pipeline call with the student's scheduler and `inference_call` makes the images that we make."""
-    adapter = subject.fresh()
-    noise = subject.x_t
-    ours = images_of(adapter, TEACHER, noise)
+    compare_with_the_pipeline(subject, 1.0)
+
+
+@check("agrees_with_the_pipeline", "encodes_no_prompt")
+def guides_as_the_pipeline(subject: ModelSubject) -> Remark | None:
+    """A pipeline call that is guided by 3 (`guidance_call`) makes the images that our guided teacher makes."""
+    if subject.adapter.guidance != "classifier-free":
+        return Remark("skipped", f"guidance is {subject.adapter.guidance!r}")
+    compare_with_the_pipeline(subject, 3.0)
+    return None
+
+
+def compare_with_the_pipeline(subject: ModelSubject, scale: float) -> None:
+    """Demand the same images, or say where the two programs part."""
+    adapter, noise = subject.fresh(), subject.x_t
+    with seen_by(adapter.backbone) as ours_saw:
+        ours = images_of(adapter, TEACHER, noise, scale)
     adapter.pipeline.scheduler = adapter.student_scheduler(NUM_STEPS, None, stochastic=False)
-    theirs = call(adapter, adapter.pipeline, noise)
-    demand(
-        apart(ours, theirs) < CLOSE,
-        f"our images differ from the pipeline's by up to {float((ours - theirs).abs().max()):.3g}; compare the keyword "
-        "arguments of the backbone (a forward pre-hook shows them), the sign of what predict() returns, the grid "
-        "(set_grid), and to_vae()",
+    with seen_by(adapter.backbone) as theirs_saw:
+        theirs = call(adapter, adapter.pipeline, noise, scale)
+    if apart(ours, theirs) < CLOSE:
+        return
+    guided = scale != 1
+    parting = None if guided else first_difference(ours_saw, theirs_saw)
+    where = parting or (
+        "compare guide(), encode_no_prompt() and guidance_call() with what the call does to its two predictions"
+        if guided
+        else "the backbone was told the same in every step, so it is what follows it: to_vae(), or decode()"
+    )
+    raise AssertionError(
+        f"our images differ from the pipeline's by up to {float((ours - theirs).abs().max()):.3g}; {where}"
     )
 
 
-def images_of(adapter: ModelAdapter, role: str, noise: Tensor) -> Tensor:
-    """Return the images `[2, 3, H, W]` that a role samples deterministically for the two prompts."""
+@contextmanager
+def seen_by(backbone: Any) -> Iterator[list[dict[str, Any]]]:
+    """Collect the named arguments of every call of a backbone, without those that are None."""
+    calls: list[dict[str, Any]] = []
+    signature = inspect.signature(type(backbone).forward)
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = signature.bind(module, *args, **kwargs).arguments
+        calls.append({k: v for k, v in bound.items() if v is not None and k not in ("self", "return_dict")})
+
+    handle = backbone.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def first_difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str | None:
+    """Return the first argument of the backbone that differs between two runs, in words."""
+    if len(ours) != len(theirs):
+        return f"the backbone was called {len(ours)} times by ours and {len(theirs)} times by the pipeline"
+    for step, (own, their) in enumerate(zip(ours, theirs, strict=True)):
+        for name in sorted(own.keys() ^ their.keys()):
+            who = "we" if name in own else "the pipeline"
+            return f"in step {step}, only {who} told the backbone {name!r}"
+        different = [name for name in own if not alike(own[name], their[name])]
+        # What a step is told of time or text explains its state's successor; the state itself comes last.
+        for name in sorted(different, key=lambda name: isinstance(own[name], Tensor) and own[name].ndim >= 4):
+            state = step > 0 and len(different) == 1
+            advice = " (only the state: the sign or form of what predict() returned, or the grid)" if state else ""
+            return f"in step {step}, {name!r} was {shown(own[name])} in ours and {shown(their[name])} there{advice}"
+    return None
+
+
+def alike(own: Any, their: Any) -> bool:
+    if isinstance(own, Tensor) and isinstance(their, Tensor):
+        if their.ndim == 0 or their.numel() == 1:
+            their = their.reshape(()).expand_as(own)
+        return own.shape == their.shape and apart(own.float(), their.float()) < CLOSE
+    if isinstance(own, (list, tuple)) and isinstance(their, (list, tuple)):
+        return len(own) == len(their) and all(alike(a, b) for a, b in zip(own, their, strict=True))
+    if isinstance(own, dict) and isinstance(their, dict):
+        return own.keys() == their.keys() and all(alike(own[name], their[name]) for name in own)
+    return bool(own == their)
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        some = ", ".join(f"{number:.4g}" for number in value.flatten()[:3].tolist())
+        return f"{list(value.shape)} [{some}{', ...' if value.numel() > 3 else ''}]"
+    return str(value)[:80]
+
+
+def images_of(adapter: ModelAdapter, role: str, noise: Tensor, scale: float = 1.0) -> Tensor:
+    """Return the images `[2, 3, H, W]` that a role, guided by `scale`, samples deterministically for `PROMPTS`."""
     policy = FewStepPolicy(adapter.schedule, tuple(adapter.student_sigmas(NUM_STEPS, None)), "ode")
-    denoiser = adapter.denoiser(adapter.roles, role, adapter.condition(PROMPTS))
+    condition = adapter.condition(PROMPTS)
+    denoiser = adapter.denoiser(adapter.roles, role, condition)
+    if scale != 1:
+        pair = adapter.denoiser_pair(adapter.roles, role, condition, adapter.condition([None, None]))
+
+        def denoiser(x_t: Tensor, sigma: Tensor) -> Tensor:
+            return adapter.guide(x_t, sigma, *pair(x_t, sigma), scale)
+
     with torch.no_grad():
         return adapter.decode(sample(denoiser, noise, policy))
 
 
-def call(adapter: ModelAdapter, pipeline: Any, noise: Tensor) -> Tensor:
+def call(adapter: ModelAdapter, pipeline: Any, noise: Tensor, scale: float = 1.0) -> Tensor:
     """Return the images of a plain pipeline call."""
+    arguments = adapter.inference_call(NUM_STEPS) | adapter.guidance_call(scale)
+    if "negative_prompt" in arguments:
+        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(PROMPTS)
     images: Tensor = pipeline(
         prompt=list(PROMPTS),
         latents=adapter.pack(noise.clone()),
         **dict(zip(("height", "width"), pixels(adapter, noise), strict=True)),
         output_type="pt",
-        **adapter.inference_call(NUM_STEPS),
+        **arguments,
     ).images
     return images
 
@@ -462,6 +551,14 @@ def features(subject: ModelSubject) -> Remark | None:
     )
     found.sum().backward()
     demand(x_t.grad is not None and bool(x_t.grad.any()), "no gradient reaches x_t through the features")
+    for place in range(2):
+        condition = rows(subject.condition, place)
+        alone = adapter.features(adapter.roles, TEACHER, condition)(x_t[[place]], subject.sigma[[place]])
+        demand(
+            alone.shape == found[[place]].shape and apart(alone, found[[place]]) < CLOSE,
+            "features of a sample differ when it is alone; override features() to take the image's tokens only, where "
+            "a block returns those of the text or padding too",
+        )
     return None
 
 
