@@ -178,7 +178,7 @@ folder = "path/to/this/folder"
 pipe = {pipeline}.from_pretrained("{adapter.base_name}")
 {loading}
 pipe.scheduler = {scheduler}.from_pretrained(folder, subfolder="scheduler")
-image = pipe("{{your prompt}}", {call}).images[0]
+image = pipe(prompt="{{your prompt}}", {call}).images[0]
 ```
 
 - Rewards: `{rewards}` (from {origins})

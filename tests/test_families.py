@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -227,6 +228,29 @@ def test_a_trained_student_runs_in_plain_diffusers(family: str, sampler: str, tm
     theirs = images()
     assert (theirs - ours).abs().max() < 1e-4
     assert (without - ours).abs().max() > 1e-3
+    if sampler == "ode":
+        assert image_of_the_card(tmp_path / "student").size == (size["width"], size["height"])
+
+
+def image_of_the_card(folder: Path) -> Any:
+    """Run the code of a student's model card, and return the image that it makes."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    names: dict[str, Any] = {}
+    exec(code.replace("path/to/this/folder", str(folder)), names)
+    return names["image"]
+
+
+def test_a_linear_shift_is_mu_itself() -> None:
+    """Our fixed shift makes the grid that the scheduler shifts by what the call tells it."""
+    for kind in ("exponential", "linear"):
+        pipeline = TINY_PIPELINES["FluxPipeline"]()
+        config = pipeline.scheduler.config
+        pipeline.register_modules(scheduler=type(pipeline.scheduler).from_config(config, time_shift_type=kind))
+        adapter = load_adapter(pipeline, torch.float32)
+        shape = adapter.latent_shape(64, 64)
+        ours = adapter.student_sigmas(4, adapter.base_shift(shape))
+        pipeline.scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=adapter.dynamic_mu(shape[1] * shape[2] // 4))
+        assert ours == pytest.approx(pipeline.scheduler.sigmas[:4].tolist(), abs=1e-5)
 
 
 def in_the_loop(adapter: ModelAdapter, latents: Tensor) -> Tensor:

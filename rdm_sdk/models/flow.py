@@ -96,9 +96,11 @@ class PackedFlowAdapter(FlowAdapter):
         return size, size
 
     def base_shift(self, shape: Sequence[int]) -> float | None:
-        if not self.pipeline.scheduler.config.use_dynamic_shifting:
+        config = self.pipeline.scheduler.config
+        if not config.use_dynamic_shifting:
             return super().base_shift(shape)
-        return float(np.exp(self.dynamic_mu(prod(shape[-2:]) // 4)))
+        mu = self.dynamic_mu(prod(shape[-2:]) // 4)
+        return mu if config.time_shift_type == "linear" else float(np.exp(mu))
 
     def dynamic_mu(self, tokens: int) -> float:
         """Return the logarithm of the shift for a number of tokens: linear between the scheduler's two ends."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -208,11 +208,12 @@ class Roles(nn.Module):
     def forward(self, role: str, **inputs: Any) -> Tensor:
         """Run the backbone as `role`; returns its first output."""
         self.forwards[role] += next(value.shape[0] for value in inputs.values() if isinstance(value, Tensor))
-        # A copy's weights are float32, while its inputs have the base's dtype.
+        # A copy's weights are float32, while its inputs have the base's dtype. Where nothing is mixed, a disabled autocast
+        # would switch off the one that Trainer may have switched on.
         base = next(self.backbone.parameters())
         mixed = role in self.copies and base.dtype != torch.float32
         network = dict(self.copies.items()).get(role, self.backbone)
-        with self.use(role), torch.autocast(base.device.type, base.dtype, enabled=mixed):
+        with self.use(role), torch.autocast(base.device.type, base.dtype) if mixed else nullcontext():
             output: Tensor = network(**inputs, return_dict=False)[0]
         return output
 
