@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, PNDMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 from diffusers.schedulers import scheduling_flow_match_euler_discrete, scheduling_lcm
 from peft import LoraConfig
 from torch import Tensor
@@ -317,6 +317,59 @@ def vae_input(adapter: ModelAdapter, images: Tensor) -> Tensor:
     """Return images as the VAE takes them; Qwen-Image's is for videos."""
     scaled = images * 2 - 1
     return scaled[:, :, None] if type(adapter.pipeline).__name__ == "QwenImagePipeline" else scaled
+
+
+# ---- Bad input --------------------------------------------------------------------------------------------------
+
+
+@by_family
+def test_sizes_that_do_not_divide_are_refused(family: str, pipelines: dict[str, Any]) -> None:
+    """With the unit that they must be multiples of."""
+    adapter = load_adapter(pipelines[family], torch.float32)
+    unit = adapter.size_unit
+    for height, width in ((unit + 1, unit), (unit, unit + 1), (0, unit), (-unit, unit)):
+        with pytest.raises(ConfigError, match=rf"positive multiples of {unit} .*got {height} x {width}"):
+            adapter.latent_shape(height, width)
+
+
+@by_family
+def test_a_missing_part_is_named(family: str) -> None:
+    """A pipeline that was loaded without its text encoder or VAE cannot be trained."""
+    for part in ("text_encoder", "vae"):
+        pipeline = TINY_PIPELINES[family]()
+        pipeline.register_modules(**{part: None})
+        with pytest.raises(ModelError, match=f"this {family} has no {part}, which training needs; load"):
+            load_adapter(pipeline, torch.float32)
+
+
+@by_family
+def test_a_scheduler_that_cannot_be_followed_is_named(family: str) -> None:
+    """Another kind of noise than the base was trained with would give wrong noise levels, silently."""
+    pipeline = TINY_PIPELINES[family]()
+    other: Any = (
+        DDIMScheduler()
+        if "Flow" in type(pipeline.scheduler).__name__ or "Sana" in family
+        else FlowMatchEulerDiscreteScheduler()
+    )
+    pipeline.register_modules(scheduler=other)
+    with pytest.raises(ModelError, match=f"needs a .*; got {type(other).__name__}.*its own scheduler"):
+        load_adapter(pipeline, torch.float32)
+
+
+@by_family
+def test_targets_that_match_nothing_are_named(family: str, tmp_path: Path) -> None:
+    """Beside the layers that there are."""
+    args = RDMConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, guidance_scale=1.0)
+    lora = LoraConfig(target_modules=["to_quary"])
+    with pytest.raises(ConfigError, match=r"to_quary.*Linear layers of this model: .*\b(to_q|q)\b"):
+        RDMTrainer(TINY_PIPELINES[family](), "dm", args, PROMPTS, peft_config=lora)
+
+
+def test_guidance_that_a_base_does_not_take_is_refused(tmp_path: Path) -> None:
+    """A base distilled without guidance has nothing to be guided by."""
+    args = RDMConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, guidance_scale=3.0)
+    with pytest.raises(ConfigError, match=r"guidance_scale=3\.0: .* was distilled without guidance"):
+        RDMTrainer(TINY_PIPELINES["FluxPipeline"](guidance_embeds=False), "dm", args, PROMPTS)
 
 
 # ---- Stable Diffusion and SDXL ----------------------------------------------------------------------------------
