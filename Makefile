@@ -6,16 +6,19 @@ PLUGINS := $(wildcard plugins/*)
 # Small tensors: a second thread per process costs more than it brings, and many times more on busy cores.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
+# A process per core; a file's tests stay together, for the sake of the fixtures that they share.
+PARALLEL := -n logical --dist loadfile
+
 .PHONY: demo test test-all lint types docs teacher clean
 
 demo: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/rdm-sdk demo --output demo
 
 test: $(VENV)/.quantization
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not gpu"
+	$(TEST_ENV) $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu"
 
 test-all: $(VENV)/.quantization
-	$(TEST_ENV) $(BIN)/python -m pytest
+	$(TEST_ENV) $(BIN)/python -m pytest $(PARALLEL)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -216,16 +216,16 @@ def test_a_trained_student_runs_in_plain_diffusers(family: str, sampler: str, tm
     plain.set_progress_bar_config(disable=True)
     scheduler = adapter.student_scheduler(4, trainer.shift, stochastic=sampler == "renoise")
     plain.scheduler = type(scheduler).from_pretrained(tmp_path / "student", subfolder="scheduler")
-    call = adapter.inference_call(4, args.guidance_scale) | {"output_type": "pt", **size}
+    call = adapter.inference_call(4, args.guidance_scale) | size
 
-    def images() -> Tensor:
+    def images(**call: Any) -> Tensor:
         torch.manual_seed(5)
         with noise_in_our_shape(adapter, probe):
-            return run_pipeline(plain, PROMPTS, latents=adapter.pack(probe.clone()), **call)
+            latents = adapter.pack(probe.clone())
+            return run_pipeline(plain, PROMPTS, latents=latents, output_type="pt", **call)
 
-    without = images()
-    load_student(plain, tmp_path / "student")
-    theirs = images()
+    without = images(**call)
+    theirs = images(**load_student(plain, tmp_path / "student"))
     assert (theirs - ours).abs().max() < 1e-4
     assert (without - ours).abs().max() > 1e-3
     if sampler == "ode":
@@ -367,6 +367,30 @@ def test_guidance_that_a_base_does_not_take_is_refused(tmp_path: Path) -> None:
     args = RDMConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, guidance_scale=3.0)
     with pytest.raises(ConfigError, match=r"guidance_scale=3\.0: .* was distilled without guidance"):
         RDMTrainer(TINY_PIPELINES["FluxPipeline"](guidance_embeds=False), "dm", args, PROMPTS)
+
+
+# ---- Guidance ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["FluxPipeline", "StableDiffusion3Pipeline"])
+def test_guidance_is_told_or_computed_but_not_both(family: str, tmp_path: Path) -> None:
+    """A backbone that is told the scale is told it in every role and asked once; others' teacher is asked twice."""
+    args = RDMConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, guidance_scale=2.5, height=32, width=32)
+    trainer = RDMTrainer(TINY_PIPELINES[family](), "dm", args, PROMPTS)
+    adapter, condition = trainer.adapter, trainer.encode(PROMPTS)
+    x_t = torch.randn(2, *trainer.latent_shapes[0], generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.7, 0.3])
+    trainer.roles.forwards.clear()
+    with torch.no_grad():
+        guided = trainer.denoiser(TEACHER, condition)(x_t, sigma)
+        plain = adapter.denoiser(adapter.roles, TEACHER, condition)(x_t, sigma)
+        student = trainer.denoiser("student", condition)(x_t, sigma)
+    told = family == "FluxPipeline"
+    assert trainer.roles.forwards[TEACHER] == (2 if told else 4) + 2
+    assert torch.equal(guided, plain) == told
+    assert condition["guidance"].tolist() == [2.5, 2.5] if told else "guidance" not in condition
+    torch.testing.assert_close(student, plain)
+    assert trainer.context(condition).guide is None if told else trainer.context(condition).guide is not None
 
 
 # ---- Stable Diffusion and SDXL ----------------------------------------------------------------------------------

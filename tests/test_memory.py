@@ -98,6 +98,14 @@ def test_dropped_encoders_are_gone_and_the_run_is_the_same(
     trainer.save_model(str(tmp_path / "student"))
 
 
+def test_dropping_keeps_every_prompt(make_trainer: Make, tmp_path: Path) -> None:
+    """More than the cache holds otherwise, those for evaluation among them."""
+    prompts = [f"{prompt} {i}" for i in range(30) for prompt in digits.prompts()]
+    trainer = make_trainer(tmp_path, prompts=prompts, eval_dataset=["a seven"], text_encoders="drop")
+    for prompt in (prompts[0], prompts[-1], "a seven", None):
+        assert trainer.encode([prompt])
+
+
 def test_prompts_that_do_not_fit_into_memory_are_refused(
     make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,7 +223,12 @@ def test_a_full_copy_of_a_bf16_base_is_trained_in_float32(
     make_trainer: Make, tmp_path: Path, checkpointing: bool
 ) -> None:
     """Its weights and gradients are float32, whatever the base is loaded in."""
-    settings = {"student_weights": "full", "bf16": True, "activation_checkpointing": checkpointing, "learning_rate": 1e-3}
+    settings = {
+        "student_weights": "full",
+        "bf16": True,
+        "activation_checkpointing": checkpointing,
+        "learning_rate": 1e-3,
+    }
     trainer = make_trainer(tmp_path, **settings)
     assert next(trainer.roles.backbone.parameters()).dtype == torch.bfloat16
     before = weights_of(trainer, "student")
