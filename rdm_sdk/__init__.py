@@ -31,8 +31,8 @@ _PUBLIC = {
     "Weighting": "rdm_sdk.weighting",
     "RewardStatistics": "rdm_sdk.weighting",
     "preset": "rdm_sdk.presets",
-    "plan_memory": "rdm_sdk.plan",
-    "MemoryPlan": "rdm_sdk.plan",
+    "plan_memory": "rdm_sdk.planning.plan",
+    "MemoryPlan": "rdm_sdk.planning.plan",
     "RDMError": "rdm_sdk.errors",
     "ConfigError": "rdm_sdk.errors",
     "DataError": "rdm_sdk.errors",
@@ -117,8 +117,8 @@ if TYPE_CHECKING:
     from rdm_sdk.models.base import ModelAdapter as ModelAdapter
     from rdm_sdk.models.ddpm import DDPMAdapter as DDPMAdapter
     from rdm_sdk.models.flow import FlowAdapter as FlowAdapter
-    from rdm_sdk.plan import MemoryPlan as MemoryPlan
-    from rdm_sdk.plan import plan_memory as plan_memory
+    from rdm_sdk.planning.plan import MemoryPlan as MemoryPlan
+    from rdm_sdk.planning.plan import plan_memory as plan_memory
     from rdm_sdk.presets import preset as preset
     from rdm_sdk.report import image_grid as image_grid
     from rdm_sdk.report import markdown_table as markdown_table

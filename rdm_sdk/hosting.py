@@ -116,16 +116,18 @@ class RoleTrainer(Trainer):
             slice_vae(adapter)
         if args.vae_tiling:
             tile_vae(adapter)
-        adapter.to(args.device)
         self._vae = Offload([adapter.pipeline.vae] if args.vae_offload else [], args.device)
         offload = args.text_encoders == "offload"
         encoders = Offload(adapter.text_encoders().values() if offload else [], args.device)
+        adapter.to(args.device)
         self.encode = PromptCache(
             partial(adapter.condition, guidance_scale=args.guidance_scale),
             args.device,
             capacity=None if args.text_encoders == "drop" else 256,
             encoded=encoders.release,
         )
+        if offload:
+            self.encode([None])  # now, because its first use is while the student's graph takes the memory
         if args.text_encoders == "drop":
             self._encode_and_drop()
 

@@ -16,18 +16,18 @@ ROOT = Path(rdm_sdk.__file__).parent
 
 LAYERS: list[set[str]] = [
     {"errors", "types", "hookspecs"},
-    {"registry", "presets", "footprint"},
+    {"registry", "presets"},
     {"core"},
     {"digits"},  # the embedded data set: data and a classifier, no part of the method
     {"sampling", "rewards", "models"},
-    {"objective", "weighting", "rollouts", "rehearsal"},
+    {"objective", "weighting", "rollouts"},
     {"config", "data"},
     {"requirements"},
-    {"export", "evaluation", "report", "checkpoint", "phases"},
+    {"export", "evaluation", "report", "checkpoint"},
     {"hosting", "monitor"},
     {"judging"},
-    {"trainer", "plan"},
-    {"vision", "advice"},
+    {"trainer", "planning"},
+    {"vision"},
     {"testing", "scaffold", "demo"},
     {"cli_rewards", "cli_plan"},
     {"cli"},
@@ -60,8 +60,8 @@ WITHIN: dict[str, list[set[str]]] = {
         {"sd", "sd3", "flux", "qwen_image", "z_image", "pixart"},
         {"sdxl", "flux2", "sana"},
         {"load", "builtin", "placement"},
-        {"blueprint"},
     ],
+    "planning": [{"footprint", "blueprint"}, {"rehearsal"}, {"phases"}, {"plan"}, {"advice"}],
     "digits": [{"__init__"}, {"classifier"}],
 }
 """The same inside the packages; "__init__" imports nothing unless it is named here."""

@@ -308,7 +308,8 @@ def asks_for(pipeline: str) -> str:
     """Return code that prints what asking for an adapter raises, or its class."""
     return (
         "import warnings; warnings.simplefilter('ignore')\nfrom rdm_sdk.models.load import adapter_class\n"
-        f"try:\n    print(adapter_class({pipeline!r}))\nexcept Exception as error:\n    print(type(error).__name__, error)"
+        f"try:\n    print(adapter_class({pipeline!r}))\n"
+        "except Exception as error:\n    print(type(error).__name__, error)"
     )
 
 

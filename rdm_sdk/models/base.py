@@ -79,12 +79,14 @@ class ModelAdapter(ABC):
     def to(self, device: torch.device) -> None:
         """Let backbone, VAE and text encoders work on a device.
 
-        What was quantized or spread over devices when it was loaded stays where it is.
+        What was quantized or spread over devices when it was loaded stays where it is, and what is offloaded waits for
+        its use.
         """
         self.device = device
         for part in (self.roles, *self.frozen_parts().values()):
             network = self.backbone if part is self.roles else part
-            if getattr(network, "hf_device_map", None) is None and getattr(network, "hf_quantizer", None) is None:
+            marks = ("hf_device_map", "hf_quantizer", "_hf_hook")
+            if all(getattr(network, mark, None) is None for mark in marks):
                 part.to(device)
 
     def fingerprint(self) -> str:

@@ -208,8 +208,8 @@ class Roles(nn.Module):
     def forward(self, role: str, **inputs: Any) -> Tensor:
         """Run the backbone as `role`; returns its first output."""
         self.forwards[role] += next(value.shape[0] for value in inputs.values() if isinstance(value, Tensor))
-        # A copy's weights are float32, while its inputs have the base's dtype. Where nothing is mixed, a disabled autocast
-        # would switch off the one that Trainer may have switched on.
+        # A copy's weights are float32, while its inputs have the base's dtype. Elsewhere there is no context at all: a
+        # disabled autocast would switch off the one of a bf16 run.
         base = next(self.backbone.parameters())
         mixed = role in self.copies and base.dtype != torch.float32
         network = dict(self.copies.items()).get(role, self.backbone)

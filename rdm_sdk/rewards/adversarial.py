@@ -46,6 +46,7 @@ class Adversarial(Reward):
         head=True,
         stochastic=True,
         range=(-float("inf"), 0.0),
+        parameters=0,
     )
 
     class Config(RewardConfig):

@@ -55,6 +55,8 @@ class Capabilities:
     trains: str | None = None
     """The role that the reward trains with `training_loss`, if any: a LoRA adapter on the base model, or the module
     of `make_head`."""
+    parameters: int | None = None
+    """How many parameters its models hold, for `rdm-sdk plan`; None is unknown."""
 
     @property
     def needs_models(self) -> bool:
@@ -82,6 +84,10 @@ class Capabilities:
             raise RewardError(
                 "Capabilities(dtype='float16', gradient='autograd'): gradients of pixels underflow in float16; take "
                 "bfloat16, or float32 and convert inside score()"
+            )
+        if self.parameters is not None and self.parameters < 0:
+            raise RewardError(
+                f"Capabilities(parameters={self.parameters!r}) cannot be used; it must be 0 or more, or None"
             )
         if self.range is not None and not (len(self.range) == 2 and self.range[0] < self.range[1]):
             raise RewardError(f"Capabilities(range={self.range!r}) cannot be used; it must be (low, high) or None")

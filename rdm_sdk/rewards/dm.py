@@ -20,7 +20,7 @@ class DistributionMatching(Reward):
     """
 
     name = "dm"
-    capabilities = Capabilities(space="latent", gradient="field", trains="fake", stochastic=True)
+    capabilities = Capabilities(space="latent", gradient="field", trains="fake", stochastic=True, parameters=0)
 
     def field(self, batch: RewardBatch) -> RewardOutput:
         context = batch.require_context(self.name)

@@ -17,7 +17,7 @@ class Legibility(Reward):
     """
 
     name = "legibility"
-    capabilities = Capabilities(space="pixel", gradient="autograd", prompts=True, range=(0.0, 1.0))
+    capabilities = Capabilities(space="pixel", gradient="autograd", prompts=True, range=(0.0, 1.0), parameters=104_618)
     preprocessing = "gray, area-resized to 16x16"
 
     def __init__(self) -> None:

@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any, TypeAlias
 
+from torch import nn
+
 from rdm_sdk.errors import RewardError, nearest
 from rdm_sdk.hookspecs import REWARD_NAME
 from rdm_sdk.registry import registry
-from rdm_sdk.rewards.base import Reward, check_class
+from rdm_sdk.rewards.base import Capabilities, Reward, RewardConfig, check_class
 from rdm_sdk.rewards.callables import as_reward
 from rdm_sdk.rewards.scored import Scored
 from rdm_sdk.rewards.spec import RewardTerm, checked_model, label_terms, make_term, parse_spec
@@ -65,6 +67,48 @@ def resolve_rewards(
         RewardError: an unknown name, a malformed spec, the same reward twice, a wrong option, or weights that do not
             fit.
     """
+    return [
+        WeightedReward(label, term, load_reward(term) if made is None else made)
+        for label, term, made in _labeled(reward_funcs, weights)
+    ]
+
+
+def declare_rewards(
+    reward_funcs: RewardFuncs, weights: Sequence[float] | Mapping[str, float] | None = None
+) -> list[WeightedReward]:
+    """Return what `resolve_rewards` returns, with a `Declared` in the place of each reward that would have to be made.
+
+    No reward's model is loaded.
+
+    Raises:
+        RewardError: as `resolve_rewards`, but for what only making a reward shows.
+    """
+    return [
+        WeightedReward(label, term, _declared(term) if made is None else made)
+        for label, term, made in _labeled(reward_funcs, weights)
+    ]
+
+
+class Declared(Reward):
+    """A registered reward before it is made: what it declares and its options, without its models."""
+
+    capabilities = Capabilities()
+
+    def __init__(self, term: RewardTerm, capabilities: Capabilities, config: RewardConfig) -> None:
+        self.term, self.name, self.capabilities, self.config = term, term.name, capabilities, config
+
+    def make_head(self, feature_width: int) -> nn.Module:
+        """Make the reward, and its head."""
+        return load_reward(self.term).make_head(feature_width)
+
+
+_Found: TypeAlias = tuple[RewardTerm, Reward | None]
+
+
+def _labeled(
+    reward_funcs: RewardFuncs, weights: Sequence[float] | Mapping[str, float] | None
+) -> list[tuple[str, RewardTerm, Reward | None]]:
+    """Return label, term and, where the user made it, reward; all of them are known, and none is made here."""
     found = _resolve("dm" if reward_funcs is None else reward_funcs)
     if not found:
         raise RewardError("no rewards given: pass at least one, such as reward_funcs='dm'")
@@ -76,13 +120,27 @@ def resolve_rewards(
     for term, made in found:
         if made is None:
             registry().find(term.name)
-    return [
-        WeightedReward(label, term, load_reward(term) if made is None else made)
-        for label, (term, made) in zip(labels, found, strict=True)
-    ]
+    return [(label, term, made) for label, (term, made) in zip(labels, found, strict=True)]
 
 
-_Found: TypeAlias = tuple[RewardTerm, Reward | None]
+def _declared(term: RewardTerm) -> Reward:
+    target = registry().load(term.name)
+    if not (isinstance(target, type) and issubclass(target, Reward)):
+        return load_reward(term)  # a plain function loads nothing
+    check_class(target)
+    return Declared(term, target.capabilities, _config_of(target, term))
+
+
+def _config_of(target: type[Reward], term: RewardTerm) -> RewardConfig:
+    """Return a reward's options as a term sets them; raises `RewardError` for one that it does not take."""
+    return checked_model(target.Config, _options_of(term), f"reward {term.name!r}", RewardError)
+
+
+def _options_of(term: RewardTerm) -> dict[str, Any]:
+    options: dict[str, Any] = dict(term.options)
+    options |= {"variant": term.variant} if term.variant is not None else {}
+    options |= {"revision": term.revision} if term.revision is not None else {}
+    return options
 
 
 def _resolve(item: object) -> list[_Found]:
@@ -164,12 +222,9 @@ def load_reward(term: RewardTerm) -> Reward:
         RewardError: the reward is unknown, its plugin is broken, or it does not take one of the options.
     """
     entry, target = registry().find(term.name), registry().load(term.name)
-    options: dict[str, Any] = dict(term.options)
-    options |= {"variant": term.variant} if term.variant is not None else {}
-    options |= {"revision": term.revision} if term.revision is not None else {}
     if isinstance(target, type) and issubclass(target, Reward):
         check_class(target)
-        config = checked_model(target.Config, options, f"reward {term.name!r}", RewardError)
+        config = _config_of(target, term)
         # A reward without options need not take a config.
         given = (config,) if target.Config.model_fields else ()
         try:
@@ -187,6 +242,7 @@ def load_reward(term: RewardTerm) -> Reward:
             f"the reward {term.name!r} names {entry.target!r}, which is neither a Reward class nor a function but "
             f"{target!r}; this is a mistake in {entry.distribution}"
         )
+    options = _options_of(term)
     if options:
         raise RewardError(
             f"reward {term.name!r} is a plain function and takes no options; got {', '.join(options)}. A Reward class "

@@ -44,7 +44,7 @@ class AestheticScore(Reward):
         """Of the CLIP's hub repository."""
 
     name = "aesthetic"
-    capabilities = Capabilities(space="pixel", gradient="autograd")
+    capabilities = Capabilities(space="pixel", gradient="autograd", parameters=428_544_482)
     config: Config
 
     def __init__(self, config: RewardConfig | None = None, **options: object) -> None:

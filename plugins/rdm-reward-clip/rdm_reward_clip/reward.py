@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rdm_sdk.rewards.base import RewardConfig
 from rdm_sdk.vision import ClipReward, load_clip
 
@@ -13,6 +15,7 @@ class ClipScore(ClipReward):
     """
 
     name = "clip"
+    capabilities = replace(ClipReward.capabilities, parameters=427_616_513)
 
     def __init__(self, config: RewardConfig | None = None, **options: object) -> None:
         super().__init__(config, **options)

@@ -21,7 +21,9 @@ class DinoDiversity(Reward):
     """
 
     name = "dino"
-    capabilities = Capabilities(space="pixel", gradient="autograd", scope="group", range=(0.0, 2.0))
+    capabilities = Capabilities(
+        space="pixel", gradient="autograd", scope="group", range=(0.0, 2.0), parameters=22_056_576
+    )
 
     class Config(PretrainedConfig):
         pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +48,7 @@ class HumanPreferenceScore(ClipReward):
         """A hub id or local folder; by default where the checkpoint is, or else that of LAION's CLIP ViT-H/14."""
 
     name = "hps"
+    capabilities = replace(ClipReward.capabilities, parameters=986_109_441)
     config: Config
     transform = ImageTransform(224, fit="pad")
 

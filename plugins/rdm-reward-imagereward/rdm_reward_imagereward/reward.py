@@ -20,7 +20,7 @@ class ImageReward(Reward):
     """
 
     name = "imagereward"
-    capabilities = Capabilities(space="pixel", gradient="autograd", prompts=True)
+    capabilities = Capabilities(space="pixel", gradient="autograd", prompts=True, parameters=446_206_689)
 
     class Config(PretrainedConfig):
         tokenizer: str | None = None

@@ -20,7 +20,7 @@ class JpegCompressibility(Reward):
     """
 
     name = "jpeg"
-    capabilities = Capabilities(space="pixel", gradient="none", range=(-float("inf"), 0.0))
+    capabilities = Capabilities(space="pixel", gradient="none", range=(-float("inf"), 0.0), parameters=0)
     preprocessing = "8 bits, JPEG by Pillow, 4:2:0"
 
     class Config(RewardConfig):

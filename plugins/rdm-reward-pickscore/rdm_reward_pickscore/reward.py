@@ -19,7 +19,7 @@ class PickScore(ClipReward):
     """
 
     name = "pickscore"
-    capabilities = replace(ClipReward.capabilities, range=(-inf, inf))
+    capabilities = replace(ClipReward.capabilities, range=(-inf, inf), parameters=986_109_441)
 
     def __init__(self, config: RewardConfig | None = None, **options: object) -> None:
         super().__init__(config, **options)

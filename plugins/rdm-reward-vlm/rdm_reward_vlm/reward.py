@@ -25,7 +25,9 @@ class VlmJudge(Reward):
     """
 
     name = "vlm"
-    capabilities = Capabilities(space="pixel", gradient="none", prompts=True, range=(0.0, 1.0))
+    capabilities = Capabilities(
+        space="pixel", gradient="none", prompts=True, range=(0.0, 1.0), parameters=3_754_622_976
+    )
 
     class Config(PretrainedConfig):
         dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"

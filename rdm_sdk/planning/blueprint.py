@@ -1,0 +1,138 @@
+"""A pipeline without its weights: every module on the meta device, built from the configs alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rdm_sdk.errors import ModelError
+from rdm_sdk.models.base import ModelAdapter
+from rdm_sdk.models.load import adapter_class, find_folder
+
+CONFIGS = ("model_index.json", "*/config.json", "*/scheduler_config.json")
+"""What is downloaded of a hub repository."""
+
+
+def blueprint(model: object, dtype: torch.dtype, **options: Any) -> ModelAdapter:
+    """Return the adapter of a model whose modules have shapes and dtypes, but no weights.
+
+    They are those that `load_adapter` would load: the base and the text encoders in `dtype`, the VAE in float32.
+    Nothing but JSON files is read; tokenizers are left out, so prompts cannot be encoded.
+
+    Args:
+        model: a hub id or a local path.
+        dtype: the dtype of the base.
+        options: passed to the adapter, such as `max_sequence_length`.
+
+    Raises:
+        ModelError: there is no such model, the hub cannot be reached, the family is not supported, or a config is
+            broken.
+    """
+    if not isinstance(model, (str, Path)):
+        raise ModelError(
+            f"a model is planned from its configs, so pass its hub id or the path of its folder; got a "
+            f"{type(model).__name__}"
+        )
+    folder = find_folder(str(model)) or _download_configs(str(model))
+    index = _read(folder / "model_index.json")
+    adapter = adapter_class(str(index.get("_class_name")))
+    with _explained(folder), torch.no_grad():
+        import diffusers
+
+        kind: Any = getattr(diffusers, index["_class_name"])
+        parts = {
+            name: _part(folder, name, value, torch.float32 if name == "vae" else dtype)
+            for name, value in index.items()
+            if isinstance(value, list) and not name.startswith("_")
+        }
+        settings = {name: value for name, value in kind.extract_init_dict(dict(index))[0].items() if name not in parts}
+        pipeline = kind(**parts, **settings)
+        pipeline.register_to_config(_name_or_path=str(model))
+    made = adapter(pipeline, **options)
+    made.device = torch.device("meta")
+    return made
+
+
+class NoTokenizer:
+    """Stands where a pipeline's tokenizer would, which needs more than a config."""
+
+    model_max_length = 77  # pipelines copy it when they are made; nothing is ever tokenized
+
+
+def _part(folder: Path, name: str, named: Sequence[str | None], dtype: torch.dtype) -> Any:
+    """Return one component of a pipeline; `named` is what `model_index.json` has for it, a library and a class."""
+    library, kind = named
+    if library is None or kind is None:
+        return None
+    try:
+        cls: Any = getattr(import_module(library), kind)
+    except ImportError:  # classes of a pipeline's own are named by the pipeline's folder
+        cls = getattr(import_module(f"diffusers.pipelines.{library}"), kind)
+    if not issubclass(cls, nn.Module):
+        is_scheduler = (folder / name / "scheduler_config.json").is_file()
+        return cls.from_config(cls.load_config(folder / name)) if is_scheduler else NoTokenizer()
+    with torch.device("meta"), _default_dtype(dtype):
+        if library == "transformers" or not hasattr(cls, "load_config"):
+            module: nn.Module = cls(cls.config_class.from_pretrained(folder / name))
+        else:
+            module = cls.from_config(cls.load_config(folder / name))
+    _cast_what_is_saved(module, dtype)
+    return module
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _cast_what_is_saved(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what a file would hold, as `from_pretrained` does; buffers that no file holds stay as they are made."""
+    saved = module.state_dict(keep_vars=True).values()
+    for tensor in saved:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+
+
+def _download_configs(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(CONFIGS)))
+    except Exception as error:
+        raise ModelError(
+            f"cannot reach the hub for the configs of {repository!r}: {type(error).__name__}: {error}. Pass a hub id "
+            "you have access to, check the connection, or pass the path of a local folder."
+        ) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {str(path)!r}: {type(error).__name__}: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{str(path)!r} must be a JSON object; got a {type(content).__name__}")
+    return content
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(
+            f"cannot build the pipeline in {str(folder)!r} from its configs: {type(error).__name__}: {error}. Is every "
+            "component's config.json there, and are diffusers and transformers new enough for them?"
+        ) from error
