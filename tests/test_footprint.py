@@ -13,11 +13,11 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rdm_sdk import footprint
 from rdm_sdk.hosting import add_roles
 from rdm_sdk.models.base import ModelAdapter
 from rdm_sdk.models.load import load_adapter
 from rdm_sdk.models.roles import TEACHER
+from rdm_sdk.planning import footprint
 from rdm_sdk.planning.blueprint import blueprint
 from rdm_sdk.planning.footprint import FLOAT32, LOWER, LikeCuda, Meter, bytes_of, count_of
 from rdm_sdk.planning.rehearsal import Rehearsal

@@ -18,13 +18,14 @@ from transformers import Qwen2_5_VLConfig as VlmConfig
 from transformers import Qwen2_5_VLForConditionalGeneration as Vlm
 from true_shapes import write_configs
 
-from rdm_sdk import ConfigError, ModelError, RDMConfig, RDMTrainer, RewardError, digits, footprint, plan_memory
+from rdm_sdk import ConfigError, ModelError, RDMConfig, RDMTrainer, RewardError, digits, plan_memory
 from rdm_sdk.cli import main
 from rdm_sdk.digits.classifier import DigitClassifier
 from rdm_sdk.hosting import add_roles
-from rdm_sdk.models import blueprint as blueprints
 from rdm_sdk.models.base import ModelAdapter
 from rdm_sdk.models.load import load_adapter
+from rdm_sdk.planning import blueprint as blueprints
+from rdm_sdk.planning import footprint
 from rdm_sdk.planning.advice import Run, Switch, advise
 from rdm_sdk.planning.blueprint import CONFIGS, blueprint
 from rdm_sdk.planning.footprint import Meter, bytes_of, count_of

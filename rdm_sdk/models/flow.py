@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from math import exp, prod
 from typing import Any
 
-import numpy as np
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
@@ -100,7 +99,7 @@ class PackedFlowAdapter(FlowAdapter):
         if not config.use_dynamic_shifting:
             return super().base_shift(shape)
         mu = self.dynamic_mu(prod(shape[-2:]) // 4)
-        return mu if config.time_shift_type == "linear" else float(np.exp(mu))
+        return mu if config.time_shift_type == "linear" else exp(mu)
 
     def dynamic_mu(self, tokens: int) -> float:
         """Return the logarithm of the shift for a number of tokens: linear between the scheduler's two ends."""
@@ -110,7 +109,7 @@ class PackedFlowAdapter(FlowAdapter):
         return mu
 
     def set_grid(self, scheduler: Any, num_steps: int) -> None:
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps))
+        scheduler.set_timesteps(sigmas=[(num_steps - k) / num_steps for k in range(num_steps)])
 
     def pack(self, latents: Tensor) -> Tensor:
         """Return latents `[N, C, h, w]` as tokens `[N, h w / 4, 4 C]`: channels first, then the place in the token."""
