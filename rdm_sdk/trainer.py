@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +32,8 @@ from rdm_sdk.rewards.resolve import RewardFuncs, resolve_rewards, routed
 from rdm_sdk.sampling import StudentOf, plan_steps, redraw, replay_log_ratio, rollout, state_log_ratio
 from rdm_sdk.types import Condition, Experience, RewardOutput, select, select_steps
 from rdm_sdk.weighting import Weighting, make_weighting, weigh
+
+logger = logging.getLogger(__name__)
 
 
 class RDMTrainer(JudgingTrainer):
@@ -90,6 +93,12 @@ class RDMTrainer(JudgingTrainer):
         with torch.random.fork_rng(devices=[]):  # so that a head changes nothing about the student's initial weights
             heads = dict(reward_heads(self.rewards, adapter))
         add_roles(adapter, roles, heads)
+        for role, network in adapter.roles.copies.items():
+            count = sum(parameter.numel() for parameter in network.parameters())
+            logger.warning(
+                f"{role!r} is a full copy of the base: {count:.3g} parameters, {16 * count / 2**30:.2f} GB in float32 "
+                "with gradients and Adam's moments, beside the base; 'rdm-sdk plan' says what else the run takes"
+            )
         self._window: list[dict[str, Any]] = []
         self._experiences: list[Experience] = []
         self._stored: deque[list[Experience]] = deque(maxlen=args.steps_per_generation)

@@ -260,6 +260,18 @@ def test_a_full_student_runs_in_plain_diffusers(make_trainer: Make, tmp_path: Pa
     assert (theirs - teacher).abs().max() > 1e-3
 
 
+def test_what_copies_cost_is_said_before_the_run(
+    make_trainer: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Sixteen bytes a parameter, for each copy; adapters are not worth a word."""
+    make_trainer(tmp_path / "lora")
+    assert "full copy" not in caplog.text
+    trainer = make_trainer(tmp_path / "full", student_weights="full")
+    count = sum(p.numel() for p in trainer.parameters_of("student"))
+    assert f"'student' is a full copy of the base: {count:.3g} parameters, {16 * count / 2**30:.2f} GB" in caplog.text
+    assert "'fake' is a full copy" not in caplog.text
+
+
 def test_a_copy_takes_no_lora(make_trainer: Make, tmp_path: Path) -> None:
     """Settings of adapters for a role that has none are a mistake."""
     from peft import LoraConfig
