@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 
 from rdm_sdk.errors import ModelError
 from rdm_sdk.models.base import ModelAdapter
+from rdm_sdk.models.roles import STUDENT
 from rdm_sdk.rewards.resolve import WeightedReward
 from rdm_sdk.rewards.spec import show_spec
 
-STUDENT = "student"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """What `load_lora_weights` reads, of the pipelines that have it."""
 PEFT_FOLDER = "peft"

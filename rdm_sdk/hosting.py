@@ -31,10 +31,10 @@ from rdm_sdk.config import RDMConfig
 from rdm_sdk.core.noise import FlowSchedule
 from rdm_sdk.data import GroupSampler, PromptCache, collate
 from rdm_sdk.errors import CheckpointError, ConfigError, DataError
-from rdm_sdk.export import STUDENT, StudentInfo, move_into, save_student
+from rdm_sdk.export import StudentInfo, move_into, save_student
 from rdm_sdk.models.base import ModelAdapter
 from rdm_sdk.models.placement import Offload, drop_text_encoders, slice_vae, tile_vae
-from rdm_sdk.models.roles import TEACHER, Roles
+from rdm_sdk.models.roles import STUDENT, TEACHER, Roles
 from rdm_sdk.rollouts import read_rollouts, rollouts_path, write_rollouts
 from rdm_sdk.sampling import FewStepPolicy, sample
 from rdm_sdk.types import Condition, Denoiser, Experience

@@ -18,10 +18,9 @@ from transformers import TrainerCallback
 from rdm_sdk.config import RDMConfig
 from rdm_sdk.data import collate, load_prompts
 from rdm_sdk.errors import ConfigError, DataError, RDMError
-from rdm_sdk.export import STUDENT
 from rdm_sdk.hosting import RoleTrainer
 from rdm_sdk.models.base import ModelAdapter
-from rdm_sdk.models.roles import TEACHER
+from rdm_sdk.models.roles import STUDENT, TEACHER
 from rdm_sdk.monitor import Monitor
 from rdm_sdk.report import image_grid
 from rdm_sdk.rewards.base import RewardBatch

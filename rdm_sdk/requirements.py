@@ -12,13 +12,10 @@ from peft import LoraConfig
 
 from rdm_sdk.config import RDMConfig
 from rdm_sdk.errors import ConfigError, DataError, nearest
-from rdm_sdk.models.roles import TEACHER, check_lora_config
+from rdm_sdk.models.roles import STUDENT, TEACHER, check_lora_config
 from rdm_sdk.registry import registry
 from rdm_sdk.rewards.resolve import WeightedReward
 from rdm_sdk.weighting import ANCHOR, Weighting, make_weighting
-
-STUDENT = "student"
-"""The role that is distilled and exported."""
 
 
 def critic_roles(rewards: Sequence[WeightedReward]) -> list[str]:

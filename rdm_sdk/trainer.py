@@ -22,10 +22,11 @@ from rdm_sdk.core.losses import pathwise_loss
 from rdm_sdk.core.noise import per_sample
 from rdm_sdk.data import load_prompts
 from rdm_sdk.errors import ConfigError, RDMError
-from rdm_sdk.export import STUDENT, StudentInfo, non_default_settings
+from rdm_sdk.export import StudentInfo, non_default_settings
 from rdm_sdk.hosting import add_roles
 from rdm_sdk.judging import JudgingTrainer, reward_heads
 from rdm_sdk.models.load import load_adapter
+from rdm_sdk.models.roles import STUDENT
 from rdm_sdk.objective import Signal, Term, combine, normalize, policy_loss, policy_pull
 from rdm_sdk.requirements import check_run, check_same_plugins, role_configs
 from rdm_sdk.rewards.resolve import RewardFuncs, resolve_rewards, routed

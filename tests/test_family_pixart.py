@@ -16,10 +16,10 @@ from torch import Tensor
 
 from rdm_sdk import ConfigError, ModelError
 from rdm_sdk.core.noise import VariancePreservingSchedule
-from rdm_sdk.export import STUDENT, StudentInfo, load_student, save_student
+from rdm_sdk.export import StudentInfo, load_student, save_student
 from rdm_sdk.models.base import ModelAdapter
 from rdm_sdk.models.load import load_adapter
-from rdm_sdk.models.roles import TEACHER
+from rdm_sdk.models.roles import STUDENT, TEACHER
 from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.testing.pipelines import TINY_PIPELINES
 

@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from rdm_sdk.errors import ConfigError, ModelError
 
 TEACHER = "teacher"
+STUDENT = "student"
+"""The role that is distilled and exported."""
 
 # LoRA options that would change the base (then "adapters off" is no longer the teacher), make a role's forward random
 # (then a replay differs from its rollout), or cannot be exported to diffusers. Option -> (allowed values, why).

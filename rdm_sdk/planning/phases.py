@@ -9,10 +9,9 @@ from math import prod
 from transformers.training_args import OptimizerNames
 
 from rdm_sdk.config import RDMConfig
-from rdm_sdk.models.roles import TEACHER
+from rdm_sdk.models.roles import STUDENT, TEACHER
 from rdm_sdk.planning.footprint import bytes_of_all
 from rdm_sdk.planning.rehearsal import Rehearsal, Tape
-from rdm_sdk.requirements import STUDENT
 from rdm_sdk.rewards.resolve import WeightedReward
 
 FLOAT32 = 4

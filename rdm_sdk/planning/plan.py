@@ -22,12 +22,12 @@ from rdm_sdk.config import RDMConfig
 from rdm_sdk.hosting import add_roles
 from rdm_sdk.judging import reward_heads
 from rdm_sdk.models.base import ModelAdapter
-from rdm_sdk.models.roles import describe_lora
+from rdm_sdk.models.roles import STUDENT, describe_lora
 from rdm_sdk.planning.blueprint import blueprint
 from rdm_sdk.planning.footprint import bytes_of, bytes_of_all, count_of
 from rdm_sdk.planning.phases import Phase, Step
 from rdm_sdk.planning.rehearsal import Rehearsal
-from rdm_sdk.requirements import STUDENT, role_configs
+from rdm_sdk.requirements import role_configs
 from rdm_sdk.rewards.base import Reward
 from rdm_sdk.rewards.resolve import RewardFuncs, WeightedReward, declare_rewards, routed
 from rdm_sdk.rewards.scored import Scored

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from rdm_sdk.core.noise import Prediction, to_x_0
 from rdm_sdk.errors import ConfigError, ModelError
-from rdm_sdk.export import STUDENT, StudentInfo, load_student, save_student
+from rdm_sdk.export import StudentInfo, load_student, save_student
 from rdm_sdk.hosting import add_roles
 from rdm_sdk.models.base import Guidance, ModelAdapter
 from rdm_sdk.models.load import load_adapter
-from rdm_sdk.models.roles import TEACHER
+from rdm_sdk.models.roles import STUDENT, TEACHER
 from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.sampling import FewStepPolicy, sample
 from rdm_sdk.testing.kit import Check, Remark, advising, collector, demand
