@@ -371,3 +371,34 @@ def test_a_base_spread_by_a_device_map_stays_where_it_is(make_trainer: Make, pla
     del trainer.roles._apply
     trainer.train()
     assert same(weights_of(trainer, "student", "fake"), weights_of(plain, "student", "fake"))
+
+
+# ---- On a GPU ---------------------------------------------------------------------------------------------------
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_offloaded_parts_wait_on_the_cpu(make_trainer: Make, tmp_path: Path) -> None:
+    """VAE and encoders are there after every use; the base is on the device, and the samples come from it."""
+    settings: dict[str, Any] = {"text_encoders": "offload", "vae_offload": True, "use_cpu": False}
+    trainer = make_trainer(tmp_path, "dm + 0.1*legibility", **settings)
+    trainer.train()
+    images = trainer.sample(PROMPTS, seed=0)
+    waiting = {p.device.type for part in trainer.adapter.frozen_parts().values() for p in part.parameters()}
+    assert waiting == {"cpu"}
+    assert images.device.type == next(trainer.roles.backbone.parameters()).device.type == "cuda"
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_a_base_is_loaded_in_few_bits_and_trained_on(make_trainer: Make, tmp_path: Path, quantization: str) -> None:
+    """From its path, by the setting alone."""
+    pytest.importorskip("bitsandbytes")
+    trainer = make_trainer(tmp_path, quantization=quantization, bf16=True, use_cpu=False, learning_rate=1e-3)
+    assert trainer.roles.backbone.transformer_blocks[0].attn.to_q.base_layer.weight.dtype in (torch.uint8, torch.int8)
+    before = weights_of(trainer, "student")
+    trainer.train()
+    assert not same(before, weights_of(trainer, "student"))

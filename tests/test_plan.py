@@ -629,7 +629,10 @@ def test_planning_says_what_training_says(folders: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("kind", ["StableDiffusion3Pipeline", "StableDiffusionXLPipeline"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_plan_is_what_a_gpu_allocates(kind: str, checkpointing: bool, tmp_path: Path) -> None:
-    """True shapes with random weights at 512 pixels: the allocator's peak is the plan's, activations within 20 %."""
+    """True shapes with random weights at 512 pixels: the allocator's peak is the plan's, activations within 20 %.
+
+    With `pytest -s`, it prints the figures and the time of a step.
+    """
     without = {"text_encoder_3": None} if kind == "StableDiffusion3Pipeline" else {}
     folder = write_configs(tmp_path / "configs", kind, **without)
     args = RDMConfig(
@@ -650,8 +653,12 @@ def test_plan_is_what_a_gpu_allocates(kind: str, checkpointing: bool, tmp_path: 
     plan = plan_memory(folder, args)
     adapter = random_adapter(folder, "cuda")
     torch.cuda.reset_peak_memory_stats()
-    RDMTrainer(adapter, "dm", args, PROMPTS).train()
+    speed = RDMTrainer(adapter, "dm", args, PROMPTS).train().metrics["train_steps_per_second"]
     allocated = torch.cuda.max_memory_allocated()
+    print(
+        f"\n{kind}, checkpointing {checkpointing}, batch 4, {torch.cuda.get_device_name()}: {1 / speed:.2f} s per step, "
+        f"{allocated / 2**30:.2f} GB allocated, {plan.total / 2**30:.2f} GB planned"
+    )
     activations = allocated - (plan.total - (plan.bytes_of("activations") or 0))
     assert plan.bytes_of("activations") == pytest.approx(activations, rel=0.2)
     assert plan.total == pytest.approx(allocated, rel=0.1)
