@@ -656,7 +656,7 @@ def test_plan_is_what_a_gpu_allocates(kind: str, checkpointing: bool, tmp_path: 
     speed = RDMTrainer(adapter, "dm", args, PROMPTS).train().metrics["train_steps_per_second"]
     allocated = torch.cuda.max_memory_allocated()
     print(
-        f"\n{kind}, checkpointing {checkpointing}, batch 4, {torch.cuda.get_device_name()}: {1 / speed:.2f} s per step, "
+        f"\n{kind}, checkpointing {checkpointing}, batch 4, {torch.cuda.get_device_name()}: {1 / speed:.2f} s a step, "
         f"{allocated / 2**30:.2f} GB allocated, {plan.total / 2**30:.2f} GB planned"
     )
     activations = allocated - (plan.total - (plan.bytes_of("activations") or 0))
