@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from rdm_sdk import RDMConfig, RDMTrainer, digits
+# On some CPUs it warns at import of a kernel for inference that it does not find, and the line would come out behind
+# pytest's last one.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+from rdm_sdk import RDMConfig, RDMTrainer, digits  # noqa: E402
 
 # The tests' tensors are tiny: more threads only cost time, and change the order of sums.
 torch.set_num_threads(1)
