@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rdm_sdk import ModelError
+from rdm_sdk import ModelAdapter, ModelError
 from rdm_sdk.models.roles import TEACHER
 from rdm_sdk.models.sd3 import SD3Adapter
+from rdm_sdk.models.z_image import ZImageAdapter
 from rdm_sdk.testing import MODEL_CHECKS, ModelCheckError, check_model, parametrize_model_checks
 from rdm_sdk.testing.adapter_checks import ModelSubject, compare_with_the_pipeline
 from rdm_sdk.testing.kit import CheckResult, run_checks
@@ -129,6 +130,12 @@ class AlwaysTeacher(SD3Adapter):
         return super().predict(network, TEACHER, *args)
 
 
+class SmallUnit(SD3Adapter):
+    @property
+    def size_unit(self) -> int:
+        return int(self.pipeline.vae_scale_factor)
+
+
 class UnusedTarget(SD3Adapter):
     lora_targets = (*SD3Adapter.lora_targets, "spare")
 
@@ -202,7 +209,9 @@ def test_there_is_a_fault_for_every_check() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "fault"), [*FAULTS.items(), ("guides_as_the_pipeline", WrongNoPrompt)], ids=lambda value: str(value)
+    ("name", "fault"),
+    [*FAULTS.items(), ("guides_as_the_pipeline", WrongNoPrompt), ("denoises", SmallUnit)],
+    ids=lambda value: str(value),
 )
 def test_a_fault_is_caught_by_its_check(name: str, fault: type[SD3Adapter]) -> None:
     """What the check rests on passes, it fails itself, and says what to do."""
@@ -227,6 +236,19 @@ def test_the_place_where_two_programs_part_is_named(fault: type[SD3Adapter], wor
     with pytest.raises(AssertionError) as caught:
         compare_with_the_pipeline(ModelSubject(lambda: fault(tiny_sd3())), 1.0)
     assert words in str(caught.value)
+
+
+def test_features_of_text_are_no_features_of_the_image() -> None:
+    """A block that returns the text's tokens and padding too makes a sample's features depend on the others."""
+
+    class Mixed(ZImageAdapter):
+        features = ModelAdapter.features
+
+    chosen = [check for check in MODEL_CHECKS if check.name in with_needs("features")]
+    results = run_checks(chosen, ModelSubject(lambda: Mixed(TINY_PIPELINES["ZImagePipeline"]())), "adapter")
+    (failed,) = [result for result in results if result.status == "failed"]
+    assert failed.name == "features"
+    assert "override features() to take the image's tokens only" in failed.message
 
 
 def test_the_page_names_every_check() -> None:
