@@ -5,11 +5,10 @@ Nothing here knows about rewards; `trainer.py` holds the step.
 
 from __future__ import annotations
 
-import copy
 import random
 import tempfile
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,6 @@ import psutil
 import torch
 from datasets import Dataset
 from diffusers.training_utils import EMAModel
-from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
@@ -374,30 +372,3 @@ class _Bookkeeper(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.after_step()
-
-
-def add_roles(
-    adapter: ModelAdapter, configs: Mapping[str, LoraConfig | None], heads: Mapping[str, nn.Module] | None = None
-) -> None:
-    """Add roles to an adapter's base: LoRA adapters, full copies of it and heads.
-
-    Args:
-        adapter: the model.
-        configs: role to its LoRA, on the family's usual layers unless the config names its own; None is a full copy.
-        heads: role to a module of its own.
-
-    Raises:
-        ConfigError: the base has roles already, or a config's targets match nothing.
-    """
-    if adapter.roles.trainable_roles:
-        raise ConfigError("this model already has trainable roles from another trainer; load it afresh")
-    copies = {role: copy.deepcopy(adapter.roles.backbone) for role, config in configs.items() if config is None}
-    for role, config in configs.items():
-        if config is None:
-            adapter.roles.add_copy(role, copies[role])
-            continue
-        own = copy.deepcopy(config)
-        own.target_modules = own.target_modules or list(adapter.lora_targets)
-        adapter.roles.add_role(role, own)
-    for role, head in (heads or {}).items():
-        adapter.roles.add_head(role, head)

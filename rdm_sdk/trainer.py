@@ -23,7 +23,6 @@ from rdm_sdk.core.noise import per_sample
 from rdm_sdk.data import load_prompts
 from rdm_sdk.errors import ConfigError, RDMError
 from rdm_sdk.export import StudentInfo, non_default_settings
-from rdm_sdk.hosting import add_roles
 from rdm_sdk.judging import JudgingTrainer, reward_heads
 from rdm_sdk.models.load import load_adapter
 from rdm_sdk.models.roles import STUDENT
@@ -93,7 +92,7 @@ class RDMTrainer(JudgingTrainer):
         set_seed(args.seed)  # the adapters' initial weights are part of the run
         with torch.random.fork_rng(devices=[]):  # so that a head changes nothing about the student's initial weights
             heads = dict(reward_heads(self.rewards, adapter))
-        add_roles(adapter, roles, heads)
+        adapter.add_roles(roles, heads)
         for role, network in adapter.roles.copies.items():
             count = sum(parameter.numel() for parameter in network.parameters())
             logger.warning(

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from rdm_sdk import ConfigError, ModelError
 from rdm_sdk.core.noise import from_x_0
-from rdm_sdk.hosting import add_roles
 from rdm_sdk.models.base import ModelAdapter
 from rdm_sdk.models.flow import unpack
 from rdm_sdk.models.load import load_adapter
@@ -72,7 +71,7 @@ def assert_guides_as_the_pipeline(adapter: ModelAdapter, scale: float, **call: A
 def gradients(make: Callable[[], Any], recompute: bool, between: str) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Return gradients of a fixed loss of the student, another role having run before the backward pass, and counts."""
     adapter = load_adapter(make(), torch.float32)
-    add_roles(adapter, {"student": LoraConfig(r=4), "fake": LoraConfig(r=4)})
+    adapter.add_roles({"student": LoraConfig(r=4), "fake": LoraConfig(r=4)})
     generator = torch.Generator().manual_seed(1)
     for role in ("student", "fake"):
         for parameter in adapter.roles.parameters_of(role).values():

@@ -13,7 +13,6 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rdm_sdk.hosting import add_roles
 from rdm_sdk.models.base import ModelAdapter
 from rdm_sdk.models.load import load_adapter
 from rdm_sdk.models.roles import TEACHER
@@ -183,7 +182,7 @@ def test_example_encodings_are_like_real_ones(family: str, folders: Path) -> Non
 def prepared(adapter: ModelAdapter) -> tuple[Rehearsal, int]:
     """Return an adapter's rehearsal, roles added, and a count of samples."""
     with torch.device(adapter.device):
-        add_roles(adapter, {"student": LoraConfig(r=4), "fake": LoraConfig(r=4)})
+        adapter.add_roles({"student": LoraConfig(r=4), "fake": LoraConfig(r=4)})
     unit = adapter.size_unit
     height = -(-32 // unit) * unit
     return Rehearsal(adapter, adapter.latent_shape(height, 2 * height)), 3

@@ -16,7 +16,6 @@ from rdm_sdk import digits
 from rdm_sdk.core.groups import scale_field
 from rdm_sdk.core.losses import pathwise_loss
 from rdm_sdk.core.matching import matching_gradient, residual_magnitude
-from rdm_sdk.hosting import add_roles
 from rdm_sdk.models.load import load_adapter
 from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.evaluate import evaluate_reward
@@ -45,7 +44,7 @@ def student_gradient(device: str, dtype: torch.dtype, recompute: bool) -> dict[s
     Random generators of two devices give different numbers for one seed, so everything random is drawn on the CPU.
     """
     adapter = load_adapter(digits.teacher_path(), dtype, max_sequence_length=4)
-    add_roles(adapter, {"student": LoraConfig(r=4), "fake": LoraConfig(r=4)})
+    adapter.add_roles({"student": LoraConfig(r=4), "fake": LoraConfig(r=4)})
     adapter.to(torch.device(device))
     generator = torch.Generator().manual_seed(0)
 

@@ -21,7 +21,6 @@ from true_shapes import write_configs
 from rdm_sdk import ConfigError, ModelError, RDMConfig, RDMTrainer, RewardError, digits, plan_memory
 from rdm_sdk.cli import main
 from rdm_sdk.digits.classifier import DigitClassifier
-from rdm_sdk.hosting import add_roles
 from rdm_sdk.models.base import ModelAdapter
 from rdm_sdk.models.load import load_adapter
 from rdm_sdk.planning import blueprint as blueprints
@@ -200,7 +199,7 @@ def test_gradients_and_scratch_are_where_the_trainer_has_them(folders: Path, tmp
     family = "StableDiffusion3Pipeline"
     adapter = blueprint(folders / "configs" / family, torch.float32)
     with torch.device("meta"):
-        add_roles(adapter, {"student": LoraConfig(r=4), "fake": LoraConfig(r=8)})
+        adapter.add_roles({"student": LoraConfig(r=4), "fake": LoraConfig(r=8)})
     size = {
         role: 4 * sum(p.numel() for p in adapter.roles.parameters_of(role).values()) for role in ("student", "fake")
     }

@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
 from rdm_sdk import ConfigError, RDMTrainer, digits
-from rdm_sdk.hosting import add_roles
 from rdm_sdk.models.base import ModelAdapter
 from rdm_sdk.models.load import load_adapter
 from rdm_sdk.models.roles import check_lora_config
@@ -29,7 +28,7 @@ PROMPTS = ["a handwritten seven", "a handwritten two", "the digit four"]
 def two_roles() -> ModelAdapter:
     """Return the embedded teacher with roles "student" and "fake" whose adapters are not zero."""
     adapter = load_adapter(digits.teacher_path(), torch.float32, max_sequence_length=4)
-    add_roles(adapter, {"student": LoraConfig(r=4), "fake": LoraConfig(r=4)})
+    adapter.add_roles({"student": LoraConfig(r=4), "fake": LoraConfig(r=4)})
     generator = torch.Generator().manual_seed(3)
     for role in ("student", "fake"):
         for parameter in adapter.roles.parameters_of(role).values():
@@ -212,7 +211,7 @@ def test_harmless_lora_options_are_allowed(options: dict[str, Any]) -> None:
     check_lora_config(config)
     adapter = load_adapter(digits.teacher_path(), torch.float32, max_sequence_length=4)
     before = output_of(adapter, "teacher")
-    add_roles(adapter, {"student": config})
+    adapter.add_roles({"student": config})
     torch.testing.assert_close(output_of(adapter, "student"), before, rtol=0, atol=1e-5)
 
 

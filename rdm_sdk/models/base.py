@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from rdm_sdk.core.matching import classifier_free_guidance
@@ -46,6 +48,10 @@ class ModelAdapter(ABC):
     schedule: NoiseSchedule
     prediction: Prediction
     guidance: Guidance = "classifier-free"
+    call_length: int = 0
+    """Tokens per prompt in a pipeline call that does not say `max_sequence_length`; 0 where it has no such argument."""
+    max_sequence_length: int = 0
+    """Tokens per prompt in this run."""
 
     def __init__(self, pipeline: Any) -> None:
         missing = [name for name in (self.component, *self.required) if getattr(pipeline, name, None) is None]
@@ -88,6 +94,30 @@ class ModelAdapter(ABC):
             marks = ("hf_device_map", "hf_quantizer", "_hf_hook")
             if all(getattr(network, mark, None) is None for mark in marks):
                 part.to(device)
+
+    def add_roles(self, configs: Mapping[str, LoraConfig | None], heads: Mapping[str, nn.Module] | None = None) -> None:
+        """Add trained roles to the base: LoRA adapters, full copies of it and heads.
+
+        Args:
+            configs: role to its LoRA, on the family's usual layers unless it names its own; None is a full copy.
+            heads: role to a module of its own.
+
+        Raises:
+            ConfigError: the base has roles already, or a config's targets match nothing.
+        """
+        if self.roles.trainable_roles:
+            raise ConfigError("this model already has trainable roles from another trainer; load it afresh")
+        # Before adapters are put into the base.
+        copies = {role: copy.deepcopy(self.roles.backbone) for role, config in configs.items() if config is None}
+        for role, config in configs.items():
+            if config is None:
+                self.roles.add_copy(role, copies[role])
+                continue
+            own = copy.deepcopy(config)
+            own.target_modules = own.target_modules or list(self.lora_targets)
+            self.roles.add_role(role, own)
+        for role, head in (heads or {}).items():
+            self.roles.add_head(role, head)
 
     def fingerprint(self) -> str:
         """Return a hash of the base's shapes and of samples of its weights, to recognize it on resume."""
@@ -252,7 +282,9 @@ class ModelAdapter(ABC):
             guidance_scale: that of the training run; only a backbone that is told the scale is still told it.
         """
         told = guidance_scale if self.guidance == "embedded" else 1.0
-        return {"num_inference_steps": num_steps, **self.guidance_call(told)}
+        length = self.max_sequence_length
+        lengths = {} if length == self.call_length else {"max_sequence_length": length}
+        return {"num_inference_steps": num_steps, **self.guidance_call(told), **lengths}
 
     def save_lora(self, directory: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         """Write LoRA weights with their metadata in the format that the pipeline's `load_lora_weights` reads."""

@@ -18,8 +18,6 @@ ATTENTION = (
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
 )
 """The attention layers of both families' two-stream blocks."""
-CALL_LENGTH = 512
-"""Tokens per prompt in both families' pipeline calls, unless told otherwise."""
 
 
 class TwoStreamAdapter(PackedFlowAdapter):
@@ -33,13 +31,15 @@ class TwoStreamAdapter(PackedFlowAdapter):
         ConfigError: `max_sequence_length` is not one that the family takes.
     """
 
+    call_length = 512
+
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
         super().__init__(pipeline)
-        self.max_sequence_length = CALL_LENGTH if max_sequence_length is None else max_sequence_length
+        self.max_sequence_length = self.call_length if max_sequence_length is None else max_sequence_length
         if not 1 <= self.max_sequence_length <= self.longest_text:
             raise ConfigError(
                 f"max_sequence_length={max_sequence_length} is not between 1 and {self.longest_text}, which "
-                f"{type(pipeline).__name__} takes; None means {CALL_LENGTH}"
+                f"{type(pipeline).__name__} takes; None means {self.call_length}"
             )
 
     @property
@@ -65,12 +65,6 @@ class TwoStreamAdapter(PackedFlowAdapter):
             **self.inputs(x_t, condition),
         )
         return unpack(flow, *x_t.shape[-2:])
-
-    def inference_call(self, num_steps: int, guidance_scale: float = 1.0) -> dict[str, Any]:
-        call = super().inference_call(num_steps, guidance_scale)
-        if self.max_sequence_length != CALL_LENGTH:
-            call["max_sequence_length"] = self.max_sequence_length
-        return call
 
     def feature_block(self) -> nn.Module:
         blocks = [*self.backbone.transformer_blocks, *self.backbone.single_transformer_blocks]

@@ -28,6 +28,7 @@ class MaskedTextAdapter(ModelAdapter):
 
     component = "transformer"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    call_length = 300
     tokens_besides: int
     """How many tokens of `max_sequence_length` are never the prompt's own."""
     pipeline_unit: int
@@ -35,7 +36,7 @@ class MaskedTextAdapter(ModelAdapter):
 
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
         super().__init__(pipeline)
-        self.max_sequence_length = 300 if max_sequence_length is None else max_sequence_length
+        self.max_sequence_length = self.call_length if max_sequence_length is None else max_sequence_length
         if self.max_sequence_length <= self.tokens_besides:
             raise ConfigError(
                 f"max_sequence_length={max_sequence_length} leaves no token to a prompt: {self.tokens_besides} of them "
@@ -77,8 +78,7 @@ class MaskedTextAdapter(ModelAdapter):
 
     def inference_call(self, num_steps: int, guidance_scale: float = 1.0) -> dict[str, Any]:
         # Otherwise it samples the nearest of a list of sizes and scales the image to the one that was asked for.
-        call = super().inference_call(num_steps, guidance_scale) | {"use_resolution_binning": False}
-        return call if self.max_sequence_length == 300 else call | {"max_sequence_length": self.max_sequence_length}
+        return super().inference_call(num_steps, guidance_scale) | {"use_resolution_binning": False}
 
     @property
     def feature_width(self) -> int:

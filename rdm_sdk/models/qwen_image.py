@@ -32,10 +32,11 @@ class QwenImageAdapter(PackedFlowAdapter):
     """
 
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    call_length = 512
 
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
         super().__init__(pipeline)
-        self.max_sequence_length = 512 if max_sequence_length is None else max_sequence_length
+        self.max_sequence_length = self.call_length if max_sequence_length is None else max_sequence_length
         if not 1 <= self.max_sequence_length <= 1024:
             raise ConfigError(f"max_sequence_length={max_sequence_length} must be 1 to 1024 for {self.base_name!r}")
         if self.backbone.config.guidance_embeds:
@@ -119,7 +120,3 @@ class QwenImageAdapter(PackedFlowAdapter):
     def guidance_call(self, scale: float) -> dict[str, Any]:
         # The pipeline warns of a guidance_scale, which only a backbone that is told it would use.
         return {"true_cfg_scale": scale} | ({"negative_prompt": " "} if scale > 1 else {})
-
-    def inference_call(self, num_steps: int, guidance_scale: float = 1.0) -> dict[str, Any]:
-        call = super().inference_call(num_steps, guidance_scale)
-        return call if self.max_sequence_length == 512 else call | {"max_sequence_length": self.max_sequence_length}

@@ -27,10 +27,11 @@ class SD3Adapter(FlowAdapter):
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
+    call_length = 256
 
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
         super().__init__(pipeline)
-        self.max_sequence_length = 256 if max_sequence_length is None else max_sequence_length
+        self.max_sequence_length = self.call_length if max_sequence_length is None else max_sequence_length
 
     def encode_prompts(self, prompts: list[str]) -> Condition:
         with torch.no_grad():
@@ -81,7 +82,3 @@ class SD3Adapter(FlowAdapter):
             encoder_hidden_states=condition["encoder_hidden_states"].to(dtype),
             pooled_projections=condition["pooled_projections"].to(dtype),
         )
-
-    def inference_call(self, num_steps: int, guidance_scale: float = 1.0) -> dict[str, Any]:
-        call = super().inference_call(num_steps, guidance_scale)
-        return call if self.max_sequence_length == 256 else call | {"max_sequence_length": self.max_sequence_length}

@@ -29,10 +29,11 @@ class ZImageAdapter(PackedFlowAdapter):
     """
 
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    call_length = 512
 
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
         super().__init__(pipeline)
-        self.max_sequence_length = 512 if max_sequence_length is None else max_sequence_length
+        self.max_sequence_length = self.call_length if max_sequence_length is None else max_sequence_length
         # Texts are padded to multiples of 32, take the places from 1 on, and the image stands at the next.
         most = (self.backbone.axes_lens[0] - 2) // 32 * 32
         if not 1 <= self.max_sequence_length <= most:
@@ -104,7 +105,3 @@ class ZImageAdapter(PackedFlowAdapter):
 
     def guidance_call(self, scale: float) -> dict[str, Any]:
         return {"guidance_scale": scale - 1}
-
-    def inference_call(self, num_steps: int, guidance_scale: float = 1.0) -> dict[str, Any]:
-        call = super().inference_call(num_steps, guidance_scale)
-        return call if self.max_sequence_length == 512 else call | {"max_sequence_length": self.max_sequence_length}

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers.training_args import OptimizerNames
 
 from rdm_sdk.config import RDMConfig
-from rdm_sdk.hosting import add_roles
 from rdm_sdk.judging import reward_heads
 from rdm_sdk.models.base import ModelAdapter
 from rdm_sdk.models.roles import STUDENT, describe_lora
@@ -162,7 +161,7 @@ class _Draft:
         # Before the adapters come, whose layers are linear ones too and are not quantized.
         self.base_bytes = {bits: quantized_bytes(adapter.backbone, bits) for bits in ("none", "8bit", "4bit")}
         with torch.device("meta"):
-            add_roles(adapter, configs, dict(reward_heads(rewards, adapter)))
+            adapter.add_roles(configs, dict(reward_heads(rewards, adapter)))
         self._rehearsals: dict[object, Rehearsal] = {}
 
     def rehearsal(self, args: RDMConfig) -> Rehearsal:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from rdm_sdk.core.noise import Prediction, to_x_0
 from rdm_sdk.errors import ConfigError, ModelError
 from rdm_sdk.export import StudentInfo, load_student, save_student
-from rdm_sdk.hosting import add_roles
 from rdm_sdk.models.base import Guidance, ModelAdapter
 from rdm_sdk.models.load import load_adapter
 from rdm_sdk.models.roles import STUDENT, TEACHER
@@ -166,11 +165,16 @@ def encodes_prompts(subject: ModelSubject) -> None:
 def encodes_no_prompt(subject: ModelSubject) -> None:
     """`encode_no_prompt` returns one row that can stand beside those of prompts."""
     blank, encoded = subject.adapter.encode_no_prompt(), subject.adapter.encode_prompts(PROMPTS[:1])
-    demand(blank.keys() == encoded.keys(), f"it has {sorted(blank)}, and encode_prompts() {sorted(encoded)}")
+    demand_same_form(blank, encoded)
+
+
+def demand_same_form(found: Condition, encoded: Condition) -> None:
+    """Demand names, shapes and dtypes of what `encode_prompts` returned."""
+    demand(found.keys() == encoded.keys(), f"it has {sorted(found)}, and encode_prompts() {sorted(encoded)}")
     for name, tensor in encoded.items():
         demand(
-            blank[name].shape == tensor.shape and blank[name].dtype == tensor.dtype,
-            f"{name!r} is {list(blank[name].shape)} ({blank[name].dtype}), and of a prompt {list(tensor.shape)} "
+            found[name].shape == tensor.shape and found[name].dtype == tensor.dtype,
+            f"{name!r} is {list(found[name].shape)} ({found[name].dtype}), and of prompts {list(tensor.shape)} "
             f"({tensor.dtype})",
         )
 
@@ -439,7 +443,7 @@ def pixels(adapter: ModelAdapter, latents: Tensor) -> tuple[int, int]:
 def with_roles(subject: ModelSubject) -> ModelAdapter:
     """Return a fresh adapter with a student and a critic, whose weights are random, not as they start."""
     adapter = subject.fresh()
-    add_roles(adapter, {STUDENT: LORA, "fake": LORA})
+    adapter.add_roles({STUDENT: LORA, "fake": LORA})
     generator = torch.Generator().manual_seed(1)
     for role in (STUDENT, "fake"):
         for parameter in adapter.roles.parameters_of(role).values():
@@ -453,7 +457,7 @@ def roles_share_the_base(subject: ModelSubject) -> None:
     """Adapters start as the teacher, and moving them leaves it bit for bit."""
     before = subject.denoise(subject.teacher())
     adapter = subject.fresh()
-    add_roles(adapter, {STUDENT: LORA, "fake": LORA})
+    adapter.add_roles({STUDENT: LORA, "fake": LORA})
 
     def says(role: str) -> Tensor:
         return subject.denoise(adapter.denoiser(adapter.roles, role, subject.condition))
@@ -569,12 +573,5 @@ def example_encoding(subject: ModelSubject) -> Remark | None:
         example = subject.adapter.example_encoding(len(PROMPTS))
     except ModelError:
         return Remark("skipped", "the family names no example_encoding, so rdm-sdk plan cannot be used")
-    encoded = subject.adapter.encode_prompts(list(PROMPTS))
-    demand(example.keys() == encoded.keys(), f"it has {sorted(example)}, and encode_prompts() {sorted(encoded)}")
-    for name, tensor in encoded.items():
-        demand(
-            example[name].shape == tensor.shape and example[name].dtype == tensor.dtype,
-            f"{name!r} is {list(example[name].shape)} ({example[name].dtype}), and encoded {list(tensor.shape)} "
-            f"({tensor.dtype})",
-        )
+    demand_same_form(example, subject.adapter.encode_prompts(list(PROMPTS)))
     return None
