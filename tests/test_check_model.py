@@ -15,7 +15,7 @@ from rdm_sdk.models.roles import TEACHER
 from rdm_sdk.models.sd3 import SD3Adapter
 from rdm_sdk.models.z_image import ZImageAdapter
 from rdm_sdk.testing import MODEL_CHECKS, ModelCheckError, check_model, parametrize_model_checks
-from rdm_sdk.testing.adapter_checks import ModelSubject, compare_with_the_pipeline
+from rdm_sdk.testing.adapter_subject import ModelSubject, compare_with_the_pipeline
 from rdm_sdk.testing.kit import CheckResult, run_checks
 from rdm_sdk.testing.pipelines import TINY_PIPELINES
 from rdm_sdk.types import Condition

@@ -47,7 +47,7 @@ WITHIN: dict[str, list[set[str]]] = {
     ],
     "vision": [{"preprocess", "weights"}, {"clip"}, {"__init__"}],
     "testing": [
-        {"kit", "batches", "models"},
+        {"kit", "batches", "models", "adapter_subject"},
         {"subject", "pipelines", "adapter_checks"},
         {"checks", "adapters"},
         {"rewards"},

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rdm_sdk.testing.adapter_checks import MODEL_CHECKS, ModelSubject
+from rdm_sdk.testing.adapter_checks import MODEL_CHECKS
+from rdm_sdk.testing.adapter_subject import ModelSubject
 from rdm_sdk.testing.kit import (
     CheckResult,
     ContractError,

@@ -1,0 +1,202 @@
+"""The model family under test, and its pipeline beside it: where two programs that should agree part."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rdm_sdk.errors import ConfigError
+from rdm_sdk.models.base import ModelAdapter
+from rdm_sdk.models.load import load_adapter
+from rdm_sdk.models.roles import TEACHER
+from rdm_sdk.sampling import FewStepPolicy, sample
+from rdm_sdk.types import Condition, Denoiser
+
+PROMPTS = ["a red fox", "two boats on a lake, at night, seen from afar"]
+NUM_STEPS = 4
+CLOSE = 1e-4
+"""Of float32 networks in other batches, or in another program."""
+
+
+@dataclass(frozen=True)
+class ModelSubject:
+    """A model family under test: `make` returns a pipeline or an adapter, with the same weights every time."""
+
+    make: Callable[[], Any]
+
+    def fresh(self) -> ModelAdapter:
+        """Return an adapter that a check may change."""
+        made = self.make()
+        if not isinstance(made, ModelAdapter):
+            made.set_progress_bar_config(disable=True)
+        return load_adapter(made, torch.float32)
+
+    @cached_property
+    def adapter(self) -> ModelAdapter:
+        """An adapter that checks leave as it is."""
+        return self.fresh()
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels: small, and not square if the base allows it.
+
+        The height is an odd multiple of the unit, so that a unit that is too small is noticed.
+        """
+        unit = self.adapter.size_unit
+        height = (max(1, 32 // unit) // 2 * 2 + 1) * unit
+        try:
+            self.adapter.latent_shape(height, 2 * height)
+        except ConfigError:
+            return self.adapter.default_size
+        return height, 2 * height
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.adapter.latent_shape(*self.size)
+
+    @cached_property
+    def condition(self) -> Condition:
+        return self.adapter.condition(PROMPTS)
+
+    @cached_property
+    def x_t(self) -> Tensor:
+        return torch.randn(2, *self.shape, generator=torch.Generator().manual_seed(0))
+
+    @property
+    def sigma(self) -> Tensor:
+        return torch.tensor([0.8, 0.4])
+
+    def denoise(self, denoiser: Denoiser) -> Tensor:
+        with torch.no_grad():
+            return denoiser(self.x_t, self.sigma)
+
+    def teacher(self, condition: Condition | None = None) -> Denoiser:
+        """Return the teacher's denoiser, by default for the two prompts."""
+        adapter = self.adapter
+        return adapter.denoiser(adapter.roles, TEACHER, self.condition if condition is None else condition)
+
+
+def rows(condition: Condition, *places: int) -> Condition:
+    return {name: tensor[list(places)] for name, tensor in condition.items()}
+
+
+def apart(found: Tensor, wanted: Tensor) -> float:
+    """Return the largest difference, relative to the largest value."""
+    return float(((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6)).detach())
+
+
+def compare_with_the_pipeline(subject: ModelSubject, scale: float) -> None:
+    """Demand the same images, or say where the two programs part."""
+    adapter, noise = subject.fresh(), subject.x_t
+    with seen_by(adapter.backbone) as ours_saw:
+        ours = images_of(adapter, TEACHER, noise, scale)
+    adapter.pipeline.scheduler = adapter.student_scheduler(NUM_STEPS, None, stochastic=False)
+    with seen_by(adapter.backbone) as theirs_saw:
+        theirs = call(adapter, adapter.pipeline, noise, scale)
+    if apart(ours, theirs) < CLOSE:
+        return
+    guided = scale != 1
+    parting = None if guided else first_difference(ours_saw, theirs_saw)
+    where = parting or (
+        "compare guide(), encode_no_prompt() and guidance_call() with what the call does to its two predictions"
+        if guided
+        else "the backbone was told the same in every step, so it is what follows it: to_vae(), or decode()"
+    )
+    raise AssertionError(
+        f"our images differ from the pipeline's by up to {float((ours - theirs).abs().max()):.3g}; {where}"
+    )
+
+
+@contextmanager
+def seen_by(backbone: Any) -> Iterator[list[dict[str, Any]]]:
+    """Collect the named arguments of every call of a backbone, without those that are None."""
+    calls: list[dict[str, Any]] = []
+    signature = inspect.signature(type(backbone).forward)
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = signature.bind(module, *args, **kwargs).arguments
+        calls.append({k: v for k, v in bound.items() if v is not None and k not in ("self", "return_dict")})
+
+    handle = backbone.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def first_difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str | None:
+    """Return the first argument of the backbone that differs between two runs, in words."""
+    if len(ours) != len(theirs):
+        return f"the backbone was called {len(ours)} times by ours and {len(theirs)} times by the pipeline"
+    for step, (own, their) in enumerate(zip(ours, theirs, strict=True)):
+        for name in sorted(own.keys() ^ their.keys()):
+            who = "we" if name in own else "the pipeline"
+            return f"in step {step}, only {who} told the backbone {name!r}"
+        different = [name for name in own if not alike(own[name], their[name])]
+        # What a step is told of time or text explains its state's successor; the state itself comes last.
+        for name in sorted(different, key=lambda name: isinstance(own[name], Tensor) and own[name].ndim >= 4):
+            state = step > 0 and len(different) == 1
+            advice = " (only the state: the sign or form of what predict() returned, or the grid)" if state else ""
+            return f"in step {step}, {name!r} was {shown(own[name])} in ours and {shown(their[name])} there{advice}"
+    return None
+
+
+def alike(own: Any, their: Any) -> bool:
+    if isinstance(own, Tensor) and isinstance(their, Tensor):
+        if their.ndim == 0 or their.numel() == 1:
+            their = their.reshape(()).expand_as(own)
+        return own.shape == their.shape and apart(own.float(), their.float()) < CLOSE
+    if isinstance(own, (list, tuple)) and isinstance(their, (list, tuple)):
+        return len(own) == len(their) and all(alike(a, b) for a, b in zip(own, their, strict=True))
+    if isinstance(own, dict) and isinstance(their, dict):
+        return own.keys() == their.keys() and all(alike(own[name], their[name]) for name in own)
+    return bool(own == their)
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        some = ", ".join(f"{number:.4g}" for number in value.flatten()[:3].tolist())
+        return f"{list(value.shape)} [{some}{', ...' if value.numel() > 3 else ''}]"
+    return str(value)[:80]
+
+
+def images_of(adapter: ModelAdapter, role: str, noise: Tensor, scale: float = 1.0) -> Tensor:
+    """Return the images `[2, 3, H, W]` that a role, guided by `scale`, samples deterministically for `PROMPTS`."""
+    policy = FewStepPolicy(adapter.schedule, tuple(adapter.student_sigmas(NUM_STEPS, None)), "ode")
+    condition = adapter.condition(PROMPTS)
+    denoiser = adapter.denoiser(adapter.roles, role, condition)
+    if scale != 1:
+        pair = adapter.denoiser_pair(adapter.roles, role, condition, adapter.condition([None, None]))
+
+        def denoiser(x_t: Tensor, sigma: Tensor) -> Tensor:
+            return adapter.guide(x_t, sigma, *pair(x_t, sigma), scale)
+
+    with torch.no_grad():
+        return adapter.decode(sample(denoiser, noise, policy))
+
+
+def call(adapter: ModelAdapter, pipeline: Any, noise: Tensor, scale: float = 1.0) -> Tensor:
+    """Return the images of a plain pipeline call."""
+    arguments = adapter.inference_call(NUM_STEPS) | adapter.guidance_call(scale)
+    if "negative_prompt" in arguments:
+        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(PROMPTS)
+    images: Tensor = pipeline(
+        prompt=list(PROMPTS),
+        latents=adapter.pack(noise.clone()),
+        **dict(zip(("height", "width"), pixels(adapter, noise), strict=True)),
+        output_type="pt",
+        **arguments,
+    ).images
+    return images
+
+
+def pixels(adapter: ModelAdapter, latents: Tensor) -> tuple[int, int]:
+    factor = adapter.default_size[0] // adapter.latent_shape()[1]
+    return latents.shape[-2] * factor, latents.shape[-1] * factor
