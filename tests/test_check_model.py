@@ -286,4 +286,15 @@ def test_an_unknown_pipeline_is_no_family() -> None:
 
 @parametrize_model_checks(tiny_sd3)
 def test_the_decorator_runs_every_check(check: Any) -> None:
-    check()
+    """As an author writes it: a check that fails raises."""
+    assert check() is None
+
+
+def test_the_decorator_has_a_case_for_every_check() -> None:
+    """And the case of a check that fails says so."""
+    mark = parametrize_model_checks(lambda: WrongExample(tiny_sd3()))
+    cases = {case.id: case.values[0] for case in mark.args[1]}
+    assert list(cases) == [check.name for check in MODEL_CHECKS]
+    assert cases["declarations"]() is None
+    with pytest.raises(ModelCheckError, match="example_encoding: "):
+        cases["example_encoding"]()
