@@ -105,9 +105,12 @@ class RDMConfig(TrainingArguments):
         default="normalize_then_sum",
         metadata={"help": "Whether scores of several rewards are normalized before they are weighted and summed."},
     )
-    reward_route: Literal["gradient", "advantage"] = field(
+    reward_route: Literal["gradient", "advantage", "tilt"] = field(
         default="gradient",
-        metadata={"help": "How external rewards that have a gradient act: by it, or by advantages of their scores."},
+        metadata={
+            "help": "How external rewards act: by their 'gradient' where they have one, all by 'advantage'(s) of their "
+            "scores, or by a 'tilt' of the teacher that the student is matched to, with or without a gradient."
+        },
     )
     weighting: str = field(
         default="fixed",
@@ -277,7 +280,7 @@ _CHOICES = {
     "critic_rollouts": ("shared", "fresh"),
     "scale_rewards": ("group", "batch", "none"),
     "multi_objective_aggregation": ("normalize_then_sum", "sum_then_normalize"),
-    "reward_route": ("gradient", "advantage"),
+    "reward_route": ("gradient", "advantage", "tilt"),
     "sampler": ("renoise", "cps", "sde", "ode"),
     "ratio_reduction": ("sum", "mean"),
     "reward_on_error": ("raise", "skip"),

@@ -49,12 +49,15 @@ class JudgingTrainer(RoleTrainer):
     def context(self, condition: Condition, trained: str | None = None) -> DiffusionContext:
         """Return what model-aware rewards see; gradients are tracked for the role that is being `trained` alone."""
 
+        # Where a reward's gradient is carried back through the teacher, the teacher's graph (to x_t) is kept.
+        carries_back = trained is None and any(own.tilts and own.weight and own.has_gradient for own in self.rewards)
+
         def denoiser(role: str) -> Denoiser:
             made = self.denoiser(role, condition)
-            return made if role == trained else torch.no_grad()(made)
+            return made if role == trained or (role == TEACHER and carries_back) else torch.no_grad()(made)
 
         def teacher_pair(x_t: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.no_grad():
+            with torch.set_grad_enabled(carries_back):
                 return self.teacher_pair(condition)(x_t, sigma)
 
         def unprompted(x_t: Tensor, sigma: Tensor) -> Tensor:
@@ -76,6 +79,7 @@ class JudgingTrainer(RoleTrainer):
             self.adapter.features(self.roles, TEACHER, condition),
             self.adapter.encode_images,
             unprompted,
+            carries_back,
         )
 
     @property
@@ -102,7 +106,7 @@ class JudgingTrainer(RoleTrainer):
             chosen = [own for own in rewards if bool(own.weight) == counts]
             if chosen:
                 with self.aside(*chosen), self.vae_at_hand():
-                    graded = [own.label for own in chosen if counts and own.pathwise]
+                    graded = [own.label for own in chosen if counts and own.has_gradient]
                     result = evaluate_rewards(
                         {own.label: own.reward for own in chosen},
                         batch,

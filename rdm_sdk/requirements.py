@@ -82,9 +82,10 @@ def check_run(
             f"num_inference_steps={args.num_inference_steps} and sampler={args.sampler!r} has none; use more steps, a "
             "random sampler, or a reward that acts by its gradient"
         )
-    if scored and args.num_generations == 1:
+    compared = [own.label for own in rewards if own.weight and not own.has_gradient]
+    if compared and args.num_generations == 1:
         raise ConfigError(
-            f"reward {scored[0]!r} has no gradient, so samples of one prompt are compared with each other, and "
+            f"reward {compared[0]!r} has no gradient, so samples of one prompt are compared with each other, and "
             "num_generations=1 leaves nothing to compare with; use at least 2"
         )
     for role in critic_roles(rewards):

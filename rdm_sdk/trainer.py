@@ -29,6 +29,7 @@ from rdm_sdk.models.roles import STUDENT
 from rdm_sdk.objective import Signal, Term, combine, normalize, policy_loss, policy_pull
 from rdm_sdk.requirements import check_run, check_same_plugins, role_configs
 from rdm_sdk.rewards.resolve import RewardFuncs, resolve_rewards, routed
+from rdm_sdk.rewards.tilt import tilted
 from rdm_sdk.sampling import StudentOf, plan_steps, redraw, replay_log_ratio, rollout, state_log_ratio
 from rdm_sdk.types import Condition, Experience, RewardOutput, select, select_steps
 from rdm_sdk.weighting import Weighting, make_weighting, weigh
@@ -264,10 +265,15 @@ class RDMTrainer(JudgingTrainer):
         return x_0
 
     def _judge(self, experience: Experience) -> dict[str, RewardOutput]:
-        """Evaluate every reward: gradients at the replayed x_0; what scored the endpoints has spoken already."""
+        """Evaluate every reward at the replayed x_0; what scored the endpoints has spoken already."""
         left = [own for own in self.rewards if own.label not in experience.scored]
         left = [own for own in left if own.pathwise or not self.has(pathwise=False)]
-        return dict(experience.scored) | self.score(left, self.batch(experience, experience.x_0))
+        batch = self.batch(experience, experience.x_0)
+        outputs = self.score(left, batch)
+        for own in left:
+            if own.tilts and own.weight and own.label in outputs:
+                outputs[own.label] = tilted(outputs[own.label], batch, self.args.scale_rewards)
+        return dict(experience.scored) | outputs
 
     def _student_loss(self, experience: Experience, x_0: Tensor, signal: Signal, terms: Mapping[str, Term]) -> Tensor:
         """Move x_0 along the field, make good transitions likelier, and note how hard each reward pulls."""
@@ -356,7 +362,7 @@ class RDMTrainer(JudgingTrainer):
     def capture_state(self) -> RunState:
         return RunState(
             fingerprint=self.fingerprint,
-            rewards=[own.term.reference + ("" if own.pathwise else " (scored)") for own in self.rewards],
+            rewards=[own.term.reference + own.route_note for own in self.rewards],
             adapters={role: self.roles.describe(role) for role in self.roles.trainable_roles},
             forwards=dict(self.roles.forwards),
             costs=dict(self.spent),

@@ -18,6 +18,7 @@ from rdm_sdk.core.matching import (
     residual_magnitude,
 )
 from rdm_sdk.core.noise import NoiseSchedule, add_noise
+from rdm_sdk.core.tilting import posterior_covariance
 from rdm_sdk.errors import RewardError
 from rdm_sdk.types import Denoiser, RewardOutput
 
@@ -35,7 +36,7 @@ class DiffusionContext:
     schedule: NoiseSchedule
     denoiser: Callable[[str], Denoiser]
     """Role name ("teacher", "student", "fake", ...) to a denoiser with the batch's prompts closed over. The teacher's
-    is guided as the run says; gradients are tracked only for the role that is being trained."""
+    is guided as the run says; parameters get gradients only of the role that is being trained."""
     min_sigma: float
     max_sigma: float
     num_draws: int
@@ -55,6 +56,8 @@ class DiffusionContext:
     """RGB images `[N, 3, H, W]` in [0, 1] to latents `[N, *x]`."""
     unprompted: Denoiser | None = None
     """The teacher without the prompt alone."""
+    carries_back: bool = False
+    """Whether the teacher's predictions keep their graph, so that `Renoised.carry_back` works."""
     _drawn: list[tuple[Tensor, list[Renoised]]] = field(default_factory=list, repr=False, compare=False)
     """The latest samples that draws were made for, with these draws."""
 
@@ -86,27 +89,54 @@ class Renoised:
         self.sigma = sigma
         """`[N]`."""
         self._context = context
+        self._seen = x_t.detach().requires_grad_() if context.carries_back else x_t  # by the teacher
         self._said: dict[str, Tensor] = {}
 
     def x_0(self, role: str) -> Tensor:
-        """Return a role's prediction of x_0 `[N, *x]`; the teacher's is guided as the run says."""
-        if role == TEACHER and self._context.guide is not None:
-            return self._context.guide(self.x_t, self.sigma, *self.teacher_pair())
-        if role == TEACHER and "with" in self._said:
-            return self._said["with"]
+        """Return a role's prediction of x_0 `[N, *x]`, detached; the teacher's is guided as the run says."""
+        if role == TEACHER:
+            return self._teacher().detach()
         if role not in self._said:
             self._said[role] = self._context.denoiser(role)(self.x_t, self.sigma)
         return self._said[role]
 
     def teacher_pair(self) -> tuple[Tensor, Tensor]:
-        """Return the teacher's x_0 with and without the prompt, each `[N, *x]`."""
+        """Return the teacher's x_0 with and without the prompt, each `[N, *x]`, detached."""
+        with_prompt, without = self._pair()
+        return with_prompt.detach(), without.detach()
+
+    def carry_back(self, vector: Tensor) -> Tensor:
+        """Return Cov(x_0 | x_t) times a vector per sample, `[N, *x]`, as the teacher's Jacobian shows it.
+
+        It takes a backward pass through the teacher and no forward pass that another reward has asked for.
+
+        Raises:
+            RewardError: the batch was made without `carries_back`.
+        """
+        if not self._context.carries_back:
+            raise RewardError("this batch keeps no graph of the teacher to carry gradients back through")
+        with torch.enable_grad():
+            predicted = self._teacher()
+        (pulled,) = torch.autograd.grad(predicted, self._seen, vector, retain_graph=True)
+        return posterior_covariance(self._context.schedule, pulled, self.sigma)
+
+    def _teacher(self) -> Tensor:
+        if self._context.guide is not None:
+            return self._context.guide(self._seen, self.sigma, *self._pair())
+        if "with" in self._said:
+            return self._said["with"]
+        if TEACHER not in self._said:
+            self._said[TEACHER] = self._context.denoiser(TEACHER)(self._seen, self.sigma)
+        return self._said[TEACHER]
+
+    def _pair(self) -> tuple[Tensor, Tensor]:
         if "without" not in self._said and TEACHER in self._said and self._context.unprompted is not None:
             self._said["with"] = self._said[TEACHER]  # `dm` has asked for it, so only the other half is missing
-            self._said["without"] = self._context.unprompted(self.x_t, self.sigma)
+            self._said["without"] = self._context.unprompted(self._seen, self.sigma)
         if "without" not in self._said:
             if self._context.denoiser_pair is None:
                 raise RewardError("this batch has no teacher without the prompt; guidance needs one")
-            self._said["with"], self._said["without"] = self._context.denoiser_pair(self.x_t, self.sigma)
+            self._said["with"], self._said["without"] = self._context.denoiser_pair(self._seen, self.sigma)
         return self._said["with"], self._said["without"]
 
 

@@ -31,25 +31,44 @@ class WeightedReward:
     """What logs call it: as short as tells it apart from the run's other rewards."""
     term: RewardTerm
     reward: Reward
+    tilts: bool = False
+    """Whether it acts by tilting the teacher (`rewards.tilt`)."""
 
     @property
     def weight(self) -> float:
         return self.term.weight
 
     @property
-    def pathwise(self) -> bool:
-        """Whether it acts on the student by its gradient; otherwise, by advantages of its scores."""
+    def has_gradient(self) -> bool:
         return self.reward.capabilities.gradient != "none"
+
+    @property
+    def pathwise(self) -> bool:
+        """Whether it acts on the student by a field at x_0; otherwise, by advantages of its scores."""
+        return self.tilts or self.has_gradient
+
+    @property
+    def route_note(self) -> str:
+        """What a checkpoint says after its name, so that no run goes on by another route."""
+        return " (tilts)" if self.tilts else "" if self.has_gradient else " (scored)"
 
 
 def routed(rewards: Sequence[WeightedReward], route: str) -> list[WeightedReward]:
-    """Send every external reward, that is every one that trains no critic, down a route: "gradient" or "advantage"."""
-    if route == "gradient":
-        return list(rewards)
-    return [
-        replace(own, reward=Scored(own.reward)) if own.pathwise and not own.reward.capabilities.trains else own
-        for own in rewards
-    ]
+    """Send every external reward, that is every one that trains no critic, down a route.
+
+    "gradient" leaves each as it is, "advantage" takes gradients away, "tilt" lets a reward tilt the teacher unless it
+    computes its own field, which is in the teacher's terms already (`guidance`).
+    """
+
+    def sent(own: WeightedReward) -> WeightedReward:
+        declared = own.reward.capabilities
+        if declared.trains or route == "gradient":
+            return own
+        if route == "tilt":
+            return replace(own, tilts=declared.gradient != "field")
+        return replace(own, reward=Scored(own.reward)) if own.has_gradient else own
+
+    return [sent(own) for own in rewards]
 
 
 def resolve_rewards(

@@ -1,0 +1,52 @@
+"""Rewards that act by tilting the teacher: what they add to D_real instead of where they push x_0."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rdm_sdk.core.groups import ScoreScale, group_advantage, group_scale
+from rdm_sdk.core.matching import residual_magnitude
+from rdm_sdk.core.noise import per_sample
+from rdm_sdk.core.tilting import group_covariance
+from rdm_sdk.rewards.base import RewardBatch
+from rdm_sdk.rewards.context import TEACHER, Renoised
+from rdm_sdk.types import RewardOutput
+
+
+def tilted(output: RewardOutput, batch: RewardBatch, scale: ScoreScale) -> RewardOutput:
+    """Return what a reward does to the teacher's denoiser, in place of its gradient at x_0.
+
+    With a weight of lambda, `dm` and this field together match the student to p_real exp(lambda r / deviation) in place
+    of p_real, to first order in lambda (`core.tilting`). It stands beside D_real - D_fake, so it is averaged over the
+    same renoising draws and measured against the same |x_0 - D_real|.
+
+    A reward with a gradient is carried through the teacher's Jacobian, and its deviation is that under the teacher's
+    posterior, the root of grad r Cov grad r. One without is seen through the covariance of its group, and its deviation
+    is that of the group's scores. `scale` says over what the deviation is taken: "group", "batch", or "none" for
+    rewards in native units.
+    """
+    fields, magnitudes = [], []
+    for draw in batch.require_context("a tilt").renoise(batch.latents, batch.group_size):
+        if output.gradient is not None:
+            fields.append(_by_gradient(output.gradient, output.scores, draw, batch.group_size, scale))
+        else:
+            fields.append(_by_group(output.scores, draw, batch, scale))
+        magnitudes.append(residual_magnitude(batch.latents, draw.x_0(TEACHER)))
+    return RewardOutput(output.scores, torch.stack(fields).mean(0), torch.stack(magnitudes).mean(0))
+
+
+def _by_gradient(gradient: Tensor, scores: Tensor, draw: Renoised, group_size: int, scale: ScoreScale) -> Tensor:
+    field = draw.carry_back(gradient)
+    if scale == "none":
+        return field
+    # A network's Jacobian is only nearly symmetric and positive, so a sample's variance can come out negative.
+    variance = (gradient * field).flatten(1).sum(1).masked_fill(scores.isnan(), torch.nan)
+    deviation = group_scale(variance, group_size, scale).clamp_min(0).sqrt()
+    return field / per_sample(deviation.clamp_min(torch.finfo(torch.float32).eps), field)
+
+
+def _by_group(scores: Tensor, draw: Renoised, batch: RewardBatch, scale: ScoreScale) -> Tensor:
+    advantage = group_advantage(scores, batch.group_size, scale).masked_fill(scores.isnan(), torch.nan)
+    schedule = batch.require_context("a tilt").schedule
+    return group_covariance(schedule, draw.x_t, draw.sigma, batch.latents, advantage, batch.group_size)
