@@ -211,6 +211,10 @@ def test_passes_take_what_they_take_for_real(family: str, folders: Path) -> None
     assert accumulated.kept == pytest.approx(planned.train("student", count, False).kept, rel=0.01)
     assert planned.predict(TEACHER, count) == real.predict(TEACHER, count)
     assert planned.predict_pair(count) == real.predict_pair(count)
+    for guided in (False, True):
+        carried, real_carried = (own.carry_back(count, False, guided) for own in (planned, real))
+        assert (carried.kept, carried.forward) == (real_carried.kept, real_carried.forward)
+        assert carried.backward == pytest.approx(real_carried.backward, rel=0.05)
     assert planned.decode(count, False, False) == real.decode(count, False, False)
     graded, real_graded = (own.decode_to_differentiate(count, False, False) for own in (planned, real))
     # Sana's VAE multiplies matrices whose layout its CPU convolutions choose.

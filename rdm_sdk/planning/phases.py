@@ -125,6 +125,12 @@ class Step:
 
     def _judging(self, rewards: Sequence[WeightedReward], held: int, gradients: int) -> Iterator[Phase]:
         """Yield how rewards judge: first those that ask the networks, then those that look at images."""
+        carried = any(own.tilts and own.weight and own.has_gradient for own in rewards)
+        if carried:  # the teacher's graph waits until all have judged, one per renoising draw
+            teacher = self.rehearsal.carry_back(self.count, self._checkpointing, self._guided)
+            waiting = (self.args.num_draws - 1) * teacher.kept
+            yield Phase("the teacher's pass, whose graph is kept", held + waiting + teacher.forward, gradients)
+            held += self.args.num_draws * teacher.kept
         asking = [own for own in rewards if own.reward.capabilities.needs_models]
         for own in asking:
             trains = own.reward.capabilities.trains
@@ -141,7 +147,7 @@ class Step:
             yield Phase(f"the reward {own.label!r} asks the networks", held + peak, gradients, rewards=True)
         looking = [own for own in rewards if own not in asking and own.reward.capabilities.space == "pixel"]
         if looking:
-            differentiated = any(own.weight and own.pathwise for own in looking)
+            differentiated = any(own.weight and own.has_gradient for own in looking)
             yield Phase(
                 f"images are decoded {'and differentiated ' if differentiated else ''}for "
                 f"{', '.join(repr(own.label) for own in looking)}",
@@ -150,6 +156,9 @@ class Step:
                 vae=True,
                 rewards=True,
             )
+        if carried:
+            backward = held - teacher.kept + teacher.backward
+            yield Phase("rewards' gradients are carried back through the teacher", backward, gradients)
 
     def _chunk(self, rewards: Sequence[WeightedReward]) -> int:
         """Return how many samples are judged at a time, as `evaluate_rewards` does it."""

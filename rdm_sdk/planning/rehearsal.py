@@ -132,6 +132,22 @@ class Rehearsal:
             torch.autograd.grad(found.sum(), x_t)
         return meter.peak
 
+    @_once
+    def carry_back(self, count: int, checkpointing: bool, guided: bool) -> Tape:
+        """Return what the teacher's pass takes for `count` samples where a gradient is carried back to x_t."""
+        condition, (x_t, sigma) = self.condition(count), self._samples(count)
+        x_t.requires_grad_()
+        with self._blocks_run_again(checkpointing), self._mode, (meter := Meter()):
+            if guided:
+                pair = self.adapter.denoiser_pair(self._network, TEACHER, condition, self.condition(count))
+                x_0 = torch.stack(pair(x_t, sigma)).sum(0)
+            else:
+                x_0 = self.adapter.denoiser(self._network, TEACHER, condition)(x_t, sigma)
+            forward, kept = meter.peak, meter.live
+            meter.peak = meter.live
+            torch.autograd.grad(x_0, x_t, torch.ones_like(x_0))
+        return Tape(kept, forward, meter.peak)
+
     # ---- The VAE's, in bytes ------------------------------------------------------------------------------------
 
     @_once

@@ -41,8 +41,8 @@ def _by_gradient(gradient: Tensor, scores: Tensor, draw: Renoised, group_size: i
     if scale == "none":
         return field
     # A network's Jacobian is only nearly symmetric and positive, so a sample's variance can come out negative.
-    variance = (gradient * field).flatten(1).sum(1).masked_fill(scores.isnan(), torch.nan)
-    deviation = group_scale(variance, group_size, scale).clamp_min(0).sqrt()
+    variance = (gradient * field).flatten(1).sum(1).abs().masked_fill(scores.isnan(), torch.nan)
+    deviation = group_scale(variance, group_size, scale).sqrt()
     return field / per_sample(deviation.clamp_min(torch.finfo(torch.float32).eps), field)
 
 
