@@ -16,7 +16,7 @@ from study_cells import KINDS, METHODS, RATES, front_cells, sweep_cell
 if TYPE_CHECKING:
     from study_report import Results
 
-COLORS = {"dmdr": "C3", "fixed": "C2", "balance": "C0", "constraint": "C4"}
+COLORS = {"dmdr": "C3", "fixed": "C2", "balance": "C0", "constraint": "C4", "tilt": "C1", "tilt on dmd2": "C5"}
 
 
 def plot_sweep(results: Results, path: Path) -> None:

@@ -106,6 +106,12 @@ def stable_range(results: Results, method: str, bound: float) -> float:
     return widest
 
 
+def interval(values: Sequence[float]) -> str:
+    """Return a mean with its 95 % interval, as text; one value has none."""
+    own = estimate(values)
+    return f"{own.mean:.2f} [{own.low:.2f}, {own.high:.2f}]"
+
+
 def ratio(logs: Sequence[float]) -> str:
     """Return the geometric mean of ratios, from their logarithms, with its 95 % interval."""
     own = estimate(logs)
@@ -186,6 +192,12 @@ def cost_of_reward(points: Front, reward: float) -> float | None:
     return min(reached, default=None)
 
 
+def reward_for_cost(points: Front, distance: float) -> float | None:
+    """Return the highest reward that a front has at an FID-SD or a lower one; None if all its points are worse."""
+    mirrored = cost_of_reward([(-own, -reward) for reward, own in points], -distance)
+    return None if mirrored is None else -mirrored
+
+
 def seed_fronts(results: Results, setting: str, kind: str) -> dict[int, Front]:
     """Return a method's front per seed, {} if some of it was not run."""
     cells = [KINDS[kind][1], *front_cells(kind, setting)]
@@ -209,26 +221,43 @@ def front_volumes(results: Results, setting: str) -> dict[str, Estimate]:
     }
 
 
-def equal_reward_lines(results: Results, setting: str) -> list[str]:
-    """Return a table: at each of DMDR's points, the FID-SD at which GNDMR has as much of the reward, as a ratio."""
-    header = ["at the reward of", *(kind for kind in KINDS if not kind.startswith("dmdr"))]
-    lines = []
-    for baseline in KINDS:
-        theirs = seed_fronts(results, setting, baseline) if baseline.startswith("dmdr") else {}
-        for i, cell in enumerate(front_cells(baseline, setting), start=1) if theirs else []:
-            line = [cell]
-            for kind in header[1:]:
-                ours = seed_fronts(results, setting, kind)
-                logs = []
-                for seed in sorted(theirs.keys() & ours.keys()):
-                    reward, distance = theirs[seed][i]
-                    cost = cost_of_reward(ours[seed], reward)
-                    if cost is not None:
-                        logs.append(math.log(cost / distance))
-                reached = f"{len(logs)} of {len(ours)} seeds reach it" if ours else "not run"
-                line.append(f"{ratio(logs)}, {reached}" if len(logs) > 1 else reached)
-            lines.append(line)
-    return [markdown_table(header, lines), ""] if lines else []
+def dmdr_lines(results: Results, setting: str) -> list[str]:
+    """Return two tables over DMDR's points: what others have at its reward, and what they have at its FID-SD."""
+    fronts = {kind: found for kind in KINDS if (found := seed_fronts(results, setting, kind))}
+    theirs = fronts.pop("dmdr", {})
+    if not theirs or not fronts:
+        return []
+
+    def costs(ours: dict[int, Front], point: int) -> str:
+        """Compare FID-SD at equal reward."""
+        found = []
+        for seed in sorted(theirs.keys() & ours.keys()):
+            reward, distance = theirs[seed][point]
+            cost = cost_of_reward(ours[seed], reward)
+            found += [] if cost is None else [math.log(cost / distance)]
+        return shown(found, ours, ratio)
+
+    def gains(ours: dict[int, Front], point: int) -> str:
+        """Compare rewards at equal FID-SD."""
+        found = []
+        for seed in sorted(theirs.keys() & ours.keys()):
+            reward, distance = theirs[seed][point]
+            best = reward_for_cost(ours[seed], distance)
+            found += [] if best is None else [best - reward]
+        return shown(found, ours, interval)
+
+    def shown(found: list[float], ours: dict[int, Front], show: Callable[[Sequence[float]], str]) -> str:
+        reached = f"{len(found)} of {len(theirs.keys() & ours.keys())} seeds reach it"
+        return f"{show(found)}, {reached}" if len(found) > 1 else reached
+
+    text = []
+    for what, compared in (("reward", costs), ("FID-SD", gains)):
+        lines = [
+            [cell, *(compared(ours, point) for ours in fronts.values())]
+            for point, cell in enumerate(front_cells("dmdr", setting), start=1)
+        ]
+        text += [markdown_table((f"at the {what} of", *fronts), lines), ""]
+    return text
 
 
 def front_lines(results: Results, setting: str) -> list[str]:
@@ -240,7 +269,7 @@ def front_lines(results: Results, setting: str) -> list[str]:
     text = [f"### {setting}", "", reward_table(results, cells), "", f"![{setting}]({picture(f'front_{setting}')})", ""]
     volumes = front_volumes(results, setting)
     text += [f"- Hypervolume of {kind}: {volume} ({volume.count} seeds)" for kind, volume in volumes.items()]
-    return [*text, "", *equal_reward_lines(results, setting)]
+    return [*text, "", *dmdr_lines(results, setting)]
 
 
 def picture(name: str) -> str:
@@ -340,6 +369,18 @@ CONFIRMED = (
 """Comparisons run again on fresh seeds: at the two best rates, across them, in longer runs, and with larger groups."""
 
 
+def front_confirmation_lines(fresh: Results, both: Results) -> list[str]:
+    """Return how DMDR's fronts and the tilt's compare on the confirming seeds, and on these with the first five."""
+    text = []
+    for setting in SETTINGS:
+        for name, results in (("Fresh seeds", fresh), ("All seeds", both)):
+            if all(seed_fronts(results, setting, kind) for kind in ("dmdr", "tilt")):
+                volumes = front_volumes(results, setting).items()
+                said = "; ".join(f"{kind} {volume} ({volume.count} seeds)" for kind, volume in volumes)
+                text += [f"**{setting}, {name.lower()}.** Hypervolume: {said}.", "", *dmdr_lines(results, setting)]
+    return text
+
+
 def confirmation_lines(fresh: Results, both: Results) -> list[str]:
     """Return the comparisons on the confirming seeds, and on these together with the first five."""
     pairs = [pair for pair in CONFIRMED if all(map(fresh.has, pair))]
@@ -392,6 +433,7 @@ def write_report(out: Path, page: Path | None) -> Path:
         "## Confirmed on seeds that nothing was chosen on\n\n" + "\n".join(confirmation_lines(fresh, both)),
         "## On a closed-form mixture\n\n" + "\n".join(mixture_lines(out / "mixture.jsonl")),
         "## b. DMDR against GNDMR\n\n" + "\n".join(line for s in SETTINGS for line in front_lines(results, s)),
+        "### DMDR against the tilt on fresh seeds\n\n" + "\n".join(front_confirmation_lines(fresh, both)),
         "## c. Importance sampling\n\n" + "\n".join(reuse_lines(results, both, reuse)),
         "## d, e. Guidance, adversary, and rewards alone\n\n" + reward_table(results, ["gndm", *others]),
     ]
