@@ -50,7 +50,7 @@ class JudgingTrainer(RoleTrainer):
         """Return what model-aware rewards see; gradients are tracked for the role that is being `trained` alone."""
 
         # Where a reward's gradient is carried back through the teacher, the teacher's graph (to x_t) is kept.
-        carries_back = trained is None and any(own.tilts and own.weight and own.has_gradient for own in self.rewards)
+        carries_back = any(own.tilts and own.weight and own.has_gradient for own in self.rewards)
 
         def denoiser(role: str) -> Denoiser:
             made = self.denoiser(role, condition)
@@ -106,7 +106,7 @@ class JudgingTrainer(RoleTrainer):
             chosen = [own for own in rewards if bool(own.weight) == counts]
             if chosen:
                 with self.aside(*chosen), self.vae_at_hand():
-                    graded = [own.label for own in chosen if counts and own.has_gradient]
+                    graded = [own.label for own in chosen if counts and own.pathwise]
                     result = evaluate_rewards(
                         {own.label: own.reward for own in chosen},
                         batch,

@@ -24,6 +24,7 @@ from rdm_sdk.core.groups import group_advantage
 from rdm_sdk.core.noise import FlowSchedule
 from rdm_sdk.core.tilting import group_covariance
 from rdm_sdk.rewards.context import DiffusionContext
+from rdm_sdk.rewards.dm import DistributionMatching
 from rdm_sdk.rewards.resolve import resolve_rewards, routed
 from rdm_sdk.rewards.tilt import tilted
 from rdm_sdk.types import RewardOutput
@@ -202,6 +203,8 @@ def test_which_rewards_tilt() -> None:
     sent = routed(rewards, "tilt")
     assert [own.label for own in sent if own.tilts] == ["legibility", "brightness"]
     assert all(own.pathwise for own in sent)
+    by_its_score = resolve_rewards(Scored(DistributionMatching()))
+    assert routed(by_its_score, "tilt") == by_its_score
     assert not any(own.tilts for route in ("gradient", "advantage") for own in routed(rewards, route))
 
 
@@ -239,9 +242,19 @@ def test_a_run_of_both_kinds(make_trainer: Make, tmp_path: Path, losses_of: Loss
 
 
 @pytest.mark.parametrize("rewards", ["dm + 0*legibility", ["dm", (brightness, 0.0)]], ids=["gradient", "scores"])
-def test_a_zero_weight_changes_nothing(make_trainer: Make, tmp_path: Path, rewards: Any) -> None:
+def test_a_zero_weight_changes_nothing(make_trainer: Make, tmp_path: Path, losses_of: Losses, rewards: Any) -> None:
     """GNDMR with zero weights is GNDM, bit for bit (law 6), on this route too."""
-    assert same(run(make_trainer, tmp_path / "a", "dm"), run(make_trainer, tmp_path / "b", rewards))
+    watching = run(make_trainer, tmp_path / "b", rewards)
+    assert same(run(make_trainer, tmp_path / "a", "dm"), watching)
+    assert not any(name.endswith("/pull") and name != "dm/pull" for name in losses_of(watching)[-1])
+
+
+def test_units_are_a_setting(make_trainer: Make, tmp_path: Path) -> None:
+    """`scale_rewards` reaches the tilt."""
+    rewards = ["dm", (brightness, 0.5)]
+    runs = [run(make_trainer, tmp_path / scale, rewards, scale_rewards=scale) for scale in ("group", "batch", "none")]
+    assert not same(runs[0], runs[1])
+    assert not same(runs[0], runs[2])
 
 
 def test_a_weight_of_zero_until_the_cold_start_ends(make_trainer: Make, tmp_path: Path) -> None:
