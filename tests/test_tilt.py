@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,19 @@ def test_draws_are_shared_and_need_a_graph(latents: Tensor) -> None:
     (plain,) = batch_of(latents, carries_back=False).require_context("x").renoise(latents, G)
     with pytest.raises(RewardError, match="keeps no graph of the teacher"):
         plain.carry_back(torch.ones_like(latents))
+
+
+def test_graphs_go_with_their_batch(latents: Tensor) -> None:
+    """Nothing waits for the garbage collector: a teacher's graph is most of what a step holds."""
+    batch = batch_of(latents)
+    draw = weakref.ref(batch.require_context("x").renoise(latents, G)[0])
+    gc.disable()
+    try:
+        assert draw() is not None
+        del batch
+        assert draw() is None
+    finally:
+        gc.enable()
 
 
 def test_the_guided_teacher_is_the_one_that_is_tilted(latents: Tensor) -> None:

@@ -145,7 +145,7 @@ class Rehearsal:
                 x_0 = self.adapter.denoiser(self._network, TEACHER, condition)(x_t, sigma)
             forward, kept = meter.peak, meter.live
             meter.peak = meter.live
-            torch.autograd.grad(x_0, x_t, torch.ones_like(x_0))
+            torch.autograd.grad(x_0, x_t, torch.ones_like(x_0), retain_graph=True)  # other rewards follow
         return Tape(kept, forward, meter.peak)
 
     # ---- The VAE's, in bytes ------------------------------------------------------------------------------------

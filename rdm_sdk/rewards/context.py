@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -76,7 +76,9 @@ class DiffusionContext:
         """
         if not self._drawn or self._drawn[0][0] is not x_0:
             sigmas = [self.draw_sigma(len(x_0) // group_size, group_size, x_0.device) for _ in range(self.num_draws)]
-            self._drawn[:] = [(x_0, [Renoised(self, self.add_noise(x_0, sigma), sigma) for sigma in sigmas])]
+            # Without draws of its own: a cycle would keep the teacher's graph until some garbage collection.
+            context = replace(self, _drawn=[])
+            self._drawn[:] = [(x_0, [Renoised(context, self.add_noise(x_0, sigma), sigma) for sigma in sigmas])]
         return self._drawn[0][1]
 
 
