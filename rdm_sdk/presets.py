@@ -58,6 +58,11 @@ PRESETS = {
         "dm + 0.5*legibility",
         _GNDM | {"reward_route": "gradient", "weighting": "balance[cold_start=20,ramp=10]"},
     ),
+    "tilt": Preset(
+        "GNDM plus rewards that tilt the teacher (ours, docs/method.md); a weight is in deviations of the reward",
+        "dm + 0.5*legibility",
+        _GNDM | {"reward_route": "tilt", "weighting": "fixed[cold_start=20]"},
+    ),
     "refl": Preset(
         "reward back-propagation alone: what happens without distribution matching (arXiv 2304.05977)",
         "legibility",

@@ -125,7 +125,12 @@ def test_plan_is_what_a_real_run_takes(family: str, folders: Path, tmp_path: Pat
         ({"gradient_accumulation_steps": 2, "ema_decay": 0.9}, "dm", 0.05, "networks"),
         ({"reward_batch_size": 2}, "dm + 0.5*legibility", 0.15, "decoded and differentiated"),
         ({"reward_route": "tilt"}, "dm + 0.5*legibility", 0.15, "carried back|asks the networks|decoded"),
-        ({"reward_route": "tilt", "num_draws": 5, "guidance_scale": 1.0}, "dm + 0.5*legibility", 0.15, "decoded and differentiated"),
+        (
+            {"reward_route": "tilt", "num_draws": 5, "guidance_scale": 1.0},
+            "dm + 0.5*legibility",
+            0.15,
+            "decoded and differentiated",
+        ),
         ({"num_iterations": 2, "gradient_accumulation_steps": 2}, "dm", 0.1, "critic"),
         ({"guidance_scale": 1.0}, "dm + 0.5*guidance", 0.05, "asks the networks"),
         ({"student_weights": "full", "critic_weights": "full"}, "dm", 0.05, ""),
