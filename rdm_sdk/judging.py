@@ -26,7 +26,7 @@ from rdm_sdk.report import image_grid
 from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.context import DiffusionContext
 from rdm_sdk.rewards.evaluate import evaluate_rewards
-from rdm_sdk.rewards.resolve import WeightedReward
+from rdm_sdk.rewards.resolve import WeightedReward, carried_back
 from rdm_sdk.types import Condition, Denoiser, Experience, RewardOutput
 
 
@@ -47,10 +47,12 @@ class JudgingTrainer(RoleTrainer):
         super().__init__(adapter, args, callbacks, **kwargs)
 
     def context(self, condition: Condition, trained: str | None = None) -> DiffusionContext:
-        """Return what model-aware rewards see; gradients are tracked for the role that is being `trained` alone."""
+        """Return what model-aware rewards see.
 
-        # Where a reward's gradient is carried back through the teacher, the teacher's graph (to x_t) is kept.
-        carries_back = any(own.tilts and own.weight and own.has_gradient for own in self.rewards)
+        Graphs are kept for the role that is being `trained`, and the teacher's, to x_t, where gradients of rewards are
+        carried back through it.
+        """
+        carries_back = carried_back(self.rewards)
 
         def denoiser(role: str) -> Denoiser:
             made = self.denoiser(role, condition)

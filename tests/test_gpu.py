@@ -99,7 +99,15 @@ def test_samples_agree_with_cpu(make_trainer: Callable[..., Any], tmp_path: Path
     assert (images[0] - images[1]).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("settings", [{}, {"bf16": True, "activation_checkpointing": True}], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"bf16": True, "activation_checkpointing": True},
+        {"bf16": True, "activation_checkpointing": True, "reward_route": "tilt"},
+    ],
+    ids=["fp32", "bf16", "tilt"],
+)
 def test_ten_steps_train_as_on_cpu(make_trainer: Callable[..., Any], tmp_path: Path, settings: dict[str, Any]) -> None:
     """Ten steps are finite, move both roles, cost what they cost on the CPU, and have losses of the same size."""
     logged = {}

@@ -294,10 +294,11 @@ def test_recomputed_blocks_change_nothing(make_trainer: Make, tmp_path: Path) ->
         {"num_iterations": 2, "max_steps": 4},
         {"num_draws": 2, "gradient_accumulation_steps": 2},
         {"guidance_scale": 2.0},
+        {"bf16": True},
         {"scale_rewards": "none"},
         {"normalization": "group", "spread": "shared"},
     ],
-    ids=["reuse", "draws", "guided", "native units", "group"],
+    ids=["reuse", "draws", "guided", "bf16", "native units", "group"],
 )
 def test_it_goes_with_the_other_settings(
     make_trainer: Make, tmp_path: Path, losses_of: Losses, settings: dict[str, Any]

@@ -12,7 +12,7 @@ from rdm_sdk.config import RDMConfig
 from rdm_sdk.models.roles import STUDENT, TEACHER
 from rdm_sdk.planning.footprint import bytes_of_all
 from rdm_sdk.planning.rehearsal import Rehearsal, Tape
-from rdm_sdk.rewards.resolve import WeightedReward
+from rdm_sdk.rewards.resolve import WeightedReward, carried_back
 
 FLOAT32 = 4
 """Bytes."""
@@ -125,7 +125,7 @@ class Step:
 
     def _judging(self, rewards: Sequence[WeightedReward], held: int, gradients: int) -> Iterator[Phase]:
         """Yield how rewards judge: first those that ask the networks, then those that look at images."""
-        carried = any(own.tilts and own.weight and own.has_gradient for own in rewards)
+        carried = carried_back(rewards)
         if carried:  # the teacher's graph waits until all have judged, one per renoising draw
             teacher = self.rehearsal.carry_back(self.count, self._checkpointing, self._guided)
             waiting = (self.args.num_draws - 1) * teacher.kept

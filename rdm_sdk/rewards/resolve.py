@@ -53,6 +53,11 @@ class WeightedReward:
         return " (tilts)" if self.tilts else "" if self.has_gradient else " (scored)"
 
 
+def carried_back(rewards: Sequence[WeightedReward]) -> bool:
+    """Whether the gradient of some reward that counts goes back through the teacher, whose graph must then be kept."""
+    return any(own.tilts and own.weight and own.has_gradient for own in rewards)
+
+
 def routed(rewards: Sequence[WeightedReward], route: str) -> list[WeightedReward]:
     """Send every external reward, that is every one that trains no critic, down a route.
 
