@@ -209,9 +209,9 @@ def seed_fronts(results: Results, setting: str, kind: str) -> dict[int, Front]:
     return {n: [(read(rows[c, n]), float(rows[c, n]["FID-SD"])) for c in cells] for n in sorted(seeds)}
 
 
-def front_volumes(results: Results, setting: str) -> dict[str, Estimate]:
+def front_volumes(results: Results, setting: str, kinds: Iterable[str] = KINDS) -> dict[str, Estimate]:
     """Return the hypervolume of every method's front, over seeds, against a reference that is worse than every run."""
-    fronts = {kind: found for kind in KINDS if (found := seed_fronts(results, setting, kind))}
+    fronts = {kind: found for kind in kinds if (found := seed_fronts(results, setting, kind))}
     if not fronts:
         return {}
     everyone = [point for found in fronts.values() for front in found.values() for point in front]
@@ -221,9 +221,9 @@ def front_volumes(results: Results, setting: str) -> dict[str, Estimate]:
     }
 
 
-def dmdr_lines(results: Results, setting: str) -> list[str]:
+def dmdr_lines(results: Results, setting: str, kinds: Iterable[str] = KINDS) -> list[str]:
     """Return two tables over DMDR's points: what others have at its reward, and what they have at its FID-SD."""
-    fronts = {kind: found for kind in KINDS if (found := seed_fronts(results, setting, kind))}
+    fronts = {kind: found for kind in kinds if (found := seed_fronts(results, setting, kind))}
     theirs = fronts.pop("dmdr", {})
     if not theirs or not fronts:
         return []
@@ -371,14 +371,14 @@ CONFIRMED = (
 
 def front_confirmation_lines(fresh: Results, both: Results) -> list[str]:
     """Return how DMDR's fronts and the tilt's compare on the confirming seeds, and on these with the first five."""
-    text = []
+    kinds, text = ("dmdr", "tilt"), []
     for setting in SETTINGS:
-        for name, results in (("Fresh seeds", fresh), ("All seeds", both)):
-            if all(seed_fronts(results, setting, kind) for kind in ("dmdr", "tilt")):
-                volumes = front_volumes(results, setting).items()
+        for name, results in (("fresh seeds", fresh), ("all seeds", both)):
+            if all(seed_fronts(results, setting, kind) for kind in kinds):
+                volumes = front_volumes(results, setting, kinds).items()
                 said = "; ".join(f"{kind} {volume} ({volume.count} seeds)" for kind, volume in volumes)
-                text += [f"**{setting}, {name.lower()}.** Hypervolume: {said}.", "", *dmdr_lines(results, setting)]
-    return text
+                text += [f"**{setting}, {name}.** Hypervolume: {said}.", "", *dmdr_lines(results, setting, kinds)]
+    return text or ["Not run yet."]
 
 
 def confirmation_lines(fresh: Results, both: Results) -> list[str]:
