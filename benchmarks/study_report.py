@@ -378,6 +378,9 @@ def front_confirmation_lines(fresh: Results, both: Results) -> list[str]:
                 volumes = front_volumes(results, setting, kinds).items()
                 said = "; ".join(f"{kind} {volume} ({volume.count} seeds)" for kind, volume in volumes)
                 text += [f"**{setting}, {name}.** Hypervolume: {said}.", "", *dmdr_lines(results, setting, kinds)]
+    cells = [cell for setting in SETTINGS for kind in kinds for cell in front_cells(kind, setting) if both.has(cell)]
+    if text:
+        text += ["All seeds:", "", reward_table(both, cells)]
     return text or ["Not run yet."]
 
 
