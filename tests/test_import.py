@@ -37,11 +37,11 @@ LAYERS: list[set[str]] = [
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 WITHIN: dict[str, list[set[str]]] = {
-    "core": [{"noise", "losses", "draws"}, {"groups", "matching", "transitions"}, {"importance"}],
+    "core": [{"noise", "losses", "draws"}, {"groups", "matching", "transitions", "tilting"}, {"importance"}],
     "rewards": [
         {"spec", "context"},
         {"base"},
-        {"dm", "guidance", "adversarial", "scored", "legibility", "callables", "evaluate"},
+        {"dm", "guidance", "adversarial", "scored", "tilt", "legibility", "callables", "evaluate"},
         {"resolve"},
         {"scoring", "builtin"},
     ],
