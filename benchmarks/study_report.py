@@ -228,34 +228,26 @@ def dmdr_lines(results: Results, setting: str, kinds: Iterable[str] = KINDS) -> 
     if not theirs or not fronts:
         return []
 
-    def costs(ours: dict[int, Front], point: int) -> str:
-        """Compare FID-SD at equal reward."""
-        found = []
-        for seed in sorted(theirs.keys() & ours.keys()):
-            reward, distance = theirs[seed][point]
-            cost = cost_of_reward(ours[seed], reward)
-            found += [] if cost is None else [math.log(cost / distance)]
-        return shown(found, ours, ratio)
+    def at_equal_reward(ours: Front, reward: float, distance: float) -> float | None:
+        cost = cost_of_reward(ours, reward)
+        return None if cost is None else math.log(cost / distance)
 
-    def gains(ours: dict[int, Front], point: int) -> str:
-        """Compare rewards at equal FID-SD."""
-        found = []
-        for seed in sorted(theirs.keys() & ours.keys()):
-            reward, distance = theirs[seed][point]
-            best = reward_for_cost(ours[seed], distance)
-            found += [] if best is None else [best - reward]
-        return shown(found, ours, interval)
-
-    def shown(found: list[float], ours: dict[int, Front], show: Callable[[Sequence[float]], str]) -> str:
-        reached = f"{len(found)} of {len(theirs.keys() & ours.keys())} seeds reach it"
-        return f"{show(found)}, {reached}" if len(found) > 1 else reached
+    def at_equal_distance(ours: Front, reward: float, distance: float) -> float | None:
+        best = reward_for_cost(ours, distance)
+        return None if best is None else best - reward
 
     text = []
-    for what, compared in (("reward", costs), ("FID-SD", gains)):
-        lines = [
-            [cell, *(compared(ours, point) for ours in fronts.values())]
-            for point, cell in enumerate(front_cells("dmdr", setting), start=1)
-        ]
+    for what, compare_at, show in (("reward", at_equal_reward, ratio), ("FID-SD", at_equal_distance, interval)):
+        lines = []
+        for point, cell in enumerate(front_cells("dmdr", setting), start=1):
+            line = [cell]
+            for ours in fronts.values():
+                seeds = sorted(theirs.keys() & ours.keys())
+                compared = [compare_at(ours[seed], *theirs[seed][point]) for seed in seeds]
+                found = [value for value in compared if value is not None]
+                reached = f"{len(found)} of {len(seeds)} seeds reach it"
+                line.append(f"{show(found)}, {reached}" if len(found) > 1 else reached)
+            lines.append(line)
         text += [markdown_table((f"at the {what} of", *fronts), lines), ""]
     return text
 

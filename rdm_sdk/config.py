@@ -108,8 +108,8 @@ class RDMConfig(TrainingArguments):
     reward_route: Literal["gradient", "advantage", "tilt"] = field(
         default="gradient",
         metadata={
-            "help": "How external rewards act: by their 'gradient' where they have one, all by 'advantage'(s) of their "
-            "scores, or by a 'tilt' of the teacher that the student is matched to, with or without a gradient."
+            "help": "How external rewards act: by their 'gradient' where they have one and advantages "
+            "elsewhere, all by 'advantage', or by a 'tilt' of the teacher that the student is matched to."
         },
     )
     weighting: str = field(

@@ -49,7 +49,7 @@ def normalize(
 ) -> dict[str, Term]:
     """Put every reward in comparable units (GNDM, arXiv 2603.28460, our reading).
 
-    A gradient is divided by a statistic of the reward's own magnitudes (for distribution matching DMD2's mean
+    A gradient is divided by a statistic of the reward's own magnitudes (for distribution matching and tilts DMD2's mean
     |x_0 - D_real|, otherwise mean |gradient|), at the latents. A sample's own |gradient| is never that statistic: it
     would blow up what a satisfied reward has left to say, so "sample" means "group" for rewards without magnitudes.
     Scores become group advantages; for "sum_then_normalize" they are only centered here, and scaled after their sum.

@@ -131,8 +131,11 @@ def test_a_jacobian_that_is_not_positive_explodes_nothing(latents: Tensor) -> No
     """Networks are no exact denoisers: a negative variance counts by its size, and no group divides by nothing."""
     fields: list[Any] = []
     for sign in (1.0, -1.0):
-        denoiser = lambda _role, sign=sign: lambda x_t, sigma: sign * x_t  # noqa: E731
-        context = DiffusionContext(FlowSchedule(), denoiser, 0.5, 0.500001, 1, carries_back=True)
+
+        def linear(x_t: Tensor, sigma: Tensor, sign: float = sign) -> Tensor:
+            return sign * x_t
+
+        context = DiffusionContext(FlowSchedule(), lambda _role, own=linear: own, 0.5, 0.500001, 1, carries_back=True)
         batch = RewardBatch(latents, [""] * 8, G, lambda x: x, context=context)
         fields.append(tilted(RewardOutput(torch.arange(8.0), torch.ones_like(latents)), batch, "group").gradient)
     torch.testing.assert_close(fields[0], -fields[1])

@@ -27,11 +27,16 @@ def tilted(output: RewardOutput, batch: RewardBatch, scale: ScoreScale) -> Rewar
     rewards in native units.
     """
     fields, magnitudes = [], []
-    for draw in batch.require_context("a tilt").renoise(batch.latents, batch.group_size):
+    context = batch.require_context("a tilt")
+    for draw in context.renoise(batch.latents, batch.group_size):
         if output.gradient is not None:
             fields.append(_by_gradient(output.gradient, output.scores, draw, batch.group_size, scale))
         else:
-            fields.append(_by_group(output.scores, draw, batch, scale))
+            advantage = group_advantage(output.scores, batch.group_size, scale)
+            advantage = advantage.masked_fill(output.scores.isnan(), torch.nan)
+            fields.append(
+                group_covariance(context.schedule, draw.x_t, draw.sigma, batch.latents, advantage, batch.group_size)
+            )
         magnitudes.append(residual_magnitude(batch.latents, draw.x_0(TEACHER)))
     return RewardOutput(output.scores, torch.stack(fields).mean(0), torch.stack(magnitudes).mean(0))
 
@@ -44,9 +49,3 @@ def _by_gradient(gradient: Tensor, scores: Tensor, draw: Renoised, group_size: i
     variance = (gradient * field).flatten(1).sum(1).abs().masked_fill(scores.isnan(), torch.nan)
     deviation = group_scale(variance, group_size, scale).sqrt()
     return field / per_sample(deviation.clamp_min(torch.finfo(torch.float32).eps), field)
-
-
-def _by_group(scores: Tensor, draw: Renoised, batch: RewardBatch, scale: ScoreScale) -> Tensor:
-    advantage = group_advantage(scores, batch.group_size, scale).masked_fill(scores.isnan(), torch.nan)
-    schedule = batch.require_context("a tilt").schedule
-    return group_covariance(schedule, draw.x_t, draw.sigma, batch.latents, advantage, batch.group_size)
