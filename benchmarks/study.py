@@ -75,6 +75,7 @@ def run(cell: Cell, seed: int, num_samples: int, max_steps: int | None = None) -
         "max_steps": settings["max_steps"],
         "learning_rate": settings["learning_rate"],
         **judge(trainer, num_samples),
+        **({"illegibility": illegibility(trainer, 5 * num_samples)} if cell.counts_failures else {}),
         "costs": trainer.costs(),
         "curve": curve,
         "last_log": {name: value for name, value in logged[-1].items() if any(part in name for part in kept)},
@@ -123,12 +124,9 @@ def training_data(with_images: bool) -> Any:
 
 def judge(trainer: Any, num_samples: int) -> dict[str, float]:
     """Return the quality of a student: distances, rewards (also those it was not trained on) and diversity."""
-    import torch
-
     from rdm_sdk import digits, frechet_distance, score_images, teacher_statistics
 
-    prompts = digits.prompts() * (num_samples // 10)
-    images = torch.cat([trainer.sample(prompts[i : i + 250], seed=1000 + i) for i in range(0, len(prompts), 250)])
+    prompts, images = draw_samples(trainer, num_samples)
     scores = score_images(["legibility", "jpeg"], images, prompts, batch_size=500).outputs
     by_prompt = images[:, 0].reshape(-1, 10, images.shape[-1] ** 2)
     return {
@@ -139,6 +137,25 @@ def judge(trainer: Any, num_samples: int) -> dict[str, float]:
         "ink": images.mean().item(),
         "diversity": by_prompt.std(0).mean().item(),
     }
+
+
+def draw_samples(trainer: Any, count: int) -> tuple[list[str], Any]:
+    """Return prompts and a student's images of them; the first of many are those of fewer."""
+    import torch
+
+    from rdm_sdk import digits
+
+    prompts = digits.prompts() * (count // 10)
+    return prompts, torch.cat([trainer.sample(prompts[i : i + 250], seed=1000 + i) for i in range(0, count, 250)])
+
+
+def illegibility(trainer: Any, count: int) -> float:
+    """Return what legibility lacks on average, of more samples: of 1,000, one or two make up most of it."""
+    from rdm_sdk import score_images
+
+    prompts, images = draw_samples(trainer, count)
+    scores = score_images(["legibility"], images, prompts, batch_size=500).outputs["legibility"].scores
+    return float((1 - scores.double()).mean())
 
 
 def curve_callback(trainer: Any, curve: list[dict[str, float]], num_samples: int) -> Any:
@@ -154,12 +171,13 @@ def curve_callback(trainer: Any, curve: list[dict[str, float]], num_samples: int
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
-    """Return the raw results of cells as they are defined now."""
+    """Return the raw results of cells as they are defined now, a cell's last run of a seed."""
     if not path.is_file():
         return []
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     current = {cell.name: cell.digest() for cell in all_cells()}
-    return [row for row in rows if current.get(row["cell"]) == row["digest"]]
+    latest = {(row["cell"], row["seed"]): row for row in rows if current.get(row["cell"]) == row["digest"]}
+    return list(latest.values())
 
 
 def run_all(options: argparse.Namespace) -> None:
@@ -173,7 +191,11 @@ def run_all(options: argparse.Namespace) -> None:
     if options.smoke:
         cells, options.seeds = [cell for cell in cells if cell.name in SMOKE], options.seeds[:2]
     samples, max_steps = (200, 4) if options.smoke else (1000, None)
-    done = {(row["cell"], row["seed"]) for row in read_runs(path)}
+    kept = read_runs(path)
+    if options.complete:
+        counting = {cell.name for cell in cells if cell.counts_failures}
+        kept = [row for row in kept if row["cell"] not in counting or "illegibility" in row]
+    done = {(row["cell"], row["seed"]) for row in kept}
     tasks = [(cell, seed) for seed in options.seeds for cell in cells if (cell.name, seed) not in done]
     tasks.sort(key=lambda task: not set("ac") & set(task[0].questions))  # the estimator first, on which the rest stands
     context = multiprocessing.get_context("spawn")
@@ -195,6 +217,7 @@ def main() -> None:
     running.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     running.add_argument("--only", nargs="+", default=["*"], help="names of cells, or patterns such as 'gndm*'")
     running.add_argument("--processes", type=int, default=2)
+    running.add_argument("--complete", action="store_true", help="run again what lacks illegibility, a later addition")
     running.add_argument("--smoke", action="store_true", help="four cells, two seeds, four steps, 200 samples")
     reporting = commands.add_parser("report", help="write the page and its plots from the raw results")
     reporting.add_argument("--page", type=Path, help="the Markdown file; docs/study.md, or beside other results")

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from study_cells import KINDS, METHODS, RATES, front_cells, sweep_cell
+from study_statistics import Results, Row
 
-if TYPE_CHECKING:
-    from study_report import Results
-
-COLORS = {"dmdr": "C3", "fixed": "C2", "balance": "C0", "constraint": "C4", "tilt": "C1", "tilt on dmd2": "C5"}
+TEACHER_FOUR_STEPS = 31.82
+"""FID-SD of the teacher itself at the student's four steps (docs/digits.md)."""
+COLORS = {kind: f"C{index}" for index, kind in enumerate(KINDS)}
 
 
 def plot_sweep(results: Results, path: Path) -> None:
     """Plot FID-SD against the learning rate, every seed a dot."""
-    from study_report import TEACHER_FOUR_STEPS
-
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for index, method in enumerate(METHODS):
         rates = [rate for rate in RATES if results.has(sweep_cell(method, rate))]
@@ -59,11 +56,8 @@ def plot_reuse(results: Results, cells: Sequence[str], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_fronts(results: Results, setting: str, path: Path) -> None:
-    """Plot reward against FID-SD, from the run without rewards on: a dot per seed, a line through the means."""
-    from study_report import gain
-
-    read = gain(results, setting)
+def plot_fronts(results: Results, read: Callable[[Row], float], setting: str, path: Path) -> None:
+    """Plot a row's reward against FID-SD, from the run without rewards on: a dot per seed, a line through the means."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for kind, (_, base, _) in KINDS.items():
         present = [cell for cell in (base, *front_cells(kind, setting)) if results.has(cell)]
@@ -81,6 +75,11 @@ def plot_fronts(results: Results, setting: str, path: Path) -> None:
     if axes.lines:
         axes.legend()
     _save(figure, path)
+
+
+def picture(name: str) -> str:
+    """Return a plot's path beside the page."""
+    return f"study_{name.replace(' ', '_')}.png"
 
 
 def _save(figure: plt.Figure, path: Path) -> None:

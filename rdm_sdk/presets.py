@@ -61,7 +61,7 @@ PRESETS = {
     "tilt": Preset(
         "GNDM plus rewards that tilt the teacher (ours, docs/method.md); a weight is in deviations of the reward",
         "dm + 0.5*legibility",
-        _GNDM | {"reward_route": "tilt", "weighting": "fixed[cold_start=20]"},
+        _GNDM | {"reward_route": "tilt", "weighting": "fixed"},
     ),
     "refl": Preset(
         "reward back-propagation alone: what happens without distribution matching (arXiv 2304.05977)",

@@ -77,26 +77,26 @@ def test_the_committed_page_is_what_the_committed_results_say(tmp_path: Path) ->
 
 
 @pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return the module that makes the page."""
+def fronts(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the module that compares fronts."""
     monkeypatch.syspath_prepend(str(STUDY.parent))
-    return importlib.import_module("study_report")
+    return importlib.import_module("study_fronts")
 
 
-def test_fronts_compare_at_equal_reward_and_at_equal_distance(report: Any) -> None:
+def test_fronts_compare_at_equal_reward_and_at_equal_distance(fronts: Any) -> None:
     """Linear between points; a point that is better in both stands for what lies below it; None beyond a front."""
     front = [(0.0, 30.0), (2.0, 40.0), (4.0, 80.0)]
-    assert report.cost_of_reward(front, 1.0) == pytest.approx(35.0)
-    assert report.cost_of_reward(front, -1.0) == 30.0
-    assert report.cost_of_reward(front, 5.0) is None
-    assert report.reward_for_cost(front, 60.0) == pytest.approx(3.0)
-    assert report.reward_for_cost(front, 100.0) == 4.0
-    assert report.reward_for_cost(front, 29.0) is None
-    assert report.reward_for_cost([(1.0, 30.0), (0.0, 50.0)], 50.0) == 1.0
+    assert fronts.cost_of_reward(front, 1.0) == pytest.approx(35.0)
+    assert fronts.cost_of_reward(front, -1.0) == 30.0
+    assert fronts.cost_of_reward(front, 5.0) is None
+    assert fronts.reward_for_cost(front, 60.0) == pytest.approx(3.0)
+    assert fronts.reward_for_cost(front, 100.0) == 4.0
+    assert fronts.reward_for_cost(front, 29.0) is None
+    assert fronts.reward_for_cost([(1.0, 30.0), (0.0, 50.0)], 50.0) == 1.0
 
 
-def test_hypervolume_is_the_dominated_area(report: Any) -> None:
+def test_hypervolume_is_the_dominated_area(fronts: Any) -> None:
     """Two steps, one of them partly in the other's shadow; nothing beyond the reference."""
-    assert report.hypervolume([(1.0, 30.0), (3.0, 60.0)], (0.0, 100.0)) == pytest.approx(1 * 70 + 2 * 40)
-    assert report.hypervolume([(1.0, 30.0), (0.5, 60.0)], (0.0, 100.0)) == pytest.approx(70)
-    assert report.hypervolume([(-1.0, 30.0), (1.0, 120.0)], (0.0, 100.0)) == 0.0
+    assert fronts.hypervolume([(1.0, 30.0), (3.0, 60.0)], (0.0, 100.0)) == pytest.approx(1 * 70 + 2 * 40)
+    assert fronts.hypervolume([(1.0, 30.0), (0.5, 60.0)], (0.0, 100.0)) == pytest.approx(70)
+    assert fronts.hypervolume([(-1.0, 30.0), (1.0, 120.0)], (0.0, 100.0)) == 0.0

@@ -1,0 +1,165 @@
+"""Fronts of reward against FID-SD: how they compare, and what the study's page says of them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from itertools import permutations
+
+from study_cells import KINDS, SETTINGS, TILT, front_cells
+from study_plots import picture
+from study_statistics import Estimate, Results, Row, estimate, interval, ratio
+
+from rdm_sdk import markdown_table
+
+FIGURES = ("FID-SD", "legibility", "jpeg", "ink", "diversity", "FID")
+RARE = ("FID-SD", "illegibility", "jpeg", "ink", "diversity", "FID")
+"""With what legibility lacks, over more samples, in its place: there it is near 1 in all cells."""
+
+
+def reward_table(results: Results, cells: Sequence[str], figures: Sequence[str] = FIGURES) -> str:
+    """Return rewards, trained on or not, beside quality."""
+    lines = []
+    for cell in cells:
+        shown = [results.of(cell, figure) for figure in figures]
+        lines.append([cell, shown[0].count, f"{shown[0]}", *(f"{e.mean:.5f} ± {e.half_width:.5f}" for e in shown[1:])])
+    return markdown_table(("cell", "seeds", *figures), lines)
+
+
+def native(row: Row, reward: str) -> float:
+    """Return a reward in units in which it is not saturated: legibility, near 1 in all cells, by what it lacks."""
+    return -math.log10(row["illegibility"] + 1e-7) if reward == "legibility" else float(row[reward])
+
+
+def measured(results: Results, setting: str) -> Results:
+    """Return the rows that have what a setting's rewards are read from."""
+    return results.measured("illegibility") if "legibility" in SETTINGS[setting].rewards else results
+
+
+def shown_figures(setting: str) -> Sequence[str]:
+    """Return the columns of a setting's tables."""
+    return RARE if "legibility" in SETTINGS[setting].rewards else FIGURES
+
+
+def gain(results: Results, setting: str) -> Callable[[Row], float]:
+    """Return the gain in a setting's rewards over `gndm`, each in deviations over its seeds, averaged."""
+    names = SETTINGS[setting].rewards
+    base = {name: [native(row, name) for row in results.rows["gndm"]] for name in names}
+    scales = {name: max(statistics.pstdev(values), 1e-9) for name, values in base.items()}
+
+    def of(row: Row) -> float:
+        return statistics.mean((native(row, n) - statistics.mean(base[n])) / scales[n] for n in names)
+
+    return of
+
+
+Front = list[tuple[float, float]]
+"""Points (reward, FID-SD) of one seed, from the run without rewards on."""
+
+
+def hypervolume(points: Front, reference: tuple[float, float]) -> float:
+    """Return the area between points (reward up, FID-SD down) and a reference that is worse than all of them."""
+    area, best = 0.0, reference[0]
+    for reward, distance in sorted(points, key=lambda point: point[1]):
+        if reward > best and distance < reference[1]:
+            area += (reward - best) * (reference[1] - distance)
+            best = reward
+    return area
+
+
+def cost_of_reward(points: Front, reward: float) -> float | None:
+    """Return the lowest FID-SD at which a front reaches a reward, linear between its points; None if it does not."""
+    reached = [distance for own, distance in points if own >= reward]
+    for (r, d), (other_r, other_d) in permutations(points, 2):
+        if r < reward < other_r:
+            reached.append(d + (other_d - d) * (reward - r) / (other_r - r))
+    return min(reached, default=None)
+
+
+def reward_for_cost(points: Front, distance: float) -> float | None:
+    """Return the highest reward that a front has at an FID-SD or a lower one; None if all its points are worse."""
+    mirrored = cost_of_reward([(-own, -reward) for reward, own in points], -distance)
+    return None if mirrored is None else -mirrored
+
+
+def seed_fronts(results: Results, setting: str, kind: str) -> dict[int, Front]:
+    """Return a method's front per seed, {} if some of it was not run."""
+    cells = [KINDS[kind][1], *front_cells(kind, setting)]
+    if not all(map(results.has, cells)):
+        return {}
+    read = gain(results, setting)
+    seeds = set.intersection(*({row["seed"] for row in results.rows[cell]} for cell in cells))
+    rows = {(row["cell"], row["seed"]): row for cell in cells for row in results.rows[cell]}
+    return {n: [(read(rows[c, n]), float(rows[c, n]["FID-SD"])) for c in cells] for n in sorted(seeds)}
+
+
+def front_volumes(results: Results, setting: str, kinds: Iterable[str] = KINDS) -> dict[str, Estimate]:
+    """Return the hypervolume of every method's front, over seeds, against a reference that is worse than every run."""
+    fronts = {kind: found for kind in kinds if (found := seed_fronts(results, setting, kind))}
+    if not fronts:
+        return {}
+    everyone = [point for found in fronts.values() for front in found.values() for point in front]
+    reference = (min(reward for reward, _ in everyone), max(distance for _, distance in everyone))
+    return {
+        kind: estimate([hypervolume(front, reference) for front in found.values()]) for kind, found in fronts.items()
+    }
+
+
+def equal_lines(results: Results, setting: str, baseline: str, kinds: Iterable[str] = KINDS) -> list[str]:
+    """Return two tables over a method's points: what others have at its reward, and what they have at its FID-SD."""
+    fronts = {kind: found for kind in (baseline, *kinds) if (found := seed_fronts(results, setting, kind))}
+    theirs = fronts.pop(baseline, {})
+    if not theirs or not fronts:
+        return []
+
+    def at_equal_reward(ours: Front, reward: float, distance: float) -> float | None:
+        cost = cost_of_reward(ours, reward)
+        return None if cost is None else math.log(cost / distance)
+
+    def at_equal_distance(ours: Front, reward: float, distance: float) -> float | None:
+        best = reward_for_cost(ours, distance)
+        return None if best is None else best - reward
+
+    text = []
+    for what, compare_at, show in (("reward", at_equal_reward, ratio), ("FID-SD", at_equal_distance, interval)):
+        lines = []
+        for point, cell in enumerate(front_cells(baseline, setting), start=1):
+            line = [cell]
+            for ours in fronts.values():
+                seeds = sorted(theirs.keys() & ours.keys())
+                compared = [compare_at(ours[seed], *theirs[seed][point]) for seed in seeds]
+                found = [value for value in compared if value is not None]
+                reached = f"{len(found)} of {len(seeds)} seeds reach it"
+                line.append(f"{show(found)}, {reached}" if len(found) > 1 else reached)
+            lines.append(line)
+        text += [markdown_table((f"at the {what} of", *fronts), lines), ""]
+    return text
+
+
+def front_lines(everything: Results, setting: str) -> list[str]:
+    """Return the text of one reward setting."""
+    results = measured(everything, setting)
+    bases = list(dict.fromkeys(base for _, base, _ in KINDS.values()))
+    cells = [c for c in (*bases, *(c for k in KINDS for c in front_cells(k, setting))) if results.has(c)]
+    if not any(results.has(cell) for cell in cells if cell not in bases):
+        return [f"### {setting}", "", "Not run yet.", ""]
+    table = reward_table(results, cells, shown_figures(setting))
+    text = [f"### {setting}", "", table, "", f"![{setting}]({picture(f'front_{setting}')})", ""]
+    volumes = front_volumes(results, setting)
+    text += [f"- Hypervolume of {kind}: {volume} ({volume.count} seeds)" for kind, volume in volumes.items()]
+    return [*text, "", *equal_lines(results, setting, "dmdr")]
+
+
+def front_confirmation_lines(everything: Results, setting: str) -> list[str]:
+    """Return how the tilt's front compares with DMDR's over all seeds of both, after a cold start and without one."""
+    results, text = measured(everything, setting), []
+    for baseline in ("dmdr", "dmdr from the start"):
+        if seed_fronts(results, setting, baseline) and seed_fronts(results, setting, TILT):
+            volumes = front_volumes(results, setting, (baseline, TILT)).items()
+            said = "; ".join(f"{kind} {volume} ({volume.count} seeds)" for kind, volume in volumes)
+            text += [f"**{setting}.** Hypervolume: {said}.", "", *equal_lines(results, setting, baseline, (TILT,))]
+    cells = [cell for kind in ("dmdr", "tilt", TILT) for cell in front_cells(kind, setting) if results.has(cell)]
+    return (
+        [*text, reward_table(results, cells, shown_figures(setting)), ""] if text else [f"{setting}: not run yet.", ""]
+    )
