@@ -114,6 +114,8 @@ class Setting:
     """Of tilts after a cold start, in deviations of the reward; chosen in pilots and on seeds 0 to 4 for that end."""
     early_tilts: tuple[tuple[float, ...], ...]
     """Of tilts from the first step on; chosen in pilots."""
+    mixed: tuple[tuple[float, ...], ...] = ()
+    """Of a gradient for `ink` beside a tilt, from the first step on; chosen in pilots."""
 
 
 SETTINGS = {
@@ -122,7 +124,8 @@ SETTINGS = {
         ((0.1, 1.0), (0.1, 3.0), (0.3, 3.0)),
         ((0.1, 3.0), (0.2, 6.0)),
         ((0.3, 0.25), (0.4, 0.5)),
-        ((0.3, 0.25), (0.4, 0.4), (0.5, 0.7)),
+        ((0.3, 0.25), (0.4, 0.4)),
+        ((0.1, 0.25), (0.15, 0.4), (0.25, 0.5)),
     ),
     "jpeg": Setting(("jpeg",), ((1.0,), (3.0,)), ((3.0,), (10.0,)), ((0.2,), (0.35,)), ((0.2,), (0.4,))),
     "legibility": Setting(("legibility",), ((0.1,), (0.5,)), ((0.1,), (0.5,)), ((0.5,), (4.0,)), ((0.8,), (2.0,))),
@@ -132,7 +135,7 @@ one, and a differentiable one."""
 
 LATE: dict[str, Any] = {"weighting": "fixed[cold_start=20]"}
 LATE_TILT: dict[str, Any] = {"reward_route": "tilt"} | LATE
-TILT = "tilt from the start"
+TILT, MIXED = "tilt from the start", "tilt from the start, ink by gradient"
 
 KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dmdr": ("dmdr", "dmd2", {}),
@@ -143,6 +146,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tilt": ("gndm", "gndm", LATE_TILT),
     "tilt on dmd2": ("dmdr", "dmd2", LATE_TILT),
     TILT: ("tilt", "gndm", {}),
+    MIXED: ("tilt", "gndm", {"reward_route": "tilt[ink=gradient]"}),
 }
 """Methods whose fronts compare: preset, the same method without rewards, and settings. GNDMR stands there with DMDR's
 weights, so that only the estimator differs, and with adaptive ones; tilts stand on GNDM's estimator and on DMD2's.
@@ -163,8 +167,8 @@ def fronts() -> list[Cell]:
 def front_weights(kind: str, setting: str) -> tuple[tuple[float, ...], ...]:
     """Return the weights of the points of a method's front; `constraint` finds its own from the strongest."""
     own = SETTINGS[setting]
-    if kind == TILT:
-        return own.early_tilts
+    if kind in (TILT, MIXED):
+        return own.early_tilts if kind == TILT else own.mixed
     if kind.startswith("tilt"):
         return own.tilts
     if kind == "constraint":

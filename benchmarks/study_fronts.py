@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from itertools import permutations
 
-from study_cells import KINDS, SETTINGS, TILT, front_cells
+from study_cells import KINDS, MIXED, SETTINGS, TILT, front_cells
 from study_plots import picture
 from study_statistics import Estimate, Results, Row, estimate, interval, ratio
 
@@ -85,8 +85,9 @@ def reward_for_cost(points: Front, distance: float) -> float | None:
 
 def seed_fronts(results: Results, setting: str, kind: str) -> dict[int, Front]:
     """Return a method's front per seed, {} if some of it was not run."""
-    cells = [KINDS[kind][1], *front_cells(kind, setting)]
-    if not all(map(results.has, cells)):
+    points = front_cells(kind, setting)
+    cells = [KINDS[kind][1], *points]
+    if not points or not all(map(results.has, cells)):
         return {}
     read = gain(results, setting)
     seeds = set.intersection(*({row["seed"] for row in results.rows[cell]} for cell in cells))
@@ -154,12 +155,13 @@ def front_lines(everything: Results, setting: str) -> list[str]:
 def front_confirmation_lines(everything: Results, setting: str) -> list[str]:
     """Return how the tilt's front compares with DMDR's over all seeds of both, after a cold start and without one."""
     results, text = measured(everything, setting), []
+    ours = tuple(kind for kind in (TILT, MIXED) if seed_fronts(results, setting, kind))
     for baseline in ("dmdr", "dmdr from the start"):
-        if seed_fronts(results, setting, baseline) and seed_fronts(results, setting, TILT):
-            volumes = front_volumes(results, setting, (baseline, TILT)).items()
+        if ours and seed_fronts(results, setting, baseline):
+            volumes = front_volumes(results, setting, (baseline, *ours)).items()
             said = "; ".join(f"{kind} {volume} ({volume.count} seeds)" for kind, volume in volumes)
-            text += [f"**{setting}.** Hypervolume: {said}.", "", *equal_lines(results, setting, baseline, (TILT,))]
-    cells = [cell for kind in ("dmdr", "tilt", TILT) for cell in front_cells(kind, setting) if results.has(cell)]
-    return (
-        [*text, reward_table(results, cells, shown_figures(setting)), ""] if text else [f"{setting}: not run yet.", ""]
-    )
+            text += [f"**{setting}.** Hypervolume: {said}.", "", *equal_lines(results, setting, baseline, ours)]
+    if not text:
+        return [f"{setting}: not run yet.", ""]
+    cells = [cell for kind in ("dmdr", "tilt", *ours) for cell in front_cells(kind, setting) if results.has(cell)]
+    return [*text, reward_table(results, cells, shown_figures(setting)), ""]

@@ -12,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from rdm_sdk.errors import ConfigError, nearest
+from rdm_sdk.rewards.routes import parse_route
 from rdm_sdk.weighting import make_weighting
 
 
@@ -105,11 +106,12 @@ class RDMConfig(TrainingArguments):
         default="normalize_then_sum",
         metadata={"help": "Whether scores of several rewards are normalized before they are weighted and summed."},
     )
-    reward_route: Literal["gradient", "advantage", "tilt"] = field(
+    reward_route: str = field(
         default="gradient",
         metadata={
-            "help": "How external rewards act: by their 'gradient' where they have one and advantages "
-            "elsewhere, all by 'advantage', or by a 'tilt' of the teacher that the student is matched to."
+            "help": "How external rewards act: by their 'gradient' where they have one and advantages elsewhere, all "
+            "by 'advantage', or by a 'tilt' of the teacher that the student is matched to; with exceptions, such as "
+            "'tilt[ink=gradient]'."
         },
     )
     weighting: str = field(
@@ -249,6 +251,7 @@ class RDMConfig(TrainingArguments):
         if self.fp16:
             raise ConfigError("fp16=True is not supported: its range is too small for scores. Use bf16=True.")
         make_weighting(self.weighting)  # so that a typo is found here
+        parse_route(self.reward_route)
         super().__post_init__()  # type: ignore[no-untyped-call]
 
     @property
@@ -280,7 +283,6 @@ _CHOICES = {
     "critic_rollouts": ("shared", "fresh"),
     "scale_rewards": ("group", "batch", "none"),
     "multi_objective_aggregation": ("normalize_then_sum", "sum_then_normalize"),
-    "reward_route": ("gradient", "advantage", "tilt"),
     "sampler": ("renoise", "cps", "sde", "ode"),
     "ratio_reduction": ("sum", "mean"),
     "reward_on_error": ("raise", "skip"),

@@ -28,7 +28,8 @@ from rdm_sdk.models.load import load_adapter
 from rdm_sdk.models.roles import STUDENT
 from rdm_sdk.objective import Signal, Term, combine, normalize, policy_loss, policy_pull
 from rdm_sdk.requirements import check_run, check_same_plugins, role_configs
-from rdm_sdk.rewards.resolve import RewardFuncs, resolve_rewards, routed
+from rdm_sdk.rewards.resolve import RewardFuncs, resolve_rewards
+from rdm_sdk.rewards.routes import routed
 from rdm_sdk.rewards.tilt import tilted
 from rdm_sdk.sampling import StudentOf, plan_steps, redraw, replay_log_ratio, rollout, state_log_ratio
 from rdm_sdk.types import Condition, Experience, RewardOutput, select, select_steps

@@ -48,6 +48,10 @@ def brightness(images: Tensor, prompts: list[str]) -> Tensor:
         ({"critic_correction": "grup"}, r"critic_correction='grup' .*Did you mean 'group'\?"),
         ({"ratio_reduction": "men"}, r"ratio_reduction='men' .*Did you mean 'mean'\?"),
         ({"reward_route": "advantages"}, r"reward_route='advantages' .*Did you mean 'advantage'\?"),
+        ({"reward_route": "tilt[clip]"}, r"reward_route='tilt\[clip\]': 'clip' is no exception; write 'name=route'"),
+        ({"reward_route": "tilt[a=gradient,a=tilt]"}, "names 'a' twice"),
+        ({"reward_route": "tilt[a=slope]"}, "no route 'slope'.*gradient, advantage, tilt"),
+        ({"reward_route": "tilt[a=gradient"}, r"cannot be read; .*'tilt\[ink=gradient\]'"),
         ({"normalization": "rsm"}, r"normalization='rsm' .*Did you mean 'rms'\?"),
         (
             {"multi_objective_aggregation": "sum_then_normalise"},

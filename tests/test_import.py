@@ -43,7 +43,7 @@ WITHIN: dict[str, list[set[str]]] = {
         {"base"},
         {"dm", "guidance", "adversarial", "scored", "tilt", "legibility", "callables", "evaluate"},
         {"resolve"},
-        {"scoring", "builtin"},
+        {"scoring", "builtin", "routes"},
     ],
     "vision": [{"preprocess", "weights"}, {"clip"}, {"__init__"}],
     "testing": [

@@ -14,7 +14,8 @@ from rdm_sdk.rewards.dm import DistributionMatching
 from rdm_sdk.rewards.evaluate import evaluate_reward
 from rdm_sdk.rewards.guidance import Guidance
 from rdm_sdk.rewards.legibility import Legibility
-from rdm_sdk.rewards.resolve import resolve_rewards, routed
+from rdm_sdk.rewards.resolve import resolve_rewards
+from rdm_sdk.rewards.routes import routed
 from rdm_sdk.rewards.scored import Scored
 
 Make = Callable[..., RDMTrainer]

@@ -27,7 +27,8 @@ from rdm_sdk.core.noise import FlowSchedule
 from rdm_sdk.core.tilting import group_covariance
 from rdm_sdk.rewards.context import DiffusionContext
 from rdm_sdk.rewards.dm import DistributionMatching
-from rdm_sdk.rewards.resolve import resolve_rewards, routed
+from rdm_sdk.rewards.resolve import resolve_rewards
+from rdm_sdk.rewards.routes import routed
 from rdm_sdk.rewards.tilt import tilted
 from rdm_sdk.types import RewardOutput
 
@@ -224,6 +225,35 @@ def test_which_rewards_tilt() -> None:
     by_its_score = resolve_rewards(Scored(DistributionMatching()))
     assert routed(by_its_score, "tilt") == by_its_score
     assert not any(own.tilts for route in ("gradient", "advantage") for own in routed(rewards, route))
+
+
+def test_a_reward_can_go_another_way() -> None:
+    """Exceptions are named by what logs call a reward; the others take the route that the spec begins with."""
+    rewards = resolve_rewards(["dm + legibility + guidance", brightness])
+    legibility, guidance, bright = routed(rewards, "tilt[legibility=gradient, guidance=advantage]")[1:]
+    assert not legibility.tilts
+    assert legibility.has_gradient
+    assert not guidance.pathwise
+    assert bright.tilts
+    legibility, guidance, bright = routed(rewards, "gradient[legibility=advantage,brightness=tilt]")[1:]
+    assert not legibility.pathwise
+    assert guidance is rewards[2]
+    assert bright.tilts
+
+
+@pytest.mark.parametrize(
+    ("route", "words"),
+    [
+        ("tilt[legibilty=gradient]", r"'legibilty', which is not among .*Did you mean 'legibility'\?.*dm, legibility"),
+        ("tilt[dm=gradient]", "'dm' has a critic and its own way"),
+        ("tilt[brightness=gradient]", "'brightness' has no gradient; .*'advantage' or 'tilt'"),
+        ("gradient[guidance=tilt]", "'guidance' computes its own field"),
+    ],
+)
+def test_exceptions_that_cannot_be(route: str, words: str) -> None:
+    """A reward that is not there, or that cannot go where it is sent, is named."""
+    with pytest.raises(RewardError, match=words):
+        routed(resolve_rewards(["dm + legibility + guidance", brightness]), route)
 
 
 def run(make_trainer: Make, folder: Path, rewards: Any, **settings: Any) -> RDMTrainer:

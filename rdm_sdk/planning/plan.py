@@ -28,7 +28,8 @@ from rdm_sdk.planning.phases import Phase, Step
 from rdm_sdk.planning.rehearsal import Rehearsal
 from rdm_sdk.requirements import role_configs
 from rdm_sdk.rewards.base import Reward
-from rdm_sdk.rewards.resolve import RewardFuncs, WeightedReward, declare_rewards, routed
+from rdm_sdk.rewards.resolve import RewardFuncs, WeightedReward, declare_rewards
+from rdm_sdk.rewards.routes import routed
 from rdm_sdk.rewards.scored import Scored
 
 GB = 2**30

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any, TypeAlias
 
@@ -16,7 +16,6 @@ from rdm_sdk.hookspecs import REWARD_NAME
 from rdm_sdk.registry import registry
 from rdm_sdk.rewards.base import Capabilities, Reward, RewardConfig, check_class
 from rdm_sdk.rewards.callables import as_reward
-from rdm_sdk.rewards.scored import Scored
 from rdm_sdk.rewards.spec import RewardTerm, checked_model, label_terms, make_term, parse_spec
 
 RewardLike: TypeAlias = str | RewardTerm | Reward | Callable[..., object] | Mapping[str, Any]
@@ -56,24 +55,6 @@ class WeightedReward:
 def carried_back(rewards: Sequence[WeightedReward]) -> bool:
     """Whether the gradient of some reward that counts goes back through the teacher, whose graph must then be kept."""
     return any(own.tilts and own.weight and own.has_gradient for own in rewards)
-
-
-def routed(rewards: Sequence[WeightedReward], route: str) -> list[WeightedReward]:
-    """Send every external reward, that is every one that trains no critic, down a route.
-
-    "gradient" leaves each as it is, "advantage" takes gradients away, "tilt" lets a reward tilt the teacher unless it
-    computes its own field, which is in the teacher's terms already (`guidance`).
-    """
-
-    def sent(own: WeightedReward) -> WeightedReward:
-        declared = own.reward.capabilities
-        if declared.trains or route == "gradient":
-            return own
-        if route == "tilt":
-            return replace(own, tilts=declared.gradient != "field")
-        return replace(own, reward=Scored(own.reward)) if own.has_gradient else own
-
-    return [sent(own) for own in rewards]
 
 
 def resolve_rewards(
