@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,9 @@ def test_a_reward_can_go_another_way() -> None:
     assert not legibility.pathwise
     assert guidance is rewards[2]
     assert bright.tilts
+    assert routed(rewards, "gradient[brightness=advantage]")[3] is rewards[3]
+    long = replace(rewards[3], label="acme/sharp:v2[radius=3]")
+    assert [own.tilts for own in routed([long, rewards[3]], "gradient[acme/sharp:v2[radius=3]=tilt]")] == [True, False]
 
 
 @pytest.mark.parametrize(
