@@ -176,7 +176,7 @@ def write_report(out: Path, page: Path | None) -> Path:
     if not results.has("dmd2") and results.has("gndm"):
         raise SystemExit(f"{out / 'runs.jsonl'} has no runs of dmd2 and gndm; start with: study.py run")
     plot_sweep(results, page.parent / picture("sweep"))
-    reuse = [cell.name for cell in all_cells() if "uses" in cell.name and results.has(cell.name)]
+    reuse = [c.name for c in all_cells() if c.questions == "c" and c.name != FRESH and results.has(c.name)]
     plot_reuse(results, [c for c in ("gndm", *reuse) if "lr" not in c], page.parent / picture("reuse"))
     for setting in SETTINGS:
         own = measured(results, setting)
