@@ -13,13 +13,10 @@ from study_statistics import Estimate, Results, Row, estimate, interval, ratio
 
 from rdm_sdk import markdown_table
 
-FIGURES = ("FID-SD", "legibility", "jpeg", "ink", "diversity", "FID")
-RARE = ("FID-SD", "illegibility", "jpeg", "ink", "diversity", "FID")
-"""With what legibility lacks, over more samples, in its place: there it is near 1 in all cells."""
 
-
-def reward_table(results: Results, cells: Sequence[str], figures: Sequence[str] = FIGURES) -> str:
+def reward_table(results: Results, cells: Sequence[str]) -> str:
     """Return rewards, trained on or not, beside quality."""
+    figures = ("FID-SD", "legibility", "jpeg", "ink", "diversity", "FID")
     lines = []
     for cell in cells:
         shown = [results.of(cell, figure) for figure in figures]
@@ -29,17 +26,7 @@ def reward_table(results: Results, cells: Sequence[str], figures: Sequence[str] 
 
 def native(row: Row, reward: str) -> float:
     """Return a reward in units in which it is not saturated: legibility, near 1 in all cells, by what it lacks."""
-    return -math.log10(row["illegibility"] + 1e-7) if reward == "legibility" else float(row[reward])
-
-
-def measured(results: Results, setting: str) -> Results:
-    """Return the rows that have what a setting's rewards are read from."""
-    return results.measured("illegibility") if "legibility" in SETTINGS[setting].rewards else results
-
-
-def shown_figures(setting: str) -> Sequence[str]:
-    """Return the columns of a setting's tables."""
-    return RARE if "legibility" in SETTINGS[setting].rewards else FIGURES
+    return -math.log10(1 - row["legibility"] + 1e-7) if reward == "legibility" else float(row[reward])
 
 
 def gain(results: Results, setting: str) -> Callable[[Row], float]:
@@ -138,30 +125,34 @@ def equal_lines(results: Results, setting: str, baseline: str, kinds: Iterable[s
     return text
 
 
-def front_lines(everything: Results, setting: str) -> list[str]:
+def front_lines(results: Results, setting: str) -> list[str]:
     """Return the text of one reward setting."""
-    results = measured(everything, setting)
     bases = list(dict.fromkeys(base for _, base, _ in KINDS.values()))
     cells = [c for c in (*bases, *(c for k in KINDS for c in front_cells(k, setting))) if results.has(c)]
     if not any(results.has(cell) for cell in cells if cell not in bases):
         return [f"### {setting}", "", "Not run yet.", ""]
-    table = reward_table(results, cells, shown_figures(setting))
-    text = [f"### {setting}", "", table, "", f"![{setting}]({picture(f'front_{setting}')})", ""]
+    text = [f"### {setting}", "", reward_table(results, cells), "", f"![{setting}]({picture(f'front_{setting}')})", ""]
     volumes = front_volumes(results, setting)
     text += [f"- Hypervolume of {kind}: {volume} ({volume.count} seeds)" for kind, volume in volumes.items()]
     return [*text, "", *equal_lines(results, setting, "dmdr")]
 
 
-def front_confirmation_lines(everything: Results, setting: str) -> list[str]:
-    """Return how the tilt's front compares with DMDR's over all seeds of both, after a cold start and without one."""
-    results, text = measured(everything, setting), []
-    ours = tuple(kind for kind in (TILT, MIXED) if seed_fronts(results, setting, kind))
-    for baseline in ("dmdr", "dmdr from the start"):
-        if ours and seed_fronts(results, setting, baseline):
-            volumes = front_volumes(results, setting, (baseline, *ours)).items()
-            said = "; ".join(f"{kind} {volume} ({volume.count} seeds)" for kind, volume in volumes)
-            text += [f"**{setting}.** Hypervolume: {said}.", "", *equal_lines(results, setting, baseline, ours)]
+def front_confirmation_lines(fresh: Results, both: Results, setting: str) -> list[str]:
+    """Return how the tilts' fronts compare with DMDR's on the confirming seeds, and on these with the first five.
+
+    Where legibility is the reward, it is that of the larger sample.
+    """
+    text = []
+    for name, everything in (("fresh seeds", fresh), ("all seeds", both)):
+        results = everything.counted() if setting == "legibility" else everything
+        ours = tuple(kind for kind in ("tilt", TILT, MIXED) if seed_fronts(results, setting, kind))
+        for baseline in ("dmdr", "dmdr from the start"):
+            if ours and seed_fronts(results, setting, baseline):
+                volumes = front_volumes(results, setting, (baseline, *ours)).items()
+                said = "; ".join(f"{kind} {volume} ({volume.count} seeds)" for kind, volume in volumes)
+                text += [f"**{setting}, {name}.** Hypervolume: {said}.", ""]
+                text += equal_lines(results, setting, baseline, ours)
     if not text:
         return [f"{setting}: not run yet.", ""]
-    cells = [cell for kind in ("dmdr", "tilt", *ours) for cell in front_cells(kind, setting) if results.has(cell)]
-    return [*text, reward_table(results, cells, shown_figures(setting)), ""]
+    cells = [cell for kind in ("dmdr", *ours) for cell in front_cells(kind, setting) if results.has(cell)]
+    return [*text, "All seeds:", "", reward_table(results, cells), ""]

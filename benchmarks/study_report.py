@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from study_cells import CONFIRMING_SEEDS, FRESH, METHODS, RATES, SEEDS, SETTINGS, all_cells, long_cell, sweep_cell
-from study_fronts import front_confirmation_lines, front_lines, gain, measured, reward_table
+from study_fronts import front_confirmation_lines, front_lines, gain, reward_table
 from study_plots import picture, plot_fronts, plot_reuse, plot_sweep
 from study_statistics import Estimate, Results, Row, compare, estimate
 
@@ -179,9 +179,7 @@ def write_report(out: Path, page: Path | None) -> Path:
     reuse = [c.name for c in all_cells() if c.questions == "c" and c.name != FRESH and results.has(c.name)]
     plot_reuse(results, [c for c in ("gndm", *reuse) if "lr" not in c], page.parent / picture("reuse"))
     for setting in SETTINGS:
-        own = measured(results, setting)
-        if own.has("gndm"):
-            plot_fronts(own, gain(own, setting), setting, page.parent / picture(f"front_{setting}"))
+        plot_fronts(results, gain(results, setting), setting, page.parent / picture(f"front_{setting}"))
     others = [c.name for c in all_cells() if (c.questions == "d" or c.preset == "refl") and results.has(c.name)]
     reading = Path(__file__).parent / "study_reading.md"
     sections = [
@@ -191,7 +189,7 @@ def write_report(out: Path, page: Path | None) -> Path:
         "## On a closed-form mixture\n\n" + "\n".join(mixture_lines(out / "mixture.jsonl")),
         "## b. DMDR against GNDMR\n\n" + "\n".join(line for s in SETTINGS for line in front_lines(results, s)),
         "### DMDR against the tilt, more seeds\n\n"
-        + "\n".join(x for s in SETTINGS for x in front_confirmation_lines(both, s)),
+        + "\n".join(line for s in SETTINGS for line in front_confirmation_lines(fresh, both, s)),
         "## c. Importance sampling\n\n" + "\n".join(reuse_lines(results, both, reuse)),
         "## d, e. Guidance, adversary, and rewards alone\n\n" + reward_table(results, ["gndm", *others]),
     ]

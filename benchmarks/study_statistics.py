@@ -52,9 +52,14 @@ class Results:
         # One seed says nothing: such cells are for the next call of `study.py run` to finish.
         self.rows = {cell: own for cell, own in self.rows.items() if len(own) > 1}
 
-    def measured(self, figure: str) -> Results:
-        """Return the rows that have a figure."""
-        return Results(row for own in self.rows.values() for row in own if figure in row)
+    def counted(self) -> Results:
+        """Return the rows whose illegible samples were counted among more, with legibility as these say."""
+        return Results(
+            row | {"legibility": 1 - row["illegibility"]}
+            for own in self.rows.values()
+            for row in own
+            if "illegibility" in row
+        )
 
     def has(self, cell: str) -> bool:
         return cell in self.rows
