@@ -128,9 +128,7 @@ SETTINGS = {
         ((0.08, 0.2), (0.1, 0.25), (0.15, 0.4), (0.25, 0.5)),
     ),
     "jpeg": Setting(("jpeg",), ((1.0,), (3.0,)), ((3.0,), (10.0,)), ((0.2,), (0.35,)), ((0.2,), (0.3,), (0.4,))),
-    "legibility": Setting(
-        ("legibility",), ((0.1,), (0.5,)), ((0.1,), (0.5,)), ((0.5,), (4.0,)), ((1.0,), (1.7,), (2.5,))
-    ),
+    "legibility": Setting(("legibility",), ((0.1,), (0.5,)), ((0.1,), (0.5,)), ((0.5,), (4.0,)), ((1.0,), (2.5,))),
 }
 """Two rewards that conflict (correlation -0.47 over real scans of a digit; one is differentiable, one scored), a scored
 one, and a differentiable one."""
