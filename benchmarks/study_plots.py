@@ -36,7 +36,7 @@ def plot_sweep(results: Results, path: Path) -> None:
 
 def plot_reuse(results: Results, cells: Sequence[str], path: Path) -> None:
     """Plot FID-SD along the runs (or at their end) against student rollouts and against all network evaluations."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4), sharey=True, layout="constrained")
     for index, cell in enumerate(cells):
         rows = results.rows[cell]
         points = [[*row["curve"], {"FID-SD": row["FID-SD"], **row["costs"]}] for row in rows]
@@ -49,10 +49,10 @@ def plot_reuse(results: Results, cells: Sequence[str], path: Path) -> None:
                 for at in zip(*points, strict=True)
             ]
             style = "--" if "no weights" in cell else "-"
-            panel.plot(cost, quality, style, marker=".", color=f"C{index}", label=cell)
-    panels[0].set(xlabel="student rollouts (samples)", ylabel="FID-SD", yscale="log")
+            panel.plot(cost, quality, style, marker="o", color=plt.get_cmap("tab20")(index), label=cell)
+    panels[0].set(xlabel="student rollouts (samples)", ylabel="FID-SD", xscale="log", yscale="log")
     panels[1].set(xlabel="network evaluations (samples)")
-    panels[1].legend()
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     _save(figure, path)
 
 

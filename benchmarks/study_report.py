@@ -177,7 +177,8 @@ def write_report(out: Path, page: Path | None) -> Path:
         raise SystemExit(f"{out / 'runs.jsonl'} has no runs of dmd2 and gndm; start with: study.py run")
     plot_sweep(results, page.parent / picture("sweep"))
     reuse = [c.name for c in all_cells() if c.questions == "c" and c.name != FRESH and results.has(c.name)]
-    plot_reuse(results, [c for c in ("gndm", *reuse) if "lr" not in c], page.parent / picture("reuse"))
+    plotted = [cell for cell in (FRESH, "gndm", *reuse) if "lr" not in cell and results.has(cell)]
+    plot_reuse(results, plotted, page.parent / picture("reuse"))
     for setting in SETTINGS:
         plot_fronts(results, gain(results, setting), setting, page.parent / picture(f"front_{setting}"))
     others = [c.name for c in all_cells() if (c.questions == "d" or c.preset == "refl") and results.has(c.name)]
