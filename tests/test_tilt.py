@@ -260,6 +260,19 @@ def test_exceptions_that_cannot_be(route: str, words: str) -> None:
         routed(resolve_rewards(["dm + legibility + guidance", brightness]), route)
 
 
+def test_a_wrong_exception_is_found_before_a_reward_is_loaded(
+    make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reward models may be large; what a route names is checked on what rewards declare."""
+
+    def loading(_: object) -> None:
+        raise AssertionError("the classifier was loaded")
+
+    monkeypatch.setattr("rdm_sdk.rewards.legibility.Legibility.__init__", loading)
+    with pytest.raises(RewardError, match="'legibilty'"):
+        make_trainer(tmp_path, "dm + legibility", reward_route="tilt[legibilty=gradient]")
+
+
 def run(make_trainer: Make, folder: Path, rewards: Any, **settings: Any) -> RDMTrainer:
     """Train for a few bold steps."""
     given: dict[str, Any] = {"reward_route": "tilt", "max_steps": 3, "learning_rate": 2e-3, "critic_steps": 1}
