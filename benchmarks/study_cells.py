@@ -167,8 +167,10 @@ def fronts() -> list[Cell]:
 def front_weights(kind: str, setting: str) -> tuple[tuple[float, ...], ...]:
     """Return the weights of the points of a method's front; `constraint` finds its own from the strongest."""
     own = SETTINGS[setting]
-    if kind in (TILT, MIXED):
-        return own.early_tilts if kind == TILT else own.mixed
+    if kind == TILT:
+        return own.early_tilts
+    if kind == MIXED:
+        return own.mixed
     if kind.startswith("tilt"):
         return own.tilts
     if kind == "constraint":

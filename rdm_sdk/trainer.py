@@ -28,8 +28,8 @@ from rdm_sdk.models.load import load_adapter
 from rdm_sdk.models.roles import STUDENT
 from rdm_sdk.objective import Signal, Term, combine, normalize, policy_loss, policy_pull
 from rdm_sdk.requirements import check_run, check_same_plugins, role_configs
-from rdm_sdk.rewards.resolve import RewardFuncs, declare_rewards, resolve_rewards
-from rdm_sdk.rewards.routes import routed
+from rdm_sdk.rewards.resolve import RewardFuncs
+from rdm_sdk.rewards.routes import load_routed
 from rdm_sdk.rewards.tilt import tilted
 from rdm_sdk.sampling import StudentOf, plan_steps, redraw, replay_log_ratio, rollout, state_log_ratio
 from rdm_sdk.types import Condition, Experience, RewardOutput, select, select_steps
@@ -81,9 +81,7 @@ class RDMTrainer(JudgingTrainer):
             raise ConfigError(f"args must be an RDMConfig; got {type(args).__name__}")
         train_dataset = None if train_dataset is None else load_prompts(train_dataset)
         eval_dataset = None if eval_dataset is None else load_prompts(eval_dataset, "eval_dataset")
-        # Once as declared, so that a wrong name is found before any reward's model is loaded.
-        routed(declare_rewards(reward_funcs, args.reward_weights), args.reward_route)
-        self.rewards = routed(resolve_rewards(reward_funcs, args.reward_weights), args.reward_route)
+        self.rewards = load_routed(reward_funcs, args.reward_weights, args.reward_route)
         check_run(args, self.rewards, {"train_dataset": train_dataset, "eval_dataset": eval_dataset}, weighting)
         roles = role_configs(args, self.rewards, peft_config, fake_peft_config)
 

@@ -49,6 +49,22 @@ def test_what_is_there_is_not_run_again(smoke: Path) -> None:
     assert (smoke / "runs.jsonl").read_text() == before
 
 
+def test_what_lacks_a_later_figure_is_run_again(smoke: Path, tmp_path: Path) -> None:
+    """`--complete` runs only the rows without it, and the new ones are the same to the bit but for it."""
+    rows = [json.loads(line) for line in (smoke / "runs.jsonl").read_text().splitlines()]
+    older = next(row for row in rows if row["cell"] == "dmd2")
+    counted = older.pop("illegibility")
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert study("run", "--smoke", "--complete", "--out", str(tmp_path)).returncode == 0
+    after = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert after[:-1] == rows
+    again = after[-1]
+    assert again["illegibility"] == counted
+    assert {name: again[name] for name in ("cell", "seed", "FID-SD")} == {
+        n: older[n] for n in ("cell", "seed", "FID-SD")
+    }
+
+
 def test_the_page_regenerates_from_the_raw_results(smoke: Path) -> None:
     """One command writes the page with its tables and plots."""
     result = study("report", "--out", str(smoke))

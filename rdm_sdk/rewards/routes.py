@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from rdm_sdk.errors import ConfigError, RewardError, nearest
-from rdm_sdk.rewards.resolve import WeightedReward
+from rdm_sdk.rewards.resolve import RewardFuncs, WeightedReward, declare_rewards, resolve_rewards
 from rdm_sdk.rewards.scored import Scored
 
 ROUTES = ("gradient", "advantage", "tilt")
@@ -58,6 +58,18 @@ def routed(rewards: Sequence[WeightedReward], spec: str) -> list[WeightedReward]
     route, exceptions = parse_route(spec)
     _check(rewards, exceptions, spec)
     return [_sent(own, exceptions.get(own.label, route)) for own in rewards]
+
+
+def load_routed(
+    reward_funcs: RewardFuncs, weights: Sequence[float] | Mapping[str, float] | None, spec: str
+) -> list[WeightedReward]:
+    """Resolve rewards and send them down their routes; a wrong spec is found before any reward's model is loaded.
+
+    Raises:
+        ConfigError, RewardError: as `routed` and `resolve_rewards`.
+    """
+    routed(declare_rewards(reward_funcs, weights), spec)
+    return routed(resolve_rewards(reward_funcs, weights), spec)
 
 
 def _sent(own: WeightedReward, route: str) -> WeightedReward:
