@@ -32,6 +32,14 @@ class RDMConfig(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Off: rewards may use every column."})
 
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "Off: batches are texts."})
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Run blocks again in the backward pass, to save memory; None is no.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
 
     num_generations: int = field(default=8, metadata={"help": "Samples per prompt: the size G of a group."})
     num_inference_steps: int = field(default=4, metadata={"help": "Steps K of the student."})
@@ -252,7 +260,15 @@ class RDMConfig(TrainingArguments):
             raise ConfigError("fp16=True is not supported: its range is too small for scores. Use bf16=True.")
         make_weighting(self.weighting)  # so that a typo is found here
         parse_route(self.reward_route)
+        self._name_checkpointing()
         super().__post_init__()  # type: ignore[no-untyped-call]
+
+    def _name_checkpointing(self) -> None:
+        """Give activation checkpointing its older name, the only one that earlier versions of transformers know."""
+        if not hasattr(TrainingArguments, "activation_checkpointing"):
+            if self.activation_checkpointing is not None:
+                self.gradient_checkpointing = self.activation_checkpointing
+            self.activation_checkpointing = self.gradient_checkpointing
 
     @property
     def sizes(self) -> list[tuple[int | None, int | None]]:

@@ -155,7 +155,9 @@ class RDMTrainer(JudgingTrainer):
         signal = combine(terms, self.weights, args.num_generations, args.scale_rewards)
         loss = self._student_loss(experience, x_0, signal, terms)
         if not bool(loss.isfinite()):
-            raise RDMError(f"the student's loss is {loss.item()}; lower the learning rates or look at log_images")
+            raise RDMError(
+                f"the student's loss is {loss.item()}; lower the learning rates or look at log_images. {WHICH}"
+            )
         self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
         if signal.field is not None:
             self._check_student_gradient()
@@ -241,7 +243,7 @@ class RDMTrainer(JudgingTrainer):
             self.average_gradients(self.parameters_of(role))
             norm = nn.utils.clip_grad_norm_(self.parameters_of(role), self.args.critic_max_grad_norm or torch.inf)
             if not bool(norm.isfinite()):
-                raise RDMError(f"the critic's gradient norm is {norm.item()}; lower critic_learning_rate")
+                raise RDMError(f"the critic's gradient norm is {norm.item()}; lower critic_learning_rate. {WHICH}")
             self.monitor.log(f"{own.label}/critic_grad_norm", norm)
         # The raw optimizer, because accelerate's wrapper skips steps in the middle of an accumulation window. The
         # student has no gradients at this point, and Adam leaves parameters without a gradient alone.
@@ -383,5 +385,6 @@ class RDMTrainer(JudgingTrainer):
         self.weighting.load_state_dict(state.weighting)
 
 
+WHICH = "Where rates are not to blame, torch.autograd.set_detect_anomaly(True) names the operation that began it"
 FIRST_RATIO_TOLERANCE = {False: 1e-3, True: 0.05}
 """How far a first log-ratio per dimension may be from 0, in float32 and in bf16."""

@@ -107,7 +107,7 @@ class FirstOfGroup(Sound):
 
     def score(self, batch: RewardBatch) -> Tensor:
         first = torch.arange(len(batch)) % batch.group_size == 0
-        return brightness(batch) + first.float()
+        return brightness(batch) + first.float().to(batch.images.device)
 
 
 class DeafToPrompts(Sound):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 RUN = """
 import sys, torch
@@ -14,7 +15,7 @@ trainer = RDMTrainer(
     digits.teacher_path(),
     args=RDMConfig(output_dir=sys.argv[1], max_steps=2, per_device_train_batch_size=4, num_generations=4,
                    guidance_scale=1.0, max_sequence_length=4, critic_steps=1, save_strategy="no", logging_steps=1,
-                   disable_tqdm=True, use_cpu=True, ema_decay=0.9),
+                   disable_tqdm=True, use_cpu=sys.argv[2] == "cpu", ema_decay=0.9),
     train_dataset=digits.prompts(),
 )
 noise = torch.randn(1).item()
@@ -24,15 +25,30 @@ print("RANK", trainer.args.process_index, noise, sums, flush=True)
 """
 
 
+def ranks_of(tmp_path: Path, processes: int, device: str) -> tuple[set[str], list[str]]:
+    """Run on several processes; return the first noise of each, and each one's sums over student and critic."""
+    script = tmp_path / "run.py"
+    script.write_text(RUN)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*launch, str(script), str(tmp_path / "out"), device]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = re.findall(r"RANK \d (\S+) (\[.*\])", done.stdout)
+    return {noise for noise, _ in found}, [sums for _, sums in found]
+
+
 @pytest.mark.slow
 def test_two_processes_stay_in_step(tmp_path: Path) -> None:
     """After two steps both processes hold the same student and critic, though their noise differed."""
-    script = tmp_path / "run.py"
-    script.write_text(RUN)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = dict(re.findall(r"RANK (\d) \S+ (\[.*\])", done.stdout))
-    noise = set(re.findall(r"RANK \d (\S+) ", done.stdout))
-    assert len(noise) == 2
-    assert ranks["0"] == ranks["1"]
+    noise, sums = ranks_of(tmp_path, 2, "cpu")
+    assert len(noise) == len(sums) == 2
+    assert sums[0] == sums[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_process_per_gpu(tmp_path: Path) -> None:
+    """As many as there are GPUs, under NCCL: they hold the same student and critic."""
+    noise, sums = ranks_of(tmp_path, torch.cuda.device_count(), "cuda")
+    assert len(noise) == len(sums) == torch.cuda.device_count()
+    assert len(set(sums)) == 1

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
+from PIL import Image
 from torch import Tensor
 
-from rdm_sdk import digits
+from rdm_sdk import digits, preset
 from rdm_sdk.core.groups import scale_field
 from rdm_sdk.core.losses import pathwise_loss
 from rdm_sdk.core.matching import matching_gradient, residual_magnitude
@@ -131,6 +133,86 @@ def test_ten_steps_train_as_on_cpu(make_trainer: Callable[..., Any], tmp_path: P
     for name in ("loss/dm", "dm/residual", "rewards/legibility/mean"):
         means = {device: sum(row[name] for row in rows) / len(rows) for device, rows in logged.items()}
         assert means["cuda"] == pytest.approx(means["cpu"], rel=0.3)
+
+
+def brightness(images: Tensor, prompts: list[str], **columns: object) -> Tensor:
+    """Score a picture by its mean, without a gradient."""
+    return images.detach().mean(dim=(1, 2, 3))
+
+
+def pictures() -> Dataset:
+    """Return the digits' prompts, each beside a real picture."""
+    labels, images = digits.heldout_labels().tolist(), digits.heldout_images()
+    chosen = [(images[labels.index(digit)].permute(1, 2, 0) * 255).byte().numpy() for digit in range(10)]
+    return Dataset.from_dict({"prompt": digits.prompts(), "image": [Image.fromarray(array) for array in chosen]})
+
+
+METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "own rewards": ("dm + 0.5*guidance + 0.1*adversarial", {"guidance_scale": 1.5}),
+    "balance": ("dm + 0.5*legibility + 0.2*jpeg", {"weighting": "balance", "scale_rewards": "batch"}),
+    "constraint": ("dm + 0.5*legibility", {"weighting": "constraint[cold_start=1,ramp=1]"}),
+    "grpo": ("dm + 0.5*jpeg", preset("grpo") | {"sampler": "sde", "eta": 0.5}),
+    "tilt": (["dm + 0.3*legibility + 0.2*jpeg", (brightness, 0.1)], {"reward_route": "tilt[legibility=gradient]"}),
+    "reuse": ("dm + 0.2*jpeg", {"num_iterations": 3, "sampler": "cps", "eta": 0.7}),
+    "fresh critic": ("dm", {"critic_rollouts": "fresh"}),
+    "full copies": ("dm", {"student_weights": "full", "critic_weights": "full"}),
+    "evaluated": ("dm + 0.1*legibility", {"eval_strategy": "steps", "eval_steps": 2, "log_images": 2}),
+}
+"""Rewards and settings that between them take every path through the step."""
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs(make_trainer: Callable[..., Any], tmp_path: Path, method: str, bf16: bool) -> None:
+    """Four steps on CUDA: everything logged is finite, the student moves, and it costs what it costs on the CPU."""
+    rewards, settings = METHODS[method]
+    costs = {}
+    for device in DEVICES:
+        trainer = make_trainer(
+            tmp_path / device,
+            rewards,
+            pictures(),
+            use_cpu=device == "cpu",
+            bf16=bf16,
+            max_steps=4,
+            learning_rate=1e-3,
+            eval_dataset=digits.prompts() if "eval_strategy" in settings else None,
+            **({"num_generations": 4} | settings),
+        )
+        before = [p.detach().clone() for p in trainer.parameters_of("student")]
+        trainer.train()
+        assert any(not torch.equal(a, b) for a, b in zip(before, trainer.parameters_of("student"), strict=True))
+        rows = trainer.state.log_history
+        assert sum("loss" in row for row in rows) == 4
+        assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, (int, float)))
+        costs[device] = trainer.costs()
+    assert costs["cuda"] == costs["cpu"]
+
+
+@pytest.fixture
+def repeatable_convolutions() -> Iterator[None]:
+    """Let cuDNN take kernels that repeat to the last bit; by default, the gradients of convolutions do not."""
+    torch.backends.cudnn.deterministic = True
+    yield
+    torch.backends.cudnn.deterministic = False
+
+
+@pytest.mark.usefixtures("repeatable_convolutions")
+def test_resume_on_cuda_with_stored_rollouts_is_bit_exact(make_trainer: Callable[..., Any], tmp_path: Path) -> None:
+    """In the middle of a rollout's uses, with every kind of state there is: adversary, weighting, stored rollouts."""
+    rewards = ["dm + 0.3*legibility + 0.2*adversarial", (brightness, 0.2)]
+    shared = {"num_iterations": 2, "steps_per_generation": 2, "sampler": "cps", "eta": 0.7, "ema_decay": 0.9}
+    shared |= {"weighting": "balance[decay=0.5]", "min_effective_sample_size": 0.0, "max_steps": 5, "use_cpu": False}
+    shared |= {"save_strategy": "steps", "save_steps": 1, "learning_rate": 3e-3}
+    whole = make_trainer(tmp_path / "whole", rewards, pictures(), **shared)
+    whole.train()
+    for stop in (1, 3):
+        resumed = make_trainer(tmp_path / f"from {stop}", rewards, pictures(), **shared)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
+        assert resumed.weights == whole.weights
+        for role in whole.roles.trainable_roles:
+            for one, other in zip(whole.parameters_of(role), resumed.parameters_of(role), strict=True):
+                assert torch.equal(one, other), (stop, role)
 
 
 def test_resume_on_cuda_is_bit_exact(make_trainer: Callable[..., Any], tmp_path: Path) -> None:

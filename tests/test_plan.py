@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import full_size
 import pytest
 import torch
 from peft import LoraConfig
@@ -637,60 +638,38 @@ def test_planning_says_what_training_says(folders: Path, tmp_path: Path) -> None
         plan_of(folders, tmp_path, lora=LoraConfig(r=4), student_weights="full")
 
 
+def test_the_benchmark_of_full_sizes_runs(folders: Path, tmp_path: Path) -> None:
+    """On a tiny model, without a GPU: every figure of its table is there."""
+    settings = {"height": 32, "width": 32, "use_cpu": True, "reward_batch_size": 1, "critic_steps": 2}
+    run = full_size.Run("tiny", "sd3", settings, brightness=0.1)
+    measured = full_size.measure(run, str(folders / "configs" / "StableDiffusion3Pipeline"), "cpu")
+    # Rollouts of 2.5 steps on average, two of the teacher and one of the critic; the rest is learned from.
+    bare = 5.5 * measured["evaluation_s"] + 3 * measured["learning_s"]
+    assert measured["bare_s"] == pytest.approx(bare)
+    assert measured["step_s"] > 0
+    assert "| tiny |" in full_size.table([measured])
+
+
 # ---- A GPU ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kind", ["StableDiffusion3Pipeline", "StableDiffusionXLPipeline"])
+@pytest.mark.parametrize("family", ["sd3", "sdxl"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_plan_is_what_a_gpu_allocates(kind: str, checkpointing: bool, tmp_path: Path) -> None:
+def test_plan_is_what_a_gpu_allocates(family: str, checkpointing: bool, tmp_path: Path) -> None:
     """True shapes with random weights at 512 pixels: the allocator's peak is the plan's, activations within 20 %.
 
     With `pytest -s`, it prints the figures and the time of a step.
     """
-    without = {"text_encoder_3": None} if kind == "StableDiffusion3Pipeline" else {}
-    folder = write_configs(tmp_path / "configs", kind, **without)
-    args = RDMConfig(
-        output_dir=str(tmp_path / "run"),
-        bf16=True,
-        activation_checkpointing=checkpointing,
-        per_device_train_batch_size=4,
-        num_generations=2,
-        guidance_scale=5.0,
-        critic_steps=1,
-        max_steps=2,
-        height=512,
-        width=512,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    plan = plan_memory(folder, args)
-    adapter = random_adapter(folder, "cuda")
-    torch.cuda.reset_peak_memory_stats()
-    speed = RDMTrainer(adapter, "dm", args, PROMPTS).train().metrics["train_steps_per_second"]
-    allocated = torch.cuda.max_memory_allocated()
-    print(
-        f"\n{kind}, checkpointing {checkpointing}, batch 4, {torch.cuda.get_device_name()}: {1 / speed:.2f} s a step, "
-        f"{allocated / 2**30:.2f} GB allocated, {plan.total / 2**30:.2f} GB planned"
-    )
-    activations = allocated - (plan.total - (plan.bytes_of("activations") or 0))
-    assert plan.bytes_of("activations") == pytest.approx(activations, rel=0.2)
-    assert plan.total == pytest.approx(allocated, rel=0.1)
-
-
-def random_adapter(folder: str, device: str) -> ModelAdapter:
-    """Return an adapter with random weights on a device, which answers every prompt with random encodings."""
-    adapter = blueprint(folder, torch.bfloat16)
-    for part in (adapter.backbone, *adapter.frozen_parts().values()):
-        part.to_empty(device=device)
-        for tensor in (*part.parameters(), *part.buffers()):
-            tensor.normal_(std=0.02) if tensor.is_floating_point() else tensor.zero_()
-
-    def encode(prompts: list[str]) -> dict[str, torch.Tensor]:
-        adapter.device = torch.device(device)
-        return {name: torch.randn_like(tensor) for name, tensor in adapter.example_encoding(len(prompts)).items()}
-
-    adapter.encode_prompts = encode  # type: ignore[method-assign]
-    return adapter
+    settings = {
+        "height": 512,
+        "width": 512,
+        "per_device_train_batch_size": 4,
+        "activation_checkpointing": checkpointing,
+    }
+    run = full_size.Run(f"{family}, {checkpointing=}", family, settings)
+    measured = full_size.measure(run, full_size.shapes_of(tmp_path, family))
+    print(f"\n{full_size.table([measured])}")
+    assert measured["planned_activations_gb"] == pytest.approx(measured["allocated_activations_gb"], rel=0.2)
+    assert measured["planned_gb"] == pytest.approx(measured["allocated_gb"], rel=0.1)

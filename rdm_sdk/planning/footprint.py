@@ -120,11 +120,13 @@ FLOAT32 = frozenset(
         *("__pow__", "__rpow__", "acos", "arccos", "arcsin", "asin", "cdist", "cosh", "cosine_similarity", "cumprod"),
         *("cumsum", "dist", "erfinv", "exp", "expm1", "group_norm", "huber_loss", "interpolate", "kl_div", "l1_loss"),
         *("layer_norm", "log", "log10", "log1p", "log2", "log_softmax", "logsumexp", "matrix_norm", "mse_loss", "norm"),
-        *("pow", "prod", "reciprocal", "renorm", "rms_norm", "rsqrt", "sinh", "smooth_l1_loss", "softmax", "softplus"),
+        *("pow", "prod", "reciprocal", "renorm", "rsqrt", "sinh", "smooth_l1_loss", "softmax", "softplus"),
         *("sum", "tan", "vector_norm"),
     )
 )
 """Names of functions that CUDA's autocast computes in float32."""
+if torch._C._dispatch_has_kernel_for_dispatch_key("aten::rms_norm", "AutocastCUDA"):  # not before PyTorch 2.12
+    FLOAT32 |= {"rms_norm"}
 
 
 class _FusedAttention(torch.autograd.Function):

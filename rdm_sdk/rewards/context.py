@@ -66,8 +66,9 @@ class DiffusionContext:
         return draw_sigma(self.spread, num_groups, group_size, self.min_sigma, self.max_sigma, device)
 
     def add_noise(self, x_0: Tensor, sigma: Tensor) -> Tensor:
-        """Return x_t `[N, *x]` for `x_0` `[N, *x]` at noise levels `[N]`, with fresh noise."""
-        return add_noise(self.schedule, x_0, torch.randn_like(x_0), sigma)
+        """Return x_t `[N, *x]` for `x_0` `[N, *x]` at noise levels `[N]`, with fresh noise, in float32 or more."""
+        # Whatever x_0 is in, because some versions of PyTorch draw other numbers in bfloat16.
+        return add_noise(self.schedule, x_0, torch.randn_like(x_0, dtype=torch.float32), sigma)
 
     def renoise(self, x_0: Tensor, group_size: int) -> list[Renoised]:
         """Return the batch's `num_draws` renoising draws; the same ones to every reward that asks.

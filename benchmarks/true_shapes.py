@@ -1,10 +1,15 @@
-"""Configs of published pipelines, without weights: what their shapes are is public."""
+"""Published pipelines without their weights: the configs, which are public, and the same with random weights."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from rdm_sdk.models.base import ModelAdapter
+from rdm_sdk.planning.blueprint import blueprint
 
 CLIP_L: dict[str, Any] = {
     "model_type": "clip_text_model",
@@ -132,7 +137,7 @@ def write_configs(folder: Path, kind: str, **without: None) -> str:
     index: dict[str, Any] = {"_class_name": kind, **{name: named for name, (named, _) in parts.items()}}
     index |= {
         f"tokenizer{name.removeprefix('text_encoder')}": ["transformers", "CLIPTokenizer"]
-        for name in parts
+        for name in PIPELINES[kind]
         if "text" in name
     }
     index |= {name: [None, None] for name in without}
@@ -143,3 +148,19 @@ def write_configs(folder: Path, kind: str, **without: None) -> str:
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
         (folder / name / file).write_text(json.dumps(config))
     return str(folder)
+
+
+def random_adapter(folder: str, device: str) -> ModelAdapter:
+    """Return an adapter with random weights on a device, which answers every prompt with random encodings."""
+    adapter = blueprint(folder, torch.bfloat16)
+    for part in (adapter.backbone, *adapter.frozen_parts().values()):
+        part.to_empty(device=device)
+        for tensor in (*part.parameters(), *part.buffers()):
+            tensor.normal_(std=0.02) if tensor.is_floating_point() else tensor.zero_()
+
+    def encode(prompts: list[str]) -> dict[str, torch.Tensor]:
+        adapter.device = torch.device(device)
+        return {name: torch.randn_like(tensor) for name, tensor in adapter.example_encoding(len(prompts)).items()}
+
+    adapter.encode_prompts = encode  # type: ignore[method-assign]
+    return adapter

@@ -1,0 +1,274 @@
+"""Memory and time of a training step at the shapes of published models, with random weights, on one GPU.
+
+    python benchmarks/full_size.py --out build/full_size.jsonl              # all runs; resumable
+    python benchmarks/full_size.py --out build/full_size.jsonl --only "sd3*"
+    python benchmarks/full_size.py --table benchmarks/results/full_size.jsonl      # as Markdown
+
+Every run takes three optimizer steps (the first warms up and is not timed), and says beside what it took: what
+`rdm-sdk plan` had said of its memory, and how long the bare passes of such a step take. The bare passes are timed on
+the backbone alone, with the inputs that it got in the run: forwards without gradients, and forwards with backwards,
+as many as the run counts. What a step takes above that is rollout, losses, optimizer, VAE and rewards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import TrainerCallback
+from true_shapes import random_adapter, write_configs
+
+from rdm_sdk import Capabilities, RDMConfig, RDMTrainer, Reward, RewardBatch
+from rdm_sdk.planning.plan import GB, Planner
+
+STEPS = 3
+PROMPTS = [f"prompt {i}" for i in range(8)]
+COMMON: dict[str, Any] = {
+    "bf16": True,
+    "activation_checkpointing": True,
+    "per_device_train_batch_size": 8,
+    "num_generations": 4,
+    "critic_steps": 1,
+    "guidance_scale": 5.0,
+    "max_steps": STEPS,
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+LARGE: dict[str, Any] = {"height": 1024, "width": 1024}
+FAMILIES: dict[str, tuple[str, dict[str, None]]] = {
+    # The T5 is left out: these runs are about the base, and prompts are encoded once.
+    "sd3": ("StableDiffusion3Pipeline", {"text_encoder_3": None}),
+    "sdxl": ("StableDiffusionXLPipeline", {}),
+    "flux": ("FluxPipeline", {}),
+}
+
+
+class Brightness(Reward):
+    """Mean brightness: a pixel reward that costs nothing itself, so that the VAE's part is seen alone."""
+
+    capabilities = Capabilities(gradient="autograd")
+
+    def score(self, batch: RewardBatch) -> Tensor:
+        return batch.images.mean(dim=(1, 2, 3))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One set of settings on one model."""
+
+    name: str
+    family: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    brightness: float = 0.0
+    """Weight of the pixel reward beside `dm`."""
+
+    def config(self, folder: str) -> RDMConfig:
+        """Return the settings of the run."""
+        return RDMConfig(output_dir=folder, **(COMMON | LARGE | self.settings))
+
+    def rewards(self) -> Any:
+        """Return what is maximized."""
+        return ["dm", (Brightness(), self.brightness)] if self.brightness else "dm"
+
+
+whole, half = {"activation_checkpointing": False}, {"per_device_train_batch_size": 4}
+RUNS = [
+    Run("sd3, batch 8", "sd3"),
+    Run("sd3, batch 4, whole graph", "sd3", whole | half),
+    Run("sdxl, batch 8", "sdxl"),
+    Run("sdxl, batch 4, whole graph", "sdxl", whole | half),
+    Run("flux, batch 4", "flux", half),
+    Run("sd3, batch 8, 5 critic steps", "sd3", {"critic_steps": 5}),
+    Run("sd3, batch 4, pixel reward", "sd3", half | {"reward_batch_size": 1}, 0.1),
+    Run("sd3, batch 4, pixel reward tilts", "sd3", half | {"reward_batch_size": 1, "reward_route": "tilt"}, 0.1),
+    Run("sd3, batch 4, full copies", "sd3", half | {"student_weights": "full", "critic_weights": "full"}),
+    Run("sd3, batch 8, 4 uses", "sd3", {"num_iterations": 4}),
+    Run("sd3, batch 8, fresh critic rollouts", "sd3", {"critic_rollouts": "fresh"}),
+    Run("sd3, batch 8, whole graph", "sd3", whole),
+    Run("sdxl, batch 8, 5 critic steps", "sdxl", {"critic_steps": 5}),
+]
+"""The most telling ones first."""
+
+
+class Times(TrainerCallback):
+    """Seconds of every optimizer step, with all work on the device done."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.begin = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _wait()
+        self.begin = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _wait()
+        self.seconds.append(time.perf_counter() - self.begin)
+
+
+def shapes_of(folder: Path, family: str) -> str:
+    """Write the configs of a family that runs name; return their folder."""
+    kind, without = FAMILIES[family]
+    return write_configs(folder / family, kind, **without)
+
+
+@cache
+def planner_of(configs: str) -> Planner:
+    """Return a planner that measures each kind of pass once."""
+    return Planner(configs)
+
+
+def measure(run: Run, configs: str, device: str = "cuda") -> dict[str, Any]:
+    """Plan a run of the model in the folder `configs`, do it, and time the bare passes of its steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = run.config(folder)
+        plan = planner_of(configs).plan(args, run.rewards())
+        adapter = random_adapter(configs, device)
+        _start_counting()
+        trainer = RDMTrainer(adapter, run.rewards(), args, PROMPTS)
+        times = Times()
+        trainer.add_callback(times)
+        inputs = _inputs_of_a_pass(trainer, args.per_device_train_batch_size)
+        trainer.train()
+    allocated, reserved = _counted()
+    costs = trainer.costs()
+    del trainer.optimizer
+    bare = _bare_passes(trainer, inputs, costs)
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    rest = plan.total - (plan.bytes_of("activations") or 0)
+    return {
+        "run": run.name,
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "torch": torch.__version__,
+        "peak": plan.peak,
+        "planned_gb": plan.total / GB,
+        "allocated_gb": allocated / GB,
+        "reserved_gb": reserved / GB,
+        "planned_activations_gb": (plan.bytes_of("activations") or 0) / GB,
+        "allocated_activations_gb": (allocated - rest) / GB,
+        "step_s": sum(times.seconds[1:]) / (STEPS - 1),
+        **bare,
+        "costs": costs,
+        "losses": losses,
+    }
+
+
+def _inputs_of_a_pass(trainer: RDMTrainer, batch: int) -> dict[str, Any]:
+    """Return a dict that the first pass of a whole batch fills with what the backbone was told."""
+    seen: dict[str, Any] = {}
+
+    def keep(module: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        if not seen and len(next(value for value in inputs.values() if isinstance(value, Tensor))) == batch:
+            seen.update(inputs)
+
+    trainer.roles.register_forward_pre_hook(keep, with_kwargs=True)
+    return seen
+
+
+def _bare_passes(trainer: RDMTrainer, inputs: dict[str, Any], costs: dict[str, int]) -> dict[str, float]:
+    """Time forwards, and forwards with backwards, of a whole batch; and say what a step's would take."""
+    args, roles = trainer.args, trainer.roles
+
+    @torch.no_grad()
+    def evaluate() -> None:
+        roles("teacher", **inputs)
+
+    def learn() -> None:
+        roles("student", **inputs).float().mean().backward()
+
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as in training
+    evaluation, learning = _time(evaluate), _time(learn)
+    with FlopCounterMode(display=False) as counter:
+        evaluate()
+    passes = sum(n for name, n in costs.items() if name.endswith("_forwards")) / args.per_device_train_batch_size
+    learned = STEPS + costs["cost/critic_steps"]  # each pass of the student's and the critic's updates
+    return {
+        "evaluation_s": evaluation,
+        "learning_s": learning,
+        "tflops": counter.get_total_flops() / evaluation / 1e12,
+        "bare_s": ((passes - learned) * evaluation + learned * learning) / STEPS,
+    }
+
+
+def _time(work: Callable[[], None], repeats: int = 2) -> float:
+    work()
+    _wait()
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    _wait()
+    return (time.perf_counter() - begin) / repeats
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _start_counting() -> None:
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _counted() -> tuple[int, int]:
+    """Return the peaks of what tensors take, and of what the allocator holds for them."""
+    if not torch.cuda.is_available():
+        return 0, 0
+    return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return results as Markdown."""
+    lines = [
+        "| run | planned GB | allocated GB | reserved GB | s / step | bare passes, s | TFLOP/s of a forward |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        memory = " | ".join(f"{row[name]:.1f}" for name in ("planned_gb", "allocated_gb", "reserved_gb"))
+        lines.append(f"| {row['run']} | {memory} | {row['step_s']:.2f} | {row['bare_s']:.2f} | {row['tflops']:.0f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/full_size.jsonl"))
+    parser.add_argument("--only", nargs="+", default=["*"], help="names of runs, with wildcards")
+    parser.add_argument("--table", type=Path, help="print the results in this file, and run nothing")
+    options = parser.parse_args()
+    if options.table:
+        print(table([json.loads(line) for line in options.table.read_text().splitlines()]))
+        return
+    if not torch.cuda.is_available():
+        parser.error("these runs need a CUDA device")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    there = options.out.read_text().splitlines() if options.out.exists() else []
+    done = {json.loads(line)["run"] for line in there}
+    with tempfile.TemporaryDirectory() as folder:
+        configs = {family: shapes_of(Path(folder), family) for family in FAMILIES}
+        for run in RUNS:
+            if run.name not in done and any(fnmatchcase(run.name, pattern) for pattern in options.only):
+                begin = time.perf_counter()
+                result = measure(run, configs[run.family])
+                with options.out.open("a") as file:
+                    file.write(json.dumps(result) + "\n")
+                print(f"{table([result]).splitlines()[-1]} in {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
