@@ -154,6 +154,7 @@ def measure(run: Run, configs: str, device: str = "cuda") -> dict[str, Any]:
         "run": run.name,
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "torch": torch.__version__,
+        "cudnn_attention": torch.backends.cuda.cudnn_sdp_enabled(),
         "peak": plan.peak,
         "planned_gb": plan.total / GB,
         "allocated_gb": allocated / GB,
@@ -190,7 +191,6 @@ def _bare_passes(trainer: RDMTrainer, inputs: dict[str, Any], costs: dict[str, i
     def learn() -> None:
         roles("student", **inputs).float().mean().backward()
 
-    torch.backends.cuda.enable_cudnn_sdp(False)  # as in training
     evaluation, learning = _time(evaluate), _time(learn)
     with FlopCounterMode(display=False) as counter:
         evaluate()

@@ -38,21 +38,6 @@ from rdm_sdk.sampling import FewStepPolicy, sample
 from rdm_sdk.types import Condition, Denoiser, Experience
 
 
-@contextmanager
-def _without_cudnn_attention() -> Iterator[None]:
-    """Leave attention to PyTorch's other kernels for the duration of the block, in all threads.
-
-    The backward pass of cuDNN's, which is the first choice on Hopper cards, returns NaN for some inputs (PyTorch 2.11
-    to 2.13, its issue 196678; seen on an H200 in 2.11 with a tiny FLUX).
-    """
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
-
-
 class RoleTrainer(Trainer):
     """A Trainer of LoRA roles on one frozen base; subclasses write `training_step`."""
 
@@ -348,8 +333,7 @@ class RoleTrainer(Trainer):
                 resume_from_checkpoint = latest
             stored = rollouts_path(resume_from_checkpoint, self.args.process_index)
             self.run_state = checkpoint.check(resume_from_checkpoint, self.capture_state(), stored)
-        with _without_cudnn_attention():
-            return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
+        return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         state = self.run_state

@@ -156,14 +156,13 @@ class RDMTrainer(JudgingTrainer):
         loss = self._student_loss(experience, x_0, signal, terms)
         if not bool(loss.isfinite()):
             raise RDMError(
-                f"the student's loss is {loss.item()}; lower the learning rates or look at log_images. {WHICH}"
+                f"the student's loss is {loss.item()}; lower the learning rates or look at log_images. {OTHERWISE}"
             )
         self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
-        if signal.field is not None:
-            self._check_student_gradient()
         self.record(outputs)
         if self.accelerator.sync_gradients:
             self.average_gradients(self.parameters_of(STUDENT))
+            self._check_student_gradient(expected=signal.field is not None)
             self._weigh_next()
             if experience.use + 1 < args.num_iterations:
                 self._stored.append(self._experiences)
@@ -243,7 +242,7 @@ class RDMTrainer(JudgingTrainer):
             self.average_gradients(self.parameters_of(role))
             norm = nn.utils.clip_grad_norm_(self.parameters_of(role), self.args.critic_max_grad_norm or torch.inf)
             if not bool(norm.isfinite()):
-                raise RDMError(f"the critic's gradient norm is {norm.item()}; lower critic_learning_rate. {WHICH}")
+                raise RDMError(f"the critic's gradient norm is {norm.item()}; lower critic_learning_rate. {OTHERWISE}")
             self.monitor.log(f"{own.label}/critic_grad_norm", norm)
         # The raw optimizer, because accelerate's wrapper skips steps in the middle of an accumulation window. The
         # student has no gradients at this point, and Adam leaves parameters without a gradient alone.
@@ -342,10 +341,13 @@ class RDMTrainer(JudgingTrainer):
         statistics = self.monitor.step_statistics(self.targets, self.accelerator)
         self.weights = weigh(self.weighting, self.targets, statistics, self.state.global_step + 1)
 
-    def _check_student_gradient(self) -> None:
-        """Raise at the first step if no gradient reaches the student: training on would silently do nothing."""
-        if not self._student_checked:
-            if not any(p.grad is not None and bool(p.grad.any()) for p in self.parameters_of(STUDENT)):
+    def _check_student_gradient(self, expected: bool) -> None:
+        """Raise if the student's gradient would spoil its weights, or if none comes where one was expected at first."""
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters_of(STUDENT) if p.grad is not None])
+        if not bool(norm.isfinite()):
+            raise RDMError(f"the student's gradient norm is {norm.item()}; lower learning_rate. {OTHERWISE}")
+        if expected and not self._student_checked:
+            if norm == 0:
                 raise RDMError("no gradient reaches the student: are all reward weights 0, or all rewards constant?")
             self._student_checked = True
 
@@ -385,6 +387,11 @@ class RDMTrainer(JudgingTrainer):
         self.weighting.load_state_dict(state.weighting)
 
 
-WHICH = "Where rates are not to blame, torch.autograd.set_detect_anomaly(True) names the operation that began it"
+OTHERWISE = (
+    "If the rates are not to blame, torch.autograd.set_detect_anomaly(True) names the operation where it began; for "
+    "ScaledDotProductCudnnAttentionBackward0, torch.backends.cuda.enable_cudnn_sdp(False) is the remedy"
+)
+"""What to do about NaN. cuDNN's attention, PyTorch's first choice on Hopper cards, returns NaN gradients for some
+inputs (PyTorch 2.11 to 2.13, its issue 196678; seen with a tiny FLUX on an H200)."""
 FIRST_RATIO_TOLERANCE = {False: 1e-3, True: 0.05}
 """How far a first log-ratio per dimension may be from 0, in float32 and in bf16."""

@@ -34,12 +34,18 @@ by_family = pytest.mark.parametrize("family", sorted(TINY_PIPELINES))
 
 
 @pytest.fixture(autouse=True)
-def exact_float32() -> Iterator[None]:
-    """Keep TF32 out of what is compared with the CPU."""
+def sound_kernels() -> Iterator[None]:
+    """Keep TF32 out of what is compared with the CPU, and cuDNN's attention out of what is differentiated.
+
+    The latter returned NaN gradients for the tiny FLUX on an H200 (PyTorch 2.11); the trainer raises then.
+    """
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    attention = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    torch.backends.cuda.enable_cudnn_sdp(attention)
 
 
 def brightness(images: Tensor, prompts: list[str], **columns: object) -> Tensor:

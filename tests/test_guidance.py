@@ -175,3 +175,18 @@ def test_guidance_alone_trains_without_a_critic(make_trainer: Make, tmp_path: Pa
     assert trainer.roles.trainable_roles == ("student",)
     assert trainer.state.log_history[0]["grad_norm"] > 0
     assert trainer.state.log_history[0]["rewards/guidance/mean"] != 0
+
+
+def test_the_noise_is_standard_and_the_same_for_every_dtype() -> None:
+    """Samples in bfloat16 are re-noised like the same values in float32, and x_t keeps its bits."""
+    context = DiffusionContext(FlowSchedule(), Networks().denoiser, 0.02, 0.98, 1)
+    x_0, sigma = torch.ones(64, 4, 8, 8, dtype=torch.bfloat16), torch.full((64,), 0.5)
+    noised = []
+    for own in (x_0, x_0.float()):
+        torch.manual_seed(3)
+        noised.append(context.add_noise(own, sigma))
+        assert noised[-1].dtype == torch.float32
+        noise = (noised[-1] - 0.5 * own) / 0.5
+        assert abs(float(noise.mean())) < 0.05
+        assert abs(float(noise.std()) - 1) < 0.05
+    assert torch.equal(*noised)

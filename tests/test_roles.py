@@ -252,6 +252,20 @@ def test_roles_differ_and_add_no_state_to_each_other() -> None:
     assert not torch.allclose(alone["student"], alone["fake"], atol=1e-3)
 
 
+def test_a_roles_parameters_are_the_models_own_in_its_order() -> None:
+    """The optimizer and the moving average go by that order; a parameter that was replaced is the new one."""
+    roles = two_roles().roles
+    for role in ("student", "fake"):
+        expected = [(n, p) for n, p in roles.backbone.named_parameters() if f".{role}." in n]
+        assert len(expected) > 20
+        got = list(roles.parameters_of(role).items())
+        assert [name for name, _ in got] == [name for name, _ in expected]
+        assert all(one is other for (_, one), (_, other) in zip(got, expected, strict=True))
+    layer = next(module for module in roles.backbone.modules() if isinstance(module, BaseTunerLayer))
+    layer.lora_A["student"].weight = nn.Parameter(torch.zeros_like(layer.lora_A["student"].weight))
+    assert any(p is layer.lora_A["student"].weight for p in roles.parameters_of("student").values())
+
+
 def test_switching_never_touches_requires_grad() -> None:
     """Every role's parameters stay trainable, and the base stays frozen, through any switch."""
     adapter = two_roles()

@@ -435,30 +435,6 @@ def test_activation_checkpointing_gives_the_same_run(make_trainer: Make, tmp_pat
         torch.testing.assert_close(runs[1][name], parameter, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("before", [True, False])
-def test_training_leaves_cudnns_attention_out(make_trainer: Make, tmp_path: Path, before: bool) -> None:
-    """Its gradients may be NaN. Afterwards, after an error too, the setting is what it was."""
-    seen = []
-
-    class Look(TrainerCallback):
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            seen.append(torch.backends.cuda.cudnn_sdp_enabled())
-            if len(seen) == 3:
-                raise KeyboardInterrupt
-
-    usual = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(before)
-    try:
-        make_trainer(tmp_path, max_steps=2, callbacks=[Look()]).train()
-        assert torch.backends.cuda.cudnn_sdp_enabled() is before
-        with pytest.raises(KeyboardInterrupt):
-            make_trainer(tmp_path, max_steps=2, callbacks=[Look()]).train()
-        assert torch.backends.cuda.cudnn_sdp_enabled() is before
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(usual)
-    assert seen == [False, False, False]
-
-
 def test_prompts_from_a_text_file(make_trainer: Make, tmp_path: Path) -> None:
     """A text file's path serves as training prompts."""
     (tmp_path / "prompts.txt").write_text("seven\n\ntwo\n", encoding="utf-8")

@@ -62,6 +62,8 @@ class ModelAdapter(ABC):
             )
         self.pipeline = pipeline
         self.backbone: Any = getattr(pipeline, self.component)
+        self.dtype: torch.dtype = self.backbone.dtype
+        """What the backbone takes its inputs in. (Asking the backbone goes through its modules every time.)"""
         self.device = torch.device("cpu")
         """Where encoders, backbone and VAE work."""
         self.roles = Roles(self.backbone)

@@ -56,7 +56,7 @@ class TwoStreamAdapter(PackedFlowAdapter):
         return PackedFlowAdapter.pack(self, latents)
 
     def predict(self, network: Network, role: str, x_t: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        dtype = self.backbone.dtype
+        dtype = self.dtype
         flow = network(
             role,
             hidden_states=self.tokens(x_t).to(dtype),
@@ -117,7 +117,7 @@ class FluxAdapter(TwoStreamAdapter):
         }
 
     def inputs(self, x_t: Tensor, condition: Condition) -> dict[str, Any]:
-        dtype = self.backbone.dtype
+        dtype = self.dtype
         text = condition["encoder_hidden_states"].to(dtype)
         return {
             "encoder_hidden_states": text,

@@ -62,7 +62,7 @@ class Flux2Adapter(TwoStreamAdapter):
         return {"encoder_hidden_states": torch.zeros(shape, dtype=encoder.dtype, device=self.device)}
 
     def inputs(self, x_t: Tensor, condition: Condition) -> dict[str, Any]:
-        text = condition["encoder_hidden_states"].to(self.backbone.dtype)
+        text = condition["encoder_hidden_states"].to(self.dtype)
         count, length, _ = text.shape
         text_places = torch.zeros(length, 4, dtype=torch.long, device=text.device)
         text_places[:, 3] = torch.arange(length, device=text.device)

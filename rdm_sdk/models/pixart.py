@@ -115,7 +115,7 @@ class PixArtAdapter(MaskedTextAdapter, DDPMAdapter):
             )
 
     def predict(self, network: Network, role: str, x_t: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        dtype = self.backbone.dtype
+        dtype = self.dtype
         output = network(
             role,
             hidden_states=x_t.to(dtype),

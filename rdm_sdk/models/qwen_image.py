@@ -71,7 +71,7 @@ class QwenImageAdapter(PackedFlowAdapter):
         return self.encode_prompts([" "])
 
     def predict(self, network: Network, role: str, x_t: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        dtype = self.backbone.dtype
+        dtype = self.dtype
         height, width = x_t.shape[-2:]
         mask = condition["encoder_hidden_states_mask"]
         lengths = mask.sum(1).tolist()

@@ -80,6 +80,8 @@ class Roles(nn.Module):
         self.heads = nn.ModuleDict()
         """Roles that are modules of their own."""
         self._layers: list[BaseTunerLayer] = []
+        self._places: dict[str, list[tuple[str, nn.Module, str]]] = {}
+        """Where an adapter's parameters are: name, module, name in the module. Finding them is a walk through all."""
         placed = getattr(backbone, "hf_device_map", None)
         if placed is not None:  # the base is spread over devices, and Trainer must leave it there
             self.hf_device_map: dict[str, Any] = placed
@@ -103,6 +105,12 @@ class Roles(nn.Module):
             ) from error
         self._names.append(name)
         self._layers = [module for module in self.backbone.modules() if isinstance(module, BaseTunerLayer)]
+        self._places[name] = [
+            (f"{path}.{own}", module, own)
+            for path, module in self.backbone.named_modules()
+            for own, _ in module.named_parameters(recurse=False)
+            if f".{name}." in f"{path}.{own}."
+        ]
         for role in self._names:  # adding an adapter freezes the ones before it
             for parameter in self.parameters_of(role).values():
                 parameter.data = parameter.data.float()
@@ -140,7 +148,7 @@ class Roles(nn.Module):
             return dict(own.named_parameters())
         if role not in self._names:
             raise ConfigError(f"no role {role!r}; there are {', '.join([TEACHER, *self.trainable_roles])}")
-        return {name: p for name, p in self.backbone.named_parameters() if f".{role}." in f"{name}."}
+        return {name: getattr(module, own) for name, module, own in self._places[role]}
 
     def role_state_dict(self, role: str) -> dict[str, Tensor]:
         """Return a role's weights (an adapter's with PEFT's names), detached and on CPU."""
@@ -202,9 +210,11 @@ class Roles(nn.Module):
         if role not in (TEACHER, *self._names):
             raise ConfigError(f"no role {role!r}; there are {', '.join([TEACHER, *self._names])}")
         adapter = role != TEACHER and role not in self.copies
+        active = [role] if adapter else []
         for layer in self._layers:
-            layer._disable_adapters = not adapter
-            layer._active_adapter = [role] if adapter else []
+            # Past nn.Module's __setattr__: SDXL has 560 of these layers, and switches twice per recomputed block.
+            object.__setattr__(layer, "_disable_adapters", not adapter)
+            object.__setattr__(layer, "_active_adapter", active)
         self._role = role
 
     def forward(self, role: str, **inputs: Any) -> Tensor:
@@ -235,8 +245,7 @@ class Roles(nn.Module):
     activation_checkpointing_enable = gradient_checkpointing_enable
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        role = self._role
-        return self.use(role), self.use(role)
+        return nullcontext(), self.use(self._role)  # a block's forward runs within its role's
 
 
 def check_finite(module: nn.Module, name: str) -> None:

@@ -70,7 +70,7 @@ class SanaAdapter(MaskedTextAdapter, FlowAdapter):
         return super().timesteps(sigma) * scale
 
     def predict(self, network: Network, role: str, x_t: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        dtype = self.backbone.dtype
+        dtype = self.dtype
         output = network(
             role,
             hidden_states=x_t.to(dtype),

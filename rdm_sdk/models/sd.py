@@ -57,7 +57,7 @@ class SDAdapter(DDPMAdapter):
         return int(self.pipeline.vae_scale_factor * 2 ** (len(self.backbone.config.down_block_types) - 1))
 
     def predict(self, network: Network, role: str, x_t: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        dtype = self.backbone.dtype
+        dtype = self.dtype
         return network(
             role,
             sample=x_t.to(dtype),

@@ -74,7 +74,7 @@ class SD3Adapter(FlowAdapter):
         return shape
 
     def predict(self, network: Network, role: str, x_t: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        dtype = self.backbone.dtype
+        dtype = self.dtype
         return network(
             role,
             hidden_states=x_t.to(dtype),

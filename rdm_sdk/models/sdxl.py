@@ -42,7 +42,7 @@ class SDXLAdapter(SDAdapter):
         return blank
 
     def predict(self, network: Network, role: str, x_t: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        dtype, factor = self.backbone.dtype, self.pipeline.vae_scale_factor
+        dtype, factor = self.dtype, self.pipeline.vae_scale_factor
         size = (x_t.shape[-2] * factor, x_t.shape[-1] * factor)
         sizes = torch.tensor([*size, 0, 0, *size], device=x_t.device, dtype=dtype)  # original, crop's corner, target
         return network(

@@ -74,7 +74,7 @@ class ZImageAdapter(PackedFlowAdapter):
         return latents
 
     def predict(self, network: Network, role: str, x_t: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        dtype = self.backbone.dtype
+        dtype = self.dtype
         texts = condition["encoder_hidden_states"].to(dtype)
         lengths = condition["encoder_hidden_states_mask"].sum(1).tolist()
         flows: Any = network(
