@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from itertools import permutations
 
-from study_cells import KINDS, MIXED, SETTINGS, TILT, front_cells
+from study_cells import KINDS, SETTINGS, front_cells
 from study_plots import picture
 from study_statistics import Estimate, Results, Row, estimate, interval, ratio
 
@@ -138,15 +138,17 @@ def front_lines(results: Results, setting: str) -> list[str]:
 
 
 def front_confirmation_lines(fresh: Results, both: Results, setting: str) -> list[str]:
-    """Return how the tilts' fronts compare with DMDR's on the confirming seeds, and on these with the first five.
+    """Return how fronts compare with DMDR's on the confirming seeds, where they were run on them, and on all seeds.
 
     Where legibility is the reward, it is that of the larger sample.
     """
     text = []
-    for name, everything in (("fresh seeds", fresh), ("all seeds", both)):
-        results = everything.counted() if setting == "legibility" else everything
-        ours = tuple(kind for kind in ("tilt", TILT, MIXED) if seed_fronts(results, setting, kind))
-        for baseline in ("dmdr", "dmdr from the start"):
+    if setting == "legibility":
+        fresh, both = fresh.counted(), both.counted()
+    baselines = ("dmdr", "dmdr from the start")
+    ours = tuple(kind for kind in KINDS if kind not in baselines and seed_fronts(fresh, setting, kind))
+    for name, results in (("fresh seeds", fresh), ("all seeds", both)):
+        for baseline in baselines:
             if ours and seed_fronts(results, setting, baseline):
                 volumes = front_volumes(results, setting, (baseline, *ours)).items()
                 said = "; ".join(f"{kind} {volume} ({volume.count} seeds)" for kind, volume in volumes)
@@ -154,5 +156,5 @@ def front_confirmation_lines(fresh: Results, both: Results, setting: str) -> lis
                 text += equal_lines(results, setting, baseline, ours)
     if not text:
         return [f"{setting}: not run yet.", ""]
-    cells = [cell for kind in ("dmdr", *ours) for cell in front_cells(kind, setting) if results.has(cell)]
-    return [*text, "All seeds:", "", reward_table(results, cells), ""]
+    cells = [cell for kind in ("dmdr", *ours) for cell in front_cells(kind, setting) if both.has(cell)]
+    return [*text, "All seeds:", "", reward_table(both, cells), ""]

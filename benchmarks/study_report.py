@@ -189,7 +189,7 @@ def write_report(out: Path, page: Path | None) -> Path:
         "## Confirmed on seeds that nothing was chosen on\n\n" + "\n".join(confirmation_lines(fresh, both)),
         "## On a closed-form mixture\n\n" + "\n".join(mixture_lines(out / "mixture.jsonl")),
         "## b. DMDR against GNDMR\n\n" + "\n".join(line for s in SETTINGS for line in front_lines(results, s)),
-        "### DMDR against the tilt, more seeds\n\n"
+        "### DMDR against the others, more seeds\n\n"
         + "\n".join(line for s in SETTINGS for line in front_confirmation_lines(fresh, both, s)),
         "## c. Importance sampling\n\n" + "\n".join(reuse_lines(results, both, reuse)),
         "## d, e. Guidance, adversary, and rewards alone\n\n" + reward_table(results, ["gndm", *others]),
