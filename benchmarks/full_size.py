@@ -2,12 +2,14 @@
 
     python benchmarks/full_size.py --out build/full_size.jsonl              # all runs; resumable
     python benchmarks/full_size.py --out build/full_size.jsonl --only "sd3*"
+    python benchmarks/full_size.py --without_cudnn_attention --out build/without.jsonl
     python benchmarks/full_size.py --table benchmarks/results/full_size.jsonl      # as Markdown
 
 Every run takes three optimizer steps (the first warms up and is not timed), and says beside what it took: what
 `rdm-sdk plan` had said of its memory, and how long the bare passes of such a step take. The bare passes are timed on
-the backbone alone, with the inputs that it got in the run: forwards without gradients, and forwards with backwards,
-as many as the run counts. What a step takes above that is rollout, losses, optimizer, VAE and rewards.
+the backbone alone, with the inputs that it got in the run: forwards without gradients, as the teacher, and forwards
+with backwards, as the student; as many as the run counts. What a step takes above that is VAE and rewards, the
+adapters of student and critic where these are evaluated, optimizer, and small work that Python starts.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 from true_shapes import random_adapter, write_configs
 
-from rdm_sdk import Capabilities, RDMConfig, RDMTrainer, Reward, RewardBatch
+from rdm_sdk import Capabilities, RDMConfig, RDMTrainer, Reward, RewardBatch, markdown_table
 from rdm_sdk.planning.plan import GB, Planner
 
 STEPS = 3
@@ -50,8 +52,7 @@ COMMON: dict[str, Any] = {
 }
 LARGE: dict[str, Any] = {"height": 1024, "width": 1024}
 FAMILIES: dict[str, tuple[str, dict[str, None]]] = {
-    # The T5 is left out: these runs are about the base, and prompts are encoded once.
-    "sd3": ("StableDiffusion3Pipeline", {"text_encoder_3": None}),
+    "sd3": ("StableDiffusion3Pipeline", {"text_encoder_3": None}),  # without its T5, as many run it
     "sdxl": ("StableDiffusionXLPipeline", {}),
     "flux": ("FluxPipeline", {}),
 }
@@ -235,20 +236,26 @@ def _counted() -> tuple[int, int]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return results as Markdown."""
+    header = ("run", "cuDNN's attention", "planned GB", "allocated GB", "reserved GB", "s / step", "bare passes, s")
     lines = [
-        "| run | planned GB | allocated GB | reserved GB | s / step | bare passes, s | TFLOP/s of a forward |",
-        "|---|---|---|---|---|---|---|",
+        (
+            row["run"],
+            "on" if row["cudnn_attention"] else "off",
+            *(f"{row[name]:.1f}" for name in ("planned_gb", "allocated_gb", "reserved_gb")),
+            f"{row['step_s']:.2f}",
+            f"{row['bare_s']:.2f}",
+            f"{row['tflops']:.0f}",
+        )
+        for row in rows
     ]
-    for row in rows:
-        memory = " | ".join(f"{row[name]:.1f}" for name in ("planned_gb", "allocated_gb", "reserved_gb"))
-        lines.append(f"| {row['run']} | {memory} | {row['step_s']:.2f} | {row['bare_s']:.2f} | {row['tflops']:.0f} |")
-    return "\n".join(lines)
+    return markdown_table((*header, "TFLOP/s of a forward"), lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/full_size.jsonl"))
     parser.add_argument("--only", nargs="+", default=["*"], help="names of runs, with wildcards")
+    parser.add_argument("--without_cudnn_attention", action="store_true", help="let PyTorch take another kernel")
     parser.add_argument("--table", type=Path, help="print the results in this file, and run nothing")
     options = parser.parse_args()
     if options.table:
@@ -256,6 +263,8 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         parser.error("these runs need a CUDA device")
+    if options.without_cudnn_attention:
+        torch.backends.cuda.enable_cudnn_sdp(False)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     there = options.out.read_text().splitlines() if options.out.exists() else []
     done = {json.loads(line)["run"] for line in there}

@@ -35,7 +35,8 @@ class RDMConfig(TrainingArguments):
     activation_checkpointing: bool | None = field(
         default=None,
         metadata={
-            "help": "Run blocks again in the backward pass, to save memory; None is no.",
+            "help": "Run blocks again in the backward pass, to save memory; None is what the older name, "
+            "gradient_checkpointing, says.",
             "nargs": "?",
             "const": True,
         },
@@ -264,10 +265,12 @@ class RDMConfig(TrainingArguments):
         super().__post_init__()  # type: ignore[no-untyped-call]
 
     def _name_checkpointing(self) -> None:
-        """Give activation checkpointing its older name, the only one that earlier versions of transformers know."""
+        """Give activation checkpointing its older name, the only one that earlier versions of transformers know.
+
+        There, either of the two names turns it on.
+        """
         if not hasattr(TrainingArguments, "activation_checkpointing"):
-            if self.activation_checkpointing is not None:
-                self.gradient_checkpointing = self.activation_checkpointing
+            self.gradient_checkpointing = bool(self.activation_checkpointing or self.gradient_checkpointing)
             self.activation_checkpointing = self.gradient_checkpointing
 
     @property

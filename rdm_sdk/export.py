@@ -201,6 +201,8 @@ def non_default_settings(config: Any) -> dict[str, object]:
     for spec in fields(config):
         value = getattr(config, spec.name)
         default = spec.default_factory() if spec.default_factory is not MISSING else spec.default
+        if value == [] or (default is None and value is False):
+            continue  # what Trainer makes of settings that nobody touched
         if spec.init and spec.name not in hidden and value != default and isinstance(value, (int, float, str, list)):
             result[spec.name] = getattr(value, "value", value)
     return result

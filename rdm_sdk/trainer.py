@@ -391,7 +391,7 @@ OTHERWISE = (
     "If the rates are not to blame, torch.autograd.set_detect_anomaly(True) names the operation where it began; for "
     "ScaledDotProductCudnnAttentionBackward0, torch.backends.cuda.enable_cudnn_sdp(False) is the remedy"
 )
-"""What to do about NaN. cuDNN's attention, PyTorch's first choice on Hopper cards, returns NaN gradients for some
-inputs (PyTorch 2.11 to 2.13, its issue 196678; seen with a tiny FLUX on an H200)."""
+"""What to do about NaN. cuDNN's attention, PyTorch's first choice on Hopper cards, returned NaN gradients for a tiny
+FLUX (H200, PyTorch 2.11), as it is known to do with some masks (PyTorch's issue 196678)."""
 FIRST_RATIO_TOLERANCE = {False: 1e-3, True: 0.05}
 """How far a first log-ratio per dimension may be from 0, in float32 and in bf16."""

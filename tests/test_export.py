@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,7 @@ def test_the_model_card_names_base_method_rewards_and_settings(trained: tuple[RD
         "num_inference_steps=4, guidance_scale=1.0, max_sequence_length=4",
     ):
         assert words in card.text, words
+    assert not re.search(r"\| `(activation_checkpointing|gradient_checkpointing|debug)`", card.text)  # nobody set them
     assert card.data.library_name == "diffusers"
     assert card.data.pipeline_tag == "text-to-image"
 

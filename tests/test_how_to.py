@@ -41,7 +41,7 @@ def run(tmp_path: Path) -> Run:
     """Return `run(*arguments, expect=0)`: a Python process that sees what was installed into `tmp_path/site`."""
 
     def start(*arguments: str, expect: int = 0) -> str:
-        path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))
         everything = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
             [sys.executable, *arguments], cwd=tmp_path, env=everything, capture_output=True, text=True, timeout=280

@@ -63,7 +63,7 @@ def run(tmp_path: Path) -> Run:
 
     def start(*words: str, code: str | None = None, **environment: str) -> str:
         command = ["-c", code] if code is not None else ["-m", "rdm_sdk.cli", *words]
-        path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
         everything = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment
         done = subprocess.run([sys.executable, *command], env=everything, capture_output=True, text=True, timeout=120)
         return done.stdout + done.stderr

@@ -269,10 +269,10 @@ def test_a_weight_of_zero_until_the_cold_start_ends(make_trainer: Make, tmp_path
 
 
 def test_recomputed_blocks_change_nothing(make_trainer: Make, tmp_path: Path) -> None:
-    """Activation checkpointing reaches the teacher's graph as well, under the teacher's role."""
+    """Activation checkpointing reaches the teacher's graph as well, under its role; each reward walks it once more."""
+    rewards = ["dm + 0.5*legibility", (Bright(), 0.2)]
     one, other = (
-        run(make_trainer, tmp_path / str(again), "dm + 0.5*legibility", activation_checkpointing=again)
-        for again in (False, True)
+        run(make_trainer, tmp_path / str(again), rewards, activation_checkpointing=again) for again in (False, True)
     )
     for a, b in zip(student_of(one), student_of(other), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

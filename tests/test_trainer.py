@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import TrainerCallback
 from rdm_sdk import (
     Capabilities,
     ConfigError,
+    RDMConfig,
     Reward,
     RewardBatch,
     RewardOutput,
@@ -433,6 +435,27 @@ def test_activation_checkpointing_gives_the_same_run(make_trainer: Make, tmp_pat
         runs.append(weights_of(trainer))
     for name, parameter in runs[0].items():
         torch.testing.assert_close(runs[1][name], parameter, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "on"),
+    [
+        ({"activation_checkpointing": True}, True),
+        ({"gradient_checkpointing": True}, True),
+        ({"activation_checkpointing": False}, False),
+        ({}, False),
+    ],
+)
+def test_activation_checkpointing_has_both_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: dict[str, bool], on: bool
+) -> None:
+    """Before transformers had a field of the newer name, Trainer read the older one; a changed copy is as it says."""
+    monkeypatch.setattr("rdm_sdk.config.TrainingArguments", object)
+    monkeypatch.setattr("transformers.TrainingArguments.__post_init__", lambda self: None)
+    config = RDMConfig(output_dir=str(tmp_path), **given)
+    assert config.gradient_checkpointing is config.activation_checkpointing is on
+    changed = replace(config, gradient_checkpointing=True)
+    assert changed.gradient_checkpointing is changed.activation_checkpointing is True
 
 
 def test_prompts_from_a_text_file(make_trainer: Make, tmp_path: Path) -> None:

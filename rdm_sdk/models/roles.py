@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -196,15 +195,9 @@ class Roles(nn.Module):
         config: LoraConfig = configs[role]
         return config
 
-    @contextmanager
-    def use(self, role: str) -> Iterator[None]:
-        """Activate a role for the duration of the block."""
-        before = self._role
-        self._switch(role)
-        try:
-            yield
-        finally:
-            self._switch(before)
+    def use(self, role: str) -> AbstractContextManager[None]:
+        """Return a context that activates a role for the duration of a block; it may be entered again."""
+        return _Use(self, role)
 
     def _switch(self, role: str) -> None:
         if role not in (TEACHER, *self._names):
@@ -246,6 +239,21 @@ class Roles(nn.Module):
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), self.use(self._role)  # a block's forward runs within its role's
+
+
+class _Use(AbstractContextManager[None]):
+    """A role in use. A graph that is walked twice, for two rewards that tilt, recomputes its blocks under it twice."""
+
+    def __init__(self, roles: Roles, role: str) -> None:
+        self.roles, self.role = roles, role
+        self.before: list[str] = []
+
+    def __enter__(self) -> None:
+        self.before.append(self.roles._role)
+        self.roles._switch(self.role)
+
+    def __exit__(self, *error: object) -> None:
+        self.roles._switch(self.before.pop())
 
 
 def check_finite(module: nn.Module, name: str) -> None:

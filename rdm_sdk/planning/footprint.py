@@ -125,7 +125,8 @@ FLOAT32 = frozenset(
     )
 )
 """Names of functions that CUDA's autocast computes in float32."""
-if torch._C._dispatch_has_kernel_for_dispatch_key("aten::rms_norm", "AutocastCUDA"):  # not before PyTorch 2.12
+_has_kernel = getattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", None)
+if _has_kernel is None or _has_kernel("aten::rms_norm", "AutocastCUDA"):  # PyTorch 2.11 has none
     FLOAT32 |= {"rms_norm"}
 
 
