@@ -62,13 +62,18 @@ class ModelAdapter(ABC):
             )
         self.pipeline = pipeline
         self.backbone: Any = getattr(pipeline, self.component)
-        self.dtype: torch.dtype = self.backbone.dtype
-        """What the backbone takes its inputs in. (Asking the backbone goes through its modules every time.)"""
+        dtype = self.backbone.dtype
+        self._typical = next((p for p in self.backbone.parameters() if p.dtype == dtype), torch.empty(0, dtype=dtype))
         self.device = torch.device("cpu")
         """Where encoders, backbone and VAE work."""
         self.roles = Roles(self.backbone)
         for part in self.frozen_parts().values():
             part.requires_grad_(False).eval()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the backbone takes its inputs in. (To ask the backbone is to walk through its modules every time.)"""
+        return self._typical.dtype
 
     @property
     def base_name(self) -> str:
