@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig
-from PIL import Image
+from test_resume_reuse import brightness, pictures
 from torch import Tensor
 
 from rdm_sdk import digits, preset
@@ -133,18 +132,6 @@ def test_ten_steps_train_as_on_cpu(make_trainer: Callable[..., Any], tmp_path: P
     for name in ("loss/dm", "dm/residual", "rewards/legibility/mean"):
         means = {device: sum(row[name] for row in rows) / len(rows) for device, rows in logged.items()}
         assert means["cuda"] == pytest.approx(means["cpu"], rel=0.3)
-
-
-def brightness(images: Tensor, prompts: list[str], **columns: object) -> Tensor:
-    """Score a picture by its mean, without a gradient."""
-    return images.detach().mean(dim=(1, 2, 3))
-
-
-def pictures() -> Dataset:
-    """Return the digits' prompts, each beside a real picture."""
-    labels, images = digits.heldout_labels().tolist(), digits.heldout_images()
-    chosen = [(images[labels.index(digit)].permute(1, 2, 0) * 255).byte().numpy() for digit in range(10)]
-    return Dataset.from_dict({"prompt": digits.prompts(), "image": [Image.fromarray(array) for array in chosen]})
 
 
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
