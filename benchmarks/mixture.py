@@ -20,7 +20,7 @@ import math
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rdm_sdk.core.draws import Spread, draw_sigma, draw_steps
+from rdm_sdk.core.draws import Spread, draw_steps, draw_uniform
 from rdm_sdk.core.groups import Normalization
 from rdm_sdk.core.importance import effective_sample_size, truncated_weights
 from rdm_sdk.core.losses import pathwise_loss
@@ -149,7 +149,7 @@ def pretrained(seed: int, steps: int = 1500) -> Network:
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         prompts = torch.randint(PROMPTS, (batch,))
-        x_0, sigma = teacher.sample(prompts), draw_sigma("stratified", batch, 1, MIN_SIGMA, 1.0, CPU)
+        x_0, sigma = teacher.sample(prompts), MIN_SIGMA + (1 - MIN_SIGMA) * draw_uniform("stratified", batch, 1, CPU)
         denoised = network(add_noise(SCHEDULE, x_0, torch.randn_like(x_0), sigma), prompts, sigma)
         _update(optimizer, denoising_loss(SCHEDULE, x_0, denoised, sigma).mean())
         scheduler.step()
@@ -254,7 +254,8 @@ class Run:
         """Return the latest samples as the `dm` reward sees them, with fresh renoising draws."""
         cell, names = self.cell, [""] * BATCH  # `dm` knows prompts only through its denoisers
         settings = (MIN_SIGMA, MAX_SIGMA, cell.num_draws, cell.spread, cell.critic_correction)
-        context = DiffusionContext(SCHEDULE, lambda role: self.denoiser(role, replay.prompts), *settings)
+        denoiser, times = partial(self.denoiser, prompts=replay.prompts), (MIN_SIGMA, MAX_SIGMA)
+        context = DiffusionContext(SCHEDULE, denoiser, *settings, critic_times=times)
         return RewardBatch(x_0.detach(), names, cell.group_size, lambda x: x, context=context, weights=replay.weights)
 
     def collect(self) -> Replay:

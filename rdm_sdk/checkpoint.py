@@ -1,7 +1,8 @@
 """Training state beyond what Trainer saves: the roles' weights, the moving average and the counters.
 
-A checkpoint folder is an export (see `export.py`) plus Trainer's own files plus `rdm_state.safetensors` and
-`rdm_state.json`. On resume all of it is checked before anything is loaded.
+A checkpoint folder is an export (see `export.py`) plus Trainer's own files plus `rdm_state.safetensors`,
+`rdm_state.json` and, where there are critics, `critic_optimizer.pt`. On resume all of it is checked before anything is
+loaded.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,9 +22,10 @@ from rdm_sdk.errors import CheckpointError
 from rdm_sdk.models.base import ModelAdapter
 from rdm_sdk.rollouts import read_rollouts
 
-FORMAT = 2
+FORMAT = 3
 WEIGHTS, STATE = "rdm_state.safetensors", "rdm_state.json"
 TRAINER_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+CRITIC_OPTIMIZER = "critic_optimizer.pt"
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def check(directory: str | Path, own: RunState, rollouts: Path) -> RunState:
             other rewards, or with (without) a moving average.
     """
     folder = Path(directory)
-    _check_complete(folder)
+    _check_complete(folder, own)
     try:
         state = _read(folder, rollouts)
         with safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -82,6 +85,17 @@ def check(directory: str | Path, own: RunState, rollouts: Path) -> RunState:
             "checkpoint."
         ) from error
     _check_same_run(folder, state, own, has_ema)
+    return state
+
+
+def save_critic_optimizer(directory: Path, state: dict[str, Any]) -> None:
+    """Write the state of the critics' optimizer and schedule."""
+    torch.save(state, directory / CRITIC_OPTIMIZER)
+
+
+def load_critic_optimizer(directory: Path, device: torch.device) -> dict[str, Any]:
+    """Return what `save_critic_optimizer` wrote, on a device."""
+    state: dict[str, Any] = torch.load(directory / CRITIC_OPTIMIZER, map_location=device, weights_only=True)
     return state
 
 
@@ -99,7 +113,7 @@ DAMAGED = (
 """What reading a damaged file can raise."""
 
 
-def _check_complete(folder: Path) -> None:
+def _check_complete(folder: Path, own: RunState) -> None:
     """Raise `CheckpointError` unless the folder has the files of a checkpoint."""
     if not folder.is_dir():
         raise CheckpointError(f"cannot resume: there is no folder {str(folder)!r}")
@@ -108,7 +122,8 @@ def _check_complete(folder: Path) -> None:
             f"cannot resume from {str(folder)!r}: it has no {STATE}, so it is no checkpoint of this SDK. Pass a "
             "folder named checkpoint-N from the output folder of an earlier run."
         )
-    missing = [name for name in (*TRAINER_FILES, WEIGHTS) if not (folder / name).is_file()]
+    critics = [CRITIC_OPTIMIZER] if len(own.adapters) > 1 else []
+    missing = [name for name in (*TRAINER_FILES, *critics, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
             f"cannot resume from {str(folder)!r}: {', '.join(missing)} missing, so its writing was interrupted (or "
@@ -125,8 +140,9 @@ def _read(folder: Path, rollouts: Path) -> RunState:
         )
     state = RunState(**saved)
     json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    for name in ("optimizer.pt", "scheduler.pt"):
-        torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+    for name in ("optimizer.pt", "scheduler.pt", CRITIC_OPTIMIZER):
+        if (folder / name).is_file():
+            torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
     if state.stored_rollouts:
         if not rollouts.is_file():
             raise CheckpointError(f"cannot resume from {str(folder)!r}: {rollouts.name} missing")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from rdm_sdk.errors import ConfigError, nearest
 from rdm_sdk.rewards.routes import parse_route
@@ -64,8 +64,14 @@ class RDMConfig(TrainingArguments):
         default=4.5,
         metadata={"help": "Classifier-free guidance of the teacher, uncond + s (cond - uncond); 1 is none."},
     )
-    min_sigma: float = field(default=0.02, metadata={"help": "Lowest noise level for renoising, in (0, 1)."})
-    max_sigma: float = field(default=0.98, metadata={"help": "Highest noise level for renoising, in (0, 1)."})
+    min_time: float = field(
+        default=0.02,
+        metadata={
+            "help": "From where on the student's samples are re-noised for its update, as a share of the base's "
+            "training timesteps (of a flow: its noise levels), in [0, 1). Critics learn at all of them."
+        },
+    )
+    max_time: float = field(default=0.98, metadata={"help": "Up to where they are re-noised, in (0, 1)."})
     num_draws: int = field(default=1, metadata={"help": "Renoising draws M per sample and student step."})
     normalization: Literal["group", "sample", "batch", "rms"] = field(
         default="sample",
@@ -88,16 +94,36 @@ class RDMConfig(TrainingArguments):
         },
     )
 
+    matching: Literal["step", "range", "mixture"] = field(
+        default="step",
+        metadata={
+            "help": "What critics learn and the teacher is matched to: each step's samples by themselves, because "
+            "critics are told the step; each step's within its own range of noise levels; or the mixture of all steps' "
+            "samples (DMD2)."
+        },
+    )
     critic_steps: int = field(default=5, metadata={"help": "Critic updates per student update."})
     critic_rollouts: Literal["shared", "fresh"] = field(
         default="shared",
         metadata={
-            "help": "Critics learn from the samples that the student's update uses, or, as in DMD2, each critic update "
-            "from rollouts of its own."
+            "help": "Critics learn from what the student predicts at all steps of the rollouts that its update uses, "
+            "or, as in DMD2, each critic update from rollouts of its own."
         },
     )
     critic_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the critic; None takes the student's."}
+        default=None, metadata={"help": "Learning rate of the critics; None takes the student's."}
+    )
+    critic_lr_scheduler_type: str | None = field(
+        default=None, metadata={"help": "Schedule of the critics' learning rate; None takes the student's."}
+    )
+    critic_adam_beta1: float | None = field(
+        default=None, metadata={"help": "Adam's beta1 for the critics; None takes the student's."}
+    )
+    critic_adam_beta2: float | None = field(
+        default=None, metadata={"help": "Adam's beta2 for the critics; None takes the student's."}
+    )
+    critic_weight_decay: float | None = field(
+        default=None, metadata={"help": "Weight decay of the critics; None takes the student's."}
     )
     critic_max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping of the critic; 0 is none."})
     ema_decay: float = field(
@@ -214,10 +240,23 @@ class RDMConfig(TrainingArguments):
         for name in ("critic_steps", "log_images", "critic_max_grad_norm"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(
-            0 < self.min_sigma < self.max_sigma < 1,
-            "min_sigma, max_sigma",
-            (self.min_sigma, self.max_sigma),
-            "0 < min_sigma < max_sigma < 1",
+            0 <= self.min_time < self.max_time < 1,
+            "min_time, max_time",
+            (self.min_time, self.max_time),
+            "0 <= min_time < max_time < 1",
+        )
+        for name in ("critic_learning_rate", "critic_weight_decay"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, name, value, "0 or more, or None")
+        for name in ("critic_adam_beta1", "critic_adam_beta2"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value < 1, name, value, "in [0, 1), or None")
+        schedule, schedules = self.critic_lr_scheduler_type, [kind.value for kind in SchedulerType]
+        _require(
+            schedule is None or schedule in schedules,
+            "critic_lr_scheduler_type",
+            schedule,
+            f"one of {', '.join(schedules)}.{nearest(str(schedule), schedules)}",
         )
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         _require(self.epsilon is None or self.epsilon > 0, "epsilon", self.epsilon, "positive or None")
@@ -281,6 +320,11 @@ class RDMConfig(TrainingArguments):
         return [parse_resolution(resolution) for resolution in self.resolutions]
 
     @property
+    def steps_told(self) -> int:
+        """K, if critics are told which of the student's K steps made a sample; 0 if not, or if there is but one."""
+        return self.num_inference_steps if self.matching == "step" and self.num_inference_steps > 1 else 0
+
+    @property
     def num_random_steps(self) -> int:
         """How many steps of a trajectory have a density."""
         return 0 if self.sampler == "ode" else self.num_inference_steps - 1
@@ -299,6 +343,7 @@ _CHOICES = {
     "normalization": ("group", "sample", "batch", "rms"),
     "spread": ("stratified", "shared", "free"),
     "critic_correction": ("group", "others", "none"),
+    "matching": ("step", "range", "mixture"),
     "critic_rollouts": ("shared", "fresh"),
     "scale_rewards": ("group", "batch", "none"),
     "multi_objective_aggregation": ("normalize_then_sum", "sum_then_normalize"),

@@ -33,8 +33,9 @@ from rdm_sdk.export import StudentInfo, move_into, save_student
 from rdm_sdk.models.base import ModelAdapter
 from rdm_sdk.models.placement import Offload, drop_text_encoders, slice_vae, tile_vae
 from rdm_sdk.models.roles import STUDENT, TEACHER, Roles
+from rdm_sdk.optimizers import CriticOptimizer
 from rdm_sdk.rollouts import read_rollouts, rollouts_path, write_rollouts
-from rdm_sdk.sampling import FewStepPolicy, sample
+from rdm_sdk.sampling import FewStepPolicy, sample, sample_each_step
 from rdm_sdk.types import Condition, Denoiser, Experience
 
 
@@ -66,6 +67,7 @@ class RoleTrainer(Trainer):
             )
         self.fingerprint = adapter.fingerprint()
         self.run_state: checkpoint.RunState | None = None
+        self.critic_optimizer: CriticOptimizer | None = None
         self._sampler: GroupSampler | None = None
         # The bookkeeper comes first, so that a user's callbacks see the step's finished state.
         super().__init__(
@@ -166,10 +168,13 @@ class RoleTrainer(Trainer):
         """Whether the teacher's predictions with and without the prompt are combined to guided ones."""
         return self.adapter.guidance == "classifier-free" and self.args.guidance_scale != 1.0
 
-    def denoiser(self, role: str, condition: Condition) -> Denoiser:
-        """Return a role's denoiser for a condition; the teacher's is guided as the run says."""
+    def denoiser(self, role: str, condition: Condition, steps: Tensor | None = None) -> Denoiser:
+        """Return a role's denoiser for a condition; the teacher's is guided as the run says.
+
+        `steps` (int64 `[N]`) are the student's that made the samples, for critics that are told them.
+        """
         if role != TEACHER or not self.guided:
-            return self.adapter.denoiser(self.roles, role, condition)
+            return self.adapter.denoiser(self.roles, role, self.roles.tell(role, condition, steps))
         pair = self.teacher_pair(condition)
         return lambda x_t, sigma: self.guide(x_t, sigma, *pair(x_t, sigma))
 
@@ -194,22 +199,26 @@ class RoleTrainer(Trainer):
                     parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create one optimizer with a parameter group per role: the student's first, then the critics'."""
+        """Create the student's optimizer."""
         if self.optimizer is None:
             cls, options = self.get_optimizer_cls_and_kwargs(self.args)
-            critic = (
-                self.args.learning_rate if self.args.critic_learning_rate is None else self.args.critic_learning_rate
-            )
-            groups = [
-                {
-                    "params": self.parameters_of(role),
-                    "lr": self.args.learning_rate if role == STUDENT else critic,
-                    "weight_decay": self.args.weight_decay,
-                }
-                for role in self.roles.trainable_roles
-            ]
-            self.optimizer = cls(groups, **options)
+            group = {"params": self.parameters_of(STUDENT), "weight_decay": self.args.weight_decay}
+            self.optimizer = cls([group], **options)
         return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Create the schedules: the student's, and the critics' with their optimizer."""
+        critics = [role for role in self.roles.trainable_roles if role != STUDENT]
+        if critics and self.critic_optimizer is None:
+            embeddings = [p for role in critics for p in self.roles.embedding_parameters_of(role).values()]
+            apart = set(map(id, embeddings))
+            weights = [p for role in critics for p in self.parameters_of(role) if id(p) not in apart]
+            self.critic_optimizer = CriticOptimizer(self.args, weights, embeddings)
+        if self.critic_optimizer is not None:
+            self.critic_optimizer.begin(num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     # ---- Prompts ------------------------------------------------------------------------------------------------
 
@@ -250,11 +259,25 @@ class RoleTrainer(Trainer):
         """
         return random.Random(f"{self.args.seed} {self.state.global_step}").choice(self.latent_shapes)
 
+    @torch.no_grad()
+    def sample_each_step(self, prompts: Sequence[str], *, seed: int | None = None) -> list[Tensor]:
+        """Sample as `sample` does, and return the images that the student predicts after each of its K evaluations.
+
+        Compared with the teacher's samples (`frechet_distance`), they show what the last alone hides: which step is
+        poor, and whether late steps move away from what earlier ones have reached. The last are `sample`'s own.
+        """
+        with self.seeded(seed), self.exported_weights():
+            student = self.denoiser(STUDENT, self.encode(prompts))
+            steps = list(sample_each_step(student, self._initial_noise(len(prompts)), self.policy.inference()))
+            with self.vae_at_hand():
+                return [self.adapter.decode(latents) for latents in steps]
+
     def sample_latents(self, prompts: Sequence[str], noise: Tensor | None = None) -> Tensor:
-        if noise is None:
-            noise = torch.randn(len(prompts), *self.latent_shapes[0], device=self.args.device)
-        student = self.denoiser(STUDENT, self.encode(prompts))
-        return sample(student, noise.to(self.args.device), self.policy.inference())
+        noise = self._initial_noise(len(prompts)) if noise is None else noise.to(self.args.device)
+        return sample(self.denoiser(STUDENT, self.encode(prompts)), noise, self.policy.inference())
+
+    def _initial_noise(self, count: int) -> Tensor:
+        return torch.randn(count, *self.latent_shapes[0], device=self.args.device)
 
     @contextmanager
     def seeded(self, seed: int | None) -> Iterator[None]:
@@ -344,6 +367,18 @@ class RoleTrainer(Trainer):
             self.ema.optimization_step = state.ema_steps or 0
         path = rollouts_path(resume_from_checkpoint, self.args.process_index)
         self.restore_state(state, read_rollouts(path, self.args.device) if state.stored_rollouts else [])
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.critic_optimizer is not None and self.args.should_save:
+            checkpoint.save_critic_optimizer(Path(output_dir), self.critic_optimizer.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint_folder)
+        if self.critic_optimizer is not None and checkpoint_folder is not None:
+            self.critic_optimizer.load_state_dict(
+                checkpoint.load_critic_optimizer(Path(checkpoint_folder), self.args.device)
+            )
 
     def _load_best_model(self) -> None:
         """Put the best checkpoint's weights and moving average in place (`load_best_model_at_end`)."""

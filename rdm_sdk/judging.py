@@ -24,10 +24,10 @@ from rdm_sdk.models.roles import STUDENT, TEACHER
 from rdm_sdk.monitor import Monitor
 from rdm_sdk.report import image_grid
 from rdm_sdk.rewards.base import RewardBatch
-from rdm_sdk.rewards.context import DiffusionContext
+from rdm_sdk.rewards.context import DiffusionContext, Times
 from rdm_sdk.rewards.evaluate import evaluate_rewards
 from rdm_sdk.rewards.resolve import WeightedReward, carried_back
-from rdm_sdk.types import Condition, Denoiser, Experience, RewardOutput
+from rdm_sdk.types import Condition, Denoiser, RewardOutput, Samples
 
 
 class JudgingTrainer(RoleTrainer):
@@ -46,8 +46,10 @@ class JudgingTrainer(RoleTrainer):
         self.spent = Counter({"rollouts": 0, "critic_steps": 0, "reward_calls": 0})
         super().__init__(adapter, args, callbacks, **kwargs)
 
-    def context(self, condition: Condition, trained: str | None = None) -> DiffusionContext:
-        """Return what model-aware rewards see.
+    def context(
+        self, condition: Condition, steps: Tensor | None = None, trained: str | None = None
+    ) -> DiffusionContext:
+        """Return what model-aware rewards see of samples that the student made at steps k (int64 `[N]`).
 
         Graphs are kept for the role that is being `trained`, and the teacher's, to x_t, where gradients of rewards are
         carried back through it.
@@ -55,7 +57,7 @@ class JudgingTrainer(RoleTrainer):
         carries_back = carried_back(self.rewards)
 
         def denoiser(role: str) -> Denoiser:
-            made = self.denoiser(role, condition)
+            made = self.denoiser(role, condition, steps)
             return made if role == trained or (role == TEACHER and carries_back) else torch.no_grad()(made)
 
         def teacher_pair(x_t: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,11 +70,11 @@ class JudgingTrainer(RoleTrainer):
                 return self.adapter.denoiser(self.roles, TEACHER, blank)(x_t, sigma)
 
         args = self.args
+        times, critic_times = self.times(steps)
         return DiffusionContext(
             self.adapter.schedule,
             denoiser,
-            args.min_sigma,
-            args.max_sigma,
+            *times,
             args.num_draws,
             args.spread,
             args.critic_correction,
@@ -81,8 +83,25 @@ class JudgingTrainer(RoleTrainer):
             self.adapter.features(self.roles, TEACHER, condition),
             self.adapter.encode_images,
             unprompted,
+            critic_times,
+            steps if self.args.steps_told else None,
             carries_back,
         )
+
+    def times(self, steps: Tensor | None) -> tuple[Times, Times]:
+        """Return between which times samples are re-noised for the student's update, and for the critics'.
+
+        Where each step is matched in a range of its own, samples of step k (int64 `[N]`) are re-noised to levels
+        between the one that it leads to and its own: to no other do the steps behind it ever re-noise them (arXiv
+        2503.06674). Otherwise the critics learn at all times, as in DMD2 (arXiv 2405.14867).
+        """
+        args = self.args
+        if args.matching != "range" or steps is None:
+            return (args.min_time, args.max_time), (0.0, 1.0)
+        low, high = self.policy.times(steps)
+        low = low.clamp_min(args.min_time)
+        high = torch.maximum(high.clamp_max(args.max_time), low)
+        return (low, high), (low, high)
 
     @property
     def judging(self) -> dict[str, Any]:
@@ -90,15 +109,15 @@ class JudgingTrainer(RoleTrainer):
         args = self.args
         return {"device": args.reward_device, "offload": args.reward_offload, "on_error": args.reward_on_error}
 
-    def batch(self, experience: Experience, latents: Tensor, trained: str | None = None) -> RewardBatch:
+    def batch(self, samples: Samples, trained: str | None = None) -> RewardBatch:
         return RewardBatch(
-            latents,
-            experience.prompts,
+            samples.x_0,
+            samples.prompts,
             self.args.num_generations,
             self.adapter.decode,
-            experience.columns,
-            self.context(experience.condition, trained),
-            experience.weights,
+            samples.columns,
+            self.context(samples.condition, samples.steps, trained),
+            samples.weights,
         )
 
     def score(self, rewards: Sequence[WeightedReward], batch: RewardBatch) -> dict[str, RewardOutput]:
@@ -181,7 +200,8 @@ class JudgingTrainer(RoleTrainer):
             latents = self.sample_latents(prompts)
             rows = [("student x_0", latents)]
             sigma = torch.full((len(latents),), 0.6, device=latents.device)
-            context = self.context(self.encode(prompts))
+            last = torch.full((len(prompts),), self.policy.num_steps - 1, device=latents.device)
+            context = self.context(self.encode(prompts), last)
             x_t = context.add_noise(latents, sigma)
             rows.append(("teacher x_0\nfrom sigma 0.6", context.denoiser(TEACHER)(x_t, sigma)))
             critics = [role for role in self.roles.denoising_roles if role != STUDENT]
@@ -233,9 +253,14 @@ class JudgingTrainer(RoleTrainer):
         return metrics
 
 
-def reward_heads(rewards: Sequence[WeightedReward], adapter: ModelAdapter) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the trained roles that are modules of their own, with the modules."""
+def reward_heads(
+    rewards: Sequence[WeightedReward], adapter: ModelAdapter, steps_told: int
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the trained roles that are modules of their own, with the modules.
+
+    `steps_told` is K, if critics are told the student's step, and 0 if not.
+    """
     for own in rewards:
         role = own.reward.capabilities.trains
         if role and own.reward.capabilities.head:
-            yield role, own.reward.make_head(adapter.feature_width)
+            yield role, own.reward.make_head(adapter.feature_width, steps_told)

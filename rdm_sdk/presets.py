@@ -24,9 +24,11 @@ class Preset:
 
 
 _DMD2: dict[str, Value] = {
+    "matching": "mixture",
     "normalization": "sample",
     "spread": "free",
     "critic_correction": "none",
+    "critic_rollouts": "fresh",
     "num_iterations": 1,
 }
 _GNDM: dict[str, Value] = {

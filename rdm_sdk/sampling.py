@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,6 +41,10 @@ class FewStepPolicy:
         """Return the noise levels `[N]` at steps k, int64 `[N]` in [0, K]; level K is 0."""
         return torch.tensor([*self.sigmas, 0.0], dtype=torch.float32, device=steps.device)[steps]
 
+    def times(self, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the times `[N]` of the levels that steps k (int64 `[N]`) lead to and start from."""
+        return self.schedule.time(self.levels(steps + 1)), self.schedule.time(self.levels(steps))
+
     def transition(self, x_t: Tensor, x_0: Tensor, steps: Tensor) -> Transition:
         """Return the transition out of steps k (int64 `[N]`) for states and predictions `[N, *x]`."""
         rule = TRANSITIONS[self.kind]
@@ -58,14 +62,21 @@ class FewStepPolicy:
 @torch.no_grad()
 def sample(student: Denoiser, noise: Tensor, policy: FewStepPolicy) -> Tensor:
     """Run all steps from `noise` `[N, *x]` and return the endpoints x_0 `[N, *x]`; draws from the global generator."""
-    state, x_0 = noise, noise
+    *_, endpoints = sample_each_step(student, noise, policy)
+    return endpoints
+
+
+@torch.no_grad()
+def sample_each_step(student: Denoiser, noise: Tensor, policy: FewStepPolicy) -> Iterator[Tensor]:
+    """Run all steps from `noise` `[N, *x]` and yield x_0 `[N, *x]` after each; draws from the global generator."""
+    state = noise
     for k in range(policy.num_steps):
         steps = torch.full((len(noise),), k, device=noise.device)
         x_0 = student(state, policy.levels(steps))
+        yield x_0
         if k + 1 < policy.num_steps:
             transition = policy.transition(state, x_0, steps)
             state = transition.mean if policy.kind == "ode" else step(transition, torch.randn_like(x_0))
-    return x_0
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ from rdm_sdk.rewards.resolve import RewardFuncs
 from rdm_sdk.rewards.routes import load_routed
 from rdm_sdk.rewards.tilt import tilted
 from rdm_sdk.sampling import StudentOf, plan_steps, redraw, replay_log_ratio, rollout, state_log_ratio
-from rdm_sdk.types import Condition, Experience, RewardOutput, select, select_steps
+from rdm_sdk.types import Condition, Experience, RewardOutput, Samples, select, select_steps
 from rdm_sdk.weighting import Weighting, make_weighting, weigh
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,8 @@ class RDMTrainer(JudgingTrainer):
         eval_dataset: prompts for `evaluate`, in the same forms.
         processing_class: handed to `Trainer` as it is; the method itself needs none.
         callbacks: `transformers` callbacks.
-        optimizers: an optimizer over the parameters of all trainable roles and a scheduler, as in `Trainer`.
+        optimizers: must be left alone: the weights that are trained are made in here. `args` names optimizer and
+            schedule (`optim`, `learning_rate`, `critic_learning_rate`, ...).
         peft_config: LoRA of the student; rank 16 and alpha 16 on the family's usual layers by default. None where
             `args.student_weights` is "full".
         fake_peft_config: LoRA of the critics; the student's by default. None where `args.critic_weights` is "full".
@@ -79,6 +80,12 @@ class RDMTrainer(JudgingTrainer):
         args = RDMConfig() if args is None else args
         if not isinstance(args, RDMConfig):
             raise ConfigError(f"args must be an RDMConfig; got {type(args).__name__}")
+        if tuple(optimizers) != (None, None):
+            raise ConfigError(
+                "optimizers cannot be given: the weights of student and critics are made in this constructor, so that "
+                "no optimizer made before could hold them. Set optim, learning_rate, lr_scheduler_type and their "
+                "critic_* in RDMConfig, or override create_optimizer()"
+            )
         train_dataset = None if train_dataset is None else load_prompts(train_dataset)
         eval_dataset = None if eval_dataset is None else load_prompts(eval_dataset, "eval_dataset")
         self.rewards = load_routed(reward_funcs, args.reward_weights, args.reward_route)
@@ -93,8 +100,8 @@ class RDMTrainer(JudgingTrainer):
         )
         set_seed(args.seed)  # the adapters' initial weights are part of the run
         with torch.random.fork_rng(devices=[]):  # so that a head changes nothing about the student's initial weights
-            heads = dict(reward_heads(self.rewards, adapter))
-        adapter.add_roles(roles, heads)
+            heads = dict(reward_heads(self.rewards, adapter, args.steps_told))
+        adapter.add_roles(roles, heads, args.steps_told)
         for role, network in adapter.roles.copies.items():
             count = sum(parameter.numel() for parameter in network.parameters())
             logger.warning(
@@ -117,7 +124,6 @@ class RDMTrainer(JudgingTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            optimizers=optimizers,
         )
         check_same_plugins(self.accelerator.num_processes)
 
@@ -140,9 +146,10 @@ class RDMTrainer(JudgingTrainer):
         if self._window:
             window, self._window, self._position = self._window, [], 0
             self._experiences = self._reuse(window) or [self._collect(batch) for batch in window]
-            for _ in range(args.critic_steps):
-                anew = args.critic_rollouts == "fresh"
-                self._train_critics([self._roll_out(batch) for batch in window] if anew else self._experiences)
+            for turn in range(args.critic_steps):
+                self._train_critics(self._critic_samples(window, turn))
+            if self.critic_optimizer is not None:
+                self.critic_optimizer.next_rate()
 
         experience = self._experiences[self._position]
         x_0 = self._replay(experience)
@@ -171,10 +178,11 @@ class RDMTrainer(JudgingTrainer):
     def _collect(self, inputs: dict[str, Any]) -> Experience:
         """Roll the student out for a micro-batch of prompts; score the endpoints if a reward acts by its scores."""
         if not self.has(pathwise=False):
-            return self._roll_out(inputs)
+            return self._roll_out(inputs, to_the_end=self.args.critic_rollouts == "shared")
         experience = self._roll_out(inputs, to_the_end=True)
         scored = [own for own in self.rewards if not own.pathwise]
-        return replace(experience, scored=self.score(scored, self.batch(experience, experience.rollout.x_0[-1])))
+        endpoints = experience.samples_at(torch.full_like(experience.steps, self.args.num_inference_steps - 1))
+        return replace(experience, scored=self.score(scored, self.batch(endpoints)))
 
     def _roll_out(self, inputs: dict[str, Any], to_the_end: bool = False) -> Experience:
         """Roll the student out for prompts, group-major, as far as their first use goes or to the end."""
@@ -226,17 +234,27 @@ class RDMTrainer(JudgingTrainer):
             return None
         return [replace(own, x_0=self._replay(own)) for own in experiences]
 
-    def _train_critics(self, experiences: Sequence[Experience]) -> None:
+    def _critic_samples(self, window: Sequence[dict[str, Any]], turn: int) -> list[Samples]:
+        """Return what the critics learn from in one of their updates before the student's, the `turn`-th.
+
+        New rollouts, as in DMD2, or the student's own, at another step of each trajectory every time: a rollout of 64
+        then holds 64 K samples. In a later use, only what the student has predicted anew is its present self's.
+        """
+        if self.args.critic_rollouts == "fresh":
+            return [self._roll_out(batch).samples for batch in window]
+        last = self.args.num_inference_steps
+        return [own.samples if own.use else own.samples_at((own.steps + 1 + turn) % last) for own in self._experiences]
+
+    def _train_critics(self, samples: Sequence[Samples]) -> None:
         """One optimizer step for every trainable reward, on the student's latest samples."""
         critics = [(own, role) for own in self.rewards if (role := own.reward.capabilities.trains)]
-        if not critics:
+        if not critics or self.critic_optimizer is None:
             return
-        for experience in experiences:
+        for some in samples:
             for own, role in critics:
                 with self.aside(own):
-                    batch = self.batch(experience, experience.x_0.detach(), trained=role)
-                    loss = own.reward.training_loss(batch)
-                    (loss / len(experiences)).backward()
+                    loss = own.reward.training_loss(self.batch(some, trained=role))
+                    (loss / len(samples)).backward()
                 self.monitor.log(f"loss/{own.label}", loss)
         for own, role in critics:
             self.average_gradients(self.parameters_of(role))
@@ -244,13 +262,7 @@ class RDMTrainer(JudgingTrainer):
             if not bool(norm.isfinite()):
                 raise RDMError(f"the critic's gradient norm is {norm.item()}; lower critic_learning_rate. {OTHERWISE}")
             self.monitor.log(f"{own.label}/critic_grad_norm", norm)
-        # The raw optimizer, because accelerate's wrapper skips steps in the middle of an accumulation window. The
-        # student has no gradients at this point, and Adam leaves parameters without a gradient alone.
-        optimizer: Any = self.optimizer
-        getattr(optimizer, "optimizer", optimizer).step()
-        for _, role in critics:
-            for parameter in self.parameters_of(role):
-                parameter.grad = None
+        self.critic_optimizer.step()
         self.spent["critic_steps"] += 1
 
     def _replay(self, experience: Experience) -> Tensor:
@@ -270,7 +282,7 @@ class RDMTrainer(JudgingTrainer):
         """Evaluate every reward at the replayed x_0; what scored the endpoints has spoken already."""
         left = [own for own in self.rewards if own.label not in experience.scored]
         left = [own for own in left if own.pathwise or not self.has(pathwise=False)]
-        batch = self.batch(experience, experience.x_0)
+        batch = self.batch(experience.samples)
         outputs = self.score(left, batch)
         for own in left:
             if own.tilts and own.weight and own.label in outputs:

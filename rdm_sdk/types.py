@@ -58,6 +58,23 @@ class RewardOutput:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """Student samples as rewards and critics see them."""
+
+    prompts: list[str]
+    """`N` prompts, group-major."""
+    columns: Mapping[str, list[object]]
+    """The dataset's other columns, `N` entries each."""
+    condition: Condition
+    x_0: Tensor
+    """`[N, *x]`, detached."""
+    steps: Tensor
+    """The student's step that predicted each, int64 `[N]`."""
+    weights: Tensor
+    """Importance weights, `[N]`."""
+
+
+@dataclass(frozen=True)
 class Experience:
     """One micro-batch of student samples, used `plan.shape[0]` times: once per optimizer step."""
 
@@ -88,3 +105,15 @@ class Experience:
     def states(self) -> Tensor:
         """Return the states x_k `[N, *x]` at this use's steps."""
         return select_steps(self.rollout.states, self.steps)
+
+    @property
+    def samples(self) -> Samples:
+        """Return what the student predicts at this use's states."""
+        return self._samples(self.x_0.detach(), self.steps)
+
+    def samples_at(self, steps: Tensor) -> Samples:
+        """Return what the student predicted in the rollout at steps k (int64 `[N]`), which it must have reached."""
+        return self._samples(select_steps(self.rollout.x_0, steps), steps)
+
+    def _samples(self, x_0: Tensor, steps: Tensor) -> Samples:
+        return Samples(self.prompts, self.columns, self.condition, x_0, steps, self.weights)

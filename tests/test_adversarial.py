@@ -39,7 +39,7 @@ def toy(draws: int = 3) -> tuple[Adversarial, RewardBatch]:
     """Return a discriminator on made-up features and a batch, all in double precision."""
     torch.manual_seed(1)
     reward = Adversarial(hidden=8)
-    reward.make_head(5).double()
+    reward.make_head(5, 0).double()
     latents = torch.randn(4, 5, 3, 3, dtype=torch.float64)
 
     def features(x_t: Tensor, sigma: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def test_the_loss_is_the_non_saturating_one() -> None:
     """softplus(-logit(real)) + weighted softplus(logit(fake)); importance weights act on the fake half alone."""
     torch.manual_seed(0)
     reward = Adversarial(hidden=4)
-    head = reward.make_head(1)
+    head = reward.make_head(1, 0)
     nn.init.zeros_(head.logit.weight)
     nn.init.constant_(head.logit.bias, 0.7)  # so that every logit is 0.7
     features = lambda x_t, sigma: x_t.flatten(2).transpose(1, 2)  # noqa: E731
@@ -116,7 +116,7 @@ def test_it_learns_to_tell_two_sets_apart_on_the_embedded_teacher() -> None:
     adapter = load_adapter(digits.teacher_path(), torch.float32, max_sequence_length=4)
     torch.manual_seed(0)
     reward = Adversarial(hidden=32)
-    head = reward.make_head(adapter.feature_width)
+    head = reward.make_head(adapter.feature_width, 0)
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
     images, words = digits.heldout_images(), digits.heldout_labels().tolist()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -213,6 +215,24 @@ def test_plans_are_latin(num_groups: int, group_size: int, num_steps: int, num_i
     spread = torch.bincount(first, minlength=num_steps).sort().values
     for steps in plan:
         assert torch.equal(torch.bincount(steps, minlength=num_steps).sort().values, spread)
+    for before, after in pairwise(plan):
+        assert torch.equal(after, (before + 1) % num_steps)
+
+
+@pytest.mark.parametrize("first", [0, 1, 2, 3])
+def test_no_use_reads_a_state_that_was_never_drawn(first: int) -> None:
+    """A rollout goes no further than its first use; what each use redraws is what the next one starts from."""
+    policy = FewStepPolicy(FlowSchedule(), (1.0, 0.75, 0.5, 0.25))
+    torch.manual_seed(0)
+    steps = torch.full((3,), first)
+    plan = plan_steps(steps, 9, policy.num_steps)
+    done = rollout(lambda rows: lambda x_t, sigma: 0.5 * x_t, torch.randn(3, 2), plan[0] + 1, policy)
+    reached = torch.arange(policy.num_steps)[:, None] <= done.depths.clamp_max(policy.num_steps - 1)
+    done.states[~reached] = torch.nan
+    for use in plan:
+        states = select_steps(done.states, use)
+        assert states.isfinite().all()
+        redraw(done, 0.5 * states, use, policy)
 
 
 def test_selecting_each_sample_s_own_step() -> None:

@@ -265,18 +265,20 @@ def test_each_epoch_has_an_order_of_its_own(make_trainer: Make, tmp_path: Path) 
     assert seen[:10] != seen[10:]
 
 
-# Four groups of two: each of the four stop steps comes once, so a rollout costs 2 (1 + 2 + 3 + 4) = 20 evaluations,
-# and replaying the stop step 8. A critic update costs 8, judging another 8 (with guidance, the teacher 16).
+# Four groups of two: a rollout to the end, which the critics learn from, costs 8 x 4 = 32 evaluations, and replaying
+# the trained steps 8. Where critics have rollouts of their own, all stop where they are of use: each of the four steps
+# comes once, which is 2 (1 + 2 + 3 + 4) = 20. A critic update costs 8, judging another 8 (guided, the teacher's 16).
 @pytest.mark.parametrize(
     ("settings", "student", "teacher", "fake", "critic"),
     [
-        ({}, 28, 8, 24, 2),
-        ({"guidance_scale": 1.5}, 28, 16, 24, 2),
-        ({"num_draws": 3}, 28, 24, 40, 2),
-        ({"critic_steps": 5}, 28, 8, 48, 5),
-        ({"gradient_accumulation_steps": 2}, 56, 16, 48, 2),
-        ({"log_images": 1}, 28, 8, 24, 2),  # pictures are no cost of training
-        ({"gradient_checkpointing": True}, 28, 8, 24, 2),  # nor is a replay of activations a new evaluation
+        ({}, 40, 8, 24, 2),
+        ({"guidance_scale": 1.5}, 40, 16, 24, 2),
+        ({"num_draws": 3}, 40, 24, 40, 2),
+        ({"critic_steps": 5}, 40, 8, 48, 5),
+        ({"critic_rollouts": "fresh"}, 68, 8, 24, 2),
+        ({"gradient_accumulation_steps": 2}, 80, 16, 48, 2),
+        ({"log_images": 1}, 40, 8, 24, 2),  # pictures are no cost of training
+        ({"gradient_checkpointing": True}, 40, 8, 24, 2),  # nor is a replay of activations a new evaluation
     ],
     ids=lambda value: ",".join(value) or "plain" if isinstance(value, dict) else None,
 )
@@ -325,10 +327,10 @@ class OptimizerSteps(TrainerCallback):
         self.read: list[tuple[int, int]] = []
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        state = self.trainer.optimizer.state
+        optimizers = {"student": self.trainer.optimizer, "fake": self.trainer.critic_optimizer.optimizer}
         counts = [
-            {int(state[p]["step"]) for p in self.trainer.parameters_of(role) if state.get(p)}
-            for role in ("student", "fake")
+            {int(own.state[p]["step"]) for p in self.trainer.parameters_of(role) if own.state.get(p)}
+            for role, own in optimizers.items()
         ]
         self.read.append((max(counts[0]), max(counts[1])))
 
@@ -348,7 +350,8 @@ def test_two_time_scales(make_trainer: Make, tmp_path: Path, accumulation: int) 
     watch.trainer = trainer
     trainer.train()
     assert watch.read == [(1, 3), (2, 6)]
-    assert [group["lr"] for group in trainer.optimizer.param_groups] == [1e-4, 5e-4]
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [1e-4]
+    assert [group["lr"] for group in trainer.critic_optimizer.optimizer.param_groups] == [5e-4, 5e-3]
 
 
 def test_clipping_is_per_role(make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

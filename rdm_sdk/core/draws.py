@@ -1,4 +1,4 @@
-"""How noise levels and sampling steps are spread over a batch of groups: where variance can be saved for nothing."""
+"""How times and sampling steps are spread over a batch of groups: where variance can be saved for nothing."""
 
 from __future__ import annotations
 
@@ -25,13 +25,6 @@ def draw_uniform(spread: Spread, num_groups: int, group_size: int, device: torch
     interval = torch.rand(num_groups, group_size, device=device).argsort(1)  # of each sample, within its group
     inside = _strata(group_size, num_groups, device).T  # [num_groups, group_size]: where in each interval
     return ((interval + inside.gather(1, interval)) / group_size).flatten()
-
-
-def draw_sigma(
-    spread: Spread, num_groups: int, group_size: int, low: float, high: float, device: torch.device
-) -> Tensor:
-    """Draw noise levels `[N]`, each uniform in [low, high)."""
-    return low + (high - low) * draw_uniform(spread, num_groups, group_size, device)
 
 
 def draw_steps(spread: Spread, num_groups: int, group_size: int, num_steps: int, device: torch.device) -> Tensor:

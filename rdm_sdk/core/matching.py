@@ -95,17 +95,18 @@ def residual_magnitude(x_0: Tensor, d_real: Tensor) -> Tensor:
 
 
 def matching_score(
-    schedule: NoiseSchedule, x_0: Tensor, d_real: Tensor, d_fake: Tensor, sigma: Tensor, sigma_span: float
+    schedule: NoiseSchedule, x_0: Tensor, d_real: Tensor, d_fake: Tensor, sigma: Tensor, span: Tensor | float
 ) -> Tensor:
     """Estimate log p_real(x_0) - log p_fake(x_0) from one draw of (sigma, eps), `[N]`.
 
     Half the log-SNR integral of the difference of squared noise errors, 1/2 E_lambda[|eps - eps_fake|^2 -
     |eps - eps_real|^2] (the diffusion likelihood of arXiv 2107.00630 for both models), with eps errors written
-    as (alpha / sigma) times x_0 errors. `sigma` `[N]` must be uniform on an interval of length `sigma_span`. Unbiased
-    for that interval and very noisy: use it for logs and, averaged or centered in a group, as a score.
+    as (alpha / sigma) times x_0 errors. The times of `sigma` `[N]` must be uniform on intervals of length `span`
+    (`[N]`, or one for all). Unbiased for these intervals and very noisy: use it for logs and, averaged or centered in a
+    group, as a score.
     """
     a = schedule.alpha(sigma)
-    per_eps = (a / sigma).square() * schedule.log_snr_rate(sigma) * sigma_span
+    per_eps = (a / sigma).square() * schedule.log_snr_rate(sigma) * span
     error_fake = (x_0 - d_fake).square().flatten(1).sum(1)
     error_real = (x_0 - d_real).square().flatten(1).sum(1)
     return 0.5 * per_eps * (error_fake - error_real)

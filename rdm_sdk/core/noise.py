@@ -17,14 +17,26 @@ Prediction = Literal["x_0", "eps", "v", "flow"]
 
 
 class NoiseSchedule(Protocol):
-    """How much signal is left at a noise level."""
+    """How much signal is left at a noise level, and when in training a level comes.
+
+    *Time* runs from 0, data, to 1 and is what training draws evenly: the noise level itself for a rectified flow, the
+    share of the training timesteps passed for a DDPM.
+    """
 
     def alpha(self, sigma: Tensor) -> Tensor:
         """Return the signal level at `sigma`, same shape."""
         ...
 
+    def time(self, sigma: Tensor) -> Tensor:
+        """Return the times of noise levels, same shape."""
+        return sigma
+
+    def levels(self, uniform: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Return noise levels `[N]` spread over times from `low` to `high` (`[N]`) as `uniform` is over [0, 1)."""
+        return low + (high - low) * uniform
+
     def log_snr_rate(self, sigma: Tensor) -> Tensor:
-        """Return |d lambda / d sigma| for the log signal-to-noise ratio lambda = log(alpha^2 / sigma^2)."""
+        """Return |d lambda / d time| at `sigma` for the log signal-to-noise ratio lambda = log(alpha^2 / sigma^2)."""
         ...
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
@@ -32,12 +44,19 @@ class NoiseSchedule(Protocol):
         ...
 
 
+LOWEST_FLOW_TIME = 1e-3
+"""The first of the thousand timesteps of rectified flows: at 0 itself nothing is left to predict."""
+
+
 @dataclass(frozen=True)
-class FlowSchedule:
+class FlowSchedule(NoiseSchedule):
     """Rectified flow: alpha = 1 - sigma; the native prediction is the flow eps - x_0 = (x_t - x_0) / sigma."""
 
     def alpha(self, sigma: Tensor) -> Tensor:
         return 1 - sigma
+
+    def levels(self, uniform: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        return super().levels(uniform, low.clamp_min(LOWEST_FLOW_TIME), high)
 
     def log_snr_rate(self, sigma: Tensor) -> Tensor:
         return 2 / (sigma * (1 - sigma))
@@ -47,8 +66,11 @@ class FlowSchedule:
 
 
 @dataclass(frozen=True)
-class VariancePreservingSchedule:
-    """DDPM: alpha = sqrt(1 - sigma^2); the native loss is the noise error, (alpha / sigma)^2 times the x_0 error."""
+class VariancePreservingSchedule(NoiseSchedule):
+    """DDPM: alpha = sqrt(1 - sigma^2); the native loss is the noise error, (alpha / sigma)^2 times the x_0 error.
+
+    Without training timesteps, which `SteppedSchedule` of a base has, its time is sigma.
+    """
 
     def alpha(self, sigma: Tensor) -> Tensor:
         return (1 - sigma.square()).clamp_min(0).sqrt()

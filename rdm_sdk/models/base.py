@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rdm_sdk.core.matching import classifier_free_guidance
 from rdm_sdk.core.noise import NoiseSchedule, Prediction, to_x_0
 from rdm_sdk.errors import ConfigError, ModelError
-from rdm_sdk.models.roles import Roles
+from rdm_sdk.models.roles import STUDENT, Roles, StepEmbedding
 from rdm_sdk.types import Condition, Denoiser
 
 Network = Callable[..., Tensor]
@@ -102,12 +102,18 @@ class ModelAdapter(ABC):
             if all(getattr(network, mark, None) is None for mark in marks):
                 part.to(device)
 
-    def add_roles(self, configs: Mapping[str, LoraConfig | None], heads: Mapping[str, nn.Module] | None = None) -> None:
+    def add_roles(
+        self,
+        configs: Mapping[str, LoraConfig | None],
+        heads: Mapping[str, nn.Module] | None = None,
+        steps_told: int = 0,
+    ) -> None:
         """Add trained roles to the base: LoRA adapters, full copies of it and heads.
 
         Args:
             configs: role to its LoRA, on the family's usual layers unless it names its own; None is a full copy.
             heads: role to a module of its own.
+            steps_told: K, if the critics among `configs` are told the student's step; 0 if not.
 
         Raises:
             ConfigError: the base has roles already, or a config's targets match nothing.
@@ -123,6 +129,9 @@ class ModelAdapter(ABC):
             own = copy.deepcopy(config)
             own.target_modules = own.target_modules or list(self.lora_targets)
             self.roles.add_role(role, own)
+        for role in configs:
+            if steps_told and role != STUDENT:
+                self.roles.add_step_embedding(role, StepEmbedding(steps_told, self.example_encoding(1)))
         for role, head in (heads or {}).items():
             self.roles.add_head(role, head)
 
@@ -154,12 +163,15 @@ class ModelAdapter(ABC):
         """Return what `encode_prompts` returns for `count` prompts that are as long as they can be, encoding nothing.
 
         Shapes and dtypes count, values do not, except those of masks: ones, on the CPU. `rdm-sdk plan` runs the
-        backbone with it when there are configs and no weights.
+        backbone with it when there are configs and no weights, and what tells critics the step is made for its shapes.
 
         Raises:
-            ModelError: the family names none; then it cannot be planned.
+            ModelError: the family names none; then it cannot be planned, nor its critics told the step.
         """
-        raise ModelError(f"{type(self).__name__} names no example_encoding(count), which rdm-sdk plan needs; write it")
+        raise ModelError(
+            f"{type(self).__name__} names no example_encoding(count), which rdm-sdk plan and matching='step' need; "
+            "write it"
+        )
 
     def condition(self, prompts: Sequence[str | None], guidance_scale: float = 1.0) -> Condition:
         """Return everything that the backbone is told beside x_t and its noise level, `[N, ...]`.

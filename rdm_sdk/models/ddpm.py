@@ -19,21 +19,52 @@ PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sa
 
 @dataclass(frozen=True, eq=False)
 class SteppedSchedule(VariancePreservingSchedule):
-    """The variance-preserving schedule, with the very signal levels of a base's training steps where sigma is one's.
+    """The variance-preserving schedule on a base's training timesteps: its very signal levels, and its time.
 
     Near pure noise, a sigma in float32 no longer tells alpha: at PixArt's last step, 0.99998 and 0.0064, it is off by a
     thousandth, and so is the x_0 of a predicted noise.
     """
 
     sigmas: Tensor
-    """Noise level of every training step, rising, `[T]`."""
+    """Noise level of every training timestep, rising, `[T]`."""
     alphas: Tensor
-    """Signal level of every training step, `[T]`."""
+    """Signal level of every training timestep, `[T]`."""
+    prediction: Prediction = "eps"
+    """What the base was trained to predict: its loss is the critic's."""
 
     def alpha(self, sigma: Tensor) -> Tensor:
+        at = self._timestep(sigma)
+        known = self.sigmas.to(sigma.device)[at] == sigma
+        return torch.where(known, self.alphas.to(sigma)[at], super().alpha(sigma))
+
+    def time(self, sigma: Tensor) -> Tensor:
+        return (self._timestep(sigma) / len(self.sigmas)).masked_fill(sigma == 0, 0.0)
+
+    def levels(self, uniform: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Return the levels of training timesteps, each equally likely, the first and the last of the range included.
+
+        From .02 to .98 of a thousand, these are 20 to 980, as DMD2 draws them (arXiv 2405.14867); from 0 to 1, all.
+        """
+        count = len(self.sigmas)
+        # In double precision: .98 times a thousand is 979.99 in single.
+        first, last = ((t.double() * count).round().long().clamp_max(count - 1) for t in (low, high))
+        chosen = first + (uniform.double() * (last - first + 1)).long()
+        return self.sigmas.to(uniform.device)[torch.minimum(chosen, last)]
+
+    def log_snr_rate(self, sigma: Tensor) -> Tensor:
+        kept = self.alphas.double().square()
+        (rate,) = torch.gradient(torch.log(kept / (1 - kept)))
+        return rate.abs().to(sigma)[self._timestep(sigma)] * len(self.sigmas)
+
+    def loss_weight(self, sigma: Tensor) -> Tensor:
+        if self.prediction == "eps":
+            return super().loss_weight(sigma)
+        return torch.ones_like(sigma) if self.prediction == "x_0" else sigma.pow(-2)
+
+    def _timestep(self, sigma: Tensor) -> Tensor:
+        """Return the training timestep at or next above a noise level, int64, same shape."""
         known = self.sigmas.to(sigma.device)
-        at = torch.searchsorted(known, sigma.float().contiguous()).clamp_max(len(known) - 1)
-        return torch.where(known[at] == sigma, self.alphas.to(sigma)[at], super().alpha(sigma))
+        return torch.searchsorted(known, sigma.float().contiguous()).clamp_max(len(known) - 1)
 
 
 class DDPMAdapter(ModelAdapter):
@@ -60,7 +91,7 @@ class DDPMAdapter(ModelAdapter):
         kept = scheduler.alphas_cumprod.double()
         self.train_sigmas: Tensor = (1 - kept).sqrt().float()
         """Noise level of every training step, rising, `[T]`."""
-        self.schedule = SteppedSchedule(self.train_sigmas, kept.sqrt().float())
+        self.schedule = SteppedSchedule(self.train_sigmas, kept.sqrt().float(), self.prediction)
 
     def timesteps(self, sigma: Tensor) -> Tensor:
         """Return the UNet's timesteps `[N]` for noise levels `[N]`: linear between training steps, held at the ends."""

@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rdm_sdk.errors import ConfigError, ModelError
+from rdm_sdk.types import Condition
 
 TEACHER = "teacher"
 STUDENT = "student"
 """The role that is distilled and exported."""
+TOLD = "step_embedding."
+"""What the names of a step embedding's parameters begin with, among its role's."""
 
 # LoRA options that would change the base (then "adapters off" is no longer the teacher), make a role's forward random
 # (then a replay differs from its rollout), or cannot be exported to diffusers. Option -> (allowed values, why).
@@ -59,6 +62,39 @@ def describe_lora(config: LoraConfig) -> str:
     return ", ".join(f"{name} {value}" for name, value in parts.items() if value or name in ("rank", "alpha"))
 
 
+class StepEmbedding(nn.Module):
+    """Tells a critic which of the student's steps made a sample: a learned vector per step, added to the condition.
+
+    Without it, one critic learns the mixture of all steps' samples, and matching that mixture lets late steps make up
+    for early ones instead of matching the teacher themselves. The vectors start at zero, where nothing is told yet.
+
+    Args:
+        num_steps: K, the student's steps.
+        condition: an encoding as the family makes it, of any number of prompts; every part with a vector per prompt or
+            token (`[N, ..., C]`) gets a vector per step, `[K, C]`; masks and a guidance scale get none.
+    """
+
+    def __init__(self, num_steps: int, condition: Condition) -> None:
+        super().__init__()
+        self.vectors = nn.ParameterDict(
+            {
+                name: nn.Parameter(torch.zeros(num_steps, part.shape[-1]))
+                for name, part in condition.items()
+                if part.is_floating_point() and part.ndim > 1
+            }
+        )
+
+    def forward(self, condition: Condition, steps: Tensor) -> Condition:
+        """Return the condition `[N, ...]` with the vectors of steps (int64 `[N]`) added."""
+        told = dict(condition)
+        for name, vectors in self.vectors.items():
+            part = condition[name]
+            # In float32 before the sum is rounded: a half-precision vector could not take small updates.
+            added = vectors[steps].reshape(len(steps), *[1] * (part.ndim - 2), -1)
+            told[name] = (part + added).to(part.dtype)
+        return told
+
+
 class Roles(nn.Module):
     """A frozen backbone with switchable LoRA roles; `roles(role, **inputs)` runs it as that role.
 
@@ -78,6 +114,8 @@ class Roles(nn.Module):
         """Roles that are full copies of the backbone."""
         self.heads = nn.ModuleDict()
         """Roles that are modules of their own."""
+        self.step_embeddings = nn.ModuleDict()
+        """What tells a critic the student's step, by the critic's role; trained and saved with it."""
         self._layers: list[BaseTunerLayer] = []
         self._places: dict[str, list[tuple[str, nn.Module, str]]] = {}
         """Where an adapter's parameters are: name, module, name in the module. Finding them is a walk through all."""
@@ -127,6 +165,22 @@ class Roles(nn.Module):
         self._check_new(name)
         self.heads[name] = module.float().requires_grad_(True)
 
+    def add_step_embedding(self, name: str, embedding: StepEmbedding) -> None:
+        """Let a role be told the student's step; the embedding counts among its parameters."""
+        self.step_embeddings[name] = embedding.float().requires_grad_(True)
+
+    def tell(self, role: str, condition: Condition, steps: Tensor | None) -> Condition:
+        """Return what a role is told: the condition, with the student's steps (int64 `[N]`) if the role is told them.
+
+        None for `steps` is for roles that are told none.
+        """
+        if role not in self.step_embeddings:
+            return condition
+        if steps is None:
+            raise ConfigError(f"the role {role!r} is told the student's step, and none is given for these samples")
+        told: Condition = self.step_embeddings[role](condition, steps)
+        return told
+
     def _check_new(self, name: str) -> None:
         if name == TEACHER or name in self.trainable_roles:
             raise ConfigError(f"there is already a role {name!r}")
@@ -141,13 +195,18 @@ class Roles(nn.Module):
         return (*self._names, *self.heads)
 
     def parameters_of(self, role: str) -> dict[str, nn.Parameter]:
-        """Return a role's parameters by name."""
+        """Return a role's parameters by name, those of its step embedding included."""
+        told = {f"{TOLD}{name}": parameter for name, parameter in self.embedding_parameters_of(role).items()}
         own = self._own_module(role)
         if own is not None:
-            return dict(own.named_parameters())
+            return dict(own.named_parameters()) | told
         if role not in self._names:
             raise ConfigError(f"no role {role!r}; there are {', '.join([TEACHER, *self.trainable_roles])}")
-        return {name: getattr(module, own) for name, module, own in self._places[role]}
+        return {name: getattr(module, own) for name, module, own in self._places[role]} | told
+
+    def embedding_parameters_of(self, role: str) -> dict[str, nn.Parameter]:
+        """Return the parameters of a role's step embedding by name; none where it is told no step."""
+        return dict(self.step_embeddings[role].named_parameters()) if role in self.step_embeddings else {}
 
     def role_state_dict(self, role: str) -> dict[str, Tensor]:
         """Return a role's weights (an adapter's with PEFT's names), detached and on CPU."""
@@ -156,6 +215,7 @@ class Roles(nn.Module):
             state: dict[str, Tensor] = own.state_dict()
         else:
             state = get_peft_model_state_dict(self.backbone, adapter_name=role)
+        state = state | {f"{TOLD}{name}": tensor for name, tensor in self.embedding_parameters_of(role).items()}
         return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
     def load_role_state_dict(self, role: str, state: dict[str, Tensor]) -> None:
@@ -173,6 +233,10 @@ class Roles(nn.Module):
                     f"weights for role {role!r} do not fit: {name} has shape {list(tensor.shape)}, this run's has "
                     f"{list(own[name].shape)}; was the run started with another LoRA rank?"
                 )
+        told = {name.removeprefix(TOLD): tensor for name, tensor in state.items() if name.startswith(TOLD)}
+        if told:
+            self.step_embeddings[role].load_state_dict(told)
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(TOLD)}
         module = self._own_module(role)
         if module is not None:
             module.load_state_dict(state)
@@ -181,9 +245,11 @@ class Roles(nn.Module):
 
     def describe(self, role: str) -> str:
         """Return what a role's weights only mean something with, for people and for comparison."""
-        if role in self.copies:
-            return "a full copy of the base"
-        return str(self.heads[role]) if role in self.heads else describe_lora(self.lora_config(role))
+        if role in self.heads:
+            return str(self.heads[role])
+        vectors = next(iter(self.embedding_parameters_of(role).values()), None)
+        told = "" if vectors is None else f", told which of {len(vectors)} steps made a sample"
+        return ("a full copy of the base" if role in self.copies else describe_lora(self.lora_config(role))) + told
 
     def _own_module(self, role: str) -> nn.Module | None:
         """Return the module that a role is, None for an adapter."""

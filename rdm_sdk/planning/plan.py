@@ -143,11 +143,11 @@ class Planner:
         described = {
             role: config and describe_lora(config) + str(config.target_modules) for role, config in configs.items()
         }
-        key = str((args.bf16, args.max_sequence_length, described, heads))
+        key = str((args.bf16, args.max_sequence_length, described, heads, args.steps_told))
         if key not in self._drafts:
             dtype = torch.bfloat16 if args.bf16 else torch.float32
             adapter = blueprint(self.model, dtype, max_sequence_length=args.max_sequence_length)
-            self._drafts[key] = _Draft(adapter, configs, rewards)
+            self._drafts[key] = _Draft(adapter, configs, rewards, args.steps_told)
         return self._drafts[key]
 
 
@@ -155,14 +155,18 @@ class _Draft:
     """A model with its roles, on the meta device."""
 
     def __init__(
-        self, adapter: ModelAdapter, configs: Mapping[str, LoraConfig | None], rewards: Sequence[WeightedReward]
+        self,
+        adapter: ModelAdapter,
+        configs: Mapping[str, LoraConfig | None],
+        rewards: Sequence[WeightedReward],
+        steps_told: int,
     ) -> None:
         self.adapter = adapter
         self.base_parameters = count_of(adapter.backbone)
         # Before the adapters come, whose layers are linear ones too and are not quantized.
         self.base_bytes = {bits: quantized_bytes(adapter.backbone, bits) for bits in ("none", "8bit", "4bit")}
         with torch.device("meta"):
-            adapter.add_roles(configs, dict(reward_heads(rewards, adapter)))
+            adapter.add_roles(configs, dict(reward_heads(rewards, adapter, steps_told)), steps_told)
         self._rehearsals: dict[object, Rehearsal] = {}
 
     def rehearsal(self, args: RDMConfig) -> Rehearsal:

@@ -16,7 +16,7 @@ from rdm_sdk.models.base import ModelAdapter
 from rdm_sdk.models.placement import slice_vae, tile_vae
 from rdm_sdk.models.roles import TEACHER
 from rdm_sdk.planning.footprint import LikeCuda, Meter
-from rdm_sdk.types import Condition
+from rdm_sdk.types import Condition, Denoiser
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -86,7 +86,7 @@ class Rehearsal:
         """Return the peak of one pass of a role for `count` samples, without gradients."""
         condition, (x_t, sigma) = self.condition(count), self._samples(count)
         with self._mode, (meter := Meter()), torch.no_grad():
-            self.adapter.denoiser(self._network, role, condition)(x_t, sigma)
+            self._denoiser(role, condition)(x_t, sigma)
         return meter.peak
 
     @_once
@@ -112,7 +112,7 @@ class Rehearsal:
         with self._blocks_run_again(checkpointing), self._mode, (meter := Meter()):
             for _ in range(2 if accumulates else 1):
                 there = meter.peak = meter.live
-                x_0 = self.adapter.denoiser(self._network, role, condition)(x_t, sigma)
+                x_0 = self._denoiser(role, condition)(x_t, sigma)
                 forward, kept = meter.peak, meter.live
                 loss = (x_0 - x_t).square().mean()
                 meter.peak = meter.live
@@ -184,6 +184,12 @@ class Rehearsal:
         """Return x_t `[count, *x]` and noise levels `[count]`."""
         device = self.adapter.device
         return torch.zeros(count, *self.shape, device=device), torch.full((count,), 0.5, device=device)
+
+    def _denoiser(self, role: str, condition: Condition) -> Denoiser:
+        """Return a role's denoiser; a critic that is told the student's step is told it."""
+        count = next(iter(condition.values())).shape[0]
+        steps = torch.zeros(count, dtype=torch.long, device=self.adapter.device)
+        return self.adapter.denoiser(self._network, role, self.adapter.roles.tell(role, condition, steps))
 
     def _network(self, role: str, **inputs: Any) -> Tensor:
         """Run the backbone as `Roles` does, but for its autocast, which knows no meta device."""

@@ -18,15 +18,25 @@ from rdm_sdk.types import RewardOutput
 
 
 class DiscriminatorHead(nn.Module):
-    """Tokens of features `[N, T, C]` to logits `[N]`: above 0 for real."""
+    """Tokens of features `[N, T, C]` to logits `[N]`: above 0 for real.
 
-    def __init__(self, width: int, hidden: int) -> None:
+    Args:
+        width: C.
+        hidden: width of the hidden layer.
+        num_steps: K, if the head is told which of the student's steps made a sample; 0 if not.
+    """
+
+    def __init__(self, width: int, hidden: int, num_steps: int = 0) -> None:
         super().__init__()
-        self.tokens = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.SiLU())
+        self.hidden = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden))
+        self.steps = nn.Embedding.from_pretrained(torch.zeros(num_steps, hidden), freeze=False) if num_steps else None
         self.logit = nn.Linear(hidden, 1)
 
-    def forward(self, features: Tensor) -> Tensor:
-        logits: Tensor = self.logit(self.tokens(features).mean(1))[:, 0]
+    def forward(self, features: Tensor, steps: Tensor | None = None) -> Tensor:
+        hidden = self.hidden(features)
+        if self.steps is not None:
+            hidden = hidden + self.steps(steps)[:, None]
+        logits: Tensor = self.logit(F.silu(hidden).mean(1))[:, 0]
         return logits
 
 
@@ -35,7 +45,8 @@ class Adversarial(Reward):
 
     The discriminator is a small head on what the frozen teacher's middle block says of x_t, trained with the
     non-saturating loss (arXiv 1406.2661) at the run's noise levels, as DMD2 does on its critic (arXiv 2405.14867). Its
-    role is "discriminator"; as any critic's, its learning rate is `critic_learning_rate`.
+    role is "discriminator"; as any critic's, its learning rate is `critic_learning_rate`, and it is told the student's
+    step where critics are.
     """
 
     name = "adversarial"
@@ -63,8 +74,8 @@ class Adversarial(Reward):
     def to(self, device: torch.device | str) -> None:
         """Stay where the run is: the host moves and trains the head."""
 
-    def make_head(self, feature_width: int) -> nn.Module:
-        self._head = DiscriminatorHead(feature_width, self.config.hidden)
+    def make_head(self, feature_width: int, num_steps: int) -> nn.Module:
+        self._head = DiscriminatorHead(feature_width, self.config.hidden, num_steps)
         return self._head
 
     def field(self, batch: RewardBatch) -> RewardOutput:
@@ -93,16 +104,16 @@ class Adversarial(Reward):
                 f"column {self.config.column!r}: its images encode to {list(real.shape[1:])}, the run's samples are "
                 f"{list(batch.latents.shape[1:])}; resize the images to the run's height and width"
             )
-        sigma = context.draw_sigma(len(real), 1, real.device)
+        sigma = context.draw_critic_sigma(len(real), real.device)
         on_real = self._logits(batch, context.add_noise(real, sigma), sigma)
         on_fake = self._logits(batch, context.add_noise(batch.latents, sigma), sigma)
         return F.softplus(-on_real).mean() + batch.average(F.softplus(on_fake))
 
     def _logits(self, batch: RewardBatch, x_t: Tensor, sigma: Tensor) -> Tensor:
-        features = batch.require_context(self.name).features
-        if features is None or self._head is None:
+        context = batch.require_context(self.name)
+        if context.features is None or self._head is None:
             raise DataError(f"reward {self.name!r} needs a teacher's features, and this batch has none")
-        return cast("Tensor", self._head(features(x_t, sigma)))
+        return cast("Tensor", self._head(context.features(x_t, sigma), context.steps))
 
 
 def read_images(column: Sequence[object], name: str) -> Tensor:

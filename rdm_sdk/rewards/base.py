@@ -265,13 +265,19 @@ class Reward(ABC):
         """Return scores and the gradient with respect to `batch.latents`; for `gradient="field"` only."""
         raise RewardError(f"reward {self.name!r} declares gradient='field' but does not implement field(batch)")
 
-    def make_head(self, feature_width: int) -> nn.Module:
+    def make_head(self, feature_width: int, num_steps: int) -> nn.Module:
         """Return the module that the reward trains, for one that declares `head=True`.
 
-        Called once, before training, with the width of the teacher's features (`DiffusionContext.features`). The host
-        trains, moves, saves and resumes it.
+        Called once, before training. The host trains, moves, saves and resumes it.
+
+        Args:
+            feature_width: of the teacher's features (`DiffusionContext.features`).
+            num_steps: K, if critics are told which of the student's steps made a sample (`DiffusionContext.steps`);
+                0 if they are not.
         """
-        raise RewardError(f"reward {self.name!r} declares head=True but does not implement make_head(feature_width)")
+        raise RewardError(
+            f"reward {self.name!r} declares head=True but does not implement make_head(feature_width, num_steps)"
+        )
 
     def training_loss(self, batch: RewardBatch) -> Tensor:
         """Return the scalar loss of the reward's trainable role on the batch; for rewards that `trains` one.

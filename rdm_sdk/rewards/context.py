@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rdm_sdk.core.draws import Spread, draw_sigma
+from rdm_sdk.core.draws import Spread, draw_uniform
 from rdm_sdk.core.matching import (
     critic_lag,
     lag_profile,
@@ -24,6 +24,9 @@ from rdm_sdk.types import Denoiser, RewardOutput
 
 TEACHER = "teacher"
 
+Times = tuple[Tensor | float, Tensor | float]
+"""The lowest and the highest time (`NoiseSchedule`) of re-noising, each `[N]` or one for all samples."""
+
 
 def _no_encoder(images: Tensor) -> Tensor:
     raise RewardError("this batch has no model that could encode images")
@@ -37,12 +40,14 @@ class DiffusionContext:
     denoiser: Callable[[str], Denoiser]
     """Role name ("teacher", "student", "fake", ...) to a denoiser with the batch's prompts closed over. The teacher's
     is guided as the run says; parameters get gradients only of the role that is being trained."""
-    min_sigma: float
-    max_sigma: float
+    min_time: Tensor | float
+    """From which time on samples are re-noised for the student's update (`NoiseSchedule`), `[N]` or one for all."""
+    max_time: Tensor | float
+    """And up to which."""
     num_draws: int
     """M, the renoising draws per sample and step."""
     spread: Spread = "stratified"
-    """How noise levels are spread over a group."""
+    """How times are spread over a group."""
     critic_correction: Literal["group", "others", "none"] = "none"
     """Whether the critic's lag is estimated from a sample's group (or from the "others" in it) and taken out of `dm`'s
     gradient."""
@@ -56,14 +61,27 @@ class DiffusionContext:
     """RGB images `[N, 3, H, W]` in [0, 1] to latents `[N, *x]`."""
     unprompted: Denoiser | None = None
     """The teacher without the prompt alone."""
+    critic_times: Times = (0.0, 1.0)
+    """The times that critics learn at."""
+    steps: Tensor | None = None
+    """The student's step that made each sample, int64 `[N]`, where critics are told it; None where they are not."""
     carries_back: bool = False
     """Whether the teacher's predictions keep their graph, so that `Renoised.carry_back` works."""
     _drawn: list[tuple[Tensor, list[Renoised]]] = field(default_factory=list, repr=False, compare=False)
     """The latest samples that draws were made for, with these draws."""
 
-    def draw_sigma(self, num_groups: int, group_size: int, device: torch.device) -> Tensor:
-        """Draw noise levels `[N]`, each uniform in [min_sigma, max_sigma), spread over groups as the run says."""
-        return draw_sigma(self.spread, num_groups, group_size, self.min_sigma, self.max_sigma, device)
+    def draw_sigma(self, count: int, group_size: int, device: torch.device) -> Tensor:
+        """Draw noise levels `[N]` for the student's update, their times spread over groups as the run says."""
+        return self._draw(count, group_size, (self.min_time, self.max_time), device)
+
+    def draw_critic_sigma(self, count: int, device: torch.device) -> Tensor:
+        """Draw noise levels `[N]` for a critic's update."""
+        return self._draw(count, 1, self.critic_times, device)
+
+    def _draw(self, count: int, group_size: int, times: Times, device: torch.device) -> Tensor:
+        uniform = draw_uniform(self.spread, count // group_size, group_size, device)
+        ends = (torch.as_tensor(end, dtype=uniform.dtype, device=device).expand(count) for end in times)
+        return self.schedule.levels(uniform, *ends)
 
     def add_noise(self, x_0: Tensor, sigma: Tensor) -> Tensor:
         """Return x_t `[N, *x]` for `x_0` `[N, *x]` at noise levels `[N]`, with fresh noise, in float32 or more."""
@@ -76,7 +94,7 @@ class DiffusionContext:
         Rewards of one batch thus see the same noise, and what a network says of it is computed once for all of them.
         """
         if not self._drawn or self._drawn[0][0] is not x_0:
-            sigmas = [self.draw_sigma(len(x_0) // group_size, group_size, x_0.device) for _ in range(self.num_draws)]
+            sigmas = [self.draw_sigma(len(x_0), group_size, x_0.device) for _ in range(self.num_draws)]
             # Without draws of its own: a cycle would keep the teacher's graph until some garbage collection.
             context = replace(self, _drawn=[])
             self._drawn[:] = [(x_0, [Renoised(context, self.add_noise(x_0, sigma), sigma) for sigma in sigmas])]
@@ -157,7 +175,7 @@ def contrast(
     "none", the lag of q behind the samples (`core.matching.critic_lag`) is added to its prediction before the gradient
     is taken.
     """
-    span = context.max_sigma - context.min_sigma
+    span = context.max_time - context.min_time
     draws = []
     for draw in context.renoise(x_0, group_size):
         toward, away = pair(draw)

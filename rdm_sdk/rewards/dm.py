@@ -16,7 +16,7 @@ class DistributionMatching(Reward):
     Gradient in x_0 form, D_real - D_fake, averaged over the run's `num_draws` renoising draws, with the critic's lag
     taken out where the run says so (`critic_correction`); score by the denoising-error difference; the critic is a LoRA
     adapter, role "fake", trained on the student's samples (arXiv 2405.14867 for the estimator, arXiv 2603.28460 for its
-    reading as a reward).
+    reading as a reward). It is told which of the student's steps made a sample where the run says so (`matching`).
     """
 
     name = "dm"
@@ -36,6 +36,6 @@ class DistributionMatching(Reward):
     def training_loss(self, batch: RewardBatch) -> Tensor:
         context = batch.require_context(self.name)
         x_0 = batch.latents
-        sigma = context.draw_sigma(len(x_0), 1, x_0.device)
+        sigma = context.draw_critic_sigma(len(x_0), x_0.device)
         denoised = context.denoiser("fake")(context.add_noise(x_0, sigma), sigma)
         return batch.average(denoising_loss(context.schedule, x_0, denoised, sigma))

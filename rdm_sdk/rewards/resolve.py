@@ -102,9 +102,9 @@ class Declared(Reward):
     def __init__(self, term: RewardTerm, capabilities: Capabilities, config: RewardConfig) -> None:
         self.term, self.name, self.capabilities, self.config = term, term.name, capabilities, config
 
-    def make_head(self, feature_width: int) -> nn.Module:
+    def make_head(self, feature_width: int, num_steps: int) -> nn.Module:
         """Make the reward, and its head."""
-        return load_reward(self.term).make_head(feature_width)
+        return load_reward(self.term).make_head(feature_width, num_steps)
 
 
 _Found: TypeAlias = tuple[RewardTerm, Reward | None]

@@ -31,8 +31,8 @@ class Scored(Reward):
     def score(self, batch: RewardBatch) -> Tensor:
         return self.wrapped.score(batch)
 
-    def make_head(self, feature_width: int) -> nn.Module:
-        return self.wrapped.make_head(feature_width)
+    def make_head(self, feature_width: int, num_steps: int) -> nn.Module:
+        return self.wrapped.make_head(feature_width, num_steps)
 
     def training_loss(self, batch: RewardBatch) -> Tensor:
         return self.wrapped.training_loss(batch)

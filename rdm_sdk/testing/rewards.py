@@ -63,7 +63,7 @@ def run_reward_checks(reward: RewardFuncs, batch: RewardBatch | None = None) -> 
     """Run every check and return the results; a check whose prerequisite failed is skipped."""
     made = _only(reward)
     if made.capabilities.head:
-        made.make_head(LATENT_CHANNELS)  # as the host does, for the features of the teacher in the kit's batch
+        made.make_head(LATENT_CHANNELS, 0)  # as the host does, for the features of the teacher in the kit's batch
     subject = Subject(made, batch or made.example() or example_batch(made))
     return run_checks(CHECKS, subject, "reward")
 

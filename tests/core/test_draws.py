@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rdm_sdk.core.draws import draw_sigma, draw_steps, draw_uniform
+from rdm_sdk.core.draws import draw_steps, draw_uniform
 from rdm_sdk.core.noise import FlowSchedule, add_noise
 
 CPU = torch.device("cpu")
@@ -23,11 +23,17 @@ def spread_of(steps, num_steps):
     return int(counts.max() - counts.min())
 
 
+def draw_sigma(spread, num_groups, group_size, low, high):
+    """Return a flow's noise levels, spread as a run spreads them."""
+    uniform = draw_uniform(spread, num_groups, group_size, CPU)
+    return FlowSchedule().levels(uniform, torch.full_like(uniform, low), torch.full_like(uniform, high))
+
+
 @by_spread
 def test_each_sample_is_uniform(spread):
     """Every sample's level is uniform over the range, wherever it stands in the group and in the batch."""
     torch.manual_seed(0)
-    draws = torch.stack([draw_sigma(spread, 3, 4, 0.2, 0.8, CPU) for _ in range(4000)])
+    draws = torch.stack([draw_sigma(spread, 3, 4, 0.2, 0.8) for _ in range(4000)])
     assert draws.shape == (4000, 12)
     expected = 0.2 + 0.6 * (torch.arange(4000) + 0.5) / 4000
     # The Kolmogorov-Smirnov distance of 4000 draws stays below 0.031 with probability 0.999, for each of 12 samples.
@@ -74,7 +80,7 @@ def test_free_draws_are_independent():
 def test_levels_stay_in_their_range(spread):
     """The range is [low, high), also for a single sample, and is covered from end to end."""
     torch.manual_seed(2)
-    draws = torch.cat([draw_sigma(spread, 1, 1, 0.02, 0.98, CPU) for _ in range(500)])
+    draws = torch.cat([draw_sigma(spread, 1, 1, 0.02, 0.98) for _ in range(500)])
     assert 0.02 <= draws.min() < 0.05
     assert 0.95 < draws.max() < 0.98
 

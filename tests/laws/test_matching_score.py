@@ -4,7 +4,7 @@ import pytest
 import torch
 from mixtures import GaussianMixture
 
-from rdm_sdk.core.draws import draw_sigma
+from rdm_sdk.core.draws import draw_uniform
 from rdm_sdk.core.matching import matching_score, residual_magnitude
 from rdm_sdk.core.noise import FlowSchedule, VariancePreservingSchedule, add_noise
 
@@ -39,7 +39,7 @@ def test_average_score_is_the_log_ratio(schedule):
     real, fake = gaussian(0.5, 0.8, 3, torch.float64), gaussian(-0.1, 0.5, 3, torch.float64)
     for x_0 in ([0.2, 0.9, 1.4], [-0.8, 0.1, -0.3], [2.0, -1.0, 0.5]):
         points = torch.tensor(x_0, dtype=torch.float64).expand(num_draws, 3)
-        sigma = draw_sigma("stratified", 1, num_draws, low, high, CPU).double()
+        sigma = low + (high - low) * draw_uniform("stratified", 1, num_draws, CPU).double()
         eps = torch.randn(num_draws, 3, dtype=torch.float64)
         # A draw and its mirror image: most of the noise is odd in eps.
         scores = [score_draws(schedule, real, fake, points, e, sigma, high - low) for e in (eps, -eps)]
