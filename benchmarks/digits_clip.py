@@ -122,7 +122,7 @@ def teacher_samples(count: int, num_steps: int) -> tuple[Tensor, Tensor]:
     pipeline.set_progress_bar_config(disable=True)
     asked = torch.arange(count) % len(DIGIT_WORDS)
     prompts = digits.prompts() * (count // len(DIGIT_WORDS))
-    return sample(pipeline, prompts, seed=0, num_steps=num_steps, guidance_scale=1.0), asked
+    return sample(pipeline, prompts, seed=0, num_inference_steps=num_steps, guidance_scale=1.0), asked
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig
 
 from rdm_sdk import RDMTrainer, digits, frechet_distance, markdown_table, score_images, teacher_statistics
-from rdm_sdk.demo import LORA_TARGETS, demo_config
+from rdm_sdk.demo import demo_config
 
 SPECS = (
     "dm",
@@ -38,7 +38,7 @@ def run(spec: str, seed: int, steps: int, num_samples: int, out: Path) -> dict[s
     config = demo_config(out / "training", steps, seed)
     config.log_images = 0
     config.disable_tqdm = True
-    lora = LoraConfig(r=64, lora_alpha=64, target_modules=LORA_TARGETS)
+    lora = LoraConfig(r=32, lora_alpha=32)
     trainer = RDMTrainer(digits.teacher_path(), spec, config, digits.prompts(), peft_config=lora)
     started = time.perf_counter()
     trainer.train()

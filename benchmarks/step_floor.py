@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/step_floor.py --batch 64 --cycles 10
 
 The floor calls the transformer directly, with the same adapters, batch sizes and number of passes as one cycle: the
-rollout (each sample up to its stop step), `critic_steps` critic forwards and backwards, teacher and critic forwards,
-and the student's forward and backward. No sampling, no noise, no losses beyond a mean, no optimizer, no Trainer. Cycles
+rollout to its end, `critic_steps` critic forwards and backwards, teacher and critic forwards, and the student's forward
+and backward. No sampling, no noise, no losses beyond a mean, no optimizer, no Trainer. Cycles
 and floors alternate, so that a busy machine slows both; the ratio of the medians is reported.
 """
 
@@ -29,7 +29,7 @@ class Floor:
     def __init__(self, trainer: RDMTrainer) -> None:
         args = trainer.args
         self.trainer, self.guided = trainer, args.guidance_scale != 1.0
-        self.size, self.steps, self.critic_steps = args.train_batch_size, len(trainer.sigmas), args.critic_steps
+        self.size, self.steps, self.critic_steps = args.train_batch_size, trainer.policy.num_steps, args.critic_steps
         condition = trainer.encode((digits.prompts() * self.size)[: self.size])
         self.inputs = {
             "hidden_states": torch.randn(self.size, *trainer.latent_shapes[0]),
@@ -38,8 +38,8 @@ class Floor:
         }
 
     def run(self) -> None:
-        for k in range(self.steps):
-            self._forward("student", self.size * (self.steps - k) // self.steps)
+        for _ in range(self.steps):
+            self._forward("student", self.size)
         for _ in range(self.critic_steps):
             self._backward("fake")
         for _ in range(2 if self.guided else 1):

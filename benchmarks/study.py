@@ -24,7 +24,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from study_cells import SEEDS, Cell, all_cells
+from study_cells import LORA_TARGETS, SEEDS, Cell, all_cells
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
@@ -45,7 +45,6 @@ def run(cell: Cell, seed: int, num_samples: int, max_steps: int | None = None) -
     from peft import LoraConfig
 
     from rdm_sdk import RDMConfig, RDMTrainer, digits
-    from rdm_sdk.demo import LORA_TARGETS
 
     settings = cell.config()
     if max_steps is not None:

@@ -22,6 +22,21 @@ COMMON: dict[str, Any] = {
 """What all cells share. Every cell spends max_steps * batch teacher forwards (twice that where the teacher is asked
 without the prompt as well): the study's currency. The base rate was set after pilots of both methods."""
 
+UNNAMED: dict[str, Any] = {
+    "matching": "mixture",
+    "critic_rollouts": "shared",
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "ema_decay": 0.0,
+}
+"""What all cells share as well and no name says: there was no choice, or it was the default, when they were run. Since
+then, critics learn at all noise levels and from all steps of shared rollouts, so the runs cannot be repeated exactly."""
+
+LORA_TARGETS = (
+    r".*\.(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)|ff\.net\.0\.proj|ff\.net\.2)"
+)
+"""The layers that had adapters: too few, as docs/convergence.md shows."""
+
 RATES = (8e-4, 1.6e-3, 3.2e-3, 6.4e-3)
 """Student learning rates of the sweep, a factor of two apart."""
 
@@ -54,11 +69,15 @@ class Cell:
 
     def config(self) -> dict[str, Any]:
         """Return the settings of `RDMConfig` that make up the cell."""
-        return COMMON | preset(self.preset) | self.settings
+        return self._named() | {key: value for key, value in UNNAMED.items() if key not in self.settings}
+
+    def _named(self) -> dict[str, Any]:
+        own = {key: value for key, value in preset(self.preset).items() if key not in UNNAMED}
+        return COMMON | own | self.settings
 
     def digest(self) -> str:
         """Return a hash of all that the cell's runs depend on, so that changed settings are run again."""
-        content = asdict(self) | {"config": self.config(), "questions": ""}
+        content = asdict(self) | {"config": self._named(), "questions": ""}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 

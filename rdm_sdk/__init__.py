@@ -43,6 +43,8 @@ _PUBLIC = {
     "feature_statistics": "rdm_sdk.evaluation",
     "teacher_statistics": "rdm_sdk.evaluation",
     "legibility": "rdm_sdk.evaluation",
+    "diversity": "rdm_sdk.evaluation",
+    "teacher_steps_worth": "rdm_sdk.evaluation",
     "image_grid": "rdm_sdk.report",
     "markdown_table": "rdm_sdk.report",
 }
@@ -81,6 +83,8 @@ __all__ = [  # noqa: RUF022 - in the order of _PUBLIC
     "feature_statistics",
     "teacher_statistics",
     "legibility",
+    "diversity",
+    "teacher_steps_worth",
     "image_grid",
     "markdown_table",
     "digits",
@@ -107,10 +111,12 @@ if TYPE_CHECKING:
     from rdm_sdk.errors import (
         RewardError as RewardError,
     )
+    from rdm_sdk.evaluation import diversity as diversity
     from rdm_sdk.evaluation import feature_statistics as feature_statistics
     from rdm_sdk.evaluation import frechet_distance as frechet_distance
     from rdm_sdk.evaluation import legibility as legibility
     from rdm_sdk.evaluation import teacher_statistics as teacher_statistics
+    from rdm_sdk.evaluation import teacher_steps_worth as teacher_steps_worth
     from rdm_sdk.hookspecs import RegisterModel as RegisterModel
     from rdm_sdk.hookspecs import RegisterReward as RegisterReward
     from rdm_sdk.hookspecs import hookimpl as hookimpl

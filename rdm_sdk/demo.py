@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +17,44 @@ from rdm_sdk import (
     RDMConfig,
     RDMTrainer,
     digits,
+    diversity,
     frechet_distance,
     image_grid,
     legibility,
     markdown_table,
     teacher_statistics,
+    teacher_steps_worth,
 )
 
 GUIDANCE = 1.0
 CALL = {"max_sequence_length": 4, "output_type": "pt"}  # the digits teacher needs no more text tokens
-# A small model needs adapters on its feed-forward layers too, to learn four steps from forty.
-LORA_TARGETS = (
-    r".*\.(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)|ff\.net\.0\.proj|ff\.net\.2)"
-)
-HEADER = ("", "FID to real digits", "FID-SD", "legibility", "ms / image")
+TEACHER_STEPS = (1, 2, 4, 8, 16, 40)
+STUDENT_STEPS = 4
+BATCH = 250
+"""Images that are sampled at a time."""
+HEADER = ("", "FID-SD", "worth teacher steps", "FID to real digits", "diversity", "legibility", "ms / image")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sampler's images and what a table says of them."""
+
+    name: str
+    images: Tensor
+    """`[N, 3, 32, 32]`."""
+    figures: dict[str, float]
+    """By column."""
 
 
 def demo_config(output: Path, steps: int, seed: int) -> RDMConfig:
-    """Return the settings that distill the digits teacher in under two minutes on two CPU cores."""
+    """Return the settings that distill the digits teacher in under five minutes on two CPU cores."""
     return RDMConfig(
         output_dir=str(output),
         max_steps=steps,
         per_device_train_batch_size=64,
-        num_generations=8,
         guidance_scale=GUIDANCE,
+        num_inference_steps=STUDENT_STEPS,
         max_sequence_length=4,
-        learning_rate=4e-4,
-        critic_learning_rate=1e-3,
-        ema_decay=0.98,
         log_images=max(1, steps // 4),
         logging_steps=max(1, steps // 10),
         save_strategy="no",
@@ -51,73 +62,107 @@ def demo_config(output: Path, steps: int, seed: int) -> RDMConfig:
     )
 
 
-def run_demo(output: Path, steps: int = 100, num_samples: int = 1000, seed: int = 0) -> dict[str, dict[str, float]]:
+def demo_trainer(output: Path, steps: int, seed: int) -> RDMTrainer:
+    """Return the demo's trainer."""
+    return RDMTrainer(
+        model=digits.teacher_path(),
+        reward_funcs="dm",
+        args=demo_config(output, steps, seed),
+        train_dataset=digits.prompts(),
+        peft_config=LoraConfig(r=32, lora_alpha=32),
+    )
+
+
+def run_demo(output: Path, steps: int = 150, num_samples: int = 1000, seed: int = 0) -> dict[str, dict[str, float]]:
     """Train, export, reload into plain diffusers, measure; prints a table and writes `grid.png` and `table.md`.
 
     Returns:
-        For "teacher, 40 steps", "teacher, 4 steps" and "student, 4 steps": the table's figures by column.
+        The table's figures by row and column: the teacher at several numbers of steps, and the student after each of
+        its evaluations. "worth teacher steps" is in the printed table alone.
     """
     started = time.perf_counter()
-    teacher = _quiet(DiffusionPipeline.from_pretrained(digits.teacher_path()))
     prompts = digits.prompts() * (num_samples // 10)
-    images: dict[str, Tensor] = {}
-    milliseconds: dict[str, float] = {}
-
-    def measure(name: str, pipeline: Any, num_steps: int, guidance_scale: float) -> None:
-        print(f"sampling {len(prompts)} images: {name} ...", flush=True)
-        begin = time.perf_counter()
-        images[name] = sample(pipeline, prompts, seed, num_steps, guidance_scale)
-        milliseconds[name] = (time.perf_counter() - begin) * 1000 / len(prompts)
-
-    measure("teacher, 40 steps", teacher, 40, GUIDANCE)
-    measure("teacher, 4 steps", teacher, 4, GUIDANCE)
+    teacher = [sample_teacher(prompts, seed, count) for count in TEACHER_STEPS]
+    curve = dict(zip(TEACHER_STEPS, (row.figures["FID-SD"] for row in teacher), strict=True))
 
     print(f"distilling: {steps} steps, pictures in {output / 'training' / 'images'}", flush=True)
-    trainer = RDMTrainer(
-        model=digits.teacher_path(),
-        reward_funcs="dm",
-        args=demo_config(output / "training", steps, seed),
-        train_dataset=digits.prompts(),
-        peft_config=LoraConfig(r=64, lora_alpha=64, target_modules=LORA_TARGETS),
-    )
+    trainer = demo_trainer(output / "training", steps, seed)
     trainer.train()
     trainer.save_model(str(output / "student"))
+    student = [*sample_stopped(trainer, prompts, seed), sample_student(output / "student", prompts, seed)]
 
-    student = _quiet(DiffusionPipeline.from_pretrained(digits.teacher_path()))
-    student.load_lora_weights(str(output / "student"))
-    student.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(output / "student", subfolder="scheduler")
-    measure("student, 4 steps", student, 4, 1.0)
-
-    real, reference = digits.heldout_images(), teacher_statistics()
-    figures = {
-        name: {
-            "FID to real digits": frechet_distance(batch, real),
-            "FID-SD": frechet_distance(batch, reference),
-            "legibility": legibility(batch, prompts),
-            "ms / image": milliseconds[name],
-        }
-        for name, batch in images.items()
-    }
-    table = markdown_table(HEADER, [[name, *row.values()] for name, row in figures.items()])
-    image_grid(
-        [("real digits", _one_per_digit(real)), *((n, b[:20]) for n, b in images.items())], output / "grid.png", 2
-    )
+    cells = [[row.name, *_cells(row, curve)] for row in (*teacher, *student)]
+    table = markdown_table(HEADER, cells)
     (output / "table.md").write_text(table + "\n", encoding="utf-8")
+    shown = [row for row in (*teacher, *student) if row.name not in ("teacher, 8 steps", "teacher, 16 steps")]
+    real = ("real digits", _one_per_digit(digits.heldout_images()))
+    image_grid([real, *((row.name, row.images[:20]) for row in shown)], output / "grid.png", 2)
     print(f"\n{table}\n\nwrote {output / 'grid.png'} and {output / 'student'} in {time.perf_counter() - started:.0f} s")
-    return figures
+    return {row.name: row.figures for row in (*teacher, *student)}
+
+
+def sample_teacher(prompts: Sequence[str], seed: int, num_steps: int) -> Row:
+    """Sample the teacher in steps of equal size, which is the student's grid: 1, 3/4, 1/2, 1/4 for four.
+
+    The scheduler's own grid ends next to zero, and its last step does nothing.
+    """
+    pipeline = _quiet(DiffusionPipeline.from_pretrained(digits.teacher_path()))
+    grid = [(num_steps - k) / num_steps for k in range(num_steps)]
+    name = f"teacher, {num_steps} step{'s' if num_steps > 1 else ''}"
+    print(f"sampling {len(prompts)} images: {name} ...", flush=True)
+    begin = time.perf_counter()
+    images = sample(pipeline, prompts, seed, num_inference_steps=num_steps, sigmas=grid, guidance_scale=GUIDANCE)
+    return _measured(name, images, prompts, time.perf_counter() - begin)
+
+
+def sample_student(folder: Path, prompts: Sequence[str], seed: int) -> Row:
+    """Sample the exported student with plain diffusers."""
+    pipeline = _quiet(DiffusionPipeline.from_pretrained(digits.teacher_path()))
+    pipeline.load_lora_weights(str(folder))
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+    name = f"student, {STUDENT_STEPS} steps"
+    print(f"sampling {len(prompts)} images: {name} ...", flush=True)
+    begin = time.perf_counter()
+    images = sample(pipeline, prompts, seed, num_inference_steps=STUDENT_STEPS, guidance_scale=1.0)
+    return _measured(name, images, prompts, time.perf_counter() - begin)
+
+
+def sample_stopped(trainer: RDMTrainer, prompts: Sequence[str], seed: int) -> list[Row]:
+    """Sample the same student, stopped after each evaluation before its last."""
+    begin = time.perf_counter()
+    starts = range(0, len(prompts), BATCH)
+    batches = [trainer.sample_each_step(prompts[i : i + BATCH], seed=seed + i) for i in starts]
+    each = (time.perf_counter() - begin) / STUDENT_STEPS
+    return [
+        _measured(f"student, stopped after {k}", torch.cat([batch[k - 1] for batch in batches]), prompts, k * each)
+        for k in range(1, STUDENT_STEPS)
+    ]
 
 
 @torch.no_grad()
-def sample(pipeline: Any, prompts: Sequence[str], seed: int, num_steps: int, guidance_scale: float) -> Tensor:
+def sample(pipeline: Any, prompts: Sequence[str], seed: int, **call: Any) -> Tensor:
     """Sample a plain diffusers pipeline in batches: images `[N, 3, 32, 32]` in [0, 1], the same for the same seed."""
     torch.manual_seed(seed)
-    batches = [
-        pipeline(
-            list(prompts[i : i + 250]), num_inference_steps=num_steps, guidance_scale=guidance_scale, **CALL
-        ).images
-        for i in range(0, len(prompts), 250)
-    ]
+    batches = [pipeline(list(prompts[i : i + BATCH]), **CALL, **call).images for i in range(0, len(prompts), BATCH)]
     return torch.cat(batches)
+
+
+def _measured(name: str, images: Tensor, prompts: Sequence[str], seconds: float) -> Row:
+    figures = {
+        "FID-SD": frechet_distance(images, teacher_statistics()),
+        "FID to real digits": frechet_distance(images, digits.heldout_images()),
+        "diversity": diversity(images, prompts),
+        "legibility": legibility(images, prompts),
+        "ms / image": 1000 * seconds / len(prompts),
+    }
+    return Row(name, images, figures)
+
+
+def _cells(row: Row, teacher: dict[int, float]) -> list[object]:
+    """Return a row of the table behind its name."""
+    fidelity, *others = row.figures.values()
+    worth = "" if row.name.startswith("teacher") else teacher_steps_worth(fidelity, teacher)
+    return [fidelity, worth, *others]
 
 
 def _one_per_digit(real: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -106,3 +108,38 @@ def legibility(images: Tensor, prompts: Sequence[str]) -> float:
     if None in digits:
         raise DataError(f"prompt {prompts[digits.index(None)]!r} names no digit, so legibility has no meaning for it")
     return load_classifier().legibility(images.float().cpu(), torch.tensor(digits)).mean().item()
+
+
+def diversity(images: Tensor, prompts: Sequence[str]) -> float:
+    """Return how much images `[N, 3, H, W]` of the same prompt differ: the mean standard deviation of a pixel.
+
+    A student that shows one picture per prompt has 0; compare with its teacher's.
+
+    Raises:
+        DataError: a prompt has one image only.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(row)
+    lonely = next((prompt for prompt, own in rows.items() if len(own) < 2), None)
+    if lonely is not None:
+        raise DataError(f"diversity compares images of the same prompt, and {lonely!r} has one; give two or more each")
+    return torch.stack([images[own].float().std(0).mean() for own in rows.values()]).mean().item()
+
+
+def teacher_steps_worth(distance: float, teacher: Mapping[int, float]) -> str:
+    """Return how many steps the teacher takes to come as near as a distance, such as "13", "below 1" or "40 or more".
+
+    Args:
+        distance: a student's Frechet distance.
+        teacher: the teacher's own distances by its number of steps, on the same grid and from as many images. Between
+            two of them, the logarithm of the steps is interpolated.
+    """
+    curve = sorted(teacher.items())
+    if distance > curve[0][1]:
+        return f"below {curve[0][0]}"
+    for (fewer, worse), (more, better) in pairwise(curve):
+        if worse >= distance > better:
+            share = (worse - distance) / (worse - better)
+            return f"{math.exp((1 - share) * math.log(fewer) + share * math.log(more)):.2g}"
+    return f"{curve[-1][0]} or more"

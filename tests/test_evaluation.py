@@ -5,7 +5,16 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from rdm_sdk import DataError, digits, feature_statistics, frechet_distance, legibility, teacher_statistics
+from rdm_sdk import (
+    DataError,
+    digits,
+    diversity,
+    feature_statistics,
+    frechet_distance,
+    legibility,
+    teacher_statistics,
+    teacher_steps_worth,
+)
 from rdm_sdk.digits.classifier import load_classifier
 
 
@@ -34,6 +43,25 @@ def test_real_digits_are_legible_and_near_the_teacher():
     assert legibility(real, right) > 0.97
     assert legibility(real, wrong) < 0.01
     assert frechet_distance(real, teacher_statistics()) < 0.2 * frechet_distance(1 - real, teacher_statistics())
+
+
+def test_diversity_is_the_deviation_within_a_prompt():
+    """Different pictures of different prompts are no diversity; of one prompt they are, pixel by pixel."""
+    black, white = torch.zeros(3, 32, 32), torch.ones(3, 32, 32)
+    images = torch.stack([black, white, black, white])
+    assert diversity(images, ["a", "b", "a", "b"]) == 0
+    assert diversity(images, ["a", "a", "b", "b"]) == pytest.approx(0.5**0.5)
+    with pytest.raises(DataError, match="'c' has one"):
+        diversity(images[:3], ["a", "a", "c"])
+
+
+@pytest.mark.parametrize(
+    ("distance", "steps"),
+    [(400.0, "below 1"), (300.0, "1"), (70.0, "2"), (50.0, "2.8"), (30.0, "4"), (20.0, "5.7"), (9.0, "8 or more")],
+)
+def test_a_student_is_worth_teacher_steps(distance, steps):
+    """At the teacher's own distances its own steps; halfway between two of them their geometric mean; named ends."""
+    assert teacher_steps_worth(distance, {4: 30.0, 1: 300.0, 2: 70.0, 8: 10.0}) == steps
 
 
 def test_bad_input_is_named():

@@ -1,5 +1,6 @@
 """The README's code, the example and the demo run as written."""
 
+import json
 import re
 import subprocess
 import sys
@@ -49,14 +50,17 @@ def test_quickstart(tmp_path):
 
 
 def test_demo(tmp_path, capsys):
-    """The demo prints its table and writes its grid; the untrained 4-step student is worse than its teacher."""
+    """The demo prints its table and writes its grid; its untrained student is worse than a teacher of four steps."""
     from rdm_sdk.demo import run_demo
 
     figures = run_demo(tmp_path, steps=1, num_samples=100)
     assert (tmp_path / "grid.png").is_file()
-    assert "FID-SD" in capsys.readouterr().out
-    assert list(figures) == ["teacher, 40 steps", "teacher, 4 steps", "student, 4 steps"]
-    assert figures["student, 4 steps"]["FID-SD"] > figures["teacher, 40 steps"]["FID-SD"]
+    assert "worth teacher steps" in capsys.readouterr().out
+    teacher = [f"teacher, {n} step{'s' if n > 1 else ''}" for n in (1, 2, 4, 8, 16, 40)]
+    student = ["student, stopped after 1", "student, stopped after 2", "student, stopped after 3", "student, 4 steps"]
+    assert list(figures) == [*teacher, *student]
+    assert figures["student, 4 steps"]["FID-SD"] > figures["teacher, 4 steps"]["FID-SD"]
+    assert figures["teacher, 40 steps"]["FID-SD"] < figures["teacher, 4 steps"]["FID-SD"] < 100
     assert figures["teacher, 40 steps"]["legibility"] > 0.9
 
 
@@ -65,3 +69,26 @@ def test_demo_and_example_use_public_names_only():
     for path in (ROOT / "rdm_sdk" / "demo.py", ROOT / "examples" / "quickstart.py"):
         imports = re.findall(r"^(?:from|import) (rdm_sdk\S*)", path.read_text(encoding="utf-8"), re.M)
         assert set(imports) == {"rdm_sdk"}, (path, imports)
+
+
+def test_step_floor(tmp_path):
+    """The benchmark that times a training cycle against its bare passes runs, in small."""
+    script = str(ROOT / "benchmarks" / "step_floor.py")
+    done = subprocess.run(
+        [sys.executable, script, "--batch", "8", "--cycles", "1"], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.strip().splitlines()[-1])["ratio"] > 0.5
+
+
+def test_convergence_runs_in_small(tmp_path):
+    """The convergence runs write a line per measurement, and a second call finds them done."""
+    script, out = str(ROOT / "benchmarks" / "convergence.py"), tmp_path / "rows.jsonl"
+    command = [sys.executable, script, "run", "--smoke", "--only", "demo", "dmd2", "--seeds", "0", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {(row["cell"], row["update"]) for row in rows} == {
+        (f"smoke {c}", u) for c in ("demo", "dmd2") for u in (1, 2)
+    }
+    assert all(len(row["FID-SD"]) == 4 and min(row["FID-SD"]) > 0 for row in rows)

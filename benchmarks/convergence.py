@@ -1,0 +1,212 @@
+"""How near students of the embedded teacher come to it, and whether they stay there.
+
+    python benchmarks/convergence.py run                      # hours, two runs at a time; resumable
+    python benchmarks/convergence.py run --only demo* --seeds 0
+    python benchmarks/convergence.py report                   # docs/convergence.md and its plot, from the rows
+
+Each measurement is a line of `results/convergence.jsonl`, written when it is made: the FID-SD of what the moving
+average predicts after each of its evaluations (1,000 images against the shipped statistics of the teacher), and what
+the run has cost up to there. A run whose last line is there is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+RESULTS = Path(__file__).parent / "results" / "convergence.jsonl"
+SEEDS = range(5)
+
+COMMON: dict[str, Any] = {
+    "per_device_train_batch_size": 64,
+    "guidance_scale": 1.0,
+    "max_sequence_length": 4,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "logging_steps": 50,
+}
+RANK = 32
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One set of settings; it is run once per seed."""
+
+    name: str
+    updates: int
+    every: int
+    """Updates between two measurements."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    rank: int = RANK
+    """Of student and critic, where they are LoRA adapters; 0 means that neither is."""
+
+    def digest(self) -> str:
+        """Return a hash of all that the cell's runs depend on, so that changed settings are run again."""
+        content = json.dumps(asdict(self) | {"common": COMMON}, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+DMD2: dict[str, Any] = {
+    "matching": "mixture",
+    "critic_rollouts": "fresh",
+    "spread": "free",
+    "critic_correction": "none",
+    "normalization": "sample",
+}
+"""DMD2 as published (arXiv 2405.14867): the mixture of all steps, fresh rollouts for each critic update, every sample on
+its own."""
+
+LONG = 1000
+SHORT = 150
+
+
+def all_cells() -> list[Cell]:
+    """Return every cell, the most telling ones first."""
+    return [
+        Cell("demo", SHORT, 50),
+        *(Cell(f"matching {name}", SHORT, 50, {"matching": name}) for name in ("range", "mixture")),
+        Cell("dmd2", SHORT, 50, DMD2),
+        Cell("dmd2 with ranges", SHORT, 50, DMD2 | {"matching": "range"}),
+        Cell("fresh rollouts", SHORT, 50, {"critic_rollouts": "fresh"}),
+        Cell("betas .9 and .999", SHORT, 50, {"adam_beta1": 0.9, "adam_beta2": 0.999}),
+        Cell("full weights", SHORT, 50, {"student_weights": "full", "critic_weights": "full"}, 0),
+        *(Cell(f"long, {k} step{'s' if k > 1 else ''}", LONG, 50, {"num_inference_steps": k}) for k in (4, 2, 1)),
+    ]
+
+
+def start_worker() -> None:
+    """Give each process one thread: the tensors are small."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def run(cell: Cell, seed: int, path: Path, num_samples: int) -> None:
+    """Train one student, and append its measurements to a file as they are made."""
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+
+    from rdm_sdk import RDMConfig, RDMTrainer, digits
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = RDMTrainer(
+            digits.teacher_path(),
+            "dm",
+            RDMConfig(output_dir=folder, max_steps=cell.updates, seed=seed, **(COMMON | cell.settings)),
+            digits.prompts(),
+            peft_config=LoraConfig(r=cell.rank, lora_alpha=cell.rank) if cell.rank else None,
+        )
+        spent = 0.0
+        started = time.process_time()
+
+        class Measure(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                nonlocal spent
+                if state.global_step % cell.every and state.global_step < cell.updates:
+                    return
+                begin = time.process_time()
+                row = {
+                    "cell": cell.name,
+                    "seed": seed,
+                    "digest": cell.digest(),
+                    "update": state.global_step,
+                    "last": state.global_step == cell.updates,
+                    **measure(trainer, num_samples),
+                    "costs": trainer.costs(),
+                    "cpu_seconds": begin - started - spent,
+                }
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                spent += time.process_time() - begin
+
+        trainer.add_callback(Measure())
+        trainer.train()
+
+
+def measure(trainer: Any, num_samples: int) -> dict[str, Any]:
+    """Return FID-SD after each evaluation, and how the last images are."""
+    import torch
+
+    from rdm_sdk import digits, diversity, frechet_distance, legibility, teacher_statistics
+
+    prompts = digits.prompts() * (num_samples // 10)
+    batches = [trainer.sample_each_step(prompts[i : i + 250], seed=1000 + i) for i in range(0, num_samples, 250)]
+    steps = [torch.cat(images) for images in zip(*batches, strict=True)]
+    return {
+        "FID-SD": [frechet_distance(images, teacher_statistics()) for images in steps],
+        "FID to real digits": frechet_distance(steps[-1], digits.heldout_images()),
+        "diversity": diversity(steps[-1], prompts),
+        "legibility": legibility(steps[-1], prompts),
+    }
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the measurements of cells as they are defined now, of whole runs alone, each run's latest."""
+    if not path.is_file():
+        return []
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    current = {cell.name: cell.digest() for cell in all_cells()}
+    latest = {(r["cell"], r["seed"], r["update"]): r for r in rows if current.get(r["cell"]) == r["digest"]}
+    whole = {key[:2] for key, row in latest.items() if row["last"]}
+    return [row for key, row in latest.items() if key[:2] in whole]
+
+
+def run_all(path: Path, only: Sequence[str], seeds: Sequence[int], processes: int, smoke: bool) -> None:
+    """Run what is missing, seed by seed, so that whatever has been done so far is balanced."""
+    cells = [cell for cell in all_cells() if any(fnmatchcase(cell.name, pattern) for pattern in only)]
+    if smoke:
+        if path == RESULTS:
+            raise SystemExit("--smoke needs an --out of its own, so that its figures do not mix with the study's")
+        small = {"per_device_train_batch_size": 8}
+        cells = [Cell(f"smoke {own.name}", 2, 1, own.settings | small, own.rank) for own in cells]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = {(row["cell"], row["seed"]) for row in read_rows(path)}
+    tasks = [(cell, seed) for seed in seeds for cell in cells if (cell.name, seed) not in done]
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(processes, context, start_worker) as pool,
+        tqdm(total=len(tasks), unit="run") as progress,
+    ):
+        for future in as_completed(
+            [pool.submit(run, cell, seed, path, 250 if smoke else 1000) for cell, seed in tasks]
+        ):
+            future.result()
+            progress.update()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="train and measure what is missing")
+    running.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    running.add_argument("--only", nargs="+", default=["*"], help="names of cells, or patterns such as 'long*'")
+    running.add_argument("--processes", type=int, default=2)
+    running.add_argument("--smoke", action="store_true", help="two updates each, 250 images")
+    reporting = commands.add_parser("report", help="write the page and its plot from the rows")
+    reporting.add_argument("--page", type=Path, default=Path(__file__).parents[1] / "docs" / "convergence.md")
+    for command in (running, reporting):
+        command.add_argument("--out", type=Path, default=RESULTS, help="the file of the rows")
+    options = parser.parse_args()
+    if options.command == "run":
+        run_all(options.out, options.only, options.seeds, options.processes, options.smoke)
+    else:
+        from convergence_report import write_report
+
+        write_report(read_rows(options.out), options.page)
+
+
+if __name__ == "__main__":
+    main()
