@@ -1,7 +1,8 @@
 """How near students of the embedded teacher come to it, and whether they stay there.
 
     python benchmarks/convergence.py run                      # hours, two runs at a time; resumable
-    python benchmarks/convergence.py run --only demo* --seeds 0
+    python benchmarks/convergence.py run --only demo --seeds 0
+    python benchmarks/convergence.py teacher                  # the ruler, three minutes
     python benchmarks/convergence.py report                   # docs/convergence.md and its plot, from the rows
 
 Each measurement is a line of `results/convergence.jsonl`, written when it is made: the FID-SD of what the moving
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,7 @@ DMD2: dict[str, Any] = {
     "critic_correction": "none",
     "normalization": "sample",
 }
-"""DMD2 as published (arXiv 2405.14867): the mixture of all steps, fresh rollouts for each critic update, every sample on
+"""DMD2 as published (arXiv 2405.14867): the mixture of all steps, fresh rollouts for each critic update, each sample on
 its own."""
 
 LONG = 1000
@@ -86,6 +88,25 @@ def all_cells() -> list[Cell]:
         Cell("full weights", SHORT, 50, {"student_weights": "full", "critic_weights": "full"}, 0),
         *(Cell(f"long, {k} step{'s' if k > 1 else ''}", LONG, 50, {"num_inference_steps": k}) for k in (4, 2, 1)),
     ]
+
+
+def run_teacher(seeds: Sequence[int], path: Path, num_samples: int = 1000) -> None:
+    """Append what the teacher itself is in steps of equal size, which are the student's grid."""
+    from rdm_sdk import digits
+    from rdm_sdk.demo import TEACHER_STEPS, sample_teacher
+
+    done = {(row["seed"], row["steps"]) for row in read_rows(path) if row["cell"] == "teacher"}
+    for seed, steps in product(seeds, TEACHER_STEPS):
+        if (seed, steps) not in done:
+            figures = sample_teacher(digits.prompts() * (num_samples // 10), seed, steps).figures
+            append(path, {"cell": "teacher", "seed": seed, "steps": steps, **figures})
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def start_worker() -> None:
@@ -124,26 +145,30 @@ def run(cell: Cell, seed: int, path: Path, num_samples: int) -> None:
                     "digest": cell.digest(),
                     "update": state.global_step,
                     "last": state.global_step == cell.updates,
-                    **measure(trainer, num_samples),
+                    **measure(trainer, num_samples, seed),
                     "costs": trainer.costs(),
                     "cpu_seconds": begin - started - spent,
                 }
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                append(path, row)
                 spent += time.process_time() - begin
 
         trainer.add_callback(Measure())
         trainer.train()
 
 
-def measure(trainer: Any, num_samples: int) -> dict[str, Any]:
-    """Return FID-SD after each evaluation, and how the last images are."""
+def measure(trainer: Any, num_samples: int, seed: int) -> dict[str, Any]:
+    """Return FID-SD after each evaluation, and how the last images are.
+
+    Each seed has noise of its own: the same 1,000 images' worth of it would favor some students everywhere (the
+    teacher's own FID-SD at eight steps is 8.6 to 10.3, by its noise alone).
+    """
     import torch
 
     from rdm_sdk import digits, diversity, frechet_distance, legibility, teacher_statistics
 
     prompts = digits.prompts() * (num_samples // 10)
-    batches = [trainer.sample_each_step(prompts[i : i + 250], seed=1000 + i) for i in range(0, num_samples, 250)]
+    noise = 100_000 * (seed + 1)
+    batches = [trainer.sample_each_step(prompts[i : i + 250], seed=noise + i) for i in range(0, num_samples, 250)]
     steps = [torch.cat(images) for images in zip(*batches, strict=True)]
     return {
         "FID-SD": [frechet_distance(images, teacher_statistics()) for images in steps],
@@ -158,10 +183,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    teacher = [row for row in rows if row["cell"] == "teacher"]
     current = {cell.name: cell.digest() for cell in all_cells()}
-    latest = {(r["cell"], r["seed"], r["update"]): r for r in rows if current.get(r["cell"]) == r["digest"]}
+    runs = [row for row in rows if row not in teacher and current.get(row["cell"]) == row["digest"]]
+    latest = {(row["cell"], row["seed"], row["update"]): row for row in runs}
     whole = {key[:2] for key, row in latest.items() if row["last"]}
-    return [row for key, row in latest.items() if key[:2] in whole]
+    return [*teacher, *(row for key, row in latest.items() if key[:2] in whole)]
 
 
 def run_all(path: Path, only: Sequence[str], seeds: Sequence[int], processes: int, smoke: bool) -> None:
@@ -172,7 +199,6 @@ def run_all(path: Path, only: Sequence[str], seeds: Sequence[int], processes: in
             raise SystemExit("--smoke needs an --out of its own, so that its figures do not mix with the study's")
         small = {"per_device_train_batch_size": 8}
         cells = [Cell(f"smoke {own.name}", 2, 1, own.settings | small, own.rank) for own in cells]
-    path.parent.mkdir(parents=True, exist_ok=True)
     done = {(row["cell"], row["seed"]) for row in read_rows(path)}
     tasks = [(cell, seed) for seed in seeds for cell in cells if (cell.name, seed) not in done]
     context = multiprocessing.get_context("spawn")
@@ -197,11 +223,15 @@ def main() -> None:
     running.add_argument("--smoke", action="store_true", help="two updates each, 250 images")
     reporting = commands.add_parser("report", help="write the page and its plot from the rows")
     reporting.add_argument("--page", type=Path, default=Path(__file__).parents[1] / "docs" / "convergence.md")
-    for command in (running, reporting):
+    teaching = commands.add_parser("teacher", help="measure the teacher itself, in steps of equal size")
+    teaching.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    for command in (running, reporting, teaching):
         command.add_argument("--out", type=Path, default=RESULTS, help="the file of the rows")
     options = parser.parse_args()
     if options.command == "run":
         run_all(options.out, options.only, options.seeds, options.processes, options.smoke)
+    elif options.command == "teacher":
+        run_teacher(options.seeds, options.out)
     else:
         from convergence_report import write_report
 

@@ -30,7 +30,7 @@ UNNAMED: dict[str, Any] = {
     "ema_decay": 0.0,
 }
 """What all cells share as well and no name says: there was no choice, or it was the default, when they were run. Since
-then, critics learn at all noise levels and from all steps of shared rollouts, so the runs cannot be repeated exactly."""
+then critics learn at all noise levels and from all steps of shared rollouts, so the runs cannot be repeated exactly."""
 
 LORA_TARGETS = (
     r".*\.(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)|ff\.net\.0\.proj|ff\.net\.2)"

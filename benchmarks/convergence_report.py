@@ -1,0 +1,114 @@
+"""From the rows of `convergence.py` to docs/convergence.md: tables with 95 % intervals, and a plot along the runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from study_statistics import estimate
+
+from rdm_sdk import markdown_table, teacher_steps_worth
+
+Row = dict[str, Any]
+READING = Path(__file__).parent / "convergence_reading.md"
+"""The page's text, written by hand."""
+
+
+def write_report(rows: Sequence[Row], page: Path) -> None:
+    """Write the page: the reading, the tables, the plot beside it."""
+    curve = teacher_curve(rows)
+    runs = [row for row in rows if row["cell"] != "teacher"]
+    cells = list(dict.fromkeys(row["cell"] for row in runs))
+    parts = [READING.read_text(encoding="utf-8").rstrip()]
+    parts.append("## The teacher, in steps of equal size\n\n" + teacher_table(rows))
+    parts.append("## Where runs end\n\n" + end_table(runs, cells, curve))
+    parts.append("## Along the runs\n\n" + drift_table(runs, cells))
+    if cells:
+        picture = page.with_name("convergence_runs.png")
+        plot_runs(runs, cells, curve, picture)
+        parts.append(f"![FID-SD after the last evaluation, along the runs]({picture.name})")
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def teacher_curve(rows: Sequence[Row]) -> dict[int, float]:
+    """Return the teacher's mean FID-SD by its number of steps."""
+    own = [row for row in rows if row["cell"] == "teacher"]
+    return {
+        steps: estimate([row["FID-SD"] for row in own if row["steps"] == steps]).mean
+        for steps in sorted({row["steps"] for row in own})
+    }
+
+
+def teacher_table(rows: Sequence[Row]) -> str:
+    """Return the teacher's figures by its number of steps, over the seeds of its noise."""
+    own = [row for row in rows if row["cell"] == "teacher"]
+    figures = ("FID-SD", "FID to real digits", "diversity", "legibility")
+    lines = [
+        [steps, *(str(estimate([row[name] for row in own if row["steps"] == steps])) for name in figures)]
+        for steps in sorted({row["steps"] for row in own})
+    ]
+    return markdown_table(("steps", *figures), lines)
+
+
+def end_table(rows: Sequence[Row], cells: Sequence[str], curve: dict[int, float]) -> str:
+    """Return FID-SD after each evaluation at the end of the runs, with what the runs cost."""
+    lines = []
+    for cell in cells:
+        last = [row for row in rows if row["cell"] == cell and row["last"]]
+        by_step = [estimate(list(values)) for values in zip(*(row["FID-SD"] for row in last), strict=True)]
+        costs = [sum(row["costs"][f"cost/{role}_forwards"] for role in ("student", "fake", "teacher")) for row in last]
+        lines.append(
+            [
+                cell,
+                len(last),
+                last[0]["update"],
+                ", ".join(f"{own.mean:.3g}" for own in by_step),
+                str(by_step[-1]),
+                teacher_steps_worth(by_step[-1].mean, curve) if curve else "",
+                str(estimate([row["diversity"] for row in last])),
+                f"{estimate([row['legibility'] for row in last]).mean:.4f}",
+                f"{estimate(costs).mean / 1e6:.2f} M",
+                f"{estimate([row['cpu_seconds'] for row in last]).mean:.0f}",
+            ]
+        )
+    header = ("runs", "seeds", "updates", "FID-SD after each evaluation", "after the last", "worth teacher steps")
+    return markdown_table((*header, "diversity", "legibility", "network evaluations", "CPU seconds"), lines)
+
+
+def drift_table(rows: Sequence[Row], cells: Sequence[str]) -> str:
+    """Return how far FID-SD after the last evaluation rises again above its lowest, per seed."""
+    lines = []
+    for cell in cells:
+        seeds = sorted({row["seed"] for row in rows if row["cell"] == cell})
+        for seed in seeds:
+            own = sorted((r for r in rows if r["cell"] == cell and r["seed"] == seed), key=lambda row: row["update"])
+            values = [row["FID-SD"][-1] for row in own]
+            lowest = min(range(len(values)), key=values.__getitem__)
+            rise = max(values[lowest:]) / values[lowest] - 1
+            lines.append([cell, seed, values[lowest], own[lowest]["update"], values[-1], f"{rise:.0%}"])
+    return markdown_table(("runs", "seed", "lowest", "at update", "at the end", "highest rise after the lowest"), lines)
+
+
+def plot_runs(rows: Sequence[Row], cells: Sequence[str], curve: dict[int, float], path: Path) -> None:
+    """Plot FID-SD after the last evaluation against the updates, the seeds' mean and each seed."""
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    for index, cell in enumerate(cells):
+        own = [row for row in rows if row["cell"] == cell]
+        updates = sorted({row["update"] for row in own})
+        at = [[row["FID-SD"][-1] for row in own if row["update"] == update] for update in updates]
+        axes.plot(updates, [sum(values) / len(values) for values in at], color=f"C{index}", label=cell)
+        for update, values in zip(updates, at, strict=True):
+            axes.plot([update] * len(values), values, ".", color=f"C{index}", alpha=0.4)
+    for steps in (4, 8, 40):
+        if steps in curve:
+            axes.axhline(curve[steps], color="gray", linestyle=":", linewidth=1)
+            axes.annotate(f"teacher, {steps} steps", (0, curve[steps]), color="gray", fontsize=8, va="bottom")
+    axes.set(yscale="log", xscale="symlog", xlabel="updates of the student", ylabel="FID-SD")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
