@@ -328,8 +328,8 @@ def student_learns(subject: ModelSubject) -> None:
 
 def inputs_of_adapters(adapter: ModelAdapter, subject: ModelSubject, x_t: Tensor, sigma: Tensor) -> dict[str, Tensor]:
     """Return what the student's adapted layers are fed first, by their names."""
-    modules = adapter.backbone.named_modules()
-    names: dict[nn.Module, str] = {layer: name for name, layer in modules if isinstance(layer, BaseTunerLayer)}
+    modules: dict[str, nn.Module] = dict(adapter.backbone.named_modules())
+    names = {modules[name]: name for name in modules if isinstance(modules[name], BaseTunerLayer)}
     fed: dict[str, Tensor] = {}
 
     def keep(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
