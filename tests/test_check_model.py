@@ -31,7 +31,7 @@ def test_every_family_keeps_the_contract(family: str) -> None:
     results = check_model(TINY_PIPELINES[family])
     left_out = ["guides_as_the_pipeline"] if family == "FluxPipeline" else []
     assert [result.name for result in results if result.status != "passed"] == left_out
-    assert len(results) == len(MODEL_CHECKS) == 19
+    assert len(results) == len(MODEL_CHECKS) == 20
 
 
 # ---- Planted faults ---------------------------------------------------------------------------------------------
@@ -39,6 +39,18 @@ def test_every_family_keeps_the_contract(family: str) -> None:
 
 class UnknownTarget(SD3Adapter):
     lora_targets = ("attn.to_q", "attn.to_x")
+
+
+class AttentionAlone(SD3Adapter):
+    """What style LoRAs adapt."""
+
+    lora_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_k_proj", "attn.add_q_proj")
+
+
+class UnknownExclusion(SD3Adapter):
+    def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
+        super().__init__(pipeline, max_sequence_length)
+        self.lora_excluded = (*self.lora_excluded, "attn.to_x")
 
 
 class UnpaddedPrompts(SD3Adapter):
@@ -137,8 +149,6 @@ class SmallUnit(SD3Adapter):
 
 
 class UnusedTarget(SD3Adapter):
-    lora_targets = (*SD3Adapter.lora_targets, "spare")
-
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
         super().__init__(pipeline, max_sequence_length)
         self.backbone.spare = nn.Linear(4, 4).requires_grad_(False)
@@ -182,6 +192,7 @@ FAULTS: dict[str, type[SD3Adapter]] = {
     "guides_as_the_pipeline": WrongGuidance,
     "roles_share_the_base": AlwaysTeacher,
     "student_learns": UnusedTarget,
+    "targets_know_the_level": AttentionAlone,
     "checkpointing_changes_nothing": PlainCheckpointing,
     "exports": ForgottenAlpha,
     "features": WrongWidth,
@@ -210,7 +221,12 @@ def test_there_is_a_fault_for_every_check() -> None:
 
 @pytest.mark.parametrize(
     ("name", "fault"),
-    [*FAULTS.items(), ("guides_as_the_pipeline", WrongNoPrompt), ("denoises", SmallUnit)],
+    [
+        *FAULTS.items(),
+        ("declarations", UnknownExclusion),
+        ("guides_as_the_pipeline", WrongNoPrompt),
+        ("denoises", SmallUnit),
+    ],
     ids=lambda value: str(value),
 )
 def test_a_fault_is_caught_by_its_check(name: str, fault: type[SD3Adapter]) -> None:

@@ -182,7 +182,7 @@ def test_example_encodings_are_like_real_ones(family: str, folders: Path) -> Non
 def prepared(adapter: ModelAdapter) -> tuple[Rehearsal, int]:
     """Return an adapter's rehearsal, roles added, and a count of samples."""
     with torch.device(adapter.device):
-        adapter.add_roles({"student": LoraConfig(r=4), "fake": LoraConfig(r=4)})
+        adapter.add_roles({"student": LoraConfig(r=2), "fake": LoraConfig(r=2)})
     unit = adapter.size_unit
     height = -(-32 // unit) * unit
     return Rehearsal(adapter, adapter.latent_shape(height, 2 * height)), 3

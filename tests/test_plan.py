@@ -94,7 +94,8 @@ def run_under_meter(folder: Path, rewards: Any, args: RDMConfig, **loras: Any) -
     trainer.encode([*PROMPTS, None])  # encoders take nothing between uses
     with Meter() as meter:
         trainer.train()
-    return trainer, meter.peak
+    average = [] if trainer.ema is None else trainer.ema.shadow_params  # the constructor made it
+    return trainer, meter.peak + sum(4 * parameter.numel() for parameter in average)
 
 
 @by_family
@@ -465,7 +466,7 @@ def test_a_plan_of_stable_diffusion_3_medium(tmp_path: Path) -> None:
     assert plans[0].bytes_of("base") == 2 * 2_028_328_000 + 2 * 192**2 * 1536
     assert plans[0].bytes_of("text encoders") == pytest.approx(10.4 * GB, rel=0.01)
     activations = [plan.bytes_of("activations") or 0 for plan in plans]
-    assert 9 * GB < activations[0] < 12 * GB
+    assert 16 * GB < activations[0] < 19 * GB
     assert activations[1] < activations[0] / 5
     # 24 blocks keep their inputs, of 4,096 + 333 tokens, and little besides.
     assert activations[1] > 24 * 2 * (4096 + 333) * 1536 * 2

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from rdm_sdk.core.matching import classifier_free_guidance
@@ -43,8 +44,9 @@ class ModelAdapter(ABC):
     """The pipeline's component that is trained, such as "transformer"."""
     required: tuple[str, ...] = ("vae", "text_encoder", "tokenizer")
     """What the pipeline must have besides; loaders leave parts out when they are told to."""
-    lora_targets: tuple[str, ...]
-    """Names of the layers that get adapters unless a LoRA config names its own."""
+    lora_excluded: tuple[str, ...] = ()
+    """Endings of the names of layers that are no `lora_targets`: those whose adapters would never learn, or would not
+    survive the export."""
     schedule: NoiseSchedule
     prediction: Prediction
     guidance: Guidance = "classifier-free"
@@ -74,6 +76,23 @@ class ModelAdapter(ABC):
     def dtype(self) -> torch.dtype:
         """What the backbone takes its inputs in. (To ask the backbone is to walk through its modules every time.)"""
         return self._typical.dtype
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """Names, or endings of names, of the layers that get adapters unless a LoRA config names its own.
+
+        Every linear and convolution layer of the backbone: a few-step student meets noise levels and predictions that
+        the base never had to make, so what tells the network its noise level (time embedders, modulation), and what
+        leads into and out of its blocks, must move as well as attention. The names are the same whether the backbone
+        has adapters already or not.
+        """
+        excluded = tuple(f".{ending}" for ending in self.lora_excluded)
+        return tuple(
+            name
+            for name, layer in linear_layers(self.backbone).items()
+            # PEFT refuses a convolution whose groups do not divide the rank; depthwise ones have thousands.
+            if getattr(layer, "groups", 1) == 1 and not f".{name}".endswith(excluded)
+        )
 
     @property
     def base_name(self) -> str:
@@ -111,7 +130,7 @@ class ModelAdapter(ABC):
         """Add trained roles to the base: LoRA adapters, full copies of it and heads.
 
         Args:
-            configs: role to its LoRA, on the family's usual layers unless it names its own; None is a full copy.
+            configs: role to its LoRA, on `lora_targets` unless it names layers of its own; None is a full copy.
             heads: role to a module of its own.
             steps_told: K, if the critics among `configs` are told the student's step; 0 if not.
 
@@ -126,9 +145,7 @@ class ModelAdapter(ABC):
             if config is None:
                 self.roles.add_copy(role, copies[role])
                 continue
-            own = copy.deepcopy(config)
-            own.target_modules = own.target_modules or list(self.lora_targets)
-            self.roles.add_role(role, own)
+            self.roles.add_role(role, with_targets(config, self.lora_targets))
         for role in configs:
             if steps_told and role != STUDENT:
                 self.roles.add_step_embedding(role, StepEmbedding(steps_told, self.example_encoding(1)))
@@ -387,3 +404,33 @@ class ModelAdapter(ABC):
             f"{type(self).__name__} names no feature_block() and feature_width, which a reward with a head on the "
             "teacher's features needs; write both to use one"
         )
+
+
+def linear_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear and two-dimensional convolution layers of a network by name, without those of adapters.
+
+    A layer that has adapters already is found under the name that it had before. Quantized layers are linear ones too.
+    """
+    return {
+        name.removesuffix(".base_layer"): module
+        for name, module in network.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and ".lora_" not in name
+    }
+
+
+def with_targets(config: LoraConfig, usual: Sequence[str]) -> LoraConfig:
+    """Return a copy of a LoRA config that says which layers it is for, `usual` where the config does not.
+
+    PEFT's "all-linear" counts as a list of its own as well, which is what command lines and YAML make of it.
+    """
+    own = copy.deepcopy(config)
+    named = own.target_modules
+    if named and not isinstance(named, str) and [name.lower() for name in named] == ["all-linear"]:
+        own.target_modules = "all-linear"
+    elif not named:
+        own.target_modules = list(usual)
+        if own.layers_to_transform is not None:
+            # PEFT takes what is named in full whatever its index, so the indices are looked at here.
+            own.target_modules = [name for name in usual if check_target_module_exists(own, f"backbone.{name}")]
+            own.layers_to_transform = own.layers_pattern = None
+    return own

@@ -13,12 +13,6 @@ from rdm_sdk.models.base import Network
 from rdm_sdk.models.flow import PackedFlowAdapter, unpack
 from rdm_sdk.types import Condition
 
-ATTENTION = (
-    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-)
-"""The attention layers of both families' two-stream blocks."""
-
 
 class TwoStreamAdapter(PackedFlowAdapter):
     """A flow whose text and image tokens go through blocks of two streams first, and of one stream then.
@@ -91,10 +85,6 @@ class FluxAdapter(TwoStreamAdapter):
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
         super().__init__(pipeline, max_sequence_length)
         self.guidance = "embedded" if self.backbone.config.guidance_embeds else "none"
-        # By their full names, because the transformer's last layer is called proj_out too.
-        outs = [f"single_transformer_blocks.{i}.proj_out" for i in range(len(self.backbone.single_transformer_blocks))]
-        two_streams = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
-        self.lora_targets = (*ATTENTION, *two_streams, "proj_mlp", *outs)
 
     @property
     def longest_text(self) -> int:

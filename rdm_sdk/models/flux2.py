@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rdm_sdk.models.base import Network
 from rdm_sdk.models.flow import unpack
-from rdm_sdk.models.flux import ATTENTION, TwoStreamAdapter, places
+from rdm_sdk.models.flux import TwoStreamAdapter, places
 from rdm_sdk.types import Condition
 
 
@@ -39,11 +39,6 @@ class Flux2Adapter(TwoStreamAdapter):
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
         super().__init__(pipeline, max_sequence_length)
         self.guidance = "none" if pipeline.config.is_distilled else "classifier-free"
-        # By their full names, because the two-stream blocks have a list of layers called attn.to_out.
-        outs = [
-            f"single_transformer_blocks.{i}.attn.to_out" for i in range(len(self.backbone.single_transformer_blocks))
-        ]
-        self.lora_targets = (*ATTENTION, "attn.to_qkv_mlp_proj", *outs)
 
     @property
     def longest_text(self) -> int:

@@ -27,7 +27,6 @@ class MaskedTextAdapter(ModelAdapter):
     """
 
     component = "transformer"
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     call_length = 300
     tokens_besides: int
     """How many tokens of `max_sequence_length` are never the prompt's own."""

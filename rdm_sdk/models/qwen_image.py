@@ -31,7 +31,6 @@ class QwenImageAdapter(PackedFlowAdapter):
         ModelError: the transformer wants to be told a guidance scale, which diffusers itself cannot do yet.
     """
 
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     call_length = 512
 
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
@@ -44,6 +43,10 @@ class QwenImageAdapter(PackedFlowAdapter):
                 f"the transformer of {self.base_name!r} has guidance_embeds, which QwenImagePipeline cannot run; load "
                 "a base without them"
             )
+        # The last block computes its text tokens like the others, and the transformer drops them.
+        last = f"transformer_blocks.{len(self.backbone.transformer_blocks) - 1}"
+        unused = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+        self.lora_excluded = tuple(f"{last}.{name}" for name in unused)
 
     def encode_prompts(self, prompts: list[str]) -> Condition:
         with torch.no_grad():

@@ -25,7 +25,6 @@ class SDAdapter(DDPMAdapter):
     """
 
     component = "unet"
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
         super().__init__(pipeline)

@@ -23,15 +23,13 @@ class SD3Adapter(FlowAdapter):
     """
 
     required = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    lora_targets = (
-        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-    )
     call_length = 256
 
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
         super().__init__(pipeline)
         self.max_sequence_length = self.call_length if max_sequence_length is None else max_sequence_length
+        # The last block returns the image alone, so nothing asks what its text tokens attend to.
+        self.lora_excluded = (f"transformer_blocks.{len(self.backbone.transformer_blocks) - 1}.attn.add_q_proj",)
 
     def encode_prompts(self, prompts: list[str]) -> Condition:
         with torch.no_grad():

@@ -28,7 +28,6 @@ class ZImageAdapter(PackedFlowAdapter):
         ConfigError: `max_sequence_length` is out of range.
     """
 
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     call_length = 512
 
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:

@@ -11,12 +11,13 @@ from typing import get_args
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from rdm_sdk.core.noise import Prediction, to_x_0
 from rdm_sdk.errors import ConfigError, ModelError
 from rdm_sdk.export import StudentInfo, load_student, save_student
-from rdm_sdk.models.base import Guidance, ModelAdapter
+from rdm_sdk.models.base import Guidance, ModelAdapter, linear_layers
 from rdm_sdk.models.roles import STUDENT, TEACHER
 from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.sampling import FewStepPolicy
@@ -43,7 +44,7 @@ check = collector(MODEL_CHECKS)
 
 @check()
 def declarations(subject: ModelSubject) -> None:
-    """What the class declares exists: component, LoRA targets, kinds of prediction and guidance."""
+    """What the class declares exists: component, LoRA targets and exclusions, kinds of prediction and guidance."""
     adapter = subject.adapter
     demand(
         adapter.prediction in get_args(Prediction),
@@ -53,13 +54,15 @@ def declarations(subject: ModelSubject) -> None:
         adapter.guidance in get_args(Guidance),
         f"guidance is {adapter.guidance!r}; it must be one of {', '.join(get_args(Guidance))}",
     )
-    layers = [name for name, module in adapter.backbone.named_modules() if isinstance(module, nn.Linear)]
-    for target in adapter.lora_targets:
-        demand(
-            any(f".{name}".endswith(f".{target}") for name in layers),
-            f"no linear layer's name ends in the LoRA target {target!r}; there are, among others, "
-            f"{', '.join(sorted({'.'.join(name.split('.')[-2:]) for name in layers})[:16])}",
-        )
+    layers = linear_layers(adapter.backbone)
+    demand(adapter.lora_targets, "lora_targets is empty, so a student would have nothing to learn with")
+    for attribute in ("lora_targets", "lora_excluded"):
+        for ending in getattr(adapter, attribute):
+            demand(
+                any(f".{name}".endswith(f".{ending}") for name in layers),
+                f"no linear or convolution layer's name ends in {ending!r}, of {attribute}; there are, among others, "
+                f"{', '.join(sorted({'.'.join(name.split('.')[-2:]) for name in layers})[:16])}",
+            )
 
 
 @check()
@@ -318,8 +321,50 @@ def student_learns(subject: ModelSubject) -> None:
     for target in adapter.lora_targets:
         demand(
             any(f".{target}." in name and bool(gradient.any()) for name, gradient in found.items()),
-            f"no gradient reaches the adapters on {target!r}; the backbone does not use these layers",
+            f"no gradient reaches the adapters on {target!r}: the backbone does not use these layers, or does so "
+            "without calling them; name them in lora_excluded",
         )
+
+
+def inputs_of_adapters(adapter: ModelAdapter, subject: ModelSubject, x_t: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+    """Return what the student's adapted layers are fed first, by their names."""
+    modules: dict[str, nn.Module] = dict(adapter.backbone.named_modules())
+    names = {modules[name]: name for name in modules if isinstance(modules[name], BaseTunerLayer)}
+    fed: dict[str, Tensor] = {}
+
+    def keep(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        fed.setdefault(names[layer], inputs[0])
+
+    hooks = [layer.register_forward_pre_hook(keep) for layer in names]
+    with torch.no_grad():
+        adapter.denoiser(adapter.roles, STUDENT, subject.condition)(x_t, sigma)
+    for hook in hooks:
+        hook.remove()
+    return fed
+
+
+@check("roles_share_the_base")
+def targets_know_the_level(subject: ModelSubject) -> None:
+    """Adapters reach what tells the network its noise level: layers that are fed an embedding of it."""
+    adapter = with_roles(subject)
+    fed = inputs_of_adapters(adapter, subject, subject.x_t, subject.sigma)
+    other_state = inputs_of_adapters(adapter, subject, subject.x_t.flip(-1), subject.sigma)
+    other_level = inputs_of_adapters(adapter, subject, subject.x_t, subject.sigma / 2)
+    # One vector per sample, the same for any state and another for another level. (Tokens of the text may know the
+    # level too, in layers that are not there to tell it.)
+    told = [
+        name
+        for name, vector in fed.items()
+        if vector.numel() == len(subject.x_t) * vector.shape[-1]
+        and torch.equal(vector, other_state[name])
+        and not torch.equal(vector, other_level[name])
+    ]
+    demand(
+        told,
+        "none of the lora_targets is fed an embedding of the noise level, so adapters cannot change what a level means "
+        "to the network, and few-step students stall; add time embedders and modulation, or leave lora_targets as "
+        "ModelAdapter has them",
+    )
 
 
 @check("student_learns")
