@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
     {"objective", "weighting", "rollouts"},
     {"config", "data"},
     {"requirements"},
-    {"export", "evaluation", "report", "checkpoint"},
+    {"export", "evaluation", "report", "checkpoint", "optimizers"},
     {"hosting", "monitor"},
     {"judging"},
     {"trainer", "planning"},
