@@ -23,6 +23,8 @@ test-all: $(VENV)/.quantization
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/deptry .
 
 types: $(VENV)/.installed
 	$(BIN)/mypy

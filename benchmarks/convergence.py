@@ -93,7 +93,7 @@ def all_cells() -> list[Cell]:
 def run_teacher(seeds: Sequence[int], path: Path, num_samples: int = 1000) -> None:
     """Append what the teacher itself is in steps of equal size, which are the student's grid."""
     from rdm_sdk import digits
-    from rdm_sdk.demo import TEACHER_STEPS, sample_teacher
+    from rdm_sdk.digits.demo import TEACHER_STEPS, sample_teacher
 
     done = {(row["seed"], row["steps"]) for row in read_rows(path) if row["cell"] == "teacher"}
     for seed, steps in product(seeds, TEACHER_STEPS):

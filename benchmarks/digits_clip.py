@@ -25,9 +25,9 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from rdm_sdk import digits
-from rdm_sdk.demo import sample
 from rdm_sdk.digits import DIGIT_WORDS, IMAGE_SIZE, PROMPT_TEMPLATES
 from rdm_sdk.digits.classifier import scans_to_images
+from rdm_sdk.digits.demo import sample
 from rdm_sdk.vision import ClipEncoder, ImageTransform, load_clip
 
 PROMPTS = [template.format(word) for template in PROMPT_TEMPLATES for word in DIGIT_WORDS]

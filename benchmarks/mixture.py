@@ -29,17 +29,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rdm_sdk.core.draws import Spread, draw_steps, draw_uniform
-from rdm_sdk.core.groups import Normalization
-from rdm_sdk.core.importance import effective_sample_size, truncated_weights
-from rdm_sdk.core.losses import pathwise_loss
-from rdm_sdk.core.matching import denoising_loss
-from rdm_sdk.core.noise import FlowSchedule, add_noise, per_sample, to_x_0
-from rdm_sdk.objective import normalize
+from rdm_sdk.method.draws import Spread, draw_steps, draw_uniform
+from rdm_sdk.method.groups import Normalization
+from rdm_sdk.method.importance import effective_sample_size, truncated_weights
+from rdm_sdk.method.losses import pathwise_loss
+from rdm_sdk.method.matching import denoising_loss
+from rdm_sdk.method.noise import FlowSchedule, add_noise, per_sample, to_x_0
+from rdm_sdk.method.objective import normalize
+from rdm_sdk.method.sampling import FewStepPolicy, StudentOf, plan_steps, redraw, rollout, sample, state_log_ratio
 from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.context import TEACHER, DiffusionContext
 from rdm_sdk.rewards.dm import DistributionMatching
-from rdm_sdk.sampling import FewStepPolicy, StudentOf, plan_steps, redraw, rollout, sample, state_log_ratio
 from rdm_sdk.types import Denoiser, Rollout, select_steps
 
 DIMENSIONS, PROMPTS, MODES = 8, 4, 2

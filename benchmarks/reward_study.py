@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig
 
 from rdm_sdk import RDMTrainer, digits, frechet_distance, markdown_table, score_images, teacher_statistics
-from rdm_sdk.demo import demo_config
+from rdm_sdk.digits.demo import demo_config
 
 SPECS = (
     "dm",

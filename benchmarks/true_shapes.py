@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rdm_sdk.models.base import ModelAdapter
+from rdm_sdk.families.base import ModelAdapter
 from rdm_sdk.planning.blueprint import blueprint
 
 CLIP_L: dict[str, Any] = {

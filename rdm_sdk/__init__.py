@@ -8,11 +8,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from rdm_sdk._version import __version__ as __version__
 
 _PUBLIC = {
-    "RDMTrainer": "rdm_sdk.trainer",
-    "RDMConfig": "rdm_sdk.config",
+    "RDMTrainer": "rdm_sdk.training.trainer",
+    "RDMConfig": "rdm_sdk.training.config",
     "Reward": "rdm_sdk.rewards.base",
     "RewardBatch": "rdm_sdk.rewards.base",
     "RewardOutput": "rdm_sdk.types",
@@ -21,16 +21,16 @@ _PUBLIC = {
     "RewardTerm": "rdm_sdk.rewards.spec",
     "parse_spec": "rdm_sdk.rewards.spec",
     "score_images": "rdm_sdk.rewards.scoring",
-    "hookimpl": "rdm_sdk.hookspecs",
-    "RegisterReward": "rdm_sdk.hookspecs",
-    "RegisterModel": "rdm_sdk.hookspecs",
-    "ModelAdapter": "rdm_sdk.models.base",
-    "FlowAdapter": "rdm_sdk.models.flow",
-    "DDPMAdapter": "rdm_sdk.models.ddpm",
+    "hookimpl": "rdm_sdk.plugins.hookspecs",
+    "RegisterReward": "rdm_sdk.plugins.hookspecs",
+    "RegisterModel": "rdm_sdk.plugins.hookspecs",
+    "ModelAdapter": "rdm_sdk.families.base",
+    "FlowAdapter": "rdm_sdk.families.flow",
+    "DDPMAdapter": "rdm_sdk.families.ddpm",
     "Scored": "rdm_sdk.rewards.scored",
-    "Weighting": "rdm_sdk.weighting",
-    "RewardStatistics": "rdm_sdk.weighting",
-    "preset": "rdm_sdk.presets",
+    "Weighting": "rdm_sdk.training.weighting",
+    "RewardStatistics": "rdm_sdk.training.weighting",
+    "preset": "rdm_sdk.training.presets",
     "plan_memory": "rdm_sdk.planning.plan",
     "MemoryPlan": "rdm_sdk.planning.plan",
     "RDMError": "rdm_sdk.errors",
@@ -39,14 +39,14 @@ _PUBLIC = {
     "ModelError": "rdm_sdk.errors",
     "CheckpointError": "rdm_sdk.errors",
     "RewardError": "rdm_sdk.errors",
-    "frechet_distance": "rdm_sdk.evaluation",
-    "feature_statistics": "rdm_sdk.evaluation",
-    "teacher_statistics": "rdm_sdk.evaluation",
-    "legibility": "rdm_sdk.evaluation",
-    "diversity": "rdm_sdk.evaluation",
-    "teacher_steps_worth": "rdm_sdk.evaluation",
-    "image_grid": "rdm_sdk.report",
-    "markdown_table": "rdm_sdk.report",
+    "frechet_distance": "rdm_sdk.digits.metrics",
+    "feature_statistics": "rdm_sdk.digits.metrics",
+    "teacher_statistics": "rdm_sdk.digits.metrics",
+    "legibility": "rdm_sdk.digits.metrics",
+    "diversity": "rdm_sdk.digits.metrics",
+    "teacher_steps_worth": "rdm_sdk.digits.metrics",
+    "image_grid": "rdm_sdk.training.pictures",
+    "markdown_table": "rdm_sdk.training.pictures",
 }
 _SUBMODULES = ("digits",)
 
@@ -92,7 +92,12 @@ __all__ = [  # noqa: RUF022 - in the order of _PUBLIC
 
 if TYPE_CHECKING:
     from rdm_sdk import digits as digits
-    from rdm_sdk.config import RDMConfig as RDMConfig
+    from rdm_sdk.digits.metrics import diversity as diversity
+    from rdm_sdk.digits.metrics import feature_statistics as feature_statistics
+    from rdm_sdk.digits.metrics import frechet_distance as frechet_distance
+    from rdm_sdk.digits.metrics import legibility as legibility
+    from rdm_sdk.digits.metrics import teacher_statistics as teacher_statistics
+    from rdm_sdk.digits.metrics import teacher_steps_worth as teacher_steps_worth
     from rdm_sdk.errors import (
         CheckpointError as CheckpointError,
     )
@@ -111,23 +116,14 @@ if TYPE_CHECKING:
     from rdm_sdk.errors import (
         RewardError as RewardError,
     )
-    from rdm_sdk.evaluation import diversity as diversity
-    from rdm_sdk.evaluation import feature_statistics as feature_statistics
-    from rdm_sdk.evaluation import frechet_distance as frechet_distance
-    from rdm_sdk.evaluation import legibility as legibility
-    from rdm_sdk.evaluation import teacher_statistics as teacher_statistics
-    from rdm_sdk.evaluation import teacher_steps_worth as teacher_steps_worth
-    from rdm_sdk.hookspecs import RegisterModel as RegisterModel
-    from rdm_sdk.hookspecs import RegisterReward as RegisterReward
-    from rdm_sdk.hookspecs import hookimpl as hookimpl
-    from rdm_sdk.models.base import ModelAdapter as ModelAdapter
-    from rdm_sdk.models.ddpm import DDPMAdapter as DDPMAdapter
-    from rdm_sdk.models.flow import FlowAdapter as FlowAdapter
+    from rdm_sdk.families.base import ModelAdapter as ModelAdapter
+    from rdm_sdk.families.ddpm import DDPMAdapter as DDPMAdapter
+    from rdm_sdk.families.flow import FlowAdapter as FlowAdapter
     from rdm_sdk.planning.plan import MemoryPlan as MemoryPlan
     from rdm_sdk.planning.plan import plan_memory as plan_memory
-    from rdm_sdk.presets import preset as preset
-    from rdm_sdk.report import image_grid as image_grid
-    from rdm_sdk.report import markdown_table as markdown_table
+    from rdm_sdk.plugins.hookspecs import RegisterModel as RegisterModel
+    from rdm_sdk.plugins.hookspecs import RegisterReward as RegisterReward
+    from rdm_sdk.plugins.hookspecs import hookimpl as hookimpl
     from rdm_sdk.rewards.base import Capabilities as Capabilities
     from rdm_sdk.rewards.base import Reward as Reward
     from rdm_sdk.rewards.base import RewardBatch as RewardBatch
@@ -136,10 +132,14 @@ if TYPE_CHECKING:
     from rdm_sdk.rewards.scoring import score_images as score_images
     from rdm_sdk.rewards.spec import RewardTerm as RewardTerm
     from rdm_sdk.rewards.spec import parse_spec as parse_spec
-    from rdm_sdk.trainer import RDMTrainer as RDMTrainer
+    from rdm_sdk.training.config import RDMConfig as RDMConfig
+    from rdm_sdk.training.pictures import image_grid as image_grid
+    from rdm_sdk.training.pictures import markdown_table as markdown_table
+    from rdm_sdk.training.presets import preset as preset
+    from rdm_sdk.training.trainer import RDMTrainer as RDMTrainer
+    from rdm_sdk.training.weighting import RewardStatistics as RewardStatistics
+    from rdm_sdk.training.weighting import Weighting as Weighting
     from rdm_sdk.types import RewardOutput as RewardOutput
-    from rdm_sdk.weighting import RewardStatistics as RewardStatistics
-    from rdm_sdk.weighting import Weighting as Weighting
 
 
 def __getattr__(name: str) -> Any:

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from rdm_sdk import DataError, RDMError, RDMTrainer, RewardBatch, RewardError, digits
-from rdm_sdk.core.noise import FlowSchedule
-from rdm_sdk.models.load import load_adapter
+from rdm_sdk.families.load import load_adapter
+from rdm_sdk.method.noise import FlowSchedule
 from rdm_sdk.rewards.adversarial import Adversarial, read_images
 from rdm_sdk.rewards.context import DiffusionContext
 from rdm_sdk.rewards.evaluate import evaluate_reward

@@ -10,9 +10,9 @@ import pytest
 from torch import Tensor
 
 from rdm_sdk import ConfigError, RDMConfig, RDMError, RDMTrainer, RewardError, digits
-from rdm_sdk.rewards.legibility import Legibility
+from rdm_sdk.digits.reward import Legibility
 from rdm_sdk.rewards.scored import Scored
-from rdm_sdk.weighting import Balance
+from rdm_sdk.training.weighting import Balance
 
 Make = Callable[..., RDMTrainer]
 

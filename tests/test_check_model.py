@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from rdm_sdk import ModelAdapter, ModelError
-from rdm_sdk.models.roles import TEACHER
-from rdm_sdk.models.sd3 import SD3Adapter
-from rdm_sdk.models.z_image import ZImageAdapter
+from rdm_sdk.families.roles import TEACHER
+from rdm_sdk.families.sd3 import SD3Adapter
+from rdm_sdk.families.z_image import ZImageAdapter
 from rdm_sdk.testing import MODEL_CHECKS, ModelCheckError, check_model, parametrize_model_checks
 from rdm_sdk.testing.adapter_subject import ModelSubject, compare_with_the_pipeline
 from rdm_sdk.testing.kit import CheckResult, run_checks

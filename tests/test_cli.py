@@ -4,7 +4,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from rdm_sdk.cli import main
+from rdm_sdk.cli.main import main
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def test_quickstart(tmp_path):
 
 def test_demo(tmp_path, capsys):
     """The demo prints its table and writes its grid; its untrained student is worse than a teacher of four steps."""
-    from rdm_sdk.demo import run_demo
+    from rdm_sdk.digits.demo import run_demo
 
     figures = run_demo(tmp_path, steps=1, num_samples=100)
     assert (tmp_path / "grid.png").is_file()

@@ -17,12 +17,12 @@ from peft import LoraConfig
 from torch import Tensor
 
 from rdm_sdk import ConfigError, ModelError, RDMConfig, RDMTrainer
-from rdm_sdk.export import load_student
-from rdm_sdk.models.base import ModelAdapter
-from rdm_sdk.models.flow import unpack
-from rdm_sdk.models.load import load_adapter
-from rdm_sdk.models.roles import TEACHER
+from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.flow import unpack
+from rdm_sdk.families.load import load_adapter
+from rdm_sdk.families.roles import TEACHER
 from rdm_sdk.testing.pipelines import TINY_PIPELINES
+from rdm_sdk.training.export import load_student
 
 # Diffusers' Euler scheduler under numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -14,9 +14,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from rdm_sdk import ConfigError, RDMConfig, RDMTrainer
-from rdm_sdk.models.base import ModelAdapter
-from rdm_sdk.models.load import load_adapter
-from rdm_sdk.models.roles import TEACHER
+from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.load import load_adapter
+from rdm_sdk.families.roles import TEACHER
 from rdm_sdk.testing.pipelines import TINY_PIPELINES, tiny_flux, tiny_flux2
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

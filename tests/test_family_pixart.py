@@ -15,13 +15,13 @@ from test_families import calls_of
 from torch import Tensor
 
 from rdm_sdk import ConfigError, ModelError
-from rdm_sdk.core.noise import VariancePreservingSchedule
-from rdm_sdk.export import StudentInfo, load_student, save_student
-from rdm_sdk.models.base import ModelAdapter
-from rdm_sdk.models.load import load_adapter
-from rdm_sdk.models.roles import STUDENT, TEACHER
+from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.load import load_adapter
+from rdm_sdk.families.roles import STUDENT, TEACHER
+from rdm_sdk.method.noise import VariancePreservingSchedule
 from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.testing.pipelines import TINY_PIPELINES
+from rdm_sdk.training.export import StudentInfo, load_student, save_student
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 both = pytest.mark.parametrize("family", ["PixArtSigmaPipeline", "SanaPipeline"])

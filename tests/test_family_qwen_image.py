@@ -14,11 +14,11 @@ from test_families import assert_same_inputs, calls_of, run_pipeline
 from torch import Tensor
 
 from rdm_sdk import ConfigError, ModelError
-from rdm_sdk.core.noise import from_x_0
-from rdm_sdk.models.base import ModelAdapter
-from rdm_sdk.models.flow import unpack
-from rdm_sdk.models.load import load_adapter
-from rdm_sdk.models.roles import TEACHER
+from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.flow import unpack
+from rdm_sdk.families.load import load_adapter
+from rdm_sdk.families.roles import TEACHER
+from rdm_sdk.method.noise import from_x_0
 from rdm_sdk.testing.pipelines import tiny_qwen_image
 
 # Diffusers' Euler scheduler under numpy 2.

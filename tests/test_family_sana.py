@@ -16,9 +16,9 @@ from diffusers import (
 from test_families import calls_of
 
 from rdm_sdk import ModelError
-from rdm_sdk.models.base import ModelAdapter
-from rdm_sdk.models.load import load_adapter
-from rdm_sdk.models.roles import TEACHER
+from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.load import load_adapter
+from rdm_sdk.families.roles import TEACHER
 from rdm_sdk.testing.pipelines import TINY_PIPELINES
 
 

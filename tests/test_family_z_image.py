@@ -11,8 +11,8 @@ from test_family_qwen_image import PROMPTS, SIZE, assert_guides_as_the_pipeline,
 from torch import Tensor
 
 from rdm_sdk import ConfigError
-from rdm_sdk.models.load import load_adapter
-from rdm_sdk.models.roles import TEACHER
+from rdm_sdk.families.load import load_adapter
+from rdm_sdk.families.roles import TEACHER
 from rdm_sdk.testing.pipelines import tiny_z_image
 
 # Diffusers' Euler scheduler under numpy 2.

@@ -13,9 +13,9 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rdm_sdk.models.base import ModelAdapter
-from rdm_sdk.models.load import load_adapter
-from rdm_sdk.models.roles import TEACHER
+from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.load import load_adapter
+from rdm_sdk.families.roles import TEACHER
 from rdm_sdk.planning import footprint
 from rdm_sdk.planning.blueprint import blueprint
 from rdm_sdk.planning.footprint import FLOAT32, LOWER, LikeCuda, Meter, bytes_of, count_of

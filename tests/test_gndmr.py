@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from rdm_sdk import ConfigError, RDMTrainer, digits
-from rdm_sdk.models.load import load_adapter
-from rdm_sdk.weighting import RewardStatistics
+from rdm_sdk.families.load import load_adapter
+from rdm_sdk.training.weighting import RewardStatistics
 
 Make = Callable[..., RDMTrainer]
 Losses = Callable[[RDMTrainer], list[dict[str, float]]]

@@ -14,10 +14,10 @@ from test_resume_reuse import brightness, pictures
 from torch import Tensor
 
 from rdm_sdk import digits, preset
-from rdm_sdk.core.groups import scale_field
-from rdm_sdk.core.losses import pathwise_loss
-from rdm_sdk.core.matching import matching_gradient, residual_magnitude
-from rdm_sdk.models.load import load_adapter
+from rdm_sdk.families.load import load_adapter
+from rdm_sdk.method.groups import scale_field
+from rdm_sdk.method.losses import pathwise_loss
+from rdm_sdk.method.matching import matching_gradient, residual_magnitude
 from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.evaluate import evaluate_reward
 from rdm_sdk.rewards.resolve import resolve_rewards

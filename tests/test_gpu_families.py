@@ -14,10 +14,10 @@ from peft import LoraConfig
 from torch import Tensor
 
 from rdm_sdk import RDMConfig, RDMTrainer
-from rdm_sdk.export import load_student
-from rdm_sdk.models.load import load_adapter
-from rdm_sdk.models.roles import TEACHER
+from rdm_sdk.families.load import load_adapter
+from rdm_sdk.families.roles import TEACHER
 from rdm_sdk.testing.pipelines import TINY_PIPELINES
+from rdm_sdk.training.export import load_student
 
 pytestmark = [
     pytest.mark.gpu,

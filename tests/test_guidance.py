@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rdm_sdk import RDMTrainer, RewardBatch, RewardError
-from rdm_sdk.core.noise import FlowSchedule
+from rdm_sdk.method.noise import FlowSchedule
 from rdm_sdk.rewards.context import DiffusionContext
 from rdm_sdk.rewards.dm import DistributionMatching
 from rdm_sdk.rewards.evaluate import Evaluation, evaluate_rewards

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rdm_sdk import ConfigError
-from rdm_sdk.scaffold import new_reward
+from rdm_sdk.plugins.scaffold import new_reward
 
 DOCS = Path(__file__).parent.parent / "docs"
 Run = Callable[..., str]
@@ -72,13 +72,13 @@ def test_the_page_from_an_empty_folder_to_a_run(tmp_path: Path, run: Run) -> Non
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     install(run, tmp_path / "acme-rewards", tmp_path / "site")
-    listed = run("-m", "rdm_sdk.cli", "rewards", "list")
+    listed = run("-m", "rdm_sdk.cli.main", "rewards", "list")
     assert "acme/ink" in listed
     assert "how much neighboring pixels differ" in listed
     assert "radius  int  default 1  Distance of the compared pixels." in run(
-        "-m", "rdm_sdk.cli", "rewards", "info", "acme/sharpness"
+        "-m", "rdm_sdk.cli.main", "rewards", "info", "acme/sharpness"
     )
-    assert "keeps the contract" in run("-m", "rdm_sdk.cli", "rewards", "check", "acme/sharpness[radius=2]")
+    assert "keeps the contract" in run("-m", "rdm_sdk.cli.main", "rewards", "check", "acme/sharpness[radius=2]")
     assert "passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "acme-rewards"))
     spec = "dm + 0.2*acme/ink + 0.1*acme/sharpness[radius=2]"
     means = [f"rewards/{name}/mean" for name in ("acme/ink", "acme/sharpness", "dm")]
@@ -93,7 +93,7 @@ def test_a_new_reward_passes_its_own_tests_at_once(tmp_path: Path, run: Run) -> 
     said = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder))
     assert re.search(r"\d+ passed", said)
     assert "failed" not in said
-    info = run("-m", "rdm_sdk.cli", "rewards", "info", "acme/fine-Grain_2")
+    info = run("-m", "rdm_sdk.cli.main", "rewards", "info", "acme/fine-Grain_2")
     assert "rdm_reward_acme_fine_grain_2.reward:FineGrain2" in info
 
 
@@ -172,7 +172,7 @@ def test_a_family_from_the_page_to_a_run(tmp_path: Path, run: Run) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     install(run, tmp_path / "acme-models", tmp_path / "site")
-    assert "AuraFlowPipeline" in run("-m", "rdm_sdk.cli", "models", "list")
+    assert "AuraFlowPipeline" in run("-m", "rdm_sdk.cli.main", "models", "list")
     assert "20 passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", "acme-models/tests")
     (tmp_path / "train.py").write_text(FAMILY)
     assert "AuraFlowAdapter True" in run("train.py")

@@ -15,14 +15,14 @@ from torch import nn
 from true_shapes import write_configs
 
 from rdm_sdk import ConfigError, RDMTrainer, cli, digits
-from rdm_sdk.export import PEFT_FOLDER, StudentInfo, load_student, save_student
-from rdm_sdk.models.base import ModelAdapter, linear_layers
-from rdm_sdk.models.load import load_adapter
-from rdm_sdk.models.roles import STUDENT, TEACHER
+from rdm_sdk.families.base import ModelAdapter, linear_layers
+from rdm_sdk.families.load import load_adapter
+from rdm_sdk.families.roles import STUDENT, TEACHER
 from rdm_sdk.planning.blueprint import blueprint
 from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.testing.adapter_subject import CLOSE, ModelSubject, apart, call, images_of
 from rdm_sdk.testing.pipelines import TINY_PIPELINES
+from rdm_sdk.training.export import PEFT_FOLDER, StudentInfo, load_student, save_student
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 FAMILIES = sorted(TINY_PIPELINES)

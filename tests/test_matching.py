@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rdm_sdk import ConfigError, ModelError, RDMTrainer, digits
-from rdm_sdk.models.base import ModelAdapter
-from rdm_sdk.models.roles import StepEmbedding
-from rdm_sdk.models.sd3 import SD3Adapter
+from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.roles import StepEmbedding
+from rdm_sdk.families.sd3 import SD3Adapter
 from rdm_sdk.rewards.dm import DistributionMatching
 from rdm_sdk.types import select_steps
 
@@ -142,7 +142,7 @@ def test_a_head_is_told_too(make_trainer: Make, tmp_path: Path) -> None:
 
 def test_a_family_without_an_example_is_named(make_trainer: Make, tmp_path: Path) -> None:
     """What a critic is told is made to the shape of the family's encodings, which it has to say."""
-    from rdm_sdk.models.load import load_adapter
+    from rdm_sdk.families.load import load_adapter
 
     class Plain(SD3Adapter):
         example_encoding = ModelAdapter.example_encoding

@@ -14,8 +14,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from rdm_sdk import ConfigError, RDMTrainer, digits
-from rdm_sdk.models import load
-from rdm_sdk.models.roles import TEACHER
+from rdm_sdk.families import load
+from rdm_sdk.families.roles import TEACHER
 
 Make = Callable[..., RDMTrainer]
 PROMPTS = digits.prompts()[:3]
@@ -110,7 +110,7 @@ def test_prompts_that_do_not_fit_into_memory_are_refused(
     make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before hours of encoding, with what is needed and what there is."""
-    monkeypatch.setattr("rdm_sdk.hosting.psutil.virtual_memory", lambda: type("", (), {"available": 1000})())
+    monkeypatch.setattr("rdm_sdk.training.hosting.psutil.virtual_memory", lambda: type("", (), {"available": 1000})())
     with pytest.raises(ConfigError, match=r"encodings of all 10 prompts in memory, 0\.0 GB, and 0\.0 GB are free"):
         make_trainer(tmp_path, text_encoders="drop")
 
@@ -240,7 +240,7 @@ def test_a_full_copy_of_a_bf16_base_is_trained_in_float32(
 
 def test_a_full_student_runs_in_plain_diffusers(make_trainer: Make, tmp_path: Path) -> None:
     """The export is the component's folder; a plain pipeline that loads it gives our images."""
-    from rdm_sdk.export import load_student
+    from rdm_sdk.training.export import load_student
 
     trainer = make_trainer(tmp_path / "run", student_weights="full", learning_rate=1e-3, sampler="ode")
     trainer.train()

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rdm_sdk.core.noise import FlowSchedule
-from rdm_sdk.core.transitions import log_probability
-from rdm_sdk.objective import Term, combine, normalize, policy_loss, policy_pull, zero_std_share
-from rdm_sdk.sampling import FewStepPolicy, replay_log_ratio, rollout
+from rdm_sdk.method.noise import FlowSchedule
+from rdm_sdk.method.objective import Term, combine, normalize, policy_loss, policy_pull, zero_std_share
+from rdm_sdk.method.sampling import FewStepPolicy, replay_log_ratio, rollout
+from rdm_sdk.method.transitions import log_probability
 from rdm_sdk.types import RewardOutput, Rollout, select_steps
 
 G = 4

@@ -20,10 +20,11 @@ from transformers import Qwen2_5_VLForConditionalGeneration as Vlm
 from true_shapes import write_configs
 
 from rdm_sdk import ConfigError, ModelError, RDMConfig, RDMTrainer, RewardError, digits, plan_memory
-from rdm_sdk.cli import main
+from rdm_sdk.cli.main import main
 from rdm_sdk.digits.classifier import DigitClassifier
-from rdm_sdk.models.base import ModelAdapter
-from rdm_sdk.models.load import load_adapter
+from rdm_sdk.digits.reward import Legibility
+from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.load import load_adapter
 from rdm_sdk.planning import blueprint as blueprints
 from rdm_sdk.planning import footprint
 from rdm_sdk.planning.advice import Run, Switch, advise
@@ -32,8 +33,7 @@ from rdm_sdk.planning.footprint import Meter, bytes_of, count_of
 from rdm_sdk.planning.phases import Phase, Step
 from rdm_sdk.planning.plan import GB, MemoryPlan, Planner, Row, optimizer_bytes, quantized_bytes
 from rdm_sdk.planning.rehearsal import Rehearsal
-from rdm_sdk.registry import registry
-from rdm_sdk.rewards.legibility import Legibility
+from rdm_sdk.plugins.registry import registry
 from rdm_sdk.rewards.resolve import Declared, declare_rewards, resolve_rewards
 from rdm_sdk.testing.pipelines import TINY_PIPELINES
 from rdm_sdk.vision.clip import CLIP_VIT_H

@@ -62,7 +62,7 @@ def run(tmp_path: Path) -> Run:
     """Return `run(code or command-line words, **environment)`: standard output and error of a fresh interpreter."""
 
     def start(*words: str, code: str | None = None, **environment: str) -> str:
-        command = ["-c", code] if code is not None else ["-m", "rdm_sdk.cli", *words]
+        command = ["-c", code] if code is not None else ["-m", "rdm_sdk.cli.main", *words]
         path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
         everything = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment
         done = subprocess.run([sys.executable, *command], env=everything, capture_output=True, text=True, timeout=120)
@@ -130,7 +130,7 @@ def test_the_cause_is_chained(install: Install, run: Run) -> None:
     """The plugin's own exception is the error's cause."""
     install("bad-import", code="raise OSError('disk on fire')\n")
     code = (
-        "import warnings; warnings.simplefilter('ignore')\nfrom rdm_sdk.registry import registry\n"
+        "import warnings; warnings.simplefilter('ignore')\nfrom rdm_sdk.plugins.registry import registry\n"
         "try:\n    registry().load('bad-import/x')\nexcept Exception as error:\n    print(repr(error.__cause__))"
     )
     assert run(code=code).strip() == "OSError('disk on fire')"
@@ -242,7 +242,7 @@ def test_environment_variables(install: Install, run: Run) -> None:
 def test_faults_fail_a_strict_listing(install: Install, run: Run) -> None:
     """`rdm-sdk plugins` exits with 1 on a fault where faults are errors, so that a build can stop."""
     install("bad-import", code="import no_such_module\n")
-    code = "from rdm_sdk.cli import main; print('status', main(['plugins']))"
+    code = "from rdm_sdk.cli.main import main; print('status', main(['plugins']))"
     assert "status 1" in run(code=code, RDM_SDK_STRICT_PLUGINS="1")
     assert "status 0" in run(code=code)
 
@@ -258,7 +258,7 @@ def test_listing_rewards_imports_nothing_heavy(install: Install, run: Run) -> No
     """All rewards, installed plugins included, are listed without torch or transformers."""
     install("good-one", body=GOOD)
     code = (
-        "import sys, rdm_sdk\nfrom rdm_sdk.registry import registry\nnames = sorted(registry().rewards)\n"
+        "import sys, rdm_sdk\nfrom rdm_sdk.plugins.registry import registry\nnames = sorted(registry().rewards)\n"
         "assert {'dm', 'legibility', 'good/ink'} <= set(names), names\n"
         "print(len(names), sorted({'torch', 'transformers', 'diffusers', 'pydantic', 'numpy'} & sys.modules.keys()))"
     )
@@ -308,7 +308,7 @@ ADAPTER = 'register("AuraFlowPipeline", "{module}_rewards:Ink")'
 def asks_for(pipeline: str) -> str:
     """Return code that prints what asking for an adapter raises, or its class."""
     return (
-        "import warnings; warnings.simplefilter('ignore')\nfrom rdm_sdk.models.load import adapter_class\n"
+        "import warnings; warnings.simplefilter('ignore')\nfrom rdm_sdk.families.load import adapter_class\n"
         f"try:\n    print(adapter_class({pipeline!r}))\n"
         "except Exception as error:\n    print(type(error).__name__, error)"
     )
@@ -318,7 +318,7 @@ def test_a_plugins_adapter_is_found(install: Install, run: Run) -> None:
     """By the pipeline's class; what is no adapter is refused, and the SDK's own families are listed for the rest."""
     install("good-aura", hook="rdm_register_models", body=ADAPTER.format(module="good_aura"))
     assert "must subclass rdm_sdk.ModelAdapter" in run(code=asks_for("AuraFlowPipeline"))
-    assert "rdm_sdk.models.sd3.SD3Adapter" in run(code=asks_for("StableDiffusion3Pipeline"))
+    assert "rdm_sdk.families.sd3.SD3Adapter" in run(code=asks_for("StableDiffusion3Pipeline"))
     said = run(code=asks_for("StableDiffusion3Pipelin"))
     assert "ModelError StableDiffusion3Pipelin is not supported. Did you mean 'StableDiffusion3Pipeline'?" in said
     assert "AuraFlowPipeline" in said
@@ -338,8 +338,8 @@ def test_a_family_with_two_owners_belongs_to_neither(install: Install, run: Run)
     assert "RDM_SDK_DISABLE_PLUGINS=aura-two" in said
     faults = run("plugins")
     assert "FAULT in greedy:main (1.2): it registers FluxPipeline, which is the SDK's own" in faults
-    assert "rdm_sdk.models.flux:FluxAdapter" in run(
-        code="import warnings; warnings.simplefilter('ignore')\nfrom rdm_sdk.registry import registry\n"
+    assert "rdm_sdk.families.flux:FluxAdapter" in run(
+        code="import warnings; warnings.simplefilter('ignore')\nfrom rdm_sdk.plugins.registry import registry\n"
         "print(registry().models['FluxPipeline'].target)"
     )
 

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from rdm_sdk import ConfigError, RDMConfig, RDMTrainer
-from rdm_sdk.cli import main
-from rdm_sdk.presets import PRESETS, preset, show_preset
+from rdm_sdk.cli.main import main
+from rdm_sdk.training.presets import PRESETS, preset, show_preset
 
 NAMES = ("dmd2", "gndm", "dmdr", "gndmr", "refl", "grpo")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import rdm_sdk.trainer
+import rdm_sdk.training.trainer
 from rdm_sdk import Capabilities, RDMError, RDMTrainer, Reward, RewardBatch, RewardOutput
 from rdm_sdk.rewards.dm import DistributionMatching
 
@@ -53,13 +53,13 @@ class WatchedMatching(DistributionMatching):
 def policy_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
     """Take down log-ratios and weights of every policy loss."""
     calls: list[tuple[Tensor, Tensor]] = []
-    original = rdm_sdk.trainer.policy_loss
+    original = rdm_sdk.training.trainer.policy_loss
 
     def watching(log_ratios: Tensor, advantage: Tensor, weights: Tensor, *rest: Any) -> Any:
         calls.append((log_ratios.detach().clone(), weights.detach().clone()))
         return original(log_ratios, advantage, weights, *rest)
 
-    monkeypatch.setattr(rdm_sdk.trainer, "policy_loss", watching)
+    monkeypatch.setattr(rdm_sdk.training.trainer, "policy_loss", watching)
     return calls
 
 
@@ -67,13 +67,13 @@ def policy_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]
 def state_ratios(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Take down the log-ratios of the states of every reuse."""
     seen: list[Tensor] = []
-    original = rdm_sdk.trainer.state_log_ratio
+    original = rdm_sdk.training.trainer.state_log_ratio
 
     def watching(*args: Any) -> Tensor:
         seen.append(original(*args))
         return seen[-1]
 
-    monkeypatch.setattr(rdm_sdk.trainer, "state_log_ratio", watching)
+    monkeypatch.setattr(rdm_sdk.training.trainer, "state_log_ratio", watching)
     return seen
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rdm_sdk import Capabilities, CheckpointError, Reward, RewardError, RewardOutput
-from rdm_sdk.objective import combine, normalize, zero_std_share
+from rdm_sdk.method.objective import combine, normalize, zero_std_share
 from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.callables import CallableReward
 from rdm_sdk.rewards.evaluate import evaluate_reward
@@ -148,7 +148,7 @@ def test_unusable_classes_are_refused(make, words):
 
 def test_a_config_and_options_together_are_refused():
     """One of them would be dropped."""
-    from rdm_sdk.rewards.legibility import Legibility
+    from rdm_sdk.digits.reward import Legibility
 
     with pytest.raises(RewardError, match="a config or options, not both; got radius too"):
         Reward.__init__(Legibility(), Legibility.Config(), radius=5)

@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
 from rdm_sdk import ConfigError, RDMTrainer, digits
-from rdm_sdk.models.base import ModelAdapter
-from rdm_sdk.models.load import load_adapter
-from rdm_sdk.models.roles import check_lora_config
+from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.load import load_adapter
+from rdm_sdk.families.roles import check_lora_config
 
 PROMPTS = ["a handwritten seven", "a handwritten two", "the digit four"]
 

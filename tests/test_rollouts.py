@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rdm_sdk.rollouts import read_rollouts, rollouts_path, write_rollouts
+from rdm_sdk.training.rollouts import read_rollouts, rollouts_path, write_rollouts
 from rdm_sdk.types import Experience, RewardOutput, Rollout, select_steps
 
 CPU = torch.device("cpu")

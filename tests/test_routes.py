@@ -73,6 +73,6 @@ def test_a_wrong_exception_is_found_before_a_reward_is_loaded(
     def loading(_: object) -> None:
         raise AssertionError("the classifier was loaded")
 
-    monkeypatch.setattr("rdm_sdk.rewards.legibility.Legibility.__init__", loading)
+    monkeypatch.setattr("rdm_sdk.digits.reward.Legibility.__init__", loading)
     with pytest.raises(RewardError, match="'legibilty'"):
         make_trainer(tmp_path, "dm + legibility", reward_route="tilt[legibilty=gradient]")

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rdm_sdk.core.draws import draw_steps
-from rdm_sdk.core.noise import FlowSchedule, VariancePreservingSchedule
-from rdm_sdk.core.transitions import TransitionKind
 from rdm_sdk.digits import teacher_path
-from rdm_sdk.models.load import load_adapter
-from rdm_sdk.sampling import FewStepPolicy, plan_steps, redraw, rollout, sample
+from rdm_sdk.families.load import load_adapter
+from rdm_sdk.method.draws import draw_steps
+from rdm_sdk.method.noise import FlowSchedule, VariancePreservingSchedule
+from rdm_sdk.method.sampling import FewStepPolicy, plan_steps, redraw, rollout, sample
+from rdm_sdk.method.transitions import TransitionKind
 from rdm_sdk.types import Denoiser, select, select_steps
 
 SIGMAS = (1.0, 0.75, 0.5, 0.25)

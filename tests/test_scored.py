@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from rdm_sdk import Capabilities, RDMTrainer, Reward, RewardBatch, RewardError, digits
+from rdm_sdk.digits.reward import Legibility
 from rdm_sdk.rewards.dm import DistributionMatching
 from rdm_sdk.rewards.evaluate import evaluate_reward
 from rdm_sdk.rewards.guidance import Guidance
-from rdm_sdk.rewards.legibility import Legibility
 from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.rewards.routes import routed
 from rdm_sdk.rewards.scored import Scored

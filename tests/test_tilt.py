@@ -22,9 +22,9 @@ from rdm_sdk import (
     RewardError,
     Scored,
 )
-from rdm_sdk.core.groups import group_advantage
-from rdm_sdk.core.noise import FlowSchedule
-from rdm_sdk.core.tilting import group_covariance
+from rdm_sdk.method.groups import group_advantage
+from rdm_sdk.method.noise import FlowSchedule
+from rdm_sdk.method.tilting import group_covariance
 from rdm_sdk.rewards.context import DiffusionContext
 from rdm_sdk.rewards.tilt import tilted
 from rdm_sdk.types import RewardOutput

@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 
 from rdm_sdk import CheckpointError, ConfigError
-from rdm_sdk.weighting import RewardStatistics, Weighting, make_weighting, weigh
+from rdm_sdk.training.weighting import RewardStatistics, Weighting, make_weighting, weigh
 
 TARGETS = {"dm": 1.0, "a": 0.5, "b": -0.25, "watched": 0.0}
 

@@ -10,10 +10,10 @@ from typing import Any
 from peft import LoraConfig
 from transformers.training_args import OptimizerNames
 
-from rdm_sdk.config import RDMConfig
 from rdm_sdk.errors import RDMError
 from rdm_sdk.planning.plan import GB, MemoryPlan, Planner
 from rdm_sdk.rewards.resolve import RewardFuncs
+from rdm_sdk.training.config import RDMConfig
 
 WORTH_SAYING = 0.005
 """Share of the total that a switch must save."""

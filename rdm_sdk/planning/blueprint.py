@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from rdm_sdk.errors import ModelError
-from rdm_sdk.models.base import ModelAdapter
-from rdm_sdk.models.load import adapter_class, find_folder
+from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.load import adapter_class, find_folder
 
 CONFIGS = ("model_index.json", "*/config.json", "*/scheduler_config.json")
 """What is downloaded of a hub repository."""

@@ -1,4 +1,4 @@
-"""What is alive at the same time in a training step, phase by phase, as `trainer.py` runs it."""
+"""What is alive at the same time in a training step, phase by phase, as `training/trainer.py` runs it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from math import prod
 
 from transformers.training_args import OptimizerNames
 
-from rdm_sdk.config import RDMConfig
-from rdm_sdk.models.roles import STUDENT, TEACHER
+from rdm_sdk.families.roles import STUDENT, TEACHER
 from rdm_sdk.planning.footprint import bytes_of_all
 from rdm_sdk.planning.rehearsal import Rehearsal, Tape
 from rdm_sdk.rewards.resolve import WeightedReward, carried_back
+from rdm_sdk.training.config import RDMConfig
 
 FLOAT32 = 4
 """Bytes."""

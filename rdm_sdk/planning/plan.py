@@ -18,19 +18,19 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.training_args import OptimizerNames
 
-from rdm_sdk.config import RDMConfig
-from rdm_sdk.judging import reward_heads
-from rdm_sdk.models.base import ModelAdapter
-from rdm_sdk.models.roles import STUDENT, describe_lora
+from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.roles import STUDENT, describe_lora
 from rdm_sdk.planning.blueprint import blueprint
 from rdm_sdk.planning.footprint import bytes_of, bytes_of_all, count_of
 from rdm_sdk.planning.phases import Phase, Step
 from rdm_sdk.planning.rehearsal import Rehearsal
-from rdm_sdk.requirements import role_configs
 from rdm_sdk.rewards.base import Reward
 from rdm_sdk.rewards.resolve import RewardFuncs, WeightedReward, declare_rewards
 from rdm_sdk.rewards.routes import routed
 from rdm_sdk.rewards.scored import Scored
+from rdm_sdk.training.config import RDMConfig
+from rdm_sdk.training.judging import reward_heads
+from rdm_sdk.training.validation import role_configs
 
 GB = 2**30
 """Bytes in what is printed as a GB, as graphics cards have them."""

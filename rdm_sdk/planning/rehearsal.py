@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rdm_sdk.models.base import ModelAdapter
-from rdm_sdk.models.placement import slice_vae, tile_vae
-from rdm_sdk.models.roles import TEACHER
+from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.placement import slice_vae, tile_vae
+from rdm_sdk.families.roles import TEACHER
 from rdm_sdk.planning.footprint import LikeCuda, Meter
 from rdm_sdk.types import Condition, Denoiser
 

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-import rdm_sdk
+from rdm_sdk._version import __version__
 from rdm_sdk.errors import RewardError, nearest
 from rdm_sdk.rewards.context import DiffusionContext
 from rdm_sdk.rewards.spec import checked_model
@@ -307,7 +307,7 @@ class Reward(ABC):
             "options": self.config.model_dump(mode="json"),
             "preprocessing": self.preprocessing,
             "origin": self.origin or self.defined_in(),
-            "sdk_version": rdm_sdk.__version__,
+            "sdk_version": __version__,
         }
 
     def defined_in(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rdm_sdk.hookspecs import RegisterReward, hookimpl
+from rdm_sdk.plugins.hookspecs import RegisterReward, hookimpl
 
 
 @hookimpl
@@ -14,7 +14,7 @@ def rdm_register_rewards(register: RegisterReward) -> None:
     )
     register(
         "legibility",
-        "rdm_sdk.rewards.legibility:Legibility",
+        "rdm_sdk.digits.reward:Legibility",
         description="probability that an image of the embedded digits shows the prompt's digit",
     )
     register(

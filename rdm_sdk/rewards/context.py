@@ -9,17 +9,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rdm_sdk.core.draws import Spread, draw_uniform
-from rdm_sdk.core.matching import (
+from rdm_sdk.errors import RewardError
+from rdm_sdk.method.draws import Spread, draw_uniform
+from rdm_sdk.method.matching import (
     critic_lag,
     lag_profile,
     matching_gradient,
     matching_score,
     residual_magnitude,
 )
-from rdm_sdk.core.noise import NoiseSchedule, add_noise
-from rdm_sdk.core.tilting import posterior_covariance
-from rdm_sdk.errors import RewardError
+from rdm_sdk.method.noise import NoiseSchedule, add_noise
+from rdm_sdk.method.tilting import posterior_covariance
 from rdm_sdk.types import Denoiser, RewardOutput
 
 TEACHER = "teacher"
@@ -172,7 +172,7 @@ def contrast(
 
     `pair` gives the two predictions of x_0 for a draw. The gradient is their difference, the score the half log-SNR
     integral of the difference of their squared errors, and the magnitude mean |x_0 - D_p|. Unless `correction` is
-    "none", the lag of q behind the samples (`core.matching.critic_lag`) is added to its prediction before the gradient
+    "none", the lag of q behind the samples (`method.matching.critic_lag`) is added to its prediction before the gradient
     is taken.
     """
     span = context.max_time - context.min_time

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rdm_sdk.core.matching import denoising_loss
+from rdm_sdk.method.matching import denoising_loss
 from rdm_sdk.rewards.base import Capabilities, Reward, RewardBatch
 from rdm_sdk.rewards.context import TEACHER, Renoised, contrast
 from rdm_sdk.types import RewardOutput

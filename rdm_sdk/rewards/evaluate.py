@@ -19,8 +19,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from rdm_sdk.core.noise import per_sample
 from rdm_sdk.errors import ConfigError, RewardError
+from rdm_sdk.method.noise import per_sample
 from rdm_sdk.rewards.base import Reward, RewardBatch
 from rdm_sdk.types import RewardOutput
 

@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from rdm_sdk.errors import RewardError, nearest
-from rdm_sdk.hookspecs import REWARD_NAME
-from rdm_sdk.registry import registry
+from rdm_sdk.plugins.hookspecs import REWARD_NAME
+from rdm_sdk.plugins.registry import registry
 from rdm_sdk.rewards.base import Capabilities, Reward, RewardConfig, check_class
 from rdm_sdk.rewards.callables import as_reward
 from rdm_sdk.rewards.spec import RewardTerm, checked_model, label_terms, make_term, parse_spec

@@ -29,7 +29,7 @@ from pydantic import (
 from pydantic import ValidationError as PydanticError
 
 from rdm_sdk.errors import ConfigError, RDMError, RewardError, nearest
-from rdm_sdk.hookspecs import REWARD_NAME
+from rdm_sdk.plugins.hookspecs import REWARD_NAME
 
 Scalar: TypeAlias = (
     StrictBool | StrictInt | Annotated[float, Field(strict=True, allow_inf_nan=False)] | StrictStr | None

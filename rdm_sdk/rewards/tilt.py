@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rdm_sdk.core.groups import ScoreScale, group_advantage, group_scale
-from rdm_sdk.core.matching import residual_magnitude
-from rdm_sdk.core.noise import per_sample
-from rdm_sdk.core.tilting import group_covariance
+from rdm_sdk.method.groups import ScoreScale, group_advantage, group_scale
+from rdm_sdk.method.matching import residual_magnitude
+from rdm_sdk.method.noise import per_sample
+from rdm_sdk.method.tilting import group_covariance
 from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.context import TEACHER, Renoised
 from rdm_sdk.types import RewardOutput
@@ -18,7 +18,7 @@ def tilted(output: RewardOutput, batch: RewardBatch, scale: ScoreScale) -> Rewar
     """Return what a reward does to the teacher's denoiser, in place of its gradient at x_0.
 
     With a weight of lambda, `dm` and this field together match the student to p_real exp(lambda r / deviation) in place
-    of p_real, to first order in lambda (`core.tilting`). It stands beside D_real - D_fake, so it is averaged over the
+    of p_real, to first order in lambda (`method.tilting`). It stands beside D_real - D_fake, so it is averaged over the
     same renoising draws and measured against the same |x_0 - D_real|.
 
     A reward with a gradient is carried through the teacher's Jacobian, and its deviation is that under the teacher's

@@ -14,13 +14,12 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from rdm_sdk.core.noise import Prediction, to_x_0
 from rdm_sdk.errors import ConfigError, ModelError
-from rdm_sdk.export import StudentInfo, load_student, save_student
-from rdm_sdk.models.base import Guidance, ModelAdapter, linear_layers
-from rdm_sdk.models.roles import STUDENT, TEACHER
+from rdm_sdk.families.base import Guidance, ModelAdapter, linear_layers
+from rdm_sdk.families.roles import STUDENT, TEACHER
+from rdm_sdk.method.noise import Prediction, to_x_0
+from rdm_sdk.method.sampling import FewStepPolicy
 from rdm_sdk.rewards.resolve import resolve_rewards
-from rdm_sdk.sampling import FewStepPolicy
 from rdm_sdk.testing.adapter_subject import (
     CLOSE,
     NUM_STEPS,
@@ -33,6 +32,7 @@ from rdm_sdk.testing.adapter_subject import (
     rows,
 )
 from rdm_sdk.testing.kit import Check, Remark, advising, collector, demand
+from rdm_sdk.training.export import StudentInfo, load_student, save_student
 from rdm_sdk.types import Condition
 
 LORA = LoraConfig(r=4, lora_alpha=12)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from rdm_sdk.errors import ConfigError
-from rdm_sdk.models.base import ModelAdapter
-from rdm_sdk.models.load import load_adapter
-from rdm_sdk.models.roles import TEACHER
-from rdm_sdk.sampling import FewStepPolicy, sample
+from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.load import load_adapter
+from rdm_sdk.families.roles import TEACHER
+from rdm_sdk.method.sampling import FewStepPolicy, sample
 from rdm_sdk.types import Condition, Denoiser
 
 PROMPTS = ["a red fox", "two boats on a lake, at night, seen from afar"]

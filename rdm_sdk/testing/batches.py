@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rdm_sdk.core.noise import FlowSchedule
 from rdm_sdk.errors import RewardError
+from rdm_sdk.method.noise import FlowSchedule
 from rdm_sdk.rewards.base import Reward, RewardBatch
 from rdm_sdk.rewards.context import DiffusionContext
 from rdm_sdk.types import Denoiser

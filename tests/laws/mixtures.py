@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rdm_sdk.core.noise import NoiseSchedule
+from rdm_sdk.method.noise import NoiseSchedule
 from rdm_sdk.types import Denoiser
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from mixtures import GaussianMixture
 
-from rdm_sdk.core.matching import matching_gradient
-from rdm_sdk.core.noise import FlowSchedule, add_noise
-from rdm_sdk.sampling import FewStepPolicy
+from rdm_sdk.method.matching import matching_gradient
+from rdm_sdk.method.noise import FlowSchedule, add_noise
+from rdm_sdk.method.sampling import FewStepPolicy
 
 SCHEDULE = FlowSchedule()
 POLICY = FewStepPolicy(SCHEDULE, (1.0, 0.5))

@@ -5,12 +5,12 @@ import torch
 from mixtures import GaussianMixture
 from torch import Tensor
 
-from rdm_sdk.core.groups import group_advantage
-from rdm_sdk.core.importance import log_ratio
-from rdm_sdk.core.losses import clipped_surrogate, pathwise_loss
-from rdm_sdk.core.matching import matching_gradient
-from rdm_sdk.core.noise import FlowSchedule, NoiseSchedule, VariancePreservingSchedule, add_noise, per_sample, score
-from rdm_sdk.core.transitions import Transition, step
+from rdm_sdk.method.groups import group_advantage
+from rdm_sdk.method.importance import log_ratio
+from rdm_sdk.method.losses import clipped_surrogate, pathwise_loss
+from rdm_sdk.method.matching import matching_gradient
+from rdm_sdk.method.noise import FlowSchedule, NoiseSchedule, VariancePreservingSchedule, add_noise, per_sample, score
+from rdm_sdk.method.transitions import Transition, step
 
 SCHEDULES = [FlowSchedule(), VariancePreservingSchedule()]
 NUM_SAMPLES = 200_000

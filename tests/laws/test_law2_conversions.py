@@ -4,9 +4,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 
-from rdm_sdk.core.matching import denoising_loss
-from rdm_sdk.core.noise import FlowSchedule, VariancePreservingSchedule, add_noise, from_x_0, to_x_0
-from rdm_sdk.core.transitions import ode_transition, renoising_transition, step
+from rdm_sdk.method.matching import denoising_loss
+from rdm_sdk.method.noise import FlowSchedule, VariancePreservingSchedule, add_noise, from_x_0, to_x_0
+from rdm_sdk.method.transitions import ode_transition, renoising_transition, step
 
 FLOW, VP = FlowSchedule(), VariancePreservingSchedule()
 KINDS = ["x_0", "eps", "v", "flow"]

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from rdm_sdk.core.groups import group_scale, scale_field
-from rdm_sdk.core.losses import pathwise_loss
-from rdm_sdk.core.matching import matching_gradient, residual_magnitude
+from rdm_sdk.method.groups import group_scale, scale_field
+from rdm_sdk.method.losses import pathwise_loss
+from rdm_sdk.method.matching import matching_gradient, residual_magnitude
 
 SHAPE = (6, 3, 4, 4)
 NAN = math.nan

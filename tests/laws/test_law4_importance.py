@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from rdm_sdk.core.importance import clip_fraction, effective_sample_size, log_ratio, truncated_weights
-from rdm_sdk.core.losses import clipped_surrogate
-from rdm_sdk.core.noise import FlowSchedule, VariancePreservingSchedule, per_sample
-from rdm_sdk.core.transitions import TRANSITIONS, Transition, log_probability, renoising_transition, step
+from rdm_sdk.method.importance import clip_fraction, effective_sample_size, log_ratio, truncated_weights
+from rdm_sdk.method.losses import clipped_surrogate
+from rdm_sdk.method.noise import FlowSchedule, VariancePreservingSchedule, per_sample
+from rdm_sdk.method.transitions import TRANSITIONS, Transition, log_probability, renoising_transition, step
 
 NUM_SAMPLES = 100_000
 FLOW, VP = FlowSchedule(), VariancePreservingSchedule()

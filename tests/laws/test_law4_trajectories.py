@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rdm_sdk.core.noise import FlowSchedule, VariancePreservingSchedule
-from rdm_sdk.sampling import FewStepPolicy, redraw, replay_log_ratio, rollout, state_log_ratio
+from rdm_sdk.method.noise import FlowSchedule, VariancePreservingSchedule
+from rdm_sdk.method.sampling import FewStepPolicy, redraw, replay_log_ratio, rollout, state_log_ratio
 from rdm_sdk.types import select_steps
 
 SIGMAS = (1.0, 0.8, 0.55, 0.3)

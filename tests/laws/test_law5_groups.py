@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rdm_sdk.core.groups import group_advantage, group_scale, scale_field
+from rdm_sdk.method.groups import group_advantage, group_scale, scale_field
 
 NAN = math.nan
 SCALES = ["group", "batch", "none"]

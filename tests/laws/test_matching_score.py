@@ -4,9 +4,9 @@ import pytest
 import torch
 from mixtures import GaussianMixture
 
-from rdm_sdk.core.draws import draw_uniform
-from rdm_sdk.core.matching import matching_score, residual_magnitude
-from rdm_sdk.core.noise import FlowSchedule, VariancePreservingSchedule, add_noise
+from rdm_sdk.method.draws import draw_uniform
+from rdm_sdk.method.matching import matching_score, residual_magnitude
+from rdm_sdk.method.noise import FlowSchedule, VariancePreservingSchedule, add_noise
 
 SCHEDULES = [FlowSchedule(), VariancePreservingSchedule()]
 CPU = torch.device("cpu")

@@ -5,8 +5,8 @@ import torch
 from mixtures import GaussianMixture
 from torch import Tensor
 
-from rdm_sdk.core.noise import FlowSchedule, NoiseSchedule, VariancePreservingSchedule, add_noise
-from rdm_sdk.core.tilting import group_covariance, posterior_covariance
+from rdm_sdk.method.noise import FlowSchedule, NoiseSchedule, VariancePreservingSchedule, add_noise
+from rdm_sdk.method.tilting import group_covariance, posterior_covariance
 
 SCHEDULES = [FlowSchedule(), VariancePreservingSchedule()]
 SLOPE = torch.tensor([0.7, -0.4], dtype=torch.float64)

@@ -1,0 +1,124 @@
+"""From what a user names (a hub id, a path, a pipeline, an adapter) to a model adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from rdm_sdk.errors import ConfigError, ModelError
+from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.roles import check_finite
+from rdm_sdk.plugins.registry import registry
+
+Quantization = Literal["none", "8bit", "4bit"]
+
+
+def adapter_class(pipeline: str) -> type[ModelAdapter]:
+    """Return the adapter for pipelines of a class, the SDK's own or a plugin's.
+
+    Raises:
+        ModelError: there is none, or it cannot be used; says what is supported and how to add a family.
+    """
+    found = registry().load_model(pipeline)
+    if not (isinstance(found, type) and issubclass(found, ModelAdapter)):
+        raise ModelError(f"the adapter registered for {pipeline} is {found!r}; it must subclass rdm_sdk.ModelAdapter")
+    return found
+
+
+def load_adapter(
+    model: object, dtype: torch.dtype, quantization: Quantization = "none", **options: Any
+) -> ModelAdapter:
+    """Return the adapter of a model, loading it first if it is named by a string.
+
+    Args:
+        model: a hub id, a local path, a loaded diffusers pipeline, or a `ModelAdapter` (returned as it is).
+        dtype: the dtype of the base when it is loaded here; the VAE is always kept in float32, because half precision
+            overflows in several families' decoders.
+        quantization: of the backbone when it is loaded here, with bitsandbytes; layers are computed in `dtype`.
+        options: passed to the adapter, such as `max_sequence_length`.
+
+    Raises:
+        ConfigError: a loaded pipeline cannot be quantized any more, or bitsandbytes is missing.
+        ModelError: the base is missing, cannot be read, is of an unsupported family, or holds NaN weights.
+    """
+    named = isinstance(model, (str, Path))
+    if quantization != "none" and not named:
+        raise ConfigError(
+            f"quantization={quantization!r} acts when the base is loaded, and model is a {type(model).__name__} "
+            "already; pass its name or path, or load it with a diffusers quantization_config of your own"
+        )
+    if isinstance(model, ModelAdapter):
+        _check_weights(model.pipeline)
+        return model
+    pipeline: Any = _load_pipeline(str(model), dtype, quantization) if named else model
+    adapter = adapter_class(type(pipeline).__name__)
+    _check_weights(pipeline)
+    return adapter(pipeline, **options)
+
+
+def find_folder(source: str) -> Path | None:
+    """Return the folder of a model that is named by its path, None for one that must be a hub id.
+
+    Raises:
+        ModelError: there is no such folder, or no pipeline in it.
+    """
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
+    path = Path(source).expanduser()
+    if looks_local and not path.is_dir():
+        raise ModelError(f"no base model at {source!r}: there is no such folder")
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise ModelError(f"no base model at {source!r}: the folder has no model_index.json, so it is no pipeline")
+    return path if path.is_dir() else None
+
+
+def _check_weights(pipeline: Any) -> None:
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            check_finite(part, f"base model's {name}")
+
+
+def _load_pipeline(source: str, dtype: torch.dtype, quantization: Quantization) -> Any:
+    from diffusers import DiffusionPipeline
+
+    place = str(find_folder(source) or source)
+    with _explained(source):
+        index: dict[str, Any] = DiffusionPipeline.load_config(place)
+    adapter = adapter_class(str(index["_class_name"]))  # an unsupported family is refused before its weights are read
+    extra = (
+        {} if quantization == "none" else {"quantization_config": _quantized(adapter.component, dtype, quantization)}
+    )
+    with _explained(source):
+        return DiffusionPipeline.from_pretrained(place, dtype={"default": dtype, "vae": torch.float32}, **extra)
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(
+            f"cannot load the base model {source!r}: {type(error).__name__}: {error}. Pass a hub id you have access "
+            "to, or the path of a folder that DiffusionPipeline.from_pretrained can read."
+        ) from error
+
+
+def _quantized(component: str, dtype: torch.dtype, quantization: Quantization) -> Any:
+    """Return what loads one component in few bits: LLM.int8 (arXiv 2208.07339) or QLoRA's NF4 (2305.14314)."""
+    from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
+
+    if not torch.cuda.is_available():
+        raise ConfigError(f"quantization={quantization!r} needs a CUDA device, and there is none; use 'none'")
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(f"quantization={quantization!r} needs bitsandbytes: pip install 'rdm-sdk[quantization]'")
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if quantization == "4bit":
+        options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    return PipelineQuantizationConfig(
+        quant_backend=f"bitsandbytes_{quantization}", quant_kwargs=options, components_to_quantize=[component]
+    )

@@ -1,0 +1,92 @@
+"""Group statistics: scores are centered, gradient fields are only scaled.
+
+Samples are group-major: the `group_size` samples of one prompt are adjacent.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rdm_sdk.method.noise import per_sample
+
+Normalization = Literal["group", "sample", "batch", "rms"]
+ScoreScale = Literal["group", "batch", "none"]
+
+
+def _grouped(values: Tensor, group_size: int) -> Tensor:
+    if values.ndim != 1:
+        raise ValueError(
+            f"expected one value per sample, shape [N], got {list(values.shape)}; "
+            "a gradient field must never be centered: that erases the drift its samples share"
+        )
+    if group_size < 1 or values.shape[0] % group_size:
+        raise ValueError(f"{values.shape[0]} samples do not divide into groups of {group_size}")
+    return values.reshape(-1, group_size)
+
+
+def group_advantage(scores: Tensor, group_size: int, scale: ScoreScale = "group", eps: float = 1e-6) -> Tensor:
+    """Turn scores `[N]` into advantages `[N]`: minus the group mean, over a standard deviation.
+
+    A_i = (r_i - mean_group) / (std + eps), with `scale` naming whose standard deviation: the group's (GRPO, arXiv
+    2402.03300), the whole batch's (around group means), or none. NaN scores are left out of the statistics and get
+    advantage 0, as does every sample of a constant group.
+
+    Raises:
+        ValueError: `scores` is not `[N]`, or N is not a multiple of `group_size`.
+    """
+    # Double precision: scores may be large against their spread (those of distribution matching sum over dimensions).
+    grouped = _grouped(scores.double(), group_size)
+    valid = ~grouped.isnan()
+    count = valid.sum(1, keepdim=True).clamp_min(1)
+    mean = grouped.masked_fill(~valid, 0.0).sum(1, keepdim=True) / count
+    # A constant group can leave a rounding residue of the mean's size behind; that is no advantage.
+    highest, lowest = grouped.masked_fill(~valid, -torch.inf).amax(1), grouped.masked_fill(~valid, torch.inf).amin(1)
+    counts = valid & (highest > lowest)[:, None]
+    centered = (grouped - mean).masked_fill(~counts, 0.0)
+    if scale == "group":
+        deviation = (centered.square().sum(1, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
+    elif scale == "batch":
+        deviation = (centered.square().sum() / (valid.sum() - 1).clamp_min(1)).sqrt()
+    else:
+        return centered.float().flatten()
+    return (centered / (deviation + eps)).float().flatten()
+
+
+def group_scale(magnitudes: Tensor, group_size: int, normalization: Normalization = "group") -> Tensor:
+    """Return the divisor of each sample's gradient field, `[N]`, from per-sample magnitudes `[N]`.
+
+    "group" averages the magnitudes inside the group, so that relative magnitudes survive (GNDM); "sample" is DMD2;
+    "batch" averages over everything. NaN magnitudes are left out; where nothing is left, the divisor is 0. With
+    `group_size=1`, "group" is "sample". A field is never centered.
+
+    Raises:
+        ValueError: `magnitudes` is not `[N]`, or N is not a multiple of `group_size`.
+    """
+    grouped = _grouped(magnitudes, group_size)
+    valid = ~grouped.isnan()
+    present = grouped.masked_fill(~valid, 0.0)
+    if normalization == "rms":
+        raise ValueError("normalization='rms' is a statistic of the field, so scale_field alone knows it")
+    if normalization == "sample":
+        divisor = present
+    elif normalization == "group":
+        divisor = (present.sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp_min(1)).expand_as(grouped)
+    else:
+        divisor = (present.sum() / valid.sum().clamp_min(1)).expand_as(grouped)
+    return divisor.flatten()
+
+
+def scale_field(field: Tensor, magnitudes: Tensor, group_size: int, normalization: Normalization) -> Tensor:
+    """Divide a gradient field `[N, *x]` by its `group_scale`; a vanishing scale is floored at float32's epsilon.
+
+    "rms" divides by the root mean square of the field itself over its group instead, whatever the magnitudes say.
+    """
+    if normalization == "rms":
+        squares = field.square().flatten(1).mean(1).masked_fill(magnitudes.isnan(), torch.nan)
+        divisor = group_scale(squares, group_size, "group").sqrt()
+    else:
+        divisor = group_scale(magnitudes, group_size, normalization)
+    return field / per_sample(divisor.clamp_min(torch.finfo(torch.float32).eps), field)

@@ -1,0 +1,41 @@
+"""Importance ratios between the student that made a rollout and the student being updated."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rdm_sdk.method.transitions import Reduction, Transition, log_density
+
+
+def log_ratio(new: Transition, old: Transition, x_next: Tensor, reduction: Reduction = "sum") -> Tensor:
+    """Return log(pi_new / pi_old) `[N]` of `x_next` `[N, *x]`, differentiable in `new`; `old` is detached.
+
+    The two densities are subtracted coordinate by coordinate, before their large common terms are summed, so that equal
+    transitions give exactly 0 at any dimension. `reduction="sum"` is the true joint ratio; `"mean"` averages over the
+    coordinates instead: a trust-region surrogate, whose exponential is no importance weight.
+
+    Raises:
+        ValueError: a transition is deterministic and has no density.
+    """
+    difference = (log_density(new, x_next) - log_density(old, x_next).detach()).flatten(1)
+    return difference.sum(1) if reduction == "sum" else difference.mean(1)
+
+
+def truncated_weights(log_ratio: Tensor, cap: float) -> Tensor:
+    """Return importance weights `[N]`, min(ratio, cap), from log-ratios `[N]`; detached.
+
+    Truncation (Ionides, "Truncated importance sampling", 2008) trades a little bias for bounded variance. At a
+    log-ratio of 0 the weight is exactly 1.
+    """
+    return log_ratio.detach().exp().clamp_max(cap)
+
+
+def effective_sample_size(ratio: Tensor) -> Tensor:
+    """Return Kish's effective sample size (sum w)^2 / sum w^2 of ratios `[N]`, a scalar in [1, N]."""
+    weights = ratio.detach().double()
+    return weights.sum().square() / weights.square().sum()
+
+
+def clip_fraction(ratio: Tensor, epsilon: float) -> Tensor:
+    """Return the share of ratios `[N]` outside [1 - epsilon, 1 + epsilon]."""
+    return ((ratio.detach() - 1).abs() > epsilon).float().mean()

@@ -1,0 +1,165 @@
+"""The student as a few-step policy: sampling, rollouts that can be learned from, and how likely they still are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rdm_sdk.method.importance import log_ratio
+from rdm_sdk.method.noise import NoiseSchedule
+from rdm_sdk.method.transitions import TRANSITIONS, Reduction, Transition, TransitionKind, step
+from rdm_sdk.types import Denoiser, Rollout, select_steps
+
+StudentOf = Callable[[Tensor], Denoiser]
+"""Rows (int64 `[n]`) to the student's denoiser for the prompts of those rows."""
+
+
+@dataclass(frozen=True)
+class FewStepPolicy:
+    """How a student's predictions become the next state, on exactly the inference grid."""
+
+    schedule: NoiseSchedule
+    sigmas: tuple[float, ...]
+    """The grid: K noise levels, largest first, without the final zero."""
+    kind: TransitionKind = "renoise"
+    eta: float = 1.0
+    """Share of fresh noise for "cps" (in [0, 1]), noise rate for "sde"; the others have none."""
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.sigmas)
+
+    @property
+    def num_random_steps(self) -> int:
+        """How many of the first steps have a density."""
+        return 0 if self.kind == "ode" else self.num_steps - 1
+
+    def levels(self, steps: Tensor) -> Tensor:
+        """Return the noise levels `[N]` at steps k, int64 `[N]` in [0, K]; level K is 0."""
+        return torch.tensor([*self.sigmas, 0.0], dtype=torch.float32, device=steps.device)[steps]
+
+    def times(self, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the times `[N]` of the levels that steps k (int64 `[N]`) lead to and start from."""
+        return self.schedule.time(self.levels(steps + 1)), self.schedule.time(self.levels(steps))
+
+    def transition(self, x_t: Tensor, x_0: Tensor, steps: Tensor) -> Transition:
+        """Return the transition out of steps k (int64 `[N]`) for states and predictions `[N, *x]`."""
+        rule = TRANSITIONS[self.kind]
+        return rule(self.schedule, x_t, x_0, self.levels(steps), self.levels(steps + 1), self.eta)
+
+    def inference(self) -> FewStepPolicy:
+        """Return the sampler of the trained student in plain diffusers.
+
+        Re-noising is its own. The noise of "sde" and "cps" only explores during training, as in Flow-GRPO; their
+        students are sampled by the deterministic step.
+        """
+        return self if self.kind == "renoise" else replace(self, kind="ode")
+
+
+@torch.no_grad()
+def sample(student: Denoiser, noise: Tensor, policy: FewStepPolicy) -> Tensor:
+    """Run all steps from `noise` `[N, *x]` and return the endpoints x_0 `[N, *x]`; draws from the global generator."""
+    *_, endpoints = sample_each_step(student, noise, policy)
+    return endpoints
+
+
+@torch.no_grad()
+def sample_each_step(student: Denoiser, noise: Tensor, policy: FewStepPolicy) -> Iterator[Tensor]:
+    """Run all steps from `noise` `[N, *x]` and yield x_0 `[N, *x]` after each; draws from the global generator."""
+    state = noise
+    for k in range(policy.num_steps):
+        steps = torch.full((len(noise),), k, device=noise.device)
+        x_0 = student(state, policy.levels(steps))
+        yield x_0
+        if k + 1 < policy.num_steps:
+            transition = policy.transition(state, x_0, steps)
+            state = transition.mean if policy.kind == "ode" else step(transition, torch.randn_like(x_0))
+
+
+@torch.no_grad()
+def rollout(student_of: StudentOf, noise: Tensor, depths: Tensor, policy: FewStepPolicy) -> Rollout:
+    """Simulate the student from noise (DMD2's backward simulation, arXiv 2405.14867), each sample to its own depth.
+
+    Args:
+        student_of: only samples still on their way are computed.
+        noise: `[N, *x]`.
+        depths: how many steps each sample takes, int64 `[N]` in [1, K].
+        policy: the sampler.
+    """
+    states = noise.new_zeros(policy.num_steps, *noise.shape)
+    x_0 = torch.zeros_like(states)
+    states[0] = noise
+    for k in range(int(depths.max())):
+        rows = (depths > k).nonzero()[:, 0]
+        steps = torch.full_like(rows, k)
+        predicted = student_of(rows)(states[k, rows], policy.levels(steps))
+        x_0[k, rows] = predicted
+        if k + 1 < policy.num_steps:
+            states[k + 1, rows] = step(
+                policy.transition(states[k, rows], predicted, steps), torch.randn_like(predicted)
+            )
+    return Rollout(states, x_0, depths)
+
+
+@torch.no_grad()
+def redraw(done: Rollout, x_0: Tensor, steps: Tensor, policy: FewStepPolicy) -> None:
+    """Let trajectories go on from what the student says now: in place, x_0 at steps k and the state after it.
+
+    `x_0` `[N, *x]` is its prediction at the stored states of steps k (`[N]`). What follows a redrawn state is still an
+    older student's; who visits the steps in order draws each of them anew before it counts.
+    """
+    columns = torch.arange(len(steps), device=steps.device)
+    done.x_0[steps, columns] = x_0
+    rows = (steps + 1 < policy.num_steps).nonzero()[:, 0]
+    at = steps[rows]
+    transition = policy.transition(done.states[at, rows], x_0[rows], at)
+    done.states[at + 1, rows] = step(transition, torch.randn_like(x_0[rows]))
+
+
+@torch.no_grad()
+def state_log_ratio(
+    student_of: StudentOf, done: Rollout, steps: Tensor, policy: FewStepPolicy, reduction: Reduction
+) -> Tensor:
+    """Return log pi_new / pi_old `[N]` of the stored transitions that led each sample to its state at steps k (`[N]`).
+
+    The student as it is now is evaluated at every state before k; a sample at step 0 has had no transition, so its
+    log-ratio is exactly 0. `reduction` is over the dimensions of one transition; transitions always add up.
+    """
+    total = torch.zeros(len(steps), device=done.states.device)
+    for k in range(int(steps.max())):
+        rows = (steps > k).nonzero()[:, 0]
+        at = torch.full_like(rows, k)
+        state = done.states[k, rows]
+        now = policy.transition(state, student_of(rows)(state, policy.levels(at)), at)
+        then = policy.transition(state, done.x_0[k, rows], at)
+        total[rows] += log_ratio(now, then, done.states[k + 1, rows], reduction)
+    return total
+
+
+def replay_log_ratio(
+    done: Rollout, x_0: Tensor, rows: Tensor, steps: Tensor, policy: FewStepPolicy, reduction: Reduction
+) -> Tensor:
+    """Return log pi_new / pi_old `[n]` of the stored transitions out of steps k (`[n]`) of the given rows (`[n]`).
+
+    `x_0` `[n, *x]` is the student's prediction there now; the result is differentiable in it.
+
+    Raises:
+        ValueError: a step is the last, or the sampler is deterministic: no density.
+    """
+    if bool((steps >= policy.num_random_steps).any()):
+        raise ValueError(f"only the first {policy.num_random_steps} steps of {policy.kind!r} have a density")
+    state, then = select_steps(done.states, steps, rows), select_steps(done.x_0, steps, rows)
+    new, old = (policy.transition(state, prediction, steps) for prediction in (x_0, then))
+    return log_ratio(new, old, select_steps(done.states, steps + 1, rows), reduction)
+
+
+def plan_steps(first: Tensor, num_iterations: int, num_steps: int) -> Tensor:
+    """Return the step that each sample is trained at in each use of its rollout, int64 `[num_iterations, N]`.
+
+    From the first use's steps (int64 `[N]`), each further use takes the next step of the grid, around and around:
+    over K uses every group visits every step, while the steps stay spread evenly over the groups.
+    """
+    return (first + torch.arange(num_iterations, device=first.device)[:, None]) % num_steps

@@ -1,0 +1,1 @@
+"""Rewards and model families that other packages bring: hooks, discovery, and a template for new ones."""

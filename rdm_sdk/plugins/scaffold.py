@@ -1,0 +1,66 @@
+"""`rdm-sdk new-reward`: a distribution with one reward whose tests pass at once."""
+
+from __future__ import annotations
+
+import keyword
+import re
+import shutil
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from rdm_sdk._version import __version__
+from rdm_sdk.errors import ConfigError
+from rdm_sdk.plugins.hookspecs import REWARD_NAME
+
+FILES = {
+    "pyproject.toml.template": "pyproject.toml",
+    "README.md.template": "README.md",
+    "init.py.template": "$package/__init__.py",
+    "reward.py.template": "$package/reward.py",
+    "test.py.template": "tests/test_$module.py",
+}
+"""Template to the file it becomes."""
+
+
+def new_reward(name: str, directory: Path) -> Path:
+    """Write a distribution for the reward `owner/name` into a new folder below `directory` and return the folder.
+
+    Raises:
+        ConfigError: the name is not `owner/name`, or the folder exists already.
+    """
+    if not re.fullmatch(REWARD_NAME, name, re.ASCII) or "/" not in name:
+        raise ConfigError(
+            f"{name!r} cannot be a reward's name; write 'owner/name', each beginning with a letter and going on "
+            "with letters, digits, '-' and '_', such as acme/sharpness (bare names are the SDK's own)"
+        )
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    major, minor = __version__.split(".")[:2]
+    classname = "".join(part[:1].upper() + part[1:] for part in re.split(r"[-_]", name.partition("/")[2]))
+    values = {
+        "name": name,
+        "distribution": f"rdm-reward-{slug}",
+        "package": f"rdm_reward_{slug.replace('-', '_')}",
+        "module": slug.replace("-", "_"),
+        "entry": slug,
+        "classname": f"{classname}Reward" if keyword.iskeyword(classname) else classname,
+        "minimum": f"{major}.{minor}",
+        "limit": f"{major}.{int(minor) + 1}",
+    }
+    target = directory / values["distribution"]
+    if target.exists():
+        raise ConfigError(f"{target} exists already; nothing was written. Remove it or choose another --output")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{directory} cannot be written into: {error}") from error
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".new-reward-") as scratch:
+        staged = Path(scratch) / "distribution"
+        for source, destination in FILES.items():
+            text = files("rdm_sdk.plugins").joinpath("templates", "reward", source).read_text(encoding="utf-8")
+            path = staged / Template(destination).substitute(values)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(Template(text).substitute(values), encoding="utf-8")
+        shutil.move(staged, target)
+    return target

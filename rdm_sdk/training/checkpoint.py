@@ -1,0 +1,183 @@
+"""Training state beyond what Trainer saves: the roles' weights, the moving average and the counters.
+
+A checkpoint folder is an export (see `export.py`) plus Trainer's own files plus `rdm_state.safetensors`,
+`rdm_state.json` and, where there are critics, `critic_optimizer.pt`. On resume all of it is checked before anything is
+loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rdm_sdk.errors import CheckpointError
+from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.training.rollouts import read_rollouts
+
+FORMAT = 3
+WEIGHTS, STATE = "rdm_state.safetensors", "rdm_state.json"
+TRAINER_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+CRITIC_OPTIMIZER = "critic_optimizer.pt"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The part of the training state that is not tensors."""
+
+    fingerprint: str
+    """Of the base model."""
+    rewards: list[str]
+    adapters: dict[str, str]
+    """Role to the LoRA settings that its weights only mean something with."""
+    forwards: dict[str, int]
+    """Network evaluations so far, in samples, per role."""
+    costs: dict[str, int]
+    """What else the run has cost: rollouts, critic steps, reward calls."""
+    stored_rollouts: bool
+    """Whether rollouts are still to be used again; they are in a file of their own, one per process."""
+    weights: dict[str, float]
+    """What each reward weighs in the next optimizer step."""
+    weighting: dict[str, float]
+    """State of the weighting strategy."""
+    ema_steps: int | None
+    """Updates of the moving average so far, None if the run has none."""
+    format: int = FORMAT
+
+
+def save_state(directory: Path, adapter: ModelAdapter, ema: list[Tensor] | None, state: RunState) -> None:
+    """Write every role's raw weights, the moving average and the run state."""
+    tensors = {
+        f"{role}.{name}": tensor
+        for role in adapter.roles.trainable_roles
+        for name, tensor in adapter.roles.role_state_dict(role).items()
+    }
+    tensors |= {f"ema.{i}": tensor.detach().cpu().contiguous() for i, tensor in enumerate(ema or [])}
+    save_file(tensors, directory / WEIGHTS)
+    (directory / STATE).write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
+
+
+def check(directory: str | Path, own: RunState, rollouts: Path) -> RunState:
+    """Return the run state of a checkpoint after checking that it is whole and belongs to the run whose state is `own`.
+
+    `rollouts` is the file of this process's stored rollouts, which must be there if the run has any.
+
+    Raises:
+        CheckpointError: the folder is missing, incomplete, damaged, of another kind, or of a run with another base,
+            other rewards, or with (without) a moving average.
+    """
+    folder = Path(directory)
+    _check_complete(folder, own)
+    try:
+        state = _read(folder, rollouts)
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            has_ema = any(name.startswith("ema.") for name in file.keys())  # noqa: SIM118 - it is no mapping
+    except DAMAGED as error:
+        raise CheckpointError(
+            f"cannot resume from {str(folder)!r}: it is damaged ({type(error).__name__}: {error}). Use an earlier "
+            "checkpoint."
+        ) from error
+    _check_same_run(folder, state, own, has_ema)
+    return state
+
+
+def save_critic_optimizer(directory: Path, state: dict[str, Any]) -> None:
+    """Write the state of the critics' optimizer and schedule."""
+    torch.save(state, directory / CRITIC_OPTIMIZER)
+
+
+def load_critic_optimizer(directory: Path, device: torch.device) -> dict[str, Any]:
+    """Return what `save_critic_optimizer` wrote, on a device."""
+    state: dict[str, Any] = torch.load(directory / CRITIC_OPTIMIZER, map_location=device, weights_only=True)
+    return state
+
+
+DAMAGED = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    EOFError,
+    RuntimeError,
+    UnpicklingError,
+    SafetensorError,
+)
+"""What reading a damaged file can raise."""
+
+
+def _check_complete(folder: Path, own: RunState) -> None:
+    """Raise `CheckpointError` unless the folder has the files of a checkpoint."""
+    if not folder.is_dir():
+        raise CheckpointError(f"cannot resume: there is no folder {str(folder)!r}")
+    if not (folder / STATE).is_file():
+        raise CheckpointError(
+            f"cannot resume from {str(folder)!r}: it has no {STATE}, so it is no checkpoint of this SDK. Pass a "
+            "folder named checkpoint-N from the output folder of an earlier run."
+        )
+    critics = [CRITIC_OPTIMIZER] if len(own.adapters) > 1 else []
+    missing = [name for name in (*TRAINER_FILES, *critics, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"cannot resume from {str(folder)!r}: {', '.join(missing)} missing, so its writing was interrupted (or "
+            "save_only_model was set). Use an earlier checkpoint."
+        )
+
+
+def _read(folder: Path, rollouts: Path) -> RunState:
+    """Return the run state after trying to read every other file; raises whatever goes wrong."""
+    saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    if saved.get("format") != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r} has format {saved.get('format')}; this version reads {FORMAT}"
+        )
+    state = RunState(**saved)
+    json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    for name in ("optimizer.pt", "scheduler.pt", CRITIC_OPTIMIZER):
+        if (folder / name).is_file():
+            torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+    if state.stored_rollouts:
+        if not rollouts.is_file():
+            raise CheckpointError(f"cannot resume from {str(folder)!r}: {rollouts.name} missing")
+        read_rollouts(rollouts, torch.device("cpu"))
+    return state
+
+
+def _check_same_run(folder: Path, state: RunState, own: RunState, has_ema: bool) -> None:
+    """Raise `CheckpointError` if the checkpoint is of another run than `own`."""
+    if state.fingerprint != own.fingerprint:
+        raise CheckpointError(f"checkpoint {str(folder)!r} was made with another base model; pass the same one")
+    if state.rewards != own.rewards:
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r} was made with the rewards {state.rewards}, this run has {own.rewards}; "
+            "resume with the same ones"
+        )
+    if state.adapters != own.adapters and state.adapters.keys() == own.adapters.keys():
+        role = next(role for role in own.adapters if state.adapters[role] != own.adapters[role])
+        raise CheckpointError(
+            f"weights of checkpoint {str(folder)!r} do not fit: its {role!r} has {state.adapters[role]}, this run's "
+            f"{own.adapters[role]}; resume with the same ones (weights trained with another LoRA rank or alpha mean "
+            "something else)"
+        )
+    if has_ema != (own.ema_steps is not None):
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r} was made {'with' if has_ema else 'without'} a moving average of the "
+            f"student; set ema_decay {'above 0' if has_ema else 'to 0'} to resume from it"
+        )
+
+
+def load_weights(directory: str | Path, adapter: ModelAdapter) -> dict[int, Tensor]:
+    """Load every role's weights from a checked checkpoint; returns the moving average's tensors by position."""
+    tensors = load_file(Path(directory) / WEIGHTS)
+    for role in adapter.roles.trainable_roles:
+        prefix = f"{role}."
+        own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        adapter.roles.load_role_state_dict(role, own)
+    return {int(name.removeprefix("ema.")): t for name, t in tensors.items() if name.startswith("ema.")}

@@ -1,0 +1,404 @@
+"""`RDMConfig`: every setting of a run, the method's own beside those of `TrainingArguments`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import SchedulerType, TrainingArguments
+
+from rdm_sdk.errors import ConfigError, nearest
+from rdm_sdk.rewards.routes import parse_route
+from rdm_sdk.training.weighting import make_weighting
+
+
+@dataclass
+class RDMConfig(TrainingArguments):
+    """Settings of an `RDMTrainer` run.
+
+    All of `transformers.TrainingArguments` apply; those below are the method's own, or have another default.
+    `per_device_train_batch_size` counts samples, so a micro-batch holds `per_device_train_batch_size /
+    num_generations` prompts. `learning_rate`, `max_grad_norm` and the learning-rate schedule are the student's.
+    """
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the student."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of both learning rates."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Off: a loss that is NaN must be seen."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Off: rewards may use every column."})
+
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Off: batches are texts."})
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Run blocks again in the backward pass, to save memory; None is what the older name, "
+            "gradient_checkpointing, says.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+
+    num_generations: int = field(default=8, metadata={"help": "Samples per prompt: the size G of a group."})
+    num_inference_steps: int = field(default=4, metadata={"help": "Steps K of the student."})
+    shift: float | None = field(
+        default=None, metadata={"help": "Timestep shift of the student's grid; None takes the base scheduler's."}
+    )
+    height: int | None = field(default=None, metadata={"help": "Image height in pixels; None takes the model's."})
+    width: int | None = field(default=None, metadata={"help": "Image width in pixels; None takes the model's."})
+    resolutions: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Image sizes to train at, height x width, such as '1024x1024 832x1216'; every optimizer step draws "
+            "one. None is height and width alone."
+        },
+    )
+    max_sequence_length: int | None = field(
+        default=None, metadata={"help": "Text tokens per prompt as in the pipeline's call; None takes its default."}
+    )
+
+    guidance_scale: float = field(
+        default=4.5,
+        metadata={"help": "Classifier-free guidance of the teacher, uncond + s (cond - uncond); 1 is none."},
+    )
+    min_time: float = field(
+        default=0.02,
+        metadata={
+            "help": "From where on the student's samples are re-noised for its update, as a share of the base's "
+            "training timesteps (of a flow: its noise levels), in [0, 1). Critics learn at all of them."
+        },
+    )
+    max_time: float = field(default=0.98, metadata={"help": "Up to where they are re-noised, in (0, 1)."})
+    num_draws: int = field(default=1, metadata={"help": "Renoising draws M per sample and student step."})
+    normalization: Literal["group", "sample", "batch", "rms"] = field(
+        default="sample",
+        metadata={
+            "help": "What divides a reward's gradient: its magnitude at the sample (DMD2), averaged over the group "
+            "or everything, or the group's root mean square of the gradient itself."
+        },
+    )
+    spread: Literal["stratified", "shared", "free"] = field(
+        default="stratified",
+        metadata={
+            "help": "Noise levels and trained steps inside a group: spread evenly, one for all, or each drawn freely."
+        },
+    )
+    critic_correction: Literal["group", "others", "none"] = field(
+        default="others",
+        metadata={
+            "help": "Take the critic's lag, as the mean residual of the group's other samples shows it, out of the "
+            "gradient of 'dm'; 'group' counts the sample itself as well, which narrows the student."
+        },
+    )
+
+    matching: Literal["step", "range", "mixture"] = field(
+        default="step",
+        metadata={
+            "help": "What critics learn and the teacher is matched to: each step's samples by themselves, because "
+            "critics are told the step; each step's within its own range of noise levels; or the mixture of all steps' "
+            "samples (DMD2)."
+        },
+    )
+    critic_steps: int = field(default=5, metadata={"help": "Critic updates per student update."})
+    critic_rollouts: Literal["shared", "fresh"] = field(
+        default="shared",
+        metadata={
+            "help": "Critics learn from what the student predicts at all steps of the rollouts that its update uses, "
+            "or, as in DMD2, each critic update from rollouts of its own."
+        },
+    )
+    critic_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the critics; None takes the student's."}
+    )
+    critic_lr_scheduler_type: str | None = field(
+        default=None, metadata={"help": "Schedule of the critics' learning rate; None takes the student's."}
+    )
+    critic_adam_beta1: float | None = field(
+        default=None, metadata={"help": "Adam's beta1 for the critics; None takes the student's."}
+    )
+    critic_adam_beta2: float | None = field(
+        default=None, metadata={"help": "Adam's beta2 for the critics; None takes the student's."}
+    )
+    critic_weight_decay: float | None = field(
+        default=None, metadata={"help": "Weight decay of the critics; None takes the student's."}
+    )
+    critic_max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping of the critic; 0 is none."})
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "Decay of the student's moving average, which is then exported; 0 is none."}
+    )
+
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "One factor per reward, in order, on top of the weights in the spec."}
+    )
+    scale_rewards: Literal["group", "batch", "none"] = field(
+        default="group",
+        metadata={"help": "Whose standard deviation divides centered scores of non-differentiable rewards."},
+    )
+    multi_objective_aggregation: Literal["normalize_then_sum", "sum_then_normalize"] = field(
+        default="normalize_then_sum",
+        metadata={"help": "Whether scores of several rewards are normalized before they are weighted and summed."},
+    )
+    reward_route: str = field(
+        default="gradient",
+        metadata={
+            "help": "How external rewards act: by their 'gradient' where they have one and advantages elsewhere, all "
+            "by 'advantage', or by a 'tilt' of the teacher that the student is matched to; with exceptions, such as "
+            "'tilt[ink=gradient]'."
+        },
+    )
+    weighting: str = field(
+        default="fixed",
+        metadata={
+            "help": "How much rewards count beside 'dm': 'fixed', 'balance' or 'constraint', with options such as "
+            "'balance[cold_start=20,ramp=20]'."
+        },
+    )
+
+    sampler: Literal["renoise", "cps", "sde", "ode"] = field(
+        default="renoise",
+        metadata={"help": "Transitions of the rollouts: re-noising, CPS, Flow-GRPO's SDE, or none that are random."},
+    )
+    eta: float = field(default=0.9, metadata={"help": "Share of fresh noise for 'cps' (0 to 1), noise rate for 'sde'."})
+    num_iterations: int = field(default=1, metadata={"help": "Student updates per rollout."})
+    steps_per_generation: int = field(
+        default=1,
+        metadata={"help": "Optimizer steps with rollouts of their own before the first of these is used again."},
+    )
+    importance_sampling_correction: bool = field(
+        default=True, metadata={"help": "Weigh samples of an earlier student by how likely they still are."}
+    )
+    importance_sampling_cap: float = field(default=2.0, metadata={"help": "No importance weight is larger."})
+    min_effective_sample_size: float = field(
+        default=0.5, metadata={"help": "A rollout is not used again below this share of effective samples."}
+    )
+    ratio_reduction: Literal["sum", "mean"] = field(
+        default="sum",
+        metadata={
+            "help": "Log-probabilities of a transition are summed over dimensions (true densities) or averaged (a "
+            "trust-region surrogate)."
+        },
+    )
+    epsilon: float | None = field(
+        default=None,
+        metadata={
+            "help": "Clip range of the policy ratio; None is what suits ratio_reduction: 0.2 or, averaged, 1e-4."
+        },
+    )
+
+    reward_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Samples that rewards judge at a time, to save memory; None is the whole micro-batch."},
+    )
+    reward_device: str | None = field(
+        default=None, metadata={"help": "Device of the rewards' own models, such as 'cuda:1'; None is the run's."}
+    )
+    reward_offload: bool = field(
+        default=False, metadata={"help": "Keep the rewards' models on the CPU between uses, to save memory."}
+    )
+    reward_on_error: Literal["raise", "skip"] = field(
+        default="raise",
+        metadata={"help": "What an exception inside a reward does: stop, or go on without that reward and count it."},
+    )
+
+    student_weights: Literal["lora", "full"] = field(
+        default="lora",
+        metadata={"help": "What of the student is trained: LoRA adapters on the base, or a full copy of it."},
+    )
+    critic_weights: Literal["lora", "full"] = field(
+        default="lora", metadata={"help": "What of the critics is trained: LoRA adapters on the base, or full copies."}
+    )
+    quantization: Literal["none", "8bit", "4bit"] = field(
+        default="none",
+        metadata={"help": "Load the frozen base in 8 or 4 bits (bitsandbytes) and train adapters on it (QLoRA)."},
+    )
+    text_encoders: Literal["keep", "offload", "drop"] = field(
+        default="keep",
+        metadata={
+            "help": "Text encoders between uses: on the device, on the CPU, or gone for good once every prompt of the "
+            "datasets is encoded at the start."
+        },
+    )
+    vae_offload: bool = field(default=False, metadata={"help": "Keep the VAE on the CPU between uses."})
+    vae_slicing: bool = field(default=False, metadata={"help": "Decode one image at a time, to save memory."})
+    vae_tiling: bool = field(
+        default=False, metadata={"help": "Decode large images in overlapping tiles, to save memory; seams are blended."}
+    )
+
+    log_images: int = field(
+        default=0, metadata={"help": "Write a grid of student, teacher and critic x_0 every so many steps; 0 is never."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("num_generations", "num_inference_steps", "num_draws", "num_iterations", "steps_per_generation"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        chunk, device = self.reward_batch_size, self.reward_device
+        _require(chunk is None or chunk >= 1, "reward_batch_size", chunk, "at least 1 or None")
+        _require(device is None or _is_device(device), "reward_device", device, "a device such as 'cpu' or 'cuda:1'")
+        for name in ("critic_steps", "log_images", "critic_max_grad_norm"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _require(
+            0 <= self.min_time < self.max_time < 1,
+            "min_time, max_time",
+            (self.min_time, self.max_time),
+            "0 <= min_time < max_time < 1",
+        )
+        for name in ("critic_learning_rate", "critic_weight_decay"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, name, value, "0 or more, or None")
+        for name in ("critic_adam_beta1", "critic_adam_beta2"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value < 1, name, value, "in [0, 1), or None")
+        schedule, schedules = self.critic_lr_scheduler_type, [kind.value for kind in SchedulerType]
+        _require(
+            schedule is None or schedule in schedules,
+            "critic_lr_scheduler_type",
+            schedule,
+            f"one of {', '.join(schedules)}.{nearest(str(schedule), schedules)}",
+        )
+        _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
+        _require(self.epsilon is None or self.epsilon > 0, "epsilon", self.epsilon, "positive or None")
+        _require(
+            self.importance_sampling_cap >= 1, "importance_sampling_cap", self.importance_sampling_cap, "at least 1"
+        )
+        bound = self.min_effective_sample_size
+        _require(0 <= bound <= 1, "min_effective_sample_size", bound, "a share of the samples, in [0, 1]")
+        _require(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "0 or more (1 is no guidance)")
+        _require(self.shift is None or self.shift > 0, "shift", self.shift, "positive or None")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            _require(value in choices, name, value, f"one of {', '.join(choices)}.{nearest(str(value), choices)}")
+        if self.resolutions is not None:
+            _require(len(self.resolutions) > 0, "resolutions", self.resolutions, "a list of sizes, or None")
+            if self.height is not None or self.width is not None:
+                raise ConfigError("resolutions replaces height and width; give one or the other")
+            for resolution in self.resolutions:
+                parse_resolution(resolution)
+        if self.quantization != "none" and "full" in (self.student_weights, self.critic_weights):
+            raise ConfigError(
+                f"quantization={self.quantization!r} keeps the base in few bits, which cannot be trained in full; use "
+                "student_weights='lora' and critic_weights='lora', or quantization='none'"
+            )
+        if self.sampler == "cps":
+            _require(0 < self.eta <= 1, "eta", self.eta, "in (0, 1] for sampler='cps'")
+        if self.sampler == "sde":
+            _require(self.eta > 0, "eta", self.eta, "positive for sampler='sde'")
+        if self.num_iterations > 1 and self.num_random_steps == 0:
+            raise ConfigError(
+                f"num_iterations={self.num_iterations} uses a rollout again by how likely its transitions still are, "
+                f"and sampler={self.sampler!r} with num_inference_steps={self.num_inference_steps} has none with a "
+                "density; use a random sampler with two steps or more, or num_iterations=1"
+            )
+        if self.per_device_train_batch_size % self.num_generations:
+            raise ConfigError(
+                f"per_device_train_batch_size={self.per_device_train_batch_size} counts samples and must be a multiple "
+                f"of num_generations={self.num_generations}, so that groups stay whole"
+            )
+        if self.fp16:
+            raise ConfigError("fp16=True is not supported: its range is too small for scores. Use bf16=True.")
+        make_weighting(self.weighting)  # so that a typo is found here
+        parse_route(self.reward_route)
+        self._name_checkpointing()
+        super().__post_init__()  # type: ignore[no-untyped-call]
+
+    def _name_checkpointing(self) -> None:
+        """Give activation checkpointing its older name, the only one that earlier versions of transformers know.
+
+        There, either of the two names turns it on.
+        """
+        if not hasattr(TrainingArguments, "activation_checkpointing"):
+            self.gradient_checkpointing = bool(self.activation_checkpointing or self.gradient_checkpointing)
+            self.activation_checkpointing = self.gradient_checkpointing
+
+    @property
+    def sizes(self) -> list[tuple[int | None, int | None]]:
+        """Height and width in pixels of every resolution; None means the model's own."""
+        if self.resolutions is None:
+            return [(self.height, self.width)]
+        return [parse_resolution(resolution) for resolution in self.resolutions]
+
+    @property
+    def steps_told(self) -> int:
+        """K, if critics are told which of the student's K steps made a sample; 0 if not, or if there is but one."""
+        return self.num_inference_steps if self.matching == "step" and self.num_inference_steps > 1 else 0
+
+    @property
+    def num_random_steps(self) -> int:
+        """How many steps of a trajectory have a density."""
+        return 0 if self.sampler == "ode" else self.num_inference_steps - 1
+
+    @property
+    def clip_range(self) -> float:
+        """The clip range of the policy ratio: `epsilon`, or what suits the reduction of its logarithm."""
+        return CLIP_RANGES[self.ratio_reduction] if self.epsilon is None else self.epsilon
+
+
+CLIP_RANGES = {"sum": 0.2, "mean": 1e-4}
+"""Of PPO for true ratios (arXiv 1707.06347), and of Flow-GRPO for averaged ones (arXiv 2505.05470), whose logarithms
+are smaller by the number of dimensions."""
+
+_CHOICES = {
+    "normalization": ("group", "sample", "batch", "rms"),
+    "spread": ("stratified", "shared", "free"),
+    "critic_correction": ("group", "others", "none"),
+    "matching": ("step", "range", "mixture"),
+    "critic_rollouts": ("shared", "fresh"),
+    "scale_rewards": ("group", "batch", "none"),
+    "multi_objective_aggregation": ("normalize_then_sum", "sum_then_normalize"),
+    "sampler": ("renoise", "cps", "sde", "ode"),
+    "ratio_reduction": ("sum", "mean"),
+    "reward_on_error": ("raise", "skip"),
+    "student_weights": ("lora", "full"),
+    "critic_weights": ("lora", "full"),
+    "quantization": ("none", "8bit", "4bit"),
+    "text_encoders": ("keep", "offload", "drop"),
+}
+
+
+def _require(holds: bool, name: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name}={value!r} cannot be used; it must be {wanted}")
+
+
+def parse_resolution(text: str) -> tuple[int, int]:
+    """Return height and width of "1024x832".
+
+    Raises:
+        ConfigError: it is no such text.
+    """
+    match = re.fullmatch(r"\s*(\d+)\s*x\s*(\d+)\s*", str(text))
+    if match is None:
+        raise ConfigError(f"resolutions: {text!r} is no size; write height x width in pixels, such as '1024x832'")
+    return int(match[1]), int(match[2])
+
+
+def _is_device(name: str) -> bool:
+    try:
+        torch.device(name)
+    except RuntimeError:
+        return False
+    return True
+
+
+def check_known(names: list[str], known: list[str]) -> None:
+    """Raise `ConfigError` for the first setting that does not exist, naming the nearest one that does."""
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"unknown setting {name!r}.{nearest(name, known)}")
+
+
+def _checked(init: Any) -> Any:
+    """Wrap the dataclass's constructor so that a misspelt keyword names its nearest match."""
+    known = [f.name for f in dataclasses.fields(RDMConfig) if f.init]
+
+    @functools.wraps(init)
+    def checked(self: RDMConfig, *args: Any, **kwargs: Any) -> None:
+        check_known(list(kwargs), known)
+        init(self, *args, **kwargs)
+
+    return checked
+
+
+RDMConfig.__init__ = _checked(RDMConfig.__init__)  # type: ignore[method-assign]

@@ -1,0 +1,86 @@
+"""The critics' optimizer: beside the student's, which is Trainer's own, with a rate and a schedule of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, get_scheduler
+
+from rdm_sdk.training.config import RDMConfig
+
+EMBEDDING_RATE = 10.0
+"""How much faster a critic learns what it is told of the student's step than its other weights. The vectors start at
+zero and have to tell the steps apart before the critic can; a factor of 1 left it at the mixture for most of a run."""
+
+
+def critic_settings(args: RDMConfig) -> RDMConfig:
+    """Return the settings with the critics' optimizer in the student's place."""
+    own = copy.copy(args)
+    for name in ("learning_rate", "adam_beta1", "adam_beta2", "weight_decay", "lr_scheduler_type"):
+        value = getattr(args, f"critic_{name}")
+        if value is not None:
+            setattr(own, name, value)
+    return own
+
+
+class CriticOptimizer:
+    """Optimizer and schedule of all critics.
+
+    Args:
+        args: the run's settings.
+        weights: the critics' parameters.
+        embeddings: those of their step embeddings, which learn `EMBEDDING_RATE` times faster.
+    """
+
+    schedule: torch.optim.lr_scheduler.LRScheduler
+
+    def __init__(self, args: RDMConfig, weights: Sequence[nn.Parameter], embeddings: Sequence[nn.Parameter]) -> None:
+        self.settings = critic_settings(args)
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(self.settings)
+        rate, decay = self.settings.learning_rate, self.settings.weight_decay
+        groups = [
+            {"params": list(parameters), "lr": own_rate, "weight_decay": decay}
+            for parameters, own_rate in ((weights, rate), (embeddings, EMBEDDING_RATE * rate))
+            if parameters
+        ]
+        self.optimizer: torch.optim.Optimizer = kind(groups, **options)
+
+    def begin(self, num_training_steps: int) -> None:
+        """Start the schedule of a run of so many optimizer steps of the student."""
+        own = self.settings
+        options: Any = own.lr_scheduler_kwargs
+        self.schedule = get_scheduler(
+            own.lr_scheduler_type,
+            self.optimizer,
+            own.get_warmup_steps(num_training_steps),
+            num_training_steps,
+            options,
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next update."""
+        rate: float = self.optimizer.param_groups[0]["lr"]
+        return rate
+
+    def step(self) -> None:
+        """Update the critics' weights and let go of their gradients."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def next_rate(self) -> None:
+        """Move the schedule on by one optimizer step of the student."""
+        self.schedule.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])

@@ -1,0 +1,133 @@
+"""What must hold before a run starts: settings, rewards and prompts that fit together, the same on every process."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import LoraConfig
+
+from rdm_sdk.errors import ConfigError, DataError, nearest
+from rdm_sdk.families.roles import STUDENT, TEACHER, check_lora_config
+from rdm_sdk.plugins.registry import registry
+from rdm_sdk.rewards.resolve import WeightedReward
+from rdm_sdk.training.config import RDMConfig
+from rdm_sdk.training.weighting import ANCHOR, Weighting, make_weighting
+
+
+def critic_roles(rewards: Sequence[WeightedReward]) -> list[str]:
+    """Return the roles that the rewards train, in order, each once."""
+    return list(dict.fromkeys(own.reward.capabilities.trains for own in rewards if own.reward.capabilities.trains))
+
+
+def role_configs(
+    args: RDMConfig,
+    rewards: Sequence[WeightedReward],
+    peft_config: LoraConfig | None,
+    fake_peft_config: LoraConfig | None,
+) -> dict[str, LoraConfig | None]:
+    """Return the networks that are trained: role to its LoRA, or to None for a full copy of the base.
+
+    Raises:
+        ConfigError: a LoRA config cannot be used, or is given for a role that is trained in full.
+    """
+    given = (
+        ("peft_config", peft_config, "student_weights", args.student_weights),
+        ("fake_peft_config", fake_peft_config, "critic_weights", args.critic_weights),
+    )
+    for argument, lora, setting, weights in given:
+        if lora is not None and weights == "full":
+            raise ConfigError(f"{argument} describes adapters, and {setting}='full' trains a copy of the base; use one")
+        if lora is not None:
+            check_lora_config(lora, argument)
+    student = peft_config or LoraConfig(r=16, lora_alpha=16)
+    critic = fake_peft_config or student
+    heads = {own.reward.capabilities.trains for own in rewards if own.reward.capabilities.head}
+    configs: dict[str, LoraConfig | None] = {STUDENT: None if args.student_weights == "full" else student}
+    for role in critic_roles(rewards):
+        if role not in heads:
+            configs[role] = None if args.critic_weights == "full" else critic
+    return configs
+
+
+def check_run(
+    args: RDMConfig,
+    rewards: Sequence[WeightedReward],
+    datasets: Mapping[str, Dataset | None],
+    weighting: Weighting | None = None,
+) -> None:
+    """Raise `ConfigError` or `DataError` for what cannot work together, before the base is loaded."""
+    check_output_dir(str(args.output_dir))
+    if not any(own.weight for own in rewards):
+        raise ConfigError("every reward has weight 0, so nothing would be learned; give one a weight other than 0")
+    if weighting is not None and (isinstance(weighting, type) or not isinstance(weighting, Weighting)):
+        raise ConfigError(
+            f"weighting must be an object with weigh, state_dict and load_state_dict; got {type(weighting).__name__}. "
+            "Strategies by name go into RDMConfig(weighting=...)"
+        )
+    if weighting is not None and args.weighting != "fixed":
+        raise ConfigError(f"two weightings were given: an object, and RDMConfig(weighting={args.weighting!r}); use one")
+    if make_weighting(args.weighting).needs_anchor and not any(o.label == ANCHOR and o.weight for o in rewards):
+        raise ConfigError(
+            f"weighting={args.weighting!r} weighs rewards against {ANCHOR!r}, and this run has none with a weight; add "
+            f"it to the rewards, such as '{ANCHOR} + 0.5*...', or use weighting='fixed'"
+        )
+    scored = [own.label for own in rewards if own.weight and not own.pathwise]
+    if scored and args.num_random_steps == 0:
+        raise ConfigError(
+            f"reward {scored[0]!r} acts through its scores, on the random steps of the sampler, and a student with "
+            f"num_inference_steps={args.num_inference_steps} and sampler={args.sampler!r} has none; use more steps, a "
+            "random sampler, or a reward that acts by its gradient"
+        )
+    compared = [own.label for own in rewards if own.weight and not own.has_gradient]
+    if compared and args.num_generations == 1:
+        raise ConfigError(
+            f"reward {compared[0]!r} has no gradient, so samples of one prompt are compared with each other, and "
+            "num_generations=1 leaves nothing to compare with; use at least 2"
+        )
+    for role in critic_roles(rewards):
+        if role in (STUDENT, TEACHER):
+            raise ConfigError(f"a reward declares trains={role!r}, which is not a critic's; give its role another name")
+    if critic_roles(rewards) and args.critic_steps == 0:
+        raise ConfigError("critic_steps=0 would leave the critics of the rewards untrained; use at least 1")
+    grouped = [own.label for own in rewards if own.reward.capabilities.scope == "group"]
+    if grouped and args.num_generations == 1:
+        raise ConfigError(
+            f"reward {grouped[0]!r} compares the samples of one prompt, and num_generations=1 leaves nothing to "
+            "compare with; use at least 2"
+        )
+    for own in rewards:
+        for argument, dataset in datasets.items():
+            for column in own.reward.capabilities.columns:
+                if dataset is not None and column not in dataset.column_names:
+                    raise DataError(
+                        f"reward {own.label!r} needs a column {column!r}, and {argument} has none."
+                        f"{nearest(column, dataset.column_names)} It has: {', '.join(dataset.column_names)}"
+                    )
+
+
+def check_same_plugins(num_processes: int) -> None:
+    """Raise `ConfigError` on every process if one of them has other plugins: rewards would differ between them."""
+    if num_processes == 1:
+        return
+    everyone: list[list[str]] = gather_object([registry().fingerprint()])
+    for rank, plugins in enumerate(everyone):
+        different = sorted(set(plugins) ^ set(everyone[0]))
+        if different:
+            raise ConfigError(
+                f"process {rank} does not have the same rdm-sdk plugins as process 0: {', '.join(different)}. Install "
+                "the same versions everywhere"
+            )
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Create the output folder and raise `ConfigError` if it cannot be written to."""
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise ConfigError(f"output_dir={output_dir!r} cannot be written to: {error}") from error
