@@ -14,7 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from true_shapes import write_configs
 
-from rdm_sdk import ConfigError, RDMTrainer, cli, digits
+from rdm_sdk import ConfigError, RDMTrainer, digits
+from rdm_sdk.cli import main as cli
 from rdm_sdk.families.base import ModelAdapter, linear_layers
 from rdm_sdk.families.load import load_adapter
 from rdm_sdk.families.roles import STUDENT, TEACHER

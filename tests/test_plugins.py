@@ -289,15 +289,16 @@ def test_plugins_as_json(install: Install, run: Run) -> None:
 
 def test_other_plugins_on_another_process_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every process of a run must see the same plugins."""
-    from rdm_sdk import ConfigError, requirements
+    from rdm_sdk import ConfigError
+    from rdm_sdk.training import validation
 
-    own = requirements.registry().fingerprint()
-    monkeypatch.setattr(requirements, "gather_object", lambda mine: [own, [*own, "acme:acme==2.0"]])
-    requirements.check_same_plugins(1)
+    own = validation.registry().fingerprint()
+    monkeypatch.setattr(validation, "gather_object", lambda mine: [own, [*own, "acme:acme==2.0"]])
+    validation.check_same_plugins(1)
     with pytest.raises(ConfigError, match=r"process 1 does not have the same .*: acme:acme==2\.0"):
-        requirements.check_same_plugins(2)
-    monkeypatch.setattr(requirements, "gather_object", lambda mine: mine * 2)
-    requirements.check_same_plugins(2)
+        validation.check_same_plugins(2)
+    monkeypatch.setattr(validation, "gather_object", lambda mine: mine * 2)
+    validation.check_same_plugins(2)
 
 
 # ---- Model families -----------------------------------------------------------------------------------------------

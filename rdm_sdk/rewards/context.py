@@ -172,7 +172,7 @@ def contrast(
 
     `pair` gives the two predictions of x_0 for a draw. The gradient is their difference, the score the half log-SNR
     integral of the difference of their squared errors, and the magnitude mean |x_0 - D_p|. Unless `correction` is
-    "none", the lag of q behind the samples (`method.matching.critic_lag`) is added to its prediction before the gradient
+    "none", the lag of q behind the samples (`critic_lag`) is added to its prediction before the gradient
     is taken.
     """
     span = context.max_time - context.min_time
