@@ -257,14 +257,19 @@ def test_sizes(family: str) -> None:
 
 @both
 def test_the_layers_that_are_adapted(family: str) -> None:
-    """All four projections of both attentions of every block, and nothing else."""
+    """Embedders, modulation, attention, feed-forwards and what leads in and out; not Sana's depthwise convolutions."""
     adapter = with_a_student(load_adapter(TINY_PIPELINES[family](), torch.float32))
     names = {name.split(".lora_")[0] for name in adapter.roles.role_state_dict(STUDENT)}
+    into, time, feed_forward = {
+        "PixArtSigmaPipeline": ("pos_embed.proj", "adaln_single", ("ff.net.0.proj", "ff.net.2")),
+        "SanaPipeline": ("patch_embed.proj", "time_embed", ("ff.conv_inverted", "ff.conv_point")),
+    }[family]
+    attention = [f"attn{n}.{layer}" for n in (1, 2) for layer in ("to_q", "to_k", "to_v", "to_out.0")]
+    embedders = (f"{time}.emb.timestep_embedder", "caption_projection")
     assert names == {
-        f"transformer_blocks.{block}.attn{number}.{layer}"
-        for block in range(2)
-        for number in (1, 2)
-        for layer in ("to_q", "to_k", "to_v", "to_out.0")
+        *(f"transformer_blocks.{block}.{layer}" for block in range(2) for layer in (*attention, *feed_forward)),
+        *(f"{embedder}.{layer}" for embedder in embedders for layer in ("linear_1", "linear_2")),
+        *(into, f"{time}.linear", "proj_out"),
     }
 
 

@@ -145,12 +145,33 @@ class ModelAdapter(ABC):
             if config is None:
                 self.roles.add_copy(role, copies[role])
                 continue
-            self.roles.add_role(role, with_targets(config, self.lora_targets))
+            self.roles.add_role(role, self._with_targets(config))
         for role in configs:
             if steps_told and role != STUDENT:
                 self.roles.add_step_embedding(role, StepEmbedding(steps_told, self.example_encoding(1)))
         for role, head in (heads or {}).items():
             self.roles.add_head(role, head)
+
+    def _with_targets(self, config: LoraConfig) -> LoraConfig:
+        """Return a copy of a LoRA config that says which layers it is for, `lora_targets` where the config does not.
+
+        PEFT's "all-linear" may be a list of its own as well, which is what command lines and YAML make of it.
+        """
+        own = copy.deepcopy(config)
+        named = own.target_modules
+        if named and not isinstance(named, str) and [name.lower() for name in named] == ["all-linear"]:
+            own.target_modules = "all-linear"
+        if named:
+            return own
+        own.target_modules = list(self.lora_targets)
+        if own.init_lora_weights == "orthogonal":  # which PEFT has for linear layers alone
+            layers = linear_layers(self.backbone)
+            own.target_modules = [n for n in own.target_modules if not isinstance(layers.get(n), nn.Conv2d)]
+        if own.layers_to_transform is not None:
+            # PEFT takes what is named in full whatever its index, so the indices are looked at here.
+            own.target_modules = [n for n in own.target_modules if check_target_module_exists(own, f"backbone.{n}")]
+            own.layers_to_transform = own.layers_pattern = None
+        return own
 
     def fingerprint(self) -> str:
         """Return a hash of the base's shapes and of samples of its weights, to recognize it on resume."""
@@ -416,21 +437,3 @@ def linear_layers(network: nn.Module) -> dict[str, nn.Module]:
         for name, module in network.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d)) and ".lora_" not in name
     }
-
-
-def with_targets(config: LoraConfig, usual: Sequence[str]) -> LoraConfig:
-    """Return a copy of a LoRA config that says which layers it is for, `usual` where the config does not.
-
-    PEFT's "all-linear" counts as a list of its own as well, which is what command lines and YAML make of it.
-    """
-    own = copy.deepcopy(config)
-    named = own.target_modules
-    if named and not isinstance(named, str) and [name.lower() for name in named] == ["all-linear"]:
-        own.target_modules = "all-linear"
-    elif not named:
-        own.target_modules = list(usual)
-        if own.layers_to_transform is not None:
-            # PEFT takes what is named in full whatever its index, so the indices are looked at here.
-            own.target_modules = [name for name in usual if check_target_module_exists(own, f"backbone.{name}")]
-            own.layers_to_transform = own.layers_pattern = None
-    return own
