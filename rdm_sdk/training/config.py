@@ -26,7 +26,14 @@ class RDMConfig(TrainingArguments):
     """
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the student."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of both learning rates."})
+    lr_scheduler_type: str = field(
+        default="linear", metadata={"help": "Schedule of the learning rates: they fall to 0 by the end of the run."}
+    )
+    adam_beta1: float = field(
+        default=0.0,
+        metadata={"help": "Adam's beta1. Student and critics chase each other, and momentum keeps them from meeting."},
+    )
+    adam_beta2: float = field(default=0.99, metadata={"help": "Adam's beta2."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Off: a loss that is NaN must be seen."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Off: rewards may use every column."})
@@ -111,7 +118,7 @@ class RDMConfig(TrainingArguments):
         },
     )
     critic_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the critics; None takes the student's."}
+        default=None, metadata={"help": "Learning rate of the critics; None is twice the student's."}
     )
     critic_lr_scheduler_type: str | None = field(
         default=None, metadata={"help": "Schedule of the critics' learning rate; None takes the student's."}

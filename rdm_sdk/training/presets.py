@@ -32,6 +32,7 @@ _DMD2: dict[str, Value] = {
     "num_iterations": 1,
 }
 _GNDM: dict[str, Value] = {
+    "matching": "step",
     "normalization": "sample",
     "spread": "stratified",
     "critic_correction": "others",

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 
+from rdm_sdk.families.ddpm import SteppedSchedule
 from rdm_sdk.method.matching import denoising_loss
 from rdm_sdk.method.noise import FlowSchedule, VariancePreservingSchedule, add_noise, from_x_0, to_x_0
 from rdm_sdk.method.transitions import ode_transition, renoising_transition, step
@@ -83,6 +84,43 @@ def test_critic_loss_is_the_native_loss(schedule, native):
     loss = denoising_loss(schedule, x_0, to_x_0(schedule, native, prediction, x_t, sigma), sigma)
     expected = (prediction - target).square().mean((1, 2, 3))
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+
+
+def stepped(prediction="eps"):
+    """Return the schedule of Stable Diffusion's thousand timesteps."""
+    kept = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod.double()
+    return SteppedSchedule((1 - kept).sqrt().float(), kept.sqrt().float(), prediction)
+
+
+@pytest.mark.parametrize("native", ["eps", "v", "x_0"])
+def test_critic_loss_follows_what_a_base_predicts(native):
+    """Law 2: on a base's own timesteps, the critic's loss is that of the noise, of v or of x_0, as the base has it."""
+    schedule = stepped(native)
+    x_0, eps, error = draw(3)
+    sigma = schedule.sigmas[[1, 100, 400, 600, 800, 999]]
+    x_t = add_noise(schedule, x_0, eps, sigma)
+    target = from_x_0(schedule, native, x_0, x_t, sigma)
+    prediction = target + 0.3 * error
+    loss = denoising_loss(schedule, x_0, to_x_0(schedule, native, prediction, x_t, sigma), sigma)
+    torch.testing.assert_close(loss, (0.3 * error).square().mean((1, 2, 3)), rtol=1e-3, atol=1e-5)
+
+
+def test_stepped_time_is_the_share_of_timesteps():
+    """Law 2: a level's time is its timestep's share; levels from one time to another are those of the timesteps."""
+    schedule = stepped()
+    assert torch.equal(schedule.time(schedule.sigmas), torch.arange(1000) / 1000)
+    assert schedule.time(torch.zeros(1)).item() == 0
+    uniform = torch.arange(6) / 6 + 0.01
+    levels = schedule.levels(uniform, torch.full((6,), 0.5), torch.full((6,), 0.505))
+    assert torch.equal(levels, schedule.sigmas[500:506])
+
+
+def test_stepped_log_snr_rate_is_the_derivative_in_time():
+    """Law 2: log_snr_rate on timesteps is the slope of log-SNR over a thousandth of time."""
+    schedule = stepped()
+    log_snr = 2 * (schedule.alphas.double() / schedule.sigmas.double()).log()
+    slope = (log_snr[:-2] - log_snr[2:]) * 1000 / 2
+    torch.testing.assert_close(schedule.log_snr_rate(schedule.sigmas[1:-1]).double(), slope, rtol=1e-3, atol=1e-3)
 
 
 def test_flow_noise_equals_diffusers():
