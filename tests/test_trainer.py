@@ -202,7 +202,7 @@ def test_distribution_matching_repairs_a_spoiled_student(make_trainer: Make, tmp
     generator = torch.Generator().manual_seed(0)
     for name, parameter in trainer.roles.parameters_of("student").items():
         if "lora_B" in name:
-            parameter.data.normal_(std=0.4, generator=generator)
+            parameter.data.normal_(std=0.25, generator=generator)
     prompts = digits.prompts() * 20
 
     def figures() -> tuple[float, float]:
@@ -212,8 +212,8 @@ def test_distribution_matching_repairs_a_spoiled_student(make_trainer: Make, tmp
     (distance, legible) = figures()
     trainer.train()
     (after, legible_after) = figures()
-    assert after < 0.6 * distance  # measured: 753 to 243
-    assert legible < 0.9 < 0.97 < legible_after  # measured: 0.80 to 1.00
+    assert after < 0.6 * distance  # measured: 943 to 238
+    assert legible < 0.9 < 0.97 < legible_after  # measured: 0.64 to 1.00
 
 
 # ---- Hosting ----------------------------------------------------------------------------------------------------
