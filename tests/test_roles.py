@@ -100,7 +100,7 @@ def test_an_update_changes_only_its_own_role(
     def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
         names = [name for name in before if not torch.equal(before[name], after[name])]
         return {role for name in names for role in ("base", "student", "fake") if f".{role}." in f"{name}."} | {
-            "base" for name in names if "lora_" not in name
+            "base" for name in names if "lora_" not in name and not name.startswith("step_embeddings.fake.")
         }
 
     for start, critic_done, student_done in zip(*[iter(snapshots.taken)] * 3, strict=True):
@@ -157,7 +157,7 @@ def test_replay_leaves_the_active_role_as_it_was() -> None:
 
 
 def test_the_base_is_held_once(make_trainer: Callable[..., RDMTrainer], tmp_path: Path) -> None:
-    """The trained module's storages add up to one base and two LoRA adapters (acceptance 5)."""
+    """The trained module's storages add up to one base, two LoRA adapters and what tells the critic the step."""
     rank, base = 4, DiffusionPipeline.from_pretrained(digits.teacher_path()).transformer
     lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=["attn.to_q", "attn.add_k_proj"])
     trainer = make_trainer(tmp_path, peft_config=lora)
@@ -171,7 +171,9 @@ def test_the_base_is_held_once(make_trainer: Callable[..., RDMTrainer], tmp_path
     targets = [m for n, m in base.named_modules() if n.endswith(("attn.to_q", "attn.add_k_proj"))]
     one_adapter = sum(4 * rank * (m.in_features + m.out_features) for m in targets)
     assert targets
-    assert storage_bytes(trainer.model) == storage_bytes(base) + 2 * one_adapter
+    told = sum(v.numel() * 4 for v in trainer.roles.embedding_parameters_of("fake").values())
+    assert told == 4 * 4 * (64 + 64)  # float32, of four steps, for tokens and for pooled text
+    assert storage_bytes(trainer.model) == storage_bytes(base) + 2 * one_adapter + told
     assert one_adapter < storage_bytes(base) / 10
 
 

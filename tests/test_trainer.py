@@ -350,8 +350,8 @@ def test_two_time_scales(make_trainer: Make, tmp_path: Path, accumulation: int) 
     watch.trainer = trainer
     trainer.train()
     assert watch.read == [(1, 3), (2, 6)]
-    assert [group["lr"] for group in trainer.optimizer.param_groups] == [1e-4]
-    assert [group["lr"] for group in trainer.critic_optimizer.optimizer.param_groups] == [5e-4, 5e-3]
+    assert [group["initial_lr"] for group in trainer.optimizer.param_groups] == [1e-4]
+    assert [group["initial_lr"] for group in trainer.critic_optimizer.optimizer.param_groups] == [5e-4, 5e-3]
 
 
 def test_clipping_is_per_role(make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
