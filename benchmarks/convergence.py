@@ -34,6 +34,7 @@ SEEDS = range(5)
 
 COMMON: dict[str, Any] = {
     "per_device_train_batch_size": 64,
+    "learning_rate": 1e-3,
     "guidance_scale": 1.0,
     "max_sequence_length": 4,
     "report_to": "none",
@@ -85,7 +86,16 @@ def all_cells() -> list[Cell]:
         Cell("dmd2 with ranges", SHORT, 50, DMD2 | {"matching": "range"}),
         Cell("fresh rollouts", SHORT, 50, {"critic_rollouts": "fresh"}),
         Cell("betas .9 and .999", SHORT, 50, {"adam_beta1": 0.9, "adam_beta2": 0.999}),
-        Cell("full weights", SHORT, 50, {"student_weights": "full", "critic_weights": "full"}, 0),
+        *(
+            Cell(
+                f"full weights, rate {rate:g}",
+                SHORT,
+                50,
+                {"student_weights": "full", "critic_weights": "full", "learning_rate": rate},
+                0,
+            )
+            for rate in (1e-4, 3e-5)
+        ),
         *(Cell(f"long, {k} step{'s' if k > 1 else ''}", LONG, 50, {"num_inference_steps": k}) for k in (4, 2, 1)),
     ]
 

@@ -1,6 +1,6 @@
 """Distill the embedded digits teacher, save the student, and sample it with plain diffusers.
 
-python examples/quickstart.py --output outputs/quickstart --steps 100
+python examples/quickstart.py --output outputs/quickstart --steps 150
 """
 
 import argparse
@@ -16,7 +16,7 @@ from rdm_sdk import RDMConfig, RDMTrainer, digits, image_grid
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=150)
     options = parser.parse_args()
 
     trainer = RDMTrainer(
@@ -27,11 +27,9 @@ def main() -> None:
             max_steps=options.steps,
             per_device_train_batch_size=64,
             num_generations=8,
-            learning_rate=4e-4,
-            critic_learning_rate=1e-3,
+            learning_rate=1e-3,
             guidance_scale=1.0,
             max_sequence_length=4,  # the digits teacher needs no more text tokens
-            ema_decay=0.98,
             log_images=max(1, options.steps // 2),
             save_strategy="no",
         ),
