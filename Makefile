@@ -31,6 +31,7 @@ types: $(VENV)/.installed
 
 docs: $(VENV)/.installed
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
+	$(BIN)/python docs/settings_page.py
 	$(BIN)/mkdocs build --strict
 
 teacher: $(VENV)/.installed

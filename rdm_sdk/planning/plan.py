@@ -100,8 +100,9 @@ def plan_memory(
     Args:
         model: a hub id or a local path; only its configs are read.
         args: the run's settings.
-        reward_funcs, peft_config, fake_peft_config: as `RDMTrainer` takes them. A reward by its name is not made,
-            unless it brings a head of its own.
+        reward_funcs: as `RDMTrainer` takes them. A reward by its name is not made, unless it brings a head of its own.
+        peft_config: as `RDMTrainer` takes it.
+        fake_peft_config: as `RDMTrainer` takes it.
 
     Raises:
         ConfigError, RewardError, ModelError: something cannot work, as in `RDMTrainer`.

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-import torch
-from transformers import SchedulerType, TrainingArguments
+from transformers import TrainingArguments
 
 from rdm_sdk.errors import ConfigError, nearest
 from rdm_sdk.rewards.routes import parse_route
+from rdm_sdk.training.rules import check_rules
 from rdm_sdk.training.weighting import make_weighting
 
 
+class _KnownSettings(TrainingArguments):
+    """Refuses settings that do not exist before the dataclass's constructor does, which names no nearest one.
+
+    A base of its own, so that the signature that tools show is the constructor's.
+    """
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        check_known(list(settings), [f.name for f in dataclasses.fields(cls) if f.init])
+        return super().__new__(cls)
+
+
 @dataclass
-class RDMConfig(TrainingArguments):
+class RDMConfig(_KnownSettings):
     """Settings of an `RDMTrainer` run.
 
     All of `transformers.TrainingArguments` apply; those below are the method's own, or have another default.
@@ -25,6 +35,7 @@ class RDMConfig(TrainingArguments):
     num_generations` prompts. `learning_rate`, `max_grad_norm` and the learning-rate schedule are the student's.
     """
 
+    # ---- Settings of transformers with another default
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the student."})
     lr_scheduler_type: str = field(
         default="linear", metadata={"help": "Schedule of the learning rates: they fall to 0 by the end of the run."}
@@ -49,6 +60,7 @@ class RDMConfig(TrainingArguments):
         },
     )
 
+    # ---- Samples
     num_generations: int = field(default=8, metadata={"help": "Samples per prompt: the size G of a group."})
     num_inference_steps: int = field(default=4, metadata={"help": "Steps K of the student."})
     shift: float | None = field(
@@ -67,6 +79,7 @@ class RDMConfig(TrainingArguments):
         default=None, metadata={"help": "Text tokens per prompt as in the pipeline's call; None takes its default."}
     )
 
+    # ---- Distribution matching
     guidance_scale: float = field(
         default=4.5,
         metadata={"help": "Classifier-free guidance of the teacher, uncond + s (cond - uncond); 1 is none."},
@@ -101,6 +114,7 @@ class RDMConfig(TrainingArguments):
         },
     )
 
+    # ---- Critics
     matching: Literal["step", "range", "mixture"] = field(
         default="step",
         metadata={
@@ -133,10 +147,13 @@ class RDMConfig(TrainingArguments):
         default=None, metadata={"help": "Weight decay of the critics; None takes the student's."}
     )
     critic_max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping of the critic; 0 is none."})
+
+    # ---- Moving average
     ema_decay: float = field(
         default=0.0, metadata={"help": "Decay of the student's moving average, which is then exported; 0 is none."}
     )
 
+    # ---- Rewards
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One factor per reward, in order, on top of the weights in the spec."}
     )
@@ -164,11 +181,14 @@ class RDMConfig(TrainingArguments):
         },
     )
 
+    # ---- Rollouts
     sampler: Literal["renoise", "cps", "sde", "ode"] = field(
         default="renoise",
         metadata={"help": "Transitions of the rollouts: re-noising, CPS, Flow-GRPO's SDE, or none that are random."},
     )
     eta: float = field(default=0.9, metadata={"help": "Share of fresh noise for 'cps' (0 to 1), noise rate for 'sde'."})
+
+    # ---- Rollouts used again
     num_iterations: int = field(default=1, metadata={"help": "Student updates per rollout."})
     steps_per_generation: int = field(
         default=1,
@@ -195,6 +215,7 @@ class RDMConfig(TrainingArguments):
         },
     )
 
+    # ---- Running rewards
     reward_batch_size: int | None = field(
         default=None,
         metadata={"help": "Samples that rewards judge at a time, to save memory; None is the whole micro-batch."},
@@ -210,6 +231,7 @@ class RDMConfig(TrainingArguments):
         metadata={"help": "What an exception inside a reward does: stop, or go on without that reward and count it."},
     )
 
+    # ---- Weights and memory
     student_weights: Literal["lora", "full"] = field(
         default="lora",
         metadata={"help": "What of the student is trained: LoRA adapters on the base, or a full copy of it."},
@@ -234,60 +256,39 @@ class RDMConfig(TrainingArguments):
         default=False, metadata={"help": "Decode large images in overlapping tiles, to save memory; seams are blended."}
     )
 
+    # ---- Pictures
     log_images: int = field(
         default=0, metadata={"help": "Write a grid of student, teacher and critic x_0 every so many steps; 0 is never."}
     )
 
     def __post_init__(self) -> None:
-        for name in ("num_generations", "num_inference_steps", "num_draws", "num_iterations", "steps_per_generation"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        chunk, device = self.reward_batch_size, self.reward_device
-        _require(chunk is None or chunk >= 1, "reward_batch_size", chunk, "at least 1 or None")
-        _require(device is None or _is_device(device), "reward_device", device, "a device such as 'cpu' or 'cuda:1'")
-        for name in ("critic_steps", "log_images", "critic_max_grad_norm"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        _require(
-            0 <= self.min_time < self.max_time < 1,
-            "min_time, max_time",
-            (self.min_time, self.max_time),
-            "0 <= min_time < max_time < 1",
-        )
-        for name in ("critic_learning_rate", "critic_weight_decay"):
-            value = getattr(self, name)
-            _require(value is None or value >= 0, name, value, "0 or more, or None")
-        for name in ("critic_adam_beta1", "critic_adam_beta2"):
-            value = getattr(self, name)
-            _require(value is None or 0 <= value < 1, name, value, "in [0, 1), or None")
-        schedule, schedules = self.critic_lr_scheduler_type, [kind.value for kind in SchedulerType]
-        _require(
-            schedule is None or schedule in schedules,
-            "critic_lr_scheduler_type",
-            schedule,
-            f"one of {', '.join(schedules)}.{nearest(str(schedule), schedules)}",
-        )
-        _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
-        _require(self.epsilon is None or self.epsilon > 0, "epsilon", self.epsilon, "positive or None")
-        _require(
-            self.importance_sampling_cap >= 1, "importance_sampling_cap", self.importance_sampling_cap, "at least 1"
-        )
-        bound = self.min_effective_sample_size
-        _require(0 <= bound <= 1, "min_effective_sample_size", bound, "a share of the samples, in [0, 1]")
-        _require(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "0 or more (1 is no guidance)")
-        _require(self.shift is None or self.shift > 0, "shift", self.shift, "positive or None")
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            _require(value in choices, name, value, f"one of {', '.join(choices)}.{nearest(str(value), choices)}")
+        check_rules(self)
+        self._check_resolutions()
+        self._check_quantization()
+        self._check_sampler()
+        self._check_batch()
+        self._check_precision()
+        make_weighting(self.weighting)  # so that a typo is found here
+        parse_route(self.reward_route)
+        self._name_checkpointing()
+        super().__post_init__()  # type: ignore[no-untyped-call]
+
+    def _check_resolutions(self) -> None:
         if self.resolutions is not None:
             _require(len(self.resolutions) > 0, "resolutions", self.resolutions, "a list of sizes, or None")
             if self.height is not None or self.width is not None:
                 raise ConfigError("resolutions replaces height and width; give one or the other")
             for resolution in self.resolutions:
                 parse_resolution(resolution)
+
+    def _check_quantization(self) -> None:
         if self.quantization != "none" and "full" in (self.student_weights, self.critic_weights):
             raise ConfigError(
                 f"quantization={self.quantization!r} keeps the base in few bits, which cannot be trained in full; use "
                 "student_weights='lora' and critic_weights='lora', or quantization='none'"
             )
+
+    def _check_sampler(self) -> None:
         if self.sampler == "cps":
             _require(0 < self.eta <= 1, "eta", self.eta, "in (0, 1] for sampler='cps'")
         if self.sampler == "sde":
@@ -298,17 +299,17 @@ class RDMConfig(TrainingArguments):
                 f"and sampler={self.sampler!r} with num_inference_steps={self.num_inference_steps} has none with a "
                 "density; use a random sampler with two steps or more, or num_iterations=1"
             )
+
+    def _check_batch(self) -> None:
         if self.per_device_train_batch_size % self.num_generations:
             raise ConfigError(
                 f"per_device_train_batch_size={self.per_device_train_batch_size} counts samples and must be a multiple "
                 f"of num_generations={self.num_generations}, so that groups stay whole"
             )
+
+    def _check_precision(self) -> None:
         if self.fp16:
             raise ConfigError("fp16=True is not supported: its range is too small for scores. Use bf16=True.")
-        make_weighting(self.weighting)  # so that a typo is found here
-        parse_route(self.reward_route)
-        self._name_checkpointing()
-        super().__post_init__()  # type: ignore[no-untyped-call]
 
     def _name_checkpointing(self) -> None:
         """Give activation checkpointing its older name, the only one that earlier versions of transformers know.
@@ -346,23 +347,6 @@ CLIP_RANGES = {"sum": 0.2, "mean": 1e-4}
 """Of PPO for true ratios (arXiv 1707.06347), and of Flow-GRPO for averaged ones (arXiv 2505.05470), whose logarithms
 are smaller by the number of dimensions."""
 
-_CHOICES = {
-    "normalization": ("group", "sample", "batch", "rms"),
-    "spread": ("stratified", "shared", "free"),
-    "critic_correction": ("group", "others", "none"),
-    "matching": ("step", "range", "mixture"),
-    "critic_rollouts": ("shared", "fresh"),
-    "scale_rewards": ("group", "batch", "none"),
-    "multi_objective_aggregation": ("normalize_then_sum", "sum_then_normalize"),
-    "sampler": ("renoise", "cps", "sde", "ode"),
-    "ratio_reduction": ("sum", "mean"),
-    "reward_on_error": ("raise", "skip"),
-    "student_weights": ("lora", "full"),
-    "critic_weights": ("lora", "full"),
-    "quantization": ("none", "8bit", "4bit"),
-    "text_encoders": ("keep", "offload", "drop"),
-}
-
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:
     if not holds:
@@ -381,31 +365,8 @@ def parse_resolution(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _is_device(name: str) -> bool:
-    try:
-        torch.device(name)
-    except RuntimeError:
-        return False
-    return True
-
-
 def check_known(names: list[str], known: list[str]) -> None:
     """Raise `ConfigError` for the first setting that does not exist, naming the nearest one that does."""
     for name in names:
         if name not in known:
             raise ConfigError(f"unknown setting {name!r}.{nearest(name, known)}")
-
-
-def _checked(init: Any) -> Any:
-    """Wrap the dataclass's constructor so that a misspelt keyword names its nearest match."""
-    known = [f.name for f in dataclasses.fields(RDMConfig) if f.init]
-
-    @functools.wraps(init)
-    def checked(self: RDMConfig, *args: Any, **kwargs: Any) -> None:
-        check_known(list(kwargs), known)
-        init(self, *args, **kwargs)
-
-    return checked
-
-
-RDMConfig.__init__ = _checked(RDMConfig.__init__)  # type: ignore[method-assign]

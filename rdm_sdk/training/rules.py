@@ -1,0 +1,96 @@
+"""What single settings must be: one rule each, which `RDMConfig` checks and the page of all settings prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+from transformers import SchedulerType, TrainingArguments
+
+from rdm_sdk.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must be, in words and as a test; `choices` are all values there are, where they can be listed."""
+
+    wanted: str
+    holds: Callable[[Any], bool]
+    choices: tuple[str, ...] = ()
+    enum: str = ""
+    """Where the choices are another library's, which may have more in another version."""
+
+
+def _or_none(rule: Rule) -> Rule:
+    return Rule(f"{rule.wanted}, or None", lambda value: value is None or rule.holds(value))
+
+
+def _one_of(choices: tuple[str, ...]) -> Rule:
+    return Rule(f"one of {', '.join(choices)}", lambda value: value in choices, choices)
+
+
+def _is_device(name: str) -> bool:
+    try:
+        torch.device(name)
+    except RuntimeError:
+        return False
+    return True
+
+
+_AT_LEAST_1 = Rule("at least 1", lambda value: value >= 1)
+_AT_LEAST_0 = Rule("0 or more", lambda value: value >= 0)
+_POSITIVE = Rule("positive", lambda value: value > 0)
+_BELOW_1 = Rule("in [0, 1)", lambda value: 0 <= value < 1)
+_SCHEDULES = tuple(kind.value for kind in SchedulerType)
+
+# In the order in which they are checked. A key may name several settings, whose values then must fit together.
+_RULES = {
+    **dict.fromkeys(
+        ("num_generations", "num_inference_steps", "num_draws", "num_iterations", "steps_per_generation"), _AT_LEAST_1
+    ),
+    "reward_batch_size": _or_none(_AT_LEAST_1),
+    "reward_device": Rule("a device such as 'cpu' or 'cuda:1'", lambda device: device is None or _is_device(device)),
+    **dict.fromkeys(("critic_steps", "log_images", "critic_max_grad_norm"), _AT_LEAST_0),
+    "min_time, max_time": Rule("0 <= min_time < max_time < 1", lambda times: 0 <= times[0] < times[1] < 1),
+    **dict.fromkeys(("critic_learning_rate", "critic_weight_decay"), _or_none(_AT_LEAST_0)),
+    **dict.fromkeys(("critic_adam_beta1", "critic_adam_beta2"), _or_none(_BELOW_1)),
+    "critic_lr_scheduler_type": Rule(
+        f"one of {', '.join(_SCHEDULES)}",
+        lambda kind: kind is None or kind in _SCHEDULES,
+        _SCHEDULES,
+        enum="transformers.SchedulerType",
+    ),
+    "ema_decay": _BELOW_1,
+    "epsilon": _or_none(_POSITIVE),
+    "importance_sampling_cap": _AT_LEAST_1,
+    "min_effective_sample_size": Rule("a share of the samples, in [0, 1]", lambda share: 0 <= share <= 1),
+    "guidance_scale": Rule("0 or more (1 is no guidance)", lambda scale: scale >= 0),
+    "shift": _or_none(_POSITIVE),
+}
+
+
+def rules_of(config: type[TrainingArguments]) -> dict[str, Rule]:
+    """Return the rules of a class of settings: the ranges, then the choices, as its `Literal` annotations list them."""
+    inherited = TrainingArguments.__dataclass_fields__
+    choices = {
+        name: _one_of(get_args(hint))
+        for name, hint in get_type_hints(config).items()
+        if get_origin(hint) is Literal and name not in inherited
+    }
+    return _RULES | choices
+
+
+def check_rules(config: TrainingArguments) -> None:
+    """Check every setting that has a rule.
+
+    Raises:
+        ConfigError: a setting breaks its rule; the nearest choice is named where there are some.
+    """
+    for names, rule in rules_of(type(config)).items():
+        values = tuple(getattr(config, name) for name in names.split(", "))
+        value = values if len(values) > 1 else values[0]
+        if not rule.holds(value):
+            meant = f".{nearest(str(value), rule.choices)}" if rule.choices else ""
+            raise ConfigError(f"{names}={value!r} cannot be used; it must be {rule.wanted}{meant}")
