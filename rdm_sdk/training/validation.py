@@ -109,6 +109,17 @@ def check_run(
                     )
 
 
+def check_hosted(n_gpu: int, shards: bool) -> None:
+    """Raise `ConfigError` for ways to use several devices that the step does not work with."""
+    if n_gpu > 1:
+        raise ConfigError(
+            f"{n_gpu} GPUs in one process would use nn.DataParallel, which cannot switch roles; start with "
+            "'accelerate launch' or torchrun, or set CUDA_VISIBLE_DEVICES to one GPU"
+        )
+    if shards:
+        raise ConfigError("DeepSpeed and FSDP are not supported yet; use plain distributed data parallel")
+
+
 def check_same_plugins(num_processes: int) -> None:
     """Raise `ConfigError` on every process if one of them has other plugins: rewards would differ between them."""
     if num_processes == 1:
