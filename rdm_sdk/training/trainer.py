@@ -33,7 +33,7 @@ from rdm_sdk.training.pictures import image_grid
 from rdm_sdk.training.processes import Processes
 from rdm_sdk.training.rollouts import rollouts_path
 from rdm_sdk.training.step import DistillationStep
-from rdm_sdk.training.validation import check_hosted, check_run, check_same_plugins, role_configs
+from rdm_sdk.training.validation import check_arguments, check_hosted, check_run, check_same_plugins, role_configs
 from rdm_sdk.training.weighting import Weighting, make_weighting
 
 
@@ -81,20 +81,12 @@ class RDMTrainer(Trainer):
         weighting: Weighting | None = None,
     ) -> None:
         args = RDMConfig() if args is None else args
-        if not isinstance(args, RDMConfig):
-            raise ConfigError(f"args must be an RDMConfig; got {type(args).__name__}")
-        if tuple(optimizers) != (None, None):
-            raise ConfigError(
-                "optimizers cannot be given: the weights of student and critics are made in this constructor, so that "
-                "no optimizer made before could hold them. Set optim, learning_rate, lr_scheduler_type and their "
-                "critic_* in RDMConfig, or override create_optimizer()"
-            )
+        check_arguments(args, optimizers)
         train_dataset = None if train_dataset is None else load_prompts(train_dataset)
         eval_dataset = None if eval_dataset is None else load_prompts(eval_dataset, "eval_dataset")
         self.rewards = load_routed(reward_funcs, args.reward_weights, args.reward_route)
         check_run(args, self.rewards, {"train_dataset": train_dataset, "eval_dataset": eval_dataset}, weighting)
         roles = role_configs(args, self.rewards, peft_config, fake_peft_config)
-
         self.adapter = load_adapter(
             model,
             torch.bfloat16 if args.bf16 else torch.float32,
@@ -121,16 +113,21 @@ class RDMTrainer(Trainer):
             callbacks=[_Bookkeeper(self), *(callbacks or [])],
         )
         check_hosted(args.n_gpu, self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        self._compose(make_weighting(args.weighting) if weighting is None else weighting)
+        check_same_plugins(self.accelerator.num_processes)
+
+    def _compose(self, weighting: Weighting) -> None:
+        """Make the step and its parts."""
+        args = self.args
         self.models = RunModels(self.adapter, args, args.device)
         if args.text_encoders == "drop":
-            self.models.encode_and_drop(all_prompts(train_dataset, eval_dataset), quiet=bool(args.disable_tqdm))
+            prompts = all_prompts(self.train_dataset, self.eval_dataset)
+            self.models.encode_and_drop(prompts, quiet=bool(args.disable_tqdm))
         if args.process_index:
             torch.manual_seed(args.seed + args.process_index)  # other noise than the first process, same weights
         self.judge = Judge(self.models, self.rewards, args)
-        self.monitor = self.judge.monitor
-        self.weighting = make_weighting(args.weighting) if weighting is None else weighting
-        self.step = DistillationStep(self.judge, args, self.weighting, self._processes())
-        check_same_plugins(self.accelerator.num_processes)
+        self.monitor, self.weighting = self.judge.monitor, weighting
+        self.step = DistillationStep(self.judge, args, weighting, self._processes())
 
     def _processes(self) -> Processes:
         return Processes(

@@ -53,6 +53,18 @@ def role_configs(
     return configs
 
 
+def check_arguments(args: object, optimizers: Sequence[object]) -> None:
+    """Raise `ConfigError` for settings of another class, and for optimizers."""
+    if not isinstance(args, RDMConfig):
+        raise ConfigError(f"args must be an RDMConfig; got {type(args).__name__}")
+    if tuple(optimizers) != (None, None):
+        raise ConfigError(
+            "optimizers cannot be given: the weights of student and critics are made in the trainer's constructor, so "
+            "that no optimizer made before could hold them. Set optim, learning_rate, lr_scheduler_type and their "
+            "critic_* in RDMConfig, or override create_optimizer()"
+        )
+
+
 def check_run(
     args: RDMConfig,
     rewards: Sequence[WeightedReward],
