@@ -29,10 +29,11 @@ class Floor:
     def __init__(self, trainer: RDMTrainer) -> None:
         args = trainer.args
         self.trainer, self.guided = trainer, args.guidance_scale != 1.0
-        self.size, self.steps, self.critic_steps = args.train_batch_size, trainer.policy.num_steps, args.critic_steps
-        condition = trainer.encode((digits.prompts() * self.size)[: self.size])
+        self.size, self.critic_steps = args.train_batch_size, args.critic_steps
+        self.steps = trainer.models.policy.num_steps
+        condition = trainer.models.encode((digits.prompts() * self.size)[: self.size])
         self.inputs = {
-            "hidden_states": torch.randn(self.size, *trainer.latent_shapes[0]),
+            "hidden_states": torch.randn(self.size, *trainer.models.latent_shapes[0]),
             "timestep": torch.rand(self.size) * 1000,
             **condition,
         }

@@ -100,7 +100,7 @@ def test_loss_and_gradient_are_dmd2s(
     """One training step: the loss's value, and the gradient of every weight of the student."""
     recorder = Recorder()
     trainer = dmd2_trainer(make_trainer, tmp_path, pipeline, latents, callbacks=[recorder])
-    assert trainer.latent_shapes == [(4, latents, latents)]
+    assert trainer.models.latent_shapes == [(4, latents, latents)]
     recorder.watch(trainer)
     trainer.train()
     logged = next(row["loss/pathwise"] for row in trainer.state.log_history if "loss/pathwise" in row)
@@ -133,7 +133,7 @@ def test_timesteps_are_drawn_as_dmd2_draws_them(
 ) -> None:
     """The student's from 20 to 980 of a thousand, the critic's from all of them, every whole one equally often."""
     trainer = dmd2_trainer(make_trainer, tmp_path, pipeline, 16)
-    context = trainer.context(trainer.encode(["a fox"]), torch.zeros(1, dtype=torch.long))
+    context = trainer.judge.context(trainer.models.encode(["a fox"]), torch.zeros(1, dtype=torch.long))
     count, cpu = 200_000, torch.device("cpu")
     torch.manual_seed(0)
     draws = {

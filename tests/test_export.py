@@ -89,7 +89,7 @@ def test_the_moving_average_is_what_is_exported(trained: tuple[RDMTrainer, Path]
     trainer, folder = trained
     files = load_file(folder / "peft" / "adapter_model.safetensors")
     raw = {name: tensor.clone() for name, tensor in trainer.roles.role_state_dict("student").items()}
-    with trainer.exported_weights():
+    with trainer.models.exported_weights():
         average = {name: tensor.clone() for name, tensor in trainer.roles.role_state_dict("student").items()}
     assert {f"base_model.model.{name}" for name in average} == files.keys()
     assert all(torch.equal(files[f"base_model.model.{name}"], tensor) for name, tensor in average.items())
@@ -100,7 +100,7 @@ def test_the_moving_average_is_what_is_exported(trained: tuple[RDMTrainer, Path]
 def test_peft_files_give_the_same_transformer(trained: tuple[RDMTrainer, Path], noise: Tensor) -> None:
     """The PEFT folder, injected into a fresh transformer through PEFT alone, is the student (alpha included)."""
     trainer, folder = trained
-    condition = trainer.encode(PROMPTS)
+    condition = trainer.models.encode(PROMPTS)
     sigma = torch.full((len(PROMPTS),), 0.75)
     inputs = {
         "hidden_states": noise,
@@ -117,7 +117,7 @@ def test_peft_files_give_the_same_transformer(trained: tuple[RDMTrainer, Path], 
         state = load_file(folder / "peft" / "adapter_model.safetensors")
         result = set_peft_model_state_dict(fresh, {n.removeprefix(prefix): t for n, t in state.items()})
         got = fresh(**inputs, return_dict=False)[0]
-        with trainer.exported_weights():
+        with trainer.models.exported_weights():
             expected = trainer.roles("student", **inputs)
     assert not result.unexpected_keys
     assert config.r == 4
@@ -131,8 +131,8 @@ def test_the_scheduler_carries_the_trainers_grid(trained: tuple[RDMTrainer, Path
     trainer, folder = trained
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
     scheduler.set_timesteps(4)
-    assert scheduler.sigmas.tolist() == [*trainer.policy.sigmas, 0.0]
-    assert trainer.policy.sigmas == pytest.approx([1.0, 0.75, 0.5, 0.25], abs=1e-6)
+    assert scheduler.sigmas.tolist() == [*trainer.models.policy.sigmas, 0.0]
+    assert trainer.models.policy.sigmas == pytest.approx([1.0, 0.75, 0.5, 0.25], abs=1e-6)
     assert scheduler.config.stochastic_sampling
 
 
@@ -149,8 +149,8 @@ def test_other_grids_survive_the_export(
     call = {"guidance_scale": 1.0, "max_sequence_length": 4, "output_type": "pt"}
     got = pipeline(PROMPTS, latents=noise, num_inference_steps=steps, **call).images
     assert (got - own_images(trainer, noise)).abs().max() <= 1e-4
-    assert len(trainer.policy.sigmas) == steps
-    assert trainer.policy.sigmas[0] == 1.0
+    assert len(trainer.models.policy.sigmas) == steps
+    assert trainer.models.policy.sigmas[0] == 1.0
 
 
 def test_the_model_card_names_base_method_rewards_and_settings(trained: tuple[RDMTrainer, Path]) -> None:

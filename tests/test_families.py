@@ -214,7 +214,7 @@ def test_a_trained_student_runs_in_plain_diffusers(family: str, sampler: str, tm
 
     plain = DiffusionPipeline.from_pretrained(tmp_path / "base")
     plain.set_progress_bar_config(disable=True)
-    scheduler = adapter.student_scheduler(4, trainer.shift, stochastic=sampler == "renoise")
+    scheduler = adapter.student_scheduler(4, trainer.models.shift, stochastic=sampler == "renoise")
     plain.scheduler = type(scheduler).from_pretrained(tmp_path / "student", subfolder="scheduler")
     call = adapter.inference_call(4, args.guidance_scale) | size
 
@@ -377,20 +377,21 @@ def test_guidance_is_told_or_computed_but_not_both(family: str, tmp_path: Path) 
     """A backbone that is told the scale is told it in every role and asked once; others' teacher is asked twice."""
     args = RDMConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, guidance_scale=2.5, height=32, width=32)
     trainer = RDMTrainer(TINY_PIPELINES[family](), "dm", args, PROMPTS)
-    adapter, condition = trainer.adapter, trainer.encode(PROMPTS)
-    x_t = torch.randn(2, *trainer.latent_shapes[0], generator=torch.Generator().manual_seed(0))
+    adapter, condition = trainer.adapter, trainer.models.encode(PROMPTS)
+    x_t = torch.randn(2, *trainer.models.latent_shapes[0], generator=torch.Generator().manual_seed(0))
     sigma = torch.tensor([0.7, 0.3])
     trainer.roles.forwards.clear()
     with torch.no_grad():
-        guided = trainer.denoiser(TEACHER, condition)(x_t, sigma)
+        guided = trainer.models.denoiser(TEACHER, condition)(x_t, sigma)
         plain = adapter.denoiser(adapter.roles, TEACHER, condition)(x_t, sigma)
-        student = trainer.denoiser("student", condition)(x_t, sigma)
+        student = trainer.models.denoiser("student", condition)(x_t, sigma)
     told = family == "FluxPipeline"
     assert trainer.roles.forwards[TEACHER] == (2 if told else 4) + 2
     assert torch.equal(guided, plain) == told
     assert condition["guidance"].tolist() == [2.5, 2.5] if told else "guidance" not in condition
     torch.testing.assert_close(student, plain)
-    assert trainer.context(condition).guide is None if told else trainer.context(condition).guide is not None
+    guide = trainer.judge.context(condition).guide
+    assert guide is None if told else guide is not None
 
 
 # ---- Stable Diffusion and SDXL ----------------------------------------------------------------------------------

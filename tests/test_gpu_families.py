@@ -133,7 +133,7 @@ def test_a_student_trained_here_runs_in_plain_diffusers(family: str, tmp_path: P
 
     plain = DiffusionPipeline.from_pretrained(tmp_path / "base").to(DEVICE)
     plain.set_progress_bar_config(disable=True)
-    scheduler = adapter.student_scheduler(4, trainer.shift, stochastic=False)
+    scheduler = adapter.student_scheduler(4, trainer.models.shift, stochastic=False)
     plain.scheduler = type(scheduler).from_pretrained(tmp_path / "student", subfolder="scheduler")
     call = load_student(plain, tmp_path / "student") | WHOLE_SIZE.get(family, {})
     latents = adapter.pack(noise.to(DEVICE))

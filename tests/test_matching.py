@@ -92,16 +92,16 @@ def test_the_critic_alone_is_told(make_trainer: Make, tmp_path: Path, critic_wei
     }
     assert all(not v.any() for v in vectors.values())
     assert not any(TOLD in name for name in trainer.roles.parameters_of("student"))
-    condition = trainer.encode(digits.prompts()[:4])
+    condition = trainer.models.encode(digits.prompts()[:4])
     x_t, sigma, steps = torch.randn(4, 1, 8, 8), torch.full((4,), 0.5), torch.arange(4)
-    before = trainer.denoiser("teacher", condition)(x_t, sigma)
+    before = trainer.models.denoiser("teacher", condition)(x_t, sigma)
     trainer.train()
     assert all(bool((v != 0).any(1).all()) for v in vectors.values())  # every step's
-    assert torch.equal(trainer.denoiser("teacher", condition)(x_t, sigma), before)
-    critic = trainer.denoiser("fake", condition, steps)(x_t, sigma)
-    assert not torch.equal(critic, trainer.denoiser("fake", condition, steps.flip(0))(x_t, sigma))
+    assert torch.equal(trainer.models.denoiser("teacher", condition)(x_t, sigma), before)
+    critic = trainer.models.denoiser("fake", condition, steps)(x_t, sigma)
+    assert not torch.equal(critic, trainer.models.denoiser("fake", condition, steps.flip(0))(x_t, sigma))
     with pytest.raises(ConfigError, match="'fake' is told the student's step, and none is given"):
-        trainer.denoiser("fake", condition)
+        trainer.models.denoiser("fake", condition)
 
 
 def test_what_the_critic_was_told_is_saved_and_exported_nowhere(make_trainer: Make, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_critics_learn_from_all_steps_of_shared_rollouts(make_trainer: Make, tmp
     watched = Watched()
     trainer = make_trainer(tmp_path, watched, critic_steps=4, max_steps=1)
     trainer.train()
-    (experience,) = trainer._experiences
+    (experience,) = trainer.step.rollouts.experiences
     predicted = experience.rollout.x_0
     seen = torch.zeros(4, 8, dtype=torch.long)
     for turn, update in enumerate(watched.trained):
@@ -197,7 +197,7 @@ def test_ranges(make_trainer: Make, tmp_path: Path) -> None:
     watched = Watched()
     trainer = make_trainer(tmp_path, watched, matching="range", max_steps=1, critic_steps=4)
     trainer.train()
-    (experience,) = trainer._experiences
+    (experience,) = trainer.step.rollouts.experiences
     levels = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
     plans = [(experience.steps + 1 + turn) % 4 for turn in range(4)]
     for seen, steps in [*zip(watched.trained, plans, strict=True), (watched.judged[0], experience.steps)]:
@@ -209,7 +209,7 @@ def test_ranges(make_trainer: Make, tmp_path: Path) -> None:
 def test_full_range(make_trainer: Make, tmp_path: Path, matching: str) -> None:
     """Otherwise the student's samples are re-noised from min_time to max_time, and critics learn at all times."""
     trainer = make_trainer(tmp_path, matching=matching, min_time=0.3, max_time=0.4)
-    context = trainer.context(trainer.encode(["seven"]), torch.zeros(1, dtype=torch.long))
+    context = trainer.judge.context(trainer.models.encode(["seven"]), torch.zeros(1, dtype=torch.long))
     levels = context.draw_sigma(1000, 1, torch.device("cpu"))
     assert 0.3 <= levels.min() < 0.301
     assert 0.399 < levels.max() <= 0.4

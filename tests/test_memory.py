@@ -103,14 +103,14 @@ def test_dropping_keeps_every_prompt(make_trainer: Make, tmp_path: Path) -> None
     prompts = [f"{prompt} {i}" for i in range(30) for prompt in digits.prompts()]
     trainer = make_trainer(tmp_path, prompts=prompts, eval_dataset=["a seven"], text_encoders="drop")
     for prompt in (prompts[0], prompts[-1], "a seven", None):
-        assert trainer.encode([prompt])
+        assert trainer.models.encode([prompt])
 
 
 def test_prompts_that_do_not_fit_into_memory_are_refused(
     make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before hours of encoding, with what is needed and what there is."""
-    monkeypatch.setattr("rdm_sdk.training.hosting.psutil.virtual_memory", lambda: type("", (), {"available": 1000})())
+    monkeypatch.setattr("rdm_sdk.training.models.psutil.virtual_memory", lambda: type("", (), {"available": 1000})())
     with pytest.raises(ConfigError, match=r"encodings of all 10 prompts in memory, 0\.0 GB, and 0\.0 GB are free"):
         make_trainer(tmp_path, text_encoders="drop")
 
@@ -146,14 +146,14 @@ def test_tiling_is_switched_on_or_refused(make_trainer: Make, tmp_path: Path) ->
 def sizes_seen(trainer: RDMTrainer) -> list[tuple[int, ...]]:
     """Train, and return the shape of the latents in every step."""
     seen: list[tuple[int, ...]] = []
-    collect = trainer._collect
+    collect = trainer.step.rollouts.collect
 
     def keep(inputs: dict[str, Any]) -> Any:
         experience = collect(inputs)
         seen.append(tuple(experience.x_0.shape[1:]))
         return experience
 
-    trainer._collect = keep  # type: ignore[method-assign]
+    trainer.step.rollouts.collect = keep  # type: ignore[method-assign]
     trainer.train()
     return seen
 
@@ -192,8 +192,8 @@ def test_full_copies_train_beside_the_teacher(make_trainer: Make, tmp_path: Path
     settings |= {"learning_rate": 1e-3, "save_strategy": "steps", "ema_decay": 0.5}
     trainer = make_trainer(tmp_path / "run", **settings)
     roles, count = trainer.roles, sum(p.numel() for p in trainer.roles.backbone.parameters() if not p.requires_grad)
-    x_t = torch.randn(2, *trainer.latent_shapes[0], generator=torch.Generator().manual_seed(0))
-    condition, sigma = trainer.encode(PROMPTS[:2]), torch.tensor([0.7, 0.3])
+    x_t = torch.randn(2, *trainer.models.latent_shapes[0], generator=torch.Generator().manual_seed(0))
+    condition, sigma = trainer.models.encode(PROMPTS[:2]), torch.tensor([0.7, 0.3])
 
     def says(role: str) -> Tensor:
         with torch.no_grad():
@@ -250,7 +250,7 @@ def test_a_full_student_runs_in_plain_diffusers(make_trainer: Make, tmp_path: Pa
     assert "load_lora_weights" not in card
     pipeline = DiffusionPipeline.from_pretrained(digits.teacher_path())
     pipeline.set_progress_bar_config(disable=True)
-    noise = torch.randn(2, *trainer.latent_shapes[0], generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, *trainer.models.latent_shapes[0], generator=torch.Generator().manual_seed(0))
     call = {"num_inference_steps": 4, "guidance_scale": 1.0, "max_sequence_length": 4, "output_type": "pt"}
     pipeline.scheduler = type(pipeline.scheduler).from_pretrained(tmp_path / "student", subfolder="scheduler")
     teacher = pipeline(PROMPTS[:2], latents=noise.clone(), **call).images

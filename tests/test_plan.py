@@ -91,10 +91,10 @@ def moving(plan: MemoryPlan) -> int:
 def run_under_meter(folder: Path, rewards: Any, args: RDMConfig, **loras: Any) -> tuple[RDMTrainer, int]:
     """Train, and return the trainer and the most bytes that were alive at once of what training made."""
     trainer = RDMTrainer(str(folder), rewards, args, PROMPTS, **loras)
-    trainer.encode([*PROMPTS, None])  # encoders take nothing between uses
+    trainer.models.encode([*PROMPTS, None])  # encoders take nothing between uses
     with Meter() as meter:
         trainer.train()
-    average = [] if trainer.ema is None else trainer.ema.shadow_params  # the constructor made it
+    average = [] if trainer.models.ema is None else trainer.models.ema.shadow_params  # the constructor made it
     return trainer, meter.peak + sum(4 * parameter.numel() for parameter in average)
 
 
@@ -254,9 +254,9 @@ def test_no_encoder_works_while_a_graph_waits(folders: Path, tmp_path: Path, mon
     args = settings(family, blueprint(folders / family, torch.float32), tmp_path, text_encoders="offload")
     trainer = RDMTrainer(str(folders / family), "dm", args, PROMPTS)
     seen: list[str] = []
-    encode, judge = trainer.adapter.encode_prompts, trainer._judge
+    encode, judge = trainer.adapter.encode_prompts, trainer.judge.judge
     monkeypatch.setattr(trainer.adapter, "encode_prompts", lambda prompts: seen.append("encode") or encode(prompts))
-    monkeypatch.setattr(trainer, "_judge", lambda experience: seen.append("judge") or judge(experience))
+    monkeypatch.setattr(trainer.judge, "judge", lambda experience: seen.append("judge") or judge(experience))
     trainer.train()
     assert seen == ["encode", "encode", "judge", "judge"]
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import rdm_sdk.training.trainer
+import rdm_sdk.training.rollouts
+import rdm_sdk.training.step
 from rdm_sdk import Capabilities, RDMError, RDMTrainer, Reward, RewardBatch, RewardOutput
 from rdm_sdk.rewards.dm import DistributionMatching
 
@@ -53,13 +54,13 @@ class WatchedMatching(DistributionMatching):
 def policy_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
     """Take down log-ratios and weights of every policy loss."""
     calls: list[tuple[Tensor, Tensor]] = []
-    original = rdm_sdk.training.trainer.policy_loss
+    original = rdm_sdk.training.step.policy_loss
 
     def watching(log_ratios: Tensor, advantage: Tensor, weights: Tensor, *rest: Any) -> Any:
         calls.append((log_ratios.detach().clone(), weights.detach().clone()))
         return original(log_ratios, advantage, weights, *rest)
 
-    monkeypatch.setattr(rdm_sdk.training.trainer, "policy_loss", watching)
+    monkeypatch.setattr(rdm_sdk.training.step, "policy_loss", watching)
     return calls
 
 
@@ -67,13 +68,13 @@ def policy_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]
 def state_ratios(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Take down the log-ratios of the states of every reuse."""
     seen: list[Tensor] = []
-    original = rdm_sdk.training.trainer.state_log_ratio
+    original = rdm_sdk.training.rollouts.state_log_ratio
 
     def watching(*args: Any) -> Tensor:
         seen.append(original(*args))
         return seen[-1]
 
-    monkeypatch.setattr(rdm_sdk.training.trainer, "state_log_ratio", watching)
+    monkeypatch.setattr(rdm_sdk.training.rollouts, "state_log_ratio", watching)
     return seen
 
 
@@ -273,14 +274,14 @@ def test_later_uses_start_from_states_of_the_latest_student(make_trainer: Make, 
     rewards = ["dm", (Judge(), 0.1)] if scored else "dm"
     trainer = make_trainer(tmp_path, rewards, num_iterations=4, max_steps=4, min_effective_sample_size=0.0, **BOLD)
     seen: list[tuple[Any, Tensor, Tensor]] = []  # rollout, states and predictions of a use
-    plain = trainer._judge
+    plain = trainer.judge.judge
 
     def watching(experience: Any) -> Any:
         done = experience.rollout
         seen.append((experience, done.states.clone(), experience.x_0.clone()))
         return plain(experience)
 
-    trainer._judge = watching  # type: ignore[method-assign]
+    trainer.judge.judge = watching  # type: ignore[method-assign]
     trainer.train()
     assert [own.use for own, _, _ in seen] == [0, 1, 2, 3]
     for (own, states, x_0), (_, before, _) in zip(seen[1:], seen, strict=False):
@@ -362,13 +363,13 @@ def test_a_stale_rollout_is_made_anew(
 def test_a_replay_that_does_not_repeat_its_rollout_is_found(make_trainer: Make, tmp_path: Path, rewards: Any) -> None:
     """A student whose forward is random stops the run at its first step, with a message that says why."""
     trainer = make_trainer(tmp_path, rewards, critic_steps=1 if rewards == "dm" else 0)
-    plain = trainer.denoiser
+    plain = trainer.models.denoiser
 
-    def random(role: str, condition: Any) -> Any:
-        made = plain(role, condition)
+    def random(role: str, condition: Any, steps: Any = None) -> Any:
+        made = plain(role, condition, steps)
         return (lambda x, s: made(x, s) + 0.2 * torch.randn_like(x)) if role == "student" else made
 
-    trainer.denoiser = random  # type: ignore[method-assign]
+    trainer.models.denoiser = random  # type: ignore[method-assign]
     with pytest.raises(RDMError, match=r"replay of a rollout does not repeat it: the first log-ratio.*random"):
         trainer.train()
     assert trainer.state.global_step == 0
@@ -379,13 +380,13 @@ def test_the_check_lets_small_differences_pass(
 ) -> None:
     """Rounding of another batch size is no fault, and the first ratio is still exactly 1."""
     trainer = make_trainer(tmp_path, ["dm", Judge()], max_steps=1)
-    plain = trainer.denoiser
+    plain = trainer.models.denoiser
 
-    def rounding(role: str, condition: Any) -> Any:
-        made = plain(role, condition)
+    def rounding(role: str, condition: Any, steps: Any = None) -> Any:
+        made = plain(role, condition, steps)
         return (lambda x, s: made(x, s) + 1e-6 * torch.randn_like(x)) if role == "student" else made
 
-    trainer.denoiser = rounding  # type: ignore[method-assign]
+    trainer.models.denoiser = rounding  # type: ignore[method-assign]
     trainer.train()
     ((log_ratios, _),) = policy_calls
     assert torch.equal(log_ratios, torch.zeros(6))

@@ -503,7 +503,7 @@ def test_sample_shows_the_moving_average(make_trainer: Make, tmp_path: Path) -> 
     raw = weights_of(trainer)
     averaged = trainer.sample(["seven"], seed=0)
     assert all(torch.equal(raw[name], p) for name, p in weights_of(trainer).items())
-    trainer.ema = None
+    trainer.models.ema = None
     assert (trainer.sample(["seven"], seed=0) - averaged).abs().max() > 1e-3
 
 

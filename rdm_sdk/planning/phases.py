@@ -1,4 +1,4 @@
-"""What is alive at the same time in a training step, phase by phase, as `training/trainer.py` runs it."""
+"""What is alive at the same time in a training step, phase by phase, as `training/step.py` takes it."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from rdm_sdk.rewards.resolve import RewardFuncs, WeightedReward, declare_rewards
 from rdm_sdk.rewards.routes import routed
 from rdm_sdk.rewards.scored import Scored
 from rdm_sdk.training.config import RDMConfig
-from rdm_sdk.training.judging import reward_heads
+from rdm_sdk.training.judge import reward_heads
 from rdm_sdk.training.validation import role_configs
 
 GB = 2**30

@@ -8,6 +8,7 @@ loaded.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,10 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.trainer_utils import get_last_checkpoint
 
 from rdm_sdk.errors import CheckpointError
 from rdm_sdk.families.base import ModelAdapter
 from rdm_sdk.training.rollouts import read_rollouts
+from rdm_sdk.training.step import DistillationStep
 
 FORMAT = 3
 WEIGHTS, STATE = "rdm_state.safetensors", "rdm_state.json"
@@ -50,6 +53,51 @@ class RunState:
     ema_steps: int | None
     """Updates of the moving average so far, None if the run has none."""
     format: int = FORMAT
+
+
+def capture(step: DistillationStep, fingerprint: str) -> RunState:
+    """Return the run state of a step, on a base with this fingerprint."""
+    models, roles = step.models, step.models.roles
+    return RunState(
+        fingerprint=fingerprint,
+        rewards=[own.term.reference + own.route_note for own in step.judge.rewards],
+        adapters={role: roles.describe(role) for role in roles.trainable_roles},
+        forwards=dict(roles.forwards),
+        costs=dict(step.monitor.spent),
+        stored_rollouts=bool(step.rollouts.stored),
+        weights=step.weights,
+        weighting=dict(step.weighting.state_dict()),
+        ema_steps=models.ema_steps,
+    )
+
+
+def restore(step: DistillationStep, state: RunState, rollouts: Path) -> None:
+    """Let a step go on from a checked checkpoint; `rollouts` is the file of this process's stored rollouts."""
+    models = step.models
+    if models.ema is not None:
+        models.ema.optimization_step = state.ema_steps or 0
+    step.rollouts.stored.clear()
+    if state.stored_rollouts:
+        step.rollouts.load(rollouts)
+    models.roles.forwards.clear()
+    models.roles.forwards.update(state.forwards)
+    step.monitor.spent = Counter(state.costs)
+    step.weights = dict(state.weights)
+    step.weighting.load_state_dict(state.weighting)
+
+
+def find(resume_from_checkpoint: str | bool, output_dir: str) -> str:
+    """Return the checkpoint to resume from; True is the latest in the output folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not isinstance(resume_from_checkpoint, bool):
+        return resume_from_checkpoint
+    latest: str | None = get_last_checkpoint(output_dir)
+    if latest is None:
+        raise CheckpointError(f"cannot resume: there is no checkpoint in {output_dir!r}")
+    return latest
 
 
 def save_state(directory: Path, adapter: ModelAdapter, ema: list[Tensor] | None, state: RunState) -> None:

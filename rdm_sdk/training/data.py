@@ -49,6 +49,12 @@ def load_prompts(source: object, argument: str = "train_dataset") -> Dataset:
     return source
 
 
+def all_prompts(*datasets: Dataset | None) -> list[str]:
+    """Return every prompt of some datasets, each once, in order."""
+    given = [dataset for dataset in datasets if dataset is not None]
+    return list(dict.fromkeys(prompt for dataset in given for prompt in dataset["prompt"]))
+
+
 def _check_texts(prompts: Iterable[object], argument: str) -> None:
     for row, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip():

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import logging
+from collections import Counter, defaultdict
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
 from rdm_sdk.method.objective import zero_std_share
 from rdm_sdk.rewards.evaluate import Evaluation
 from rdm_sdk.rewards.resolve import WeightedReward
+from rdm_sdk.training.processes import Processes
 from rdm_sdk.training.weighting import RewardStatistics, Weighting
 from rdm_sdk.types import RewardOutput
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Monitor:
     """Collects figures by name; hands them out once as averages, and once per optimizer step as statistics."""
 
     def __init__(self) -> None:
+        self.spent = Counter({"rollouts": 0, "critic_steps": 0, "reward_calls": 0})
+        """What the run has cost beside network evaluations."""
         self._values: dict[str, list[float]] = defaultdict(list)
         self._pulls: dict[str, list[float]] = defaultdict(list)
         self._scores: dict[str, list[float]] = defaultdict(list)
@@ -74,16 +76,18 @@ class Monitor:
         for name, value in strategy.state_dict().items():
             self.log(f"weighting/{name}", value)
 
-    def step_statistics(self, names: Mapping[str, float], accelerator: Any) -> dict[str, RewardStatistics]:
+    def step_statistics(
+        self, names: Mapping[str, float], processes: Processes, device: torch.device
+    ) -> dict[str, RewardStatistics]:
         """Return what each reward did since the last call, the same on every process; skipped rewards are missing."""
-        sums = torch.zeros(len(names), 3, dtype=torch.float64, device=accelerator.device)
+        sums = torch.zeros(len(names), 3, dtype=torch.float64, device=device)
         for row, name in enumerate(names):
             pulls, scores = self._pulls.get(name, []), self._scores.get(name, [])
             if pulls and scores:
                 sums[row] = torch.tensor([sum(pulls) / len(pulls), sum(scores) / len(scores), 1.0])
         self._pulls.clear()
         self._scores.clear()
-        sums = accelerator.reduce(sums, reduction="sum")
+        sums = processes.reduce(sums, "sum")
         return {
             name: RewardStatistics(float(pull / count), float(score / count))
             for name, (pull, score, count) in zip(names, sums.tolist(), strict=True)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import Trainer, get_scheduler
 
+from rdm_sdk.families.roles import STUDENT, Roles
 from rdm_sdk.training.config import RDMConfig
 
 EMBEDDING_RATE = 10.0
@@ -89,3 +90,14 @@ class CriticOptimizer:
         """Take up what `state_dict` returned."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+
+
+def critic_optimizer(args: RDMConfig, roles: Roles) -> CriticOptimizer | None:
+    """Return the optimizer of a run's critics, None where it has none."""
+    critics = [role for role in roles.trainable_roles if role != STUDENT]
+    if not critics:
+        return None
+    embeddings = [p for role in critics for p in roles.embedding_parameters_of(role).values()]
+    apart = set(map(id, embeddings))
+    weights = [p for role in critics for p in roles.parameters_of(role).values() if id(p) not in apart]
+    return CriticOptimizer(args, weights, embeddings)

@@ -1,21 +1,213 @@
-"""Rollouts that outlive an optimizer step, in a checkpoint: one safetensors file per process."""
+"""The student's rollouts: collected for an optimizer step, used again in later ones, kept in a checkpoint."""
 
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rdm_sdk.types import Experience, RewardOutput, Rollout, select_steps
+from rdm_sdk.errors import RDMError
+from rdm_sdk.families.roles import STUDENT
+from rdm_sdk.method.draws import draw_steps
+from rdm_sdk.method.importance import truncated_weights
+from rdm_sdk.method.sampling import plan_steps, redraw, replay_log_ratio, rollout, state_log_ratio
+from rdm_sdk.training.judge import Judge
+from rdm_sdk.training.processes import Processes
+from rdm_sdk.training.settings import MethodSettings
+from rdm_sdk.types import Experience, RewardOutput, Rollout, Samples, select_steps
 
+Window = Sequence[dict[str, Any]]
+"""The micro-batches of an optimizer step: `{"prompts": [...], "columns": {name: [...]}}`, prompts group-major."""
+FIRST_RATIO_TOLERANCE = {False: 1e-3, True: 0.05}
+"""How far a first log-ratio per dimension may be from 0, in float32 and in bf16."""
 _FIELDS = ("plan", "weights")
 _TRAJECTORY = ("states", "x_0", "depths")
+
+
+class Rollouts:
+    """What the student is trained on, an experience per micro-batch; holds every tensor that a step changes in place.
+
+    Args:
+        judge: scores the endpoints, where a reward acts by its scores; its models' student is rolled out.
+        settings: an `RDMConfig`, or any object with the same fields.
+        processes: whether a rollout is used again is decided for all of them together.
+    """
+
+    def __init__(self, judge: Judge, settings: MethodSettings, processes: Processes) -> None:
+        self.judge, self.settings, self.processes = judge, settings, processes
+        self.models, self.monitor, self.policy = judge.models, judge.monitor, judge.models.policy
+        self.experiences: list[Experience] = []
+        """What this optimizer step trains on, one per micro-batch."""
+        self.stored: deque[list[Experience]] = deque(maxlen=settings.steps_per_generation)
+        """What earlier optimizer steps left to be used again."""
+        self._window: Window = []
+        self._predicted: dict[int, Tensor] = {}
+        self._shape: tuple[int, ...] = ()
+
+    # ---- Collecting ---------------------------------------------------------------------------------------------
+
+    def begin(self, window: Window, step: int) -> None:
+        """Take stored rollouts of these prompts for one more use, or roll the student out, for optimizer step `step`.
+
+        `step` (from 0) decides the resolution, where a run has several.
+        """
+        self._window, self._shape = window, self.models.step_shape(step)
+        self._predicted.clear()
+        self.experiences = self._reuse(window) or [self.collect(batch) for batch in window]
+
+    def collect(self, inputs: dict[str, Any]) -> Experience:
+        """Roll the student out for a micro-batch of prompts; score the endpoints if a reward acts by its scores."""
+        if not self.judge.has(pathwise=False):
+            return self._roll_out(inputs, to_the_end=self.settings.critic_rollouts == "shared")
+        experience = self._roll_out(inputs, to_the_end=True)
+        endpoints = experience.samples_at(torch.full_like(experience.steps, self.policy.num_steps - 1))
+        return replace(experience, scored=self.judge.score_endpoints(endpoints))
+
+    def _roll_out(self, inputs: dict[str, Any], to_the_end: bool = False) -> Experience:
+        """Roll the student out for prompts, group-major, as far as their first use goes or to the end."""
+        settings, prompts, policy = self.settings, inputs["prompts"], self.policy
+        condition = self.models.encode(prompts)
+        noise = torch.randn(len(prompts), *self._shape, device=self.models.device)
+        # A trajectory stopped at the last step has no density, so it is of no use where only scores teach.
+        last = policy.num_steps if self.judge.has(pathwise=True) else policy.num_random_steps
+        groups = len(prompts) // settings.num_generations
+        plan = plan_steps(
+            draw_steps(settings.spread, groups, settings.num_generations, last, noise.device),
+            settings.num_iterations,
+            last,
+        )
+        depths = torch.full_like(plan[0], policy.num_steps) if to_the_end else plan[0] + 1
+        done = rollout(self.models.student_of(condition), noise, depths, policy)
+        self.monitor.spent["rollouts"] += len(prompts)
+        weights = torch.ones(len(prompts), device=noise.device)
+        x_0 = select_steps(done.x_0, plan[0])
+        return Experience(prompts, inputs["columns"], condition, done, plan, 0, x_0, weights, {})
+
+    # ---- Using again --------------------------------------------------------------------------------------------
+
+    def _reuse(self, window: Window) -> list[Experience] | None:
+        """Return the stored rollouts of these prompts for one more use, or None if there are none or they are stale.
+
+        The student, which has moved on since, predicts x_0 anew before the critics learn from it; the graphs of these
+        predictions are kept for the student's update.
+        """
+        settings, stored = self.settings, self._take([batch["prompts"] for batch in window])
+        if stored is None or stored[0].use + 1 >= len(stored[0].plan):
+            return None
+        experiences, log_ratios = [], []
+        for kept, batch in zip(stored, window, strict=True):
+            condition = self.models.encode(kept.prompts)
+            again = replace(kept, use=kept.use + 1, columns=batch["columns"], condition=condition)
+            if settings.importance_sampling_correction:
+                student, steps = self.models.student_of(condition), again.steps
+                log_ratios.append(state_log_ratio(student, again.rollout, steps, self.policy, settings.ratio_reduction))
+                again = replace(again, weights=truncated_weights(log_ratios[-1], settings.importance_sampling_cap))
+            experiences.append(again)
+        share = self._effective_share(torch.cat(log_ratios).exp()) if log_ratios else 1.0
+        if not share >= settings.min_effective_sample_size:  # nor if it is NaN
+            self.monitor.log("ratio/stopped", 1.0)
+            return None
+        for position, again in enumerate(experiences):
+            self._predicted[position] = self._predict(again)
+            experiences[position] = replace(again, x_0=self._predicted[position].detach())
+        return experiences
+
+    def _take(self, prompts: list[list[str]]) -> list[Experience] | None:
+        """Return and remove the stored rollouts of an optimizer step's prompts, None unless all processes have some."""
+        if self.settings.num_iterations == 1:
+            return None
+        at = next((i for i, kept in enumerate(self.stored) if [one.prompts for one in kept] == prompts), None)
+        # Processes have different prompts; where one cannot go on, none does, or they would wait for each other.
+        found: list[int | None] = self.processes.gather(at)
+        if at is None or None in found:
+            return None
+        stored = self.stored[at]
+        del self.stored[at]
+        return stored
+
+    def _effective_share(self, ratio: Tensor) -> float:
+        """Return the effective share of samples with these ratios `[N]`, over all processes."""
+        weights = ratio.double()
+        sums = torch.stack(
+            [weights.sum(), weights.square().sum(), torch.tensor(float(len(ratio)), device=ratio.device)]
+        )
+        total, squares, count = self.processes.reduce(sums, "sum").tolist()
+        share: float = total**2 / (squares * count) if squares else 0.0
+        self.monitor.log("ratio/ess", share)
+        self.monitor.log("ratio/mean", total / count)
+        return share
+
+    # ---- What learns from them ----------------------------------------------------------------------------------
+
+    def critic_samples(self, turn: int) -> list[Samples]:
+        """Return what the critics learn from in one of their updates before the student's, the `turn`-th.
+
+        New rollouts, as in DMD2, or the student's own, at another step of each trajectory every time: a rollout of 64
+        then holds 64 K samples. In a later use, only what the student has predicted anew is its present self's.
+        """
+        if self.settings.critic_rollouts == "fresh":
+            return [self._roll_out(batch).samples for batch in self._window]
+        last = self.policy.num_steps
+        return [one.samples if one.use else one.samples_at((one.steps + 1 + turn) % last) for one in self.experiences]
+
+    def replay(self, position: int) -> tuple[Experience, Tensor]:
+        """Return a micro-batch's experience, and the student's x_0 `[N, *x]` at this use's states, with its graph."""
+        experience = self.experiences[position]
+        x_0 = self._predicted.pop(position) if position in self._predicted else self._predict(experience)
+        experience = self.experiences[position] = replace(experience, x_0=x_0.detach())
+        return experience, x_0
+
+    def _predict(self, experience: Experience) -> Tensor:
+        student = self.models.denoiser(STUDENT, experience.condition)
+        x_0 = student(experience.states, self.policy.levels(experience.steps))
+        if experience.use == 0:
+            self._check_first_ratio(experience, x_0.detach())
+        elif not self.judge.has(pathwise=False):
+            # No score hangs on how these trajectories ended, so the states that later uses start from are kept fresh.
+            redraw(experience.rollout, x_0.detach(), experience.steps, self.policy)
+        return x_0
+
+    def _check_first_ratio(self, experience: Experience, x_0: Tensor) -> None:
+        """Raise unless the replay repeats its rollout, so that the first ratio is 1; then make it exactly 1.
+
+        The two passes see other batches, so their last bits may differ; the replay's prediction takes the place of the
+        rollout's.
+        """
+        done, rows = experience.rollout, (experience.steps < self.policy.num_random_steps).nonzero()[:, 0]
+        if len(rows):
+            ratio = replay_log_ratio(done, x_0[rows], rows, experience.steps[rows], self.policy, "mean").abs().max()
+            bound = FIRST_RATIO_TOLERANCE[self.settings.bf16]
+            if not bool(ratio <= bound):
+                raise RDMError(
+                    f"the replay of a rollout does not repeat it: the first log-ratio per dimension is {ratio:.3g}, "
+                    f"not 0 (bound {bound}). Something in the student is random, such as dropout"
+                )
+        done.x_0[experience.steps, torch.arange(len(x_0), device=x_0.device)] = x_0
+
+    # ---- Keeping ------------------------------------------------------------------------------------------------
+
+    def keep(self) -> None:
+        """Store this step's rollouts at its end, if they are to be used again."""
+        if self.experiences and self.experiences[-1].use + 1 < self.settings.num_iterations:
+            self.stored.append(self.experiences)
+
+    def save(self, path: Path) -> None:
+        """Write the stored rollouts; none, no file."""
+        write_rollouts(path, list(self.stored))
+
+    def load(self, path: Path) -> None:
+        """Take up what `save` wrote, in place of what is stored."""
+        self.stored.clear()
+        self.stored.extend(read_rollouts(path, self.models.device))
 
 
 def rollouts_path(checkpoint: str | Path, process_index: int) -> Path:

@@ -53,6 +53,18 @@ def role_configs(
     return configs
 
 
+def check_arguments(args: object, optimizers: Sequence[object]) -> None:
+    """Raise `ConfigError` for settings of another class, and for optimizers."""
+    if not isinstance(args, RDMConfig):
+        raise ConfigError(f"args must be an RDMConfig; got {type(args).__name__}")
+    if tuple(optimizers) != (None, None):
+        raise ConfigError(
+            "optimizers cannot be given: the weights of student and critics are made in the trainer's constructor, so "
+            "that no optimizer made before could hold them. Set optim, learning_rate, lr_scheduler_type and their "
+            "critic_* in RDMConfig, or override create_optimizer()"
+        )
+
+
 def check_run(
     args: RDMConfig,
     rewards: Sequence[WeightedReward],
@@ -107,6 +119,17 @@ def check_run(
                         f"reward {own.label!r} needs a column {column!r}, and {argument} has none."
                         f"{nearest(column, dataset.column_names)} It has: {', '.join(dataset.column_names)}"
                     )
+
+
+def check_hosted(n_gpu: int, shards: bool) -> None:
+    """Raise `ConfigError` for ways to use several devices that the step does not work with."""
+    if n_gpu > 1:
+        raise ConfigError(
+            f"{n_gpu} GPUs in one process would use nn.DataParallel, which cannot switch roles; start with "
+            "'accelerate launch' or torchrun, or set CUDA_VISIBLE_DEVICES to one GPU"
+        )
+    if shards:
+        raise ConfigError("DeepSpeed and FSDP are not supported yet; use plain distributed data parallel")
 
 
 def check_same_plugins(num_processes: int) -> None:

@@ -1,0 +1,232 @@
+"""The networks of a run: one model family with its roles, the student's sampler, prompts, guidance, moving average."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import psutil
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from rdm_sdk.errors import CheckpointError, ConfigError
+from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.placement import Offload, drop_text_encoders, slice_vae, tile_vae
+from rdm_sdk.families.roles import STUDENT, TEACHER
+from rdm_sdk.method.noise import FlowSchedule
+from rdm_sdk.method.sampling import FewStepPolicy, StudentOf, sample, sample_each_step
+from rdm_sdk.training.data import PromptCache
+from rdm_sdk.training.settings import MethodSettings
+from rdm_sdk.types import Condition, Denoiser, select
+
+
+class RunModels:
+    """A family with its roles on a device, as the settings say.
+
+    Args:
+        family: with the roles added that are trained.
+        settings: an `RDMConfig`, or any object with the same fields.
+        device: where networks run; VAE and text encoders may wait on the CPU.
+
+    Raises:
+        ConfigError: guidance or sampler do not fit the family.
+    """
+
+    def __init__(self, family: ModelAdapter, settings: MethodSettings, device: torch.device) -> None:
+        self.family, self.roles, self.settings, self.device = family, family.roles, settings, device
+        if family.guidance == "none" and settings.guidance_scale != 1.0:
+            raise ConfigError(
+                f"guidance_scale={settings.guidance_scale}: {family.base_name!r} was distilled without guidance, and "
+                "its pipeline takes none; set guidance_scale=1"
+            )
+        if settings.sampler == "sde" and not isinstance(family.schedule, FlowSchedule):
+            raise ConfigError(
+                f"sampler='sde' is derived for rectified flows, and {family.base_name!r} is none; use 'cps' or "
+                "'renoise'"
+            )
+        self.latent_shapes = [family.latent_shape(*size) for size in settings.sizes]
+        self.shift = family.base_shift(self.latent_shapes[0]) if settings.shift is None else settings.shift
+        sigmas = tuple(family.student_sigmas(settings.num_inference_steps, self.shift))
+        self.policy = FewStepPolicy(family.schedule, sigmas, settings.sampler, settings.eta)
+        self._place()
+        self.ema: EMAModel | None = None
+        if settings.ema_decay:
+            self.ema = EMAModel(self.parameters_of(STUDENT), decay=settings.ema_decay, foreach=True)
+
+    # ---- Places -------------------------------------------------------------------------------------------------
+
+    def _place(self) -> None:
+        """Bring the model to the device, VAE and text encoders as the settings say."""
+        settings, family = self.settings, self.family
+        if settings.vae_slicing:
+            slice_vae(family)
+        if settings.vae_tiling:
+            tile_vae(family)
+        self._vae = Offload([family.pipeline.vae] if settings.vae_offload else [], self.device)
+        offload = settings.text_encoders == "offload"
+        encoders = Offload(family.text_encoders().values() if offload else [], self.device)
+        family.to(self.device)
+        self.encode = PromptCache(
+            partial(family.condition, guidance_scale=settings.guidance_scale),
+            self.device,
+            capacity=None if settings.text_encoders == "drop" else 256,
+            encoded=encoders.release,
+        )
+        if offload:
+            self.encode([None])  # now, because its first use is while the student's graph takes the memory
+
+    def encode_and_drop(self, prompts: Sequence[str], quiet: bool = False) -> None:
+        """Encode every prompt of the run, and let go of the text encoders (`text_encoders="drop"`).
+
+        Raises:
+            ConfigError: the encodings do not fit into memory.
+        """
+        self.encode([None])
+        needed, free = self.encode.bytes_per_prompt() * len(prompts), psutil.virtual_memory().available
+        if needed > free:
+            raise ConfigError(
+                f"text_encoders='drop' keeps the encodings of all {len(prompts)} prompts in memory, {needed / 1e9:.1f} "
+                f"GB, and {free / 1e9:.1f} GB are free; use text_encoders='offload'"
+            )
+        for prompt in tqdm(prompts, desc="encoding prompts", disable=quiet):
+            self.encode([prompt])
+        drop_text_encoders(self.family)
+        self.encode.close(
+            "text_encoders='drop' has let go of the encoders, and it is not among the datasets' prompts; add it there, "
+            "or use text_encoders='offload'"
+        )
+
+    @contextmanager
+    def vae_at_hand(self) -> Iterator[None]:
+        """Let the VAE go back to where it waits, if it does, after the block that decodes and differentiates."""
+        try:
+            yield
+        finally:
+            self._vae.release()
+
+    # ---- Roles --------------------------------------------------------------------------------------------------
+
+    def parameters_of(self, role: str) -> list[nn.Parameter]:
+        """Return the trained parameters of a role."""
+        return list(self.roles.parameters_of(role).values())
+
+    @property
+    def guided(self) -> bool:
+        """Whether the teacher's predictions with and without the prompt are combined to guided ones."""
+        return self.family.guidance == "classifier-free" and self.settings.guidance_scale != 1.0
+
+    def denoiser(self, role: str, condition: Condition, steps: Tensor | None = None) -> Denoiser:
+        """Return a role's denoiser for a condition; the teacher's is guided as the settings say.
+
+        `steps` (int64 `[N]`) are the student's that made the samples, for critics that are told them.
+        """
+        if role != TEACHER or not self.guided:
+            return self.family.denoiser(self.roles, role, self.roles.tell(role, condition, steps))
+        pair = self.teacher_pair(condition)
+        return lambda x_t, sigma: self.guide(x_t, sigma, *pair(x_t, sigma))
+
+    def student_of(self, condition: Condition) -> StudentOf:
+        """Return the student's denoiser by rows of a condition."""
+        return lambda rows: self.denoiser(STUDENT, select(condition, rows))
+
+    def guide(self, x_t: Tensor, sigma: Tensor, with_prompt: Tensor, without: Tensor) -> Tensor:
+        """Return the guided x_0 `[N, *x]` of the teacher's two predictions."""
+        return self.family.guide(x_t, sigma, with_prompt, without, self.settings.guidance_scale)
+
+    def teacher_pair(self, condition: Condition) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return `(x_t, sigma) -> (x_0 with the prompt, x_0 without)` of the teacher, from one pass."""
+        count = next(iter(condition.values())).shape[0]
+        return self.family.denoiser_pair(self.roles, TEACHER, condition, self.encode([None] * count))
+
+    # ---- Samples ------------------------------------------------------------------------------------------------
+
+    def step_shape(self, step: int) -> tuple[int, ...]:
+        """Return the shape of the latents of an optimizer step (from 0).
+
+        It depends on the seed and the step alone, so that all processes and a resumed run agree.
+        """
+        return random.Random(f"{self.settings.seed} {step}").choice(self.latent_shapes)
+
+    def sample_latents(self, prompts: Sequence[str], noise: Tensor | None = None) -> Tensor:
+        """Sample the student from noise `[N, *x]`, by default drawn at the first resolution; returns x_0 `[N, *x]`."""
+        noise = self._initial_noise(len(prompts)) if noise is None else noise.to(self.device)
+        return sample(self.denoiser(STUDENT, self.encode(prompts)), noise, self.policy.inference())
+
+    def sample_each_step(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Sample the student, and return what it predicts after each of its K evaluations, K times `[N, *x]`."""
+        student = self.denoiser(STUDENT, self.encode(prompts))
+        return list(sample_each_step(student, self._initial_noise(len(prompts)), self.policy.inference()))
+
+    def decode(self, latents: Sequence[Tensor]) -> list[Tensor]:
+        """Return the images `[N, 3, H, W]` in [0, 1] of several batches of latents `[N, *x]`."""
+        with self.vae_at_hand():
+            return [self.family.decode(some) for some in latents]
+
+    def _initial_noise(self, count: int) -> Tensor:
+        return torch.randn(count, *self.latent_shapes[0], device=self.device)
+
+    @contextmanager
+    def seeded(self, seed: int | None) -> Iterator[None]:
+        """Fix the seed for the duration of the block, and count none of its forwards as training cost."""
+        forwards = self.roles.forwards.copy()
+        try:
+            if seed is None:
+                yield
+            else:
+                with self.forked():
+                    torch.manual_seed(seed)
+                    yield
+        finally:
+            self.roles.forwards = forwards
+
+    @contextmanager
+    def forked(self) -> Iterator[None]:
+        """Put the random state back after the block."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            yield
+
+    # ---- Moving average -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def exported_weights(self) -> Iterator[None]:
+        """Put the moving average in the student's place for the duration of the block."""
+        if self.ema is None:
+            yield
+            return
+        parameters = self.parameters_of(STUDENT)
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+
+    def move_average(self) -> None:
+        """Update the moving average, after an optimizer step."""
+        if self.ema is not None:
+            self.ema.step(self.parameters_of(STUDENT))
+
+    @property
+    def ema_steps(self) -> int | None:
+        """Updates of the moving average so far, None if the run has none."""
+        return None if self.ema is None else self.ema.optimization_step
+
+    def load_average(self, shadow: Mapping[int, Tensor], directory: str) -> None:
+        """Take up a checkpoint's moving average, by position.
+
+        Raises:
+            CheckpointError: it holds other tensors than the run's.
+        """
+        if self.ema is None:
+            return
+        if sorted(shadow) != list(range(len(self.ema.shadow_params))):
+            raise CheckpointError(
+                f"cannot load {directory!r}: its moving average holds {len(shadow)} tensors, "
+                f"this run's {len(self.ema.shadow_params)}; was the run started with other LoRA targets?"
+            )
+        for position, average in enumerate(self.ema.shadow_params):
+            average.copy_(shadow[position])

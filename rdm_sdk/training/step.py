@@ -1,0 +1,213 @@
+"""The method's step, for a loop and optimizers of your choice: rollouts, the critics' losses, the student's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rdm_sdk.errors import RDMError
+from rdm_sdk.families.roles import STUDENT
+from rdm_sdk.method.losses import pathwise_loss
+from rdm_sdk.method.noise import per_sample
+from rdm_sdk.method.objective import Signal, Term, combine, normalize, policy_loss, policy_pull
+from rdm_sdk.method.sampling import replay_log_ratio
+from rdm_sdk.training.judge import Judge
+from rdm_sdk.training.processes import Processes
+from rdm_sdk.training.rollouts import Rollouts, Window
+from rdm_sdk.training.settings import MethodSettings
+from rdm_sdk.training.weighting import Weighting, make_weighting, weigh
+from rdm_sdk.types import Experience, RewardOutput
+
+
+@dataclass(frozen=True)
+class StudentLoss:
+    """What a micro-batch tells the student."""
+
+    loss: Tensor
+    """A scalar, differentiable in the student's parameters."""
+    outputs: Mapping[str, RewardOutput]
+    """What each reward returned; a reward that was skipped is missing."""
+    pulls: Mapping[str, float]
+    """Mean |g| of each reward's normalized, unweighted gradient at x_0."""
+
+
+class DistillationStep:
+    """One optimizer step of the method at a time, without optimizers: they are the caller's.
+
+    A step is `begin`; per turn of the critics `critic_losses`, their backward passes, `end_critics` and the critics'
+    optimizer; per micro-batch `student_loss` and its backward pass; `end` and the student's optimizer.
+
+    Args:
+        judge: the rewards, and the models that they ask; its monitor takes the step's figures down too.
+        settings: an `RDMConfig`, or any object with the same fields.
+        weighting: sets the rewards' weights from step to step; by default they are those of the rewards.
+        processes: of a run on several devices.
+    """
+
+    def __init__(
+        self,
+        judge: Judge,
+        settings: MethodSettings,
+        weighting: Weighting | None = None,
+        processes: Processes | None = None,
+    ) -> None:
+        self.models, self.judge, self.settings = judge.models, judge, settings
+        self.monitor = judge.monitor
+        self.processes = Processes() if processes is None else processes
+        self.rollouts = Rollouts(judge, settings, self.processes)
+        self.targets = {own.label: own.weight for own in judge.rewards}
+        self.weighting = make_weighting("fixed") if weighting is None else weighting
+        self.weights = weigh(self.weighting, self.targets, {}, 0)
+        """What each reward weighs in this optimizer step."""
+        self._has_field = False
+        self._student_checked = False
+
+    def begin(self, window: Window, step: int) -> None:
+        """Roll the student out for the micro-batches of optimizer step `step` (from 0), or use rollouts again.
+
+        It happens for all micro-batches together, as the critics' updates do, so that gradient accumulation does not
+        change the two time scales.
+        """
+        self.rollouts.begin(window, step)
+
+    # ---- Critics ------------------------------------------------------------------------------------------------
+
+    def critic_losses(self, turn: int) -> Iterator[Tensor]:
+        """Yield scalar losses of the critics on the student's samples, in their `turn`-th update before the student's.
+
+        Each is to be back-propagated before the next is asked for. Without critics there are none.
+        """
+        batches = self.rollouts.critic_samples(turn)
+        for samples in batches:
+            for own, role in self.judge.critics:
+                with self.judge.aside(own):
+                    loss = own.reward.training_loss(self.judge.batch(samples, trained=role))
+                    yield loss / len(batches)
+                self.monitor.log(f"loss/{own.label}", loss)
+
+    def end_critics(self) -> None:
+        """Average and clip the critics' gradients, before their optimizer steps.
+
+        Raises:
+            RDMError: a gradient is not finite.
+        """
+        for own, role in self.judge.critics:
+            parameters = self.models.parameters_of(role)
+            self.processes.average_gradients(parameters)
+            norm = nn.utils.clip_grad_norm_(parameters, self.settings.critic_max_grad_norm or torch.inf)
+            if not bool(norm.isfinite()):
+                raise RDMError(f"the critic's gradient norm is {norm.item()}; lower critic_learning_rate. {OTHERWISE}")
+            self.monitor.log(f"{own.label}/critic_grad_norm", norm)
+        self.monitor.spent["critic_steps"] += bool(self.judge.critics)
+
+    # ---- Student ------------------------------------------------------------------------------------------------
+
+    def student_loss(self, position: int) -> StudentLoss:
+        """Judge a micro-batch of the window by every reward, and return the student's loss.
+
+        Raises:
+            RDMError: the loss is not finite, or there is nothing to learn from.
+        """
+        settings = self.settings
+        experience, x_0 = self.rollouts.replay(position)
+        outputs = self.judge.judge(experience)
+        terms = normalize(
+            outputs,
+            settings.num_generations,
+            settings.normalization,
+            settings.scale_rewards,
+            settings.multi_objective_aggregation,
+        )
+        signal = combine(terms, self.weights, settings.num_generations, settings.scale_rewards)
+        self._has_field = signal.field is not None
+        losses, pulls = self._pathwise(experience, x_0, signal, terms)
+        scored = {name: term.advantage for name, term in terms.items() if term.advantage is not None}
+        if scored and self.judge.has(pathwise=False):
+            policy, policy_pulls = self._policy(experience, x_0, signal, scored)
+            losses, pulls = losses + policy, pulls | policy_pulls
+        self.monitor.pulls(pulls)
+        if not terms:
+            raise RDMError("every reward was skipped, so there is nothing to learn from; the warnings above say why")
+        # Every weight may be 0 for now: a cold start without distribution matching.
+        loss = torch.stack(losses).sum() if losses else 0.0 * x_0.sum()
+        if not bool(loss.isfinite()):
+            raise RDMError(
+                f"the student's loss is {loss.item()}; lower the learning rates or look at log_images. {OTHERWISE}"
+            )
+        self.judge.record(outputs)
+        return StudentLoss(loss, outputs, pulls)
+
+    def _pathwise(
+        self, experience: Experience, x_0: Tensor, signal: Signal, terms: Mapping[str, Term]
+    ) -> tuple[list[Tensor], dict[str, float]]:
+        """Return the loss that moves x_0 `[N, *x]` along the field, if there is one, and the pull of each field."""
+        pulls = {name: float(term.field.abs().mean()) for name, term in terms.items() if term.field is not None}
+        if signal.field is None:
+            return [], pulls
+        loss = pathwise_loss(x_0, per_sample(experience.weights, signal.field) * signal.field)
+        self.monitor.log("loss/pathwise", loss)
+        return [loss], pulls
+
+    def _policy(
+        self, experience: Experience, x_0: Tensor, signal: Signal, scored: Mapping[str, Tensor]
+    ) -> tuple[list[Tensor], dict[str, float]]:
+        """Return the loss that makes good transitions likelier, if one counts, and the pull of each scored reward.
+
+        `scored` are the advantages `[N]` by reward.
+        """
+        settings, policy = self.settings, self.models.policy
+        rows = (experience.steps < policy.num_random_steps).nonzero()[:, 0]
+        predicted, steps = x_0[rows], experience.steps[rows]
+        log_ratios = replay_log_ratio(experience.rollout, predicted, rows, steps, policy, settings.ratio_reduction)
+        dimensions = x_0[0].numel()
+        averaged = settings.ratio_reduction == "mean"
+        joint = log_ratios * dimensions if averaged else log_ratios
+        pulls = policy_pull(joint, predicted, {name: advantage[rows] for name, advantage in scored.items()})
+        if signal.advantage is None:
+            return [], pulls
+        result = policy_loss(
+            log_ratios,
+            signal.advantage[rows],
+            experience.weights[rows],
+            settings.clip_range,
+            1 if averaged else dimensions,
+            len(x_0),
+        )
+        self.monitor.log("loss/policy", result.loss)
+        self.monitor.log("ratio/clip_fraction", result.clipped)
+        return [result.loss], pulls
+
+    def end(self, next_step: int) -> None:
+        """Average and check the student's gradient, weigh the rewards for the next optimizer step, keep the rollouts.
+
+        Called once after the backward passes of all micro-batches, before the student's optimizer steps.
+
+        Raises:
+            RDMError: the gradient is not finite, or none comes where one was expected at first.
+        """
+        self.processes.average_gradients(self.models.parameters_of(STUDENT))
+        self._check_student_gradient()
+        self.monitor.weighting(self.weights, self.weighting)
+        statistics = self.monitor.step_statistics(self.targets, self.processes, self.models.device)
+        self.weights = weigh(self.weighting, self.targets, statistics, next_step)
+        self.rollouts.keep()
+
+    def _check_student_gradient(self) -> None:
+        norm = nn.utils.get_total_norm([p.grad for p in self.models.parameters_of(STUDENT) if p.grad is not None])
+        if not bool(norm.isfinite()):
+            raise RDMError(f"the student's gradient norm is {norm.item()}; lower learning_rate. {OTHERWISE}")
+        if self._has_field and not self._student_checked:
+            if norm == 0:
+                raise RDMError("no gradient reaches the student: are all reward weights 0, or all rewards constant?")
+            self._student_checked = True
+
+
+OTHERWISE = (
+    "If the rates are not to blame, torch.autograd.set_detect_anomaly(True) names the operation where it began; for "
+    "ScaledDotProductCudnnAttentionBackward0, torch.backends.cuda.enable_cudnn_sdp(False) is the remedy"
+)
+"""What to do about NaN. cuDNN's attention, PyTorch's first choice on Hopper cards, returned NaN gradients for a tiny
+FLUX (H200, PyTorch 2.11), as it is known to do with some masks (PyTorch's issue 196678)."""
