@@ -35,6 +35,7 @@ SEEDS = range(5)
 COMMON: dict[str, Any] = {
     "per_device_train_batch_size": 64,
     "learning_rate": 1e-3,
+    "critic_learning_rate": 4e-3,
     "guidance_scale": 1.0,
     "max_sequence_length": 4,
     "report_to": "none",

@@ -12,10 +12,14 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
+import rdm_sdk.training.step
 from rdm_sdk import ConfigError, ModelError, RDMTrainer, digits
 from rdm_sdk.families.base import ModelAdapter
 from rdm_sdk.families.roles import StepEmbedding
 from rdm_sdk.families.sd3 import SD3Adapter
+from rdm_sdk.method.noise import FlowSchedule, VariancePreservingSchedule
+from rdm_sdk.method.objective import Signal
+from rdm_sdk.method.sampling import FewStepPolicy
 from rdm_sdk.rewards.dm import DistributionMatching
 from rdm_sdk.types import select_steps
 
@@ -112,7 +116,7 @@ def test_what_the_critic_was_told_is_saved_and_exported_nowhere(make_trainer: Ma
     for name, vector in told_vectors(trainer).items():
         assert torch.equal(saved[f"fake.{TOLD}{name}"], vector)
     exported = load_file(tmp_path / "checkpoint-2" / "pytorch_lora_weights.safetensors")
-    assert not any("step" in name for name in exported)
+    assert not any("step_embedding" in name or "vectors" in name for name in exported)
 
 
 @pytest.mark.parametrize("settings", [{"matching": "mixture"}, {"matching": "range"}, {"num_inference_steps": 1}])
@@ -288,3 +292,45 @@ def test_samples_after_each_step(make_trainer: Make, tmp_path: Path) -> None:
     assert [list(images.shape) for images in each] == [[10, 3, 32, 32]] * 4
     assert torch.equal(each[-1], trainer.sample(digits.prompts(), seed=3))
     assert not torch.equal(each[0], each[-1])
+
+
+# ---- How much each step counts ----------------------------------------------------------------------------------
+
+
+def test_step_weights_make_all_steps_pull_alike() -> None:
+    """On a flow 1 / sigma, on a DDPM that predicts the noise alpha / sigma; 1 on average, and alone."""
+    flow = FewStepPolicy(FlowSchedule(), (1.0, 0.75, 0.5, 0.25))
+    weights = flow.step_weights(torch.arange(4))
+    torch.testing.assert_close(weights * torch.tensor([1.0, 0.75, 0.5, 0.25]), weights[0].expand(4))
+    assert weights.mean().item() == pytest.approx(1)
+    assert torch.equal(flow.step_weights(torch.tensor([3, 3, 0])), weights[[3, 3, 0]])
+    assert FewStepPolicy(FlowSchedule(), (1.0,)).step_weights(torch.zeros(2, dtype=torch.long)).tolist() == [1, 1]
+    noise = FewStepPolicy(VariancePreservingSchedule(), (0.8, 0.6))
+    weights = noise.step_weights(torch.arange(2))
+    assert (weights[1] / weights[0]).item() == pytest.approx((0.8 / 0.6) / (0.6 / 0.8))
+
+
+@pytest.mark.parametrize("matching", ["step", "range", "mixture"])
+def test_steps_are_weighted_where_each_is_matched_by_itself(
+    make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, matching: str
+) -> None:
+    """The field of a sample is multiplied by its step's weight; in DMD2's mixture every step counts the same."""
+    seen: list[Tensor] = []
+    loss = rdm_sdk.training.step.pathwise_loss
+
+    def watching(x_0: Tensor, field: Tensor) -> Tensor:
+        seen.append(field)
+        return loss(x_0, field)
+
+    def ones(terms: Any, weights: Any, *_: Any) -> Signal:
+        return Signal(torch.ones_like(terms["dm"].field), None)
+
+    monkeypatch.setattr(rdm_sdk.training.step, "pathwise_loss", watching)
+    monkeypatch.setattr(rdm_sdk.training.step, "combine", ones)
+    trainer = make_trainer(tmp_path, matching=matching, max_steps=1)
+    trainer.train()
+    (experience,) = trainer.step.rollouts.experiences
+    weights = trainer.models.policy.step_weights(experience.steps)
+    expected = torch.ones(8) if matching == "mixture" else weights
+    assert torch.equal(seen[0], expected.reshape(8, 1, 1, 1).expand_as(seen[0]))
+    assert weights.unique().numel() == 4

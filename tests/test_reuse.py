@@ -150,8 +150,11 @@ def test_fresh_rollouts_for_every_critic_update(make_trainer: Make, tmp_path: Pa
     assert costs["shared"]["cost/rollouts"] == 2 * 8
     assert costs["fresh"]["cost/rollouts"] == 2 * 8 * (1 + 3)
     assert costs["fresh"]["cost/fake_forwards"] == costs["shared"]["cost/fake_forwards"]
-    assert all(torch.equal(own, seen["shared"][i - i % 3]) for i, own in enumerate(seen["shared"]))
-    assert len({own.sum().item() for own in seen["fresh"]}) == 6
+    # Shared rollouts show another step's x_0 at each turn (test_matching.py says which); fresh ones are new anyway.
+    assert {source: len({own.sum().item() for own in samples}) for source, samples in seen.items()} == {
+        "shared": 6,
+        "fresh": 6,
+    }
 
 
 # ---- Weights ----------------------------------------------------------------------------------------------------
@@ -296,16 +299,28 @@ def test_later_uses_start_from_states_of_the_latest_student(make_trainer: Make, 
 
 
 def test_a_rollout_goes_only_as_far_as_its_first_use(make_trainer: Make, tmp_path: Path) -> None:
-    """What later uses need is drawn on the way, so reuse without scores adds no depth to rollouts."""
-    costs = []
-    for uses in (1, 4):
-        trainer = make_trainer(
-            tmp_path, num_iterations=uses, max_steps=1, critic_steps=1, spread="stratified", num_generations=4
-        )
-        trainer.train()
-        costs.append(trainer.costs())
-    assert costs[0] == costs[1]
-    assert costs[0]["cost/student_forwards"] == 8 * (1 + 2 + 3 + 4) / 4 + 8  # rollouts, and the update's predictions
+    """What later uses need is drawn on the way, so reuse without scores adds no depth to rollouts.
+
+    Unless critics learn from all that the student predicts along them: then they go to the end.
+    """
+    forwards = {}
+    for source in ("fresh", "shared"):
+        costs = []
+        for uses in (1, 4):
+            trainer = make_trainer(
+                tmp_path,
+                num_iterations=uses,
+                max_steps=1,
+                critic_steps=1,
+                critic_rollouts=source,
+                spread="stratified",
+                num_generations=4,
+            )
+            trainer.train()
+            costs.append(trainer.costs())
+        assert costs[0] == costs[1]
+        forwards[source] = costs[0]["cost/student_forwards"] - 8  # without the update's predictions
+    assert forwards == {"fresh": 2 * 8 * (1 + 2 + 3 + 4) / 4, "shared": 8 * 4}
 
 
 # ---- Effective sample size --------------------------------------------------------------------------------------

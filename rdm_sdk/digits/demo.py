@@ -53,6 +53,7 @@ def demo_config(output: Path, steps: int, seed: int) -> RDMConfig:
         max_steps=steps,
         per_device_train_batch_size=64,
         learning_rate=1e-3,
+        critic_learning_rate=4e-3,
         guidance_scale=GUIDANCE,
         num_inference_steps=STUDENT_STEPS,
         max_sequence_length=4,

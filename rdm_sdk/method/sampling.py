@@ -45,6 +45,18 @@ class FewStepPolicy:
         """Return the times `[N]` of the levels that steps k (int64 `[N]`) lead to and start from."""
         return self.schedule.time(self.levels(steps + 1)), self.schedule.time(self.levels(steps))
 
+    def step_weights(self, steps: Tensor) -> Tensor:
+        """Return by how much samples of steps k (int64 `[N]`) count where each step is matched by itself, `[N]`.
+
+        A flow's x_0 moves by sigma times what its prediction moves, so the step at 0.25 pulls the network a quarter as
+        hard as the one at 1, and what early steps change there is not made good. Weights of 1 / sigma (the root of the
+        schedule's `loss_weight`; 1 on average over the grid) let all steps pull alike. They move no step's optimum, as
+        weights of the mixture's steps would.
+        """
+        grid = torch.arange(self.num_steps, device=steps.device)
+        weights = self.schedule.loss_weight(self.levels(grid)).sqrt()
+        return (weights / weights.mean())[steps]
+
     def transition(self, x_t: Tensor, x_0: Tensor, steps: Tensor) -> Transition:
         """Return the transition out of steps k (int64 `[N]`) for states and predictions `[N, *x]`."""
         rule = TRANSITIONS[self.kind]

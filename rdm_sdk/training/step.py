@@ -147,7 +147,10 @@ class DistillationStep:
         pulls = {name: float(term.field.abs().mean()) for name, term in terms.items() if term.field is not None}
         if signal.field is None:
             return [], pulls
-        loss = pathwise_loss(x_0, per_sample(experience.weights, signal.field) * signal.field)
+        weights = experience.weights
+        if self.settings.matching != "mixture":
+            weights = weights * self.models.policy.step_weights(experience.steps)
+        loss = pathwise_loss(x_0, per_sample(weights, signal.field) * signal.field)
         self.monitor.log("loss/pathwise", loss)
         return [loss], pulls
 
