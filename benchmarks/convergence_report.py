@@ -25,10 +25,13 @@ def write_report(rows: Sequence[Row], page: Path) -> None:
     runs = [row for row in rows if row["cell"] != "teacher"]
     cells = list(dict.fromkeys(row["cell"] for row in runs))
     parts = [READING.read_text(encoding="utf-8").rstrip()]
-    parts.append("## The teacher, in steps of equal size\n\n" + teacher_table(rows))
-    parts.append("## Where runs end\n\n" + end_table(runs, cells, curve))
-    parts.append("## Along the runs\n\n" + drift_table(runs, cells))
-    if cells:
+    if curve:
+        parts.append("## The teacher, in steps of equal size\n\n" + teacher_table(rows))
+    if not cells:
+        parts.append("## Where runs end\n\nNone of the cells of `benchmarks/convergence.py` has been run yet.")
+    else:
+        parts.append("## Where runs end\n\n" + end_table(runs, cells, curve))
+        parts.append("## Along the runs\n\n" + drift_table(runs, cells))
         picture = page.with_name("convergence_runs.png")
         plot_runs(runs, cells, curve, picture)
         parts.append(f"![FID-SD after the last evaluation, along the runs]({picture.name})")

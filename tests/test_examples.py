@@ -92,3 +92,32 @@ def test_convergence_runs_in_small(tmp_path):
         (f"smoke {c}", u) for c in ("demo", "dmd2") for u in (1, 2)
     }
     assert all(len(row["FID-SD"]) == 4 and min(row["FID-SD"]) > 0 for row in rows)
+
+
+def test_the_convergence_page_is_written_from_rows(tmp_path):
+    """Tables of the teacher, of where runs end and of drift, and a plot; a student is worth teacher steps."""
+    from convergence_report import write_report
+
+    teacher = [
+        {"cell": "teacher", "seed": seed, "steps": steps, "FID-SD": distance + seed, "FID to real digits": 30.0}
+        | {"diversity": 0.14, "legibility": 1.0}
+        for seed in (0, 1)
+        for steps, distance in ((4, 18.0), (8, 8.0))
+    ]
+    costs = {f"cost/{role}_forwards": 1e6 for role in ("student", "fake", "teacher")}
+    runs = [
+        {"cell": "demo", "seed": seed, "update": update, "last": update == 100, "FID-SD": [20.0, last + seed]}
+        | {"diversity": 0.15, "legibility": 0.99, "costs": costs, "cpu_seconds": 60.0}
+        for seed in (0, 1)
+        for update, last in ((50, 10.0), (100, 12.0))
+    ]
+    write_report([*teacher, *runs], tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "What to do with it" in page
+    assert (tmp_path / "convergence_runs.png").stat().st_size > 0
+    (end,) = [line for line in page.splitlines() if line.startswith("| demo | 2 ")]
+    # Means over both seeds: 20 and 12.5 after the two evaluations; the teacher's 18.5 and 8.5 are 4 and 8 steps.
+    assert "20, 12.5" in end.replace("  ", " ")
+    assert " 6.1 " in end or " 6 " in end
+    rises = [line for line in page.splitlines() if line.startswith("| demo |") and line.rstrip(" |").endswith("%")]
+    assert [line.split("|")[-2].strip() for line in rises] == ["20%", "18%"]
