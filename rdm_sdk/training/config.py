@@ -118,9 +118,9 @@ class RDMConfig(_KnownSettings):
     matching: Literal["step", "range", "mixture"] = field(
         default="step",
         metadata={
-            "help": "What critics learn and the teacher is matched to: each step's samples by themselves, because "
-            "critics are told the step; each step's within its own range of noise levels; or the mixture of all steps' "
-            "samples (DMD2)."
+            "help": "What critics learn, and so what of the student is matched to the teacher: each step's samples by "
+            "themselves, because critics are told the step; each step's within its own range of noise levels; or the "
+            "mixture of all steps' samples (DMD2)."
         },
     )
     critic_steps: int = field(default=5, metadata={"help": "Critic updates per student update."})
