@@ -374,14 +374,12 @@ def test_clipping_is_per_role(make_trainer: Make, tmp_path: Path, monkeypatch: p
 
 def test_accumulation_averages_micro_batches(make_trainer: Make, tmp_path: Path, losses_of: Losses) -> None:
     """Two micro-batches of one group log a loss of the size of one, not twice it."""
-    one = make_trainer(tmp_path, "legibility", max_steps=4)
-    two = make_trainer(
-        tmp_path, "legibility", max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=2
-    )
+    one = make_trainer(tmp_path, "dm", max_steps=8)
+    two = make_trainer(tmp_path, "dm", max_steps=8, per_device_train_batch_size=4, gradient_accumulation_steps=2)
     for trainer in (one, two):
         trainer.train()
     sums = [sum(row["loss/pathwise"] for row in losses_of(t)) for t in (one, two)]
-    assert 0.3 < sums[0] / sums[1] < 3
+    assert 0.6 < sums[0] / sums[1] < 1.6
     for row in losses_of(two):
         assert row["loss"] == pytest.approx(row["loss/pathwise"], rel=1e-4)
 
