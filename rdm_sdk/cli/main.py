@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rdm-sdk", description=rdm_sdk.__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=f"rdm-sdk {rdm_sdk.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="distill the embedded digits teacher and compare, in about two minutes")
+    demo = commands.add_parser("demo", help="distill the embedded digits teacher and compare, in about five minutes")
     demo.add_argument("--output", type=Path, default=Path("demo"))
     demo.add_argument("--steps", type=int, default=None, help="optimizer steps of the student")
     demo.add_argument("--samples", type=int, default=1000, help="images per row of the table, a multiple of 10")
