@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
-from true_shapes import random_adapter, write_configs
+from true_shapes import random_family, write_configs
 
 from rdm_sdk import Capabilities, RDMConfig, RDMTrainer, Reward, RewardBatch, markdown_table
 from rdm_sdk.planning.plan import GB, Planner
@@ -138,9 +138,9 @@ def measure(run: Run, configs: str, device: str = "cuda") -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         args = run.config(folder)
         plan = planner_of(configs).plan(args, run.rewards())
-        adapter = random_adapter(configs, device)
+        base = random_family(configs, device)
         _start_counting()
-        trainer = RDMTrainer(adapter, run.rewards(), args, PROMPTS)
+        trainer = RDMTrainer(base, run.rewards(), args, PROMPTS)
         times = Times()
         trainer.add_callback(times)
         inputs = _inputs_of_a_pass(trainer, args.per_device_train_batch_size)

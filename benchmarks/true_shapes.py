@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.planning.blueprint import blueprint
 
 CLIP_L: dict[str, Any] = {
@@ -150,17 +150,17 @@ def write_configs(folder: Path, kind: str, **without: None) -> str:
     return str(folder)
 
 
-def random_adapter(folder: str, device: str) -> ModelAdapter:
-    """Return an adapter with random weights on a device, which answers every prompt with random encodings."""
-    adapter = blueprint(folder, torch.bfloat16)
-    for part in (adapter.backbone, *adapter.frozen_parts().values()):
+def random_family(folder: str, device: str) -> ModelFamily:
+    """Return a family with random weights on a device, which answers every prompt with random encodings."""
+    family = blueprint(folder, torch.bfloat16)
+    for part in (family.backbone, *family.frozen_parts().values()):
         part.to_empty(device=device)
         for tensor in (*part.parameters(), *part.buffers()):
             tensor.normal_(std=0.02) if tensor.is_floating_point() else tensor.zero_()
 
     def encode(prompts: list[str]) -> dict[str, torch.Tensor]:
-        adapter.device = torch.device(device)
-        return {name: torch.randn_like(tensor) for name, tensor in adapter.example_encoding(len(prompts)).items()}
+        family.device = torch.device(device)
+        return {name: torch.randn_like(tensor) for name, tensor in family.example_encoding(len(prompts)).items()}
 
-    adapter.encode_prompts = encode  # type: ignore[method-assign]
-    return adapter
+    family.encode_prompts = encode  # type: ignore[method-assign]
+    return family

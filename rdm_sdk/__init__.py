@@ -24,9 +24,9 @@ _PUBLIC = {
     "hookimpl": "rdm_sdk.plugins.hookspecs",
     "RegisterReward": "rdm_sdk.plugins.hookspecs",
     "RegisterModel": "rdm_sdk.plugins.hookspecs",
-    "ModelAdapter": "rdm_sdk.families.base",
-    "FlowAdapter": "rdm_sdk.families.flow",
-    "DDPMAdapter": "rdm_sdk.families.ddpm",
+    "ModelFamily": "rdm_sdk.families.base",
+    "FlowFamily": "rdm_sdk.families.flow",
+    "DDPMFamily": "rdm_sdk.families.ddpm",
     "Scored": "rdm_sdk.rewards.scored",
     "Weighting": "rdm_sdk.training.weighting",
     "RewardStatistics": "rdm_sdk.training.weighting",
@@ -64,9 +64,9 @@ __all__ = [  # noqa: RUF022 - in the order of _PUBLIC
     "hookimpl",
     "RegisterReward",
     "RegisterModel",
-    "ModelAdapter",
-    "FlowAdapter",
-    "DDPMAdapter",
+    "ModelFamily",
+    "FlowFamily",
+    "DDPMFamily",
     "Scored",
     "Weighting",
     "RewardStatistics",
@@ -116,9 +116,9 @@ if TYPE_CHECKING:
     from rdm_sdk.errors import (
         RewardError as RewardError,
     )
-    from rdm_sdk.families.base import ModelAdapter as ModelAdapter
-    from rdm_sdk.families.ddpm import DDPMAdapter as DDPMAdapter
-    from rdm_sdk.families.flow import FlowAdapter as FlowAdapter
+    from rdm_sdk.families.base import ModelFamily as ModelFamily
+    from rdm_sdk.families.ddpm import DDPMFamily as DDPMFamily
+    from rdm_sdk.families.flow import FlowFamily as FlowFamily
     from rdm_sdk.planning.plan import MemoryPlan as MemoryPlan
     from rdm_sdk.planning.plan import plan_memory as plan_memory
     from rdm_sdk.plugins.hookspecs import RegisterModel as RegisterModel

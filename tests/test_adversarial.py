@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from rdm_sdk import DataError, RDMError, RDMTrainer, RewardBatch, RewardError, digits
-from rdm_sdk.families.load import load_adapter
+from rdm_sdk.families.load import load_family
 from rdm_sdk.method.noise import FlowSchedule
 from rdm_sdk.rewards.adversarial import Adversarial, read_images
 from rdm_sdk.rewards.context import DiffusionContext
@@ -113,28 +113,28 @@ def test_the_loss_is_the_non_saturating_one() -> None:
 
 def test_it_learns_to_tell_two_sets_apart_on_the_embedded_teacher() -> None:
     """A few dozen steps on the teacher's features: real digits get a higher log D than digits with faint ink."""
-    adapter = load_adapter(digits.teacher_path(), torch.float32, max_sequence_length=4)
+    family = load_family(digits.teacher_path(), torch.float32, max_sequence_length=4)
     torch.manual_seed(0)
     reward = Adversarial(hidden=32)
-    head = reward.make_head(adapter.feature_width, 0)
+    head = reward.make_head(family.feature_width, 0)
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
     images, words = digits.heldout_images(), digits.heldout_labels().tolist()
 
     def batch_of(rows: slice) -> tuple[RewardBatch, Tensor]:
         prompts = [digits.prompts()[label] for label in words[rows]]
-        condition = adapter.encode_prompts(prompts)
+        condition = family.encode_prompts(prompts)
         context = DiffusionContext(
-            adapter.schedule,
+            family.schedule,
             no_denoiser,
             0.02,
             0.98,
             1,
-            features=adapter.features(adapter.roles, "teacher", condition),
-            encode_images=adapter.encode_images,
+            features=family.features(family.roles, "teacher", condition),
+            encode_images=family.encode_images,
         )
         columns = {"image": [to_pil(image) for image in images[rows]]}
-        spoiled = adapter.encode_images(images[rows] * 0.3)
-        return RewardBatch(spoiled, prompts, 1, adapter.decode, columns, context), adapter.encode_images(images[rows])
+        spoiled = family.encode_images(images[rows] * 0.3)
+        return RewardBatch(spoiled, prompts, 1, family.decode, columns, context), family.encode_images(images[rows])
 
     def margin() -> float:
         fake, real = batch_of(slice(468, 500))
@@ -153,7 +153,7 @@ def test_it_learns_to_tell_two_sets_apart_on_the_embedded_teacher() -> None:
         optimizer.step()
     assert abs(before) < 0.3
     assert margin() > 1.0
-    assert not any(p.requires_grad for p in adapter.backbone.parameters())
+    assert not any(p.requires_grad for p in family.backbone.parameters())
 
 
 def with_pictures(**extra: list[Any]) -> Dataset:

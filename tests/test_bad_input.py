@@ -210,7 +210,7 @@ def test_a_hub_id_that_cannot_be_had_is_refused(
 
 
 class OtherPipeline(DiffusionPipeline):
-    """A pipeline of a family that has no adapter."""
+    """A pipeline of a class that no family is for."""
 
 
 @pytest.mark.parametrize("model", [OtherPipeline(), 7])

@@ -1,4 +1,4 @@
-"""The contract kit for model adapters: the SDK's nine families pass it, and every check catches what it is for."""
+"""The contract kit for model families: the SDK's nine families pass it, and every check catches what it is for."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rdm_sdk import ModelAdapter, ModelError
+from rdm_sdk import ModelError, ModelFamily
 from rdm_sdk.families.roles import TEACHER
-from rdm_sdk.families.sd3 import SD3Adapter
-from rdm_sdk.families.z_image import ZImageAdapter
+from rdm_sdk.families.sd3 import SD3Family
+from rdm_sdk.families.z_image import ZImageFamily
 from rdm_sdk.testing import MODEL_CHECKS, ModelCheckError, check_model, parametrize_model_checks
-from rdm_sdk.testing.adapter_subject import ModelSubject, compare_with_the_pipeline
+from rdm_sdk.testing.family_subject import ModelSubject, compare_with_the_pipeline
 from rdm_sdk.testing.kit import CheckResult, run_checks
 from rdm_sdk.testing.pipelines import TINY_PIPELINES
 from rdm_sdk.types import Condition
@@ -25,11 +25,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 tiny_sd3 = TINY_PIPELINES["StableDiffusion3Pipeline"]
 
 
-@pytest.mark.parametrize("family", sorted(TINY_PIPELINES))
-def test_every_family_keeps_the_contract(family: str) -> None:
+@pytest.mark.parametrize("kind", sorted(TINY_PIPELINES))
+def test_every_family_keeps_the_contract(kind: str) -> None:
     """No check fails, and none is left out but guidance where a family has none of two passes."""
-    results = check_model(TINY_PIPELINES[family])
-    left_out = ["guides_as_the_pipeline"] if family == "FluxPipeline" else []
+    results = check_model(TINY_PIPELINES[kind])
+    left_out = ["guides_as_the_pipeline"] if kind == "FluxPipeline" else []
     assert [result.name for result in results if result.status != "passed"] == left_out
     assert len(results) == len(MODEL_CHECKS) == 20
 
@@ -37,87 +37,87 @@ def test_every_family_keeps_the_contract(family: str) -> None:
 # ---- Planted faults ---------------------------------------------------------------------------------------------
 
 
-class UnknownTarget(SD3Adapter):
+class UnknownTarget(SD3Family):
     lora_targets = ("attn.to_q", "attn.to_x")
 
 
-class AttentionAlone(SD3Adapter):
+class AttentionAlone(SD3Family):
     """What style LoRAs adapt."""
 
     lora_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_k_proj", "attn.add_q_proj")
 
 
-class UnknownExclusion(SD3Adapter):
+class UnknownExclusion(SD3Family):
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
         super().__init__(pipeline, max_sequence_length)
         self.lora_excluded = (*self.lora_excluded, "attn.to_x")
 
 
-class UnpaddedPrompts(SD3Adapter):
+class UnpaddedPrompts(SD3Family):
     def encode_prompts(self, prompts: list[str]) -> Condition:
         encoded = super().encode_prompts(prompts)
         longest = max(len(prompt) for prompt in prompts)
         return encoded | {"encoder_hidden_states": encoded["encoder_hidden_states"][:, :longest]}
 
 
-class OddNoPrompt(SD3Adapter):
+class OddNoPrompt(SD3Family):
     def encode_no_prompt(self) -> Condition:
         return {name: tensor.double() for name, tensor in super().encode_no_prompt().items()}
 
 
-class AnySize(SD3Adapter):
+class AnySize(SD3Family):
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         height, width = height or self.default_size[0], width or self.default_size[1]
         return (self.latent_channels, height // 4, width // 4)
 
 
-class DoubledChannels(SD3Adapter):
+class DoubledChannels(SD3Family):
     def predict(self, *args: Any) -> Tensor:
         return super().predict(*args).repeat(1, 2, 1, 1)
 
 
-class FirstLevelForAll(SD3Adapter):
+class FirstLevelForAll(SD3Family):
     def timesteps(self, sigma: Tensor) -> Tensor:
         return super().timesteps(sigma[:1].expand_as(sigma))
 
 
-class DeafToPrompts(SD3Adapter):
+class DeafToPrompts(SD3Family):
     def predict(self, network: Any, role: str, x_t: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         silent = {name: torch.zeros_like(tensor) for name, tensor in condition.items()}
         return super().predict(network, role, x_t, sigma, silent)
 
 
-class TwoGrids(SD3Adapter):
+class TwoGrids(SD3Family):
     def student_scheduler(self, num_steps: int, shift: float | None, stochastic: bool = True) -> Any:
         return super().student_scheduler(num_steps, 1.0 if stochastic else shift, stochastic)
 
 
-class WrongKind(SD3Adapter):
+class WrongKind(SD3Family):
     prediction = "v"
 
 
-class DetachedDecoder(SD3Adapter):
+class DetachedDecoder(SD3Family):
     def decode(self, latents: Tensor) -> Tensor:
         return super().decode(latents.detach()) + 0 * latents.sum()
 
 
-class ForgottenShift(SD3Adapter):
+class ForgottenShift(SD3Family):
     def from_vae(self, latents: Tensor) -> Tensor:
         factor: float = self.pipeline.vae.config.scaling_factor
         return latents * factor
 
 
-class WrongSign(SD3Adapter):
+class WrongSign(SD3Family):
     def predict(self, *args: Any) -> Tensor:
         return -super().predict(*args)
 
 
-class WrongTime(SD3Adapter):
+class WrongTime(SD3Family):
     def timesteps(self, sigma: Tensor) -> Tensor:
         return super().timesteps(sigma) / 1000
 
 
-class ForgottenScale(SD3Adapter):
+class ForgottenScale(SD3Family):
     """The VAE's constants are consistent, and wrong."""
 
     def to_vae(self, latents: Tensor) -> Tensor:
@@ -127,56 +127,56 @@ class ForgottenScale(SD3Adapter):
         return latents
 
 
-class WrongGuidance(SD3Adapter):
+class WrongGuidance(SD3Family):
     def guide(self, x_t: Tensor, sigma: Tensor, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
         return super().guide(x_t, sigma, with_prompt, without, scale + 1)
 
 
-class WrongNoPrompt(SD3Adapter):
+class WrongNoPrompt(SD3Family):
     def encode_no_prompt(self) -> Condition:
         return self.encode_prompts(["ugly"])
 
 
-class AlwaysTeacher(SD3Adapter):
+class AlwaysTeacher(SD3Family):
     def predict(self, network: Any, role: str, *args: Any) -> Tensor:
         return super().predict(network, TEACHER, *args)
 
 
-class SmallUnit(SD3Adapter):
+class SmallUnit(SD3Family):
     @property
     def size_unit(self) -> int:
         return int(self.pipeline.vae_scale_factor)
 
 
-class UnusedTarget(SD3Adapter):
+class UnusedTarget(SD3Family):
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
         super().__init__(pipeline, max_sequence_length)
         self.backbone.spare = nn.Linear(4, 4).requires_grad_(False)
 
 
-class PlainCheckpointing(SD3Adapter):
+class PlainCheckpointing(SD3Family):
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
         super().__init__(pipeline, max_sequence_length)
         self.roles.gradient_checkpointing_enable = self.backbone.enable_gradient_checkpointing  # type: ignore[method-assign]
 
 
-class ForgottenAlpha(SD3Adapter):
+class ForgottenAlpha(SD3Family):
     def save_lora(self, directory: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         type(self.pipeline).save_lora_weights(directory, transformer_lora_layers=state)
 
 
-class WrongWidth(SD3Adapter):
+class WrongWidth(SD3Family):
     @property
     def feature_width(self) -> int:
         return super().feature_width + 1
 
 
-class WrongExample(SD3Adapter):
+class WrongExample(SD3Family):
     def example_encoding(self, count: int) -> Condition:
         return {name: tensor[:, :-1] for name, tensor in super().example_encoding(count).items()}
 
 
-FAULTS: dict[str, type[SD3Adapter]] = {
+FAULTS: dict[str, type[SD3Family]] = {
     "declarations": UnknownTarget,
     "encodes_prompts": UnpaddedPrompts,
     "encodes_no_prompt": OddNoPrompt,
@@ -209,9 +209,9 @@ def with_needs(name: str) -> list[str]:
     return [check.name for check in MODEL_CHECKS if check.name in wanted]
 
 
-def run(adapter: type[SD3Adapter], names: list[str]) -> dict[str, CheckResult]:
+def run(family: type[SD3Family], names: list[str]) -> dict[str, CheckResult]:
     chosen = [check for check in MODEL_CHECKS if check.name in names]
-    results = run_checks(chosen, ModelSubject(lambda: adapter(tiny_sd3())), "adapter")
+    results = run_checks(chosen, ModelSubject(lambda: family(tiny_sd3())), "family")
     return {result.name: result for result in results}
 
 
@@ -229,7 +229,7 @@ def test_there_is_a_fault_for_every_check() -> None:
     ],
     ids=lambda value: str(value),
 )
-def test_a_fault_is_caught_by_its_check(name: str, fault: type[SD3Adapter]) -> None:
+def test_a_fault_is_caught_by_its_check(name: str, fault: type[SD3Family]) -> None:
     """What the check rests on passes, it fails itself, and says what to do."""
     results = run(fault, with_needs(name))
     failed = [result.name for result in results.values() if result.status == "failed"]
@@ -247,7 +247,7 @@ def test_a_fault_is_caught_by_its_check(name: str, fault: type[SD3Adapter]) -> N
         (ForgottenScale, "told the same in every step, so it is what follows it: to_vae(), or decode()"),
     ],
 )
-def test_the_place_where_two_programs_part_is_named(fault: type[SD3Adapter], words: str) -> None:
+def test_the_place_where_two_programs_part_is_named(fault: type[SD3Family], words: str) -> None:
     """The first argument of the backbone that differs, or what follows the backbone."""
     with pytest.raises(AssertionError) as caught:
         compare_with_the_pipeline(ModelSubject(lambda: fault(tiny_sd3())), 1.0)
@@ -257,11 +257,11 @@ def test_the_place_where_two_programs_part_is_named(fault: type[SD3Adapter], wor
 def test_features_of_text_are_no_features_of_the_image() -> None:
     """A block that returns the text's tokens and padding too makes a sample's features depend on the others."""
 
-    class Mixed(ZImageAdapter):
-        features = ModelAdapter.features
+    class Mixed(ZImageFamily):
+        features = ModelFamily.features
 
     chosen = [check for check in MODEL_CHECKS if check.name in with_needs("features")]
-    results = run_checks(chosen, ModelSubject(lambda: Mixed(TINY_PIPELINES["ZImagePipeline"]())), "adapter")
+    results = run_checks(chosen, ModelSubject(lambda: Mixed(TINY_PIPELINES["ZImagePipeline"]())), "family")
     (failed,) = [result for result in results if result.status == "failed"]
     assert failed.name == "features"
     assert "override features() to take the image's tokens only" in failed.message
@@ -273,13 +273,13 @@ def test_the_page_names_every_check() -> None:
 
 
 def test_a_shift_that_the_call_decides_must_be_told() -> None:
-    """A flow whose scheduler is shifted dynamically is refused unless the adapter says by how much."""
+    """A flow whose scheduler is shifted dynamically is refused unless the family says by how much."""
     pipeline = tiny_sd3()
     pipeline.register_modules(
         scheduler=type(pipeline.scheduler).from_config(pipeline.scheduler.config, use_dynamic_shifting=True)
     )
-    with pytest.raises(ModelError, match="SD3Adapter does not say how; override base_shift"):
-        SD3Adapter(pipeline).student_sigmas(4, None)
+    with pytest.raises(ModelError, match="SD3Family does not say how; override base_shift"):
+        SD3Family(pipeline).student_sigmas(4, None)
 
 
 def test_failures_are_raised_together_and_may_be_expected() -> None:

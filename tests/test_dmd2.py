@@ -48,7 +48,7 @@ class Recorder(TrainerCallback):
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         weights = self.trainer.parameters_of("student")
         self.gradients = [p.grad.clone() for p in weights if p.grad is not None]
-        kept = self.trainer.adapter.pipeline.scheduler.alphas_cumprod.double()
+        kept = self.trainer.family.pipeline.scheduler.alphas_cumprod.double()
         _, real_input, real_time, real_noise = next(own for own in self.passes[::-1] if own[0] == "teacher")
         _, x_t, time, fake_noise = next(own for own in self.passes[::-1] if own[0] == "fake")
         assert torch.equal(real_input, torch.cat([x_t, x_t]))
@@ -141,7 +141,7 @@ def test_timesteps_are_drawn_as_dmd2_draws_them(
         (0, 999): context.draw_critic_sigma(count, cpu),
     }
     for (first, last), sigma in draws.items():
-        timesteps = trainer.adapter.timesteps(sigma)
+        timesteps = trainer.family.timesteps(sigma)
         assert torch.equal(timesteps, timesteps.round())
         assert (timesteps.min(), timesteps.max()) == (first, last)
         counts = torch.bincount(timesteps.long(), minlength=1000)[first : last + 1].double()

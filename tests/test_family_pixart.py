@@ -15,8 +15,8 @@ from test_families import calls_of
 from torch import Tensor
 
 from rdm_sdk import ConfigError, ModelError
-from rdm_sdk.families.base import ModelAdapter
-from rdm_sdk.families.load import load_adapter
+from rdm_sdk.families.base import ModelFamily
+from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import STUDENT, TEACHER
 from rdm_sdk.method.noise import VariancePreservingSchedule
 from rdm_sdk.rewards.resolve import resolve_rewards
@@ -24,7 +24,7 @@ from rdm_sdk.testing.pipelines import TINY_PIPELINES
 from rdm_sdk.training.export import StudentInfo, load_student, save_student
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-both = pytest.mark.parametrize("family", ["PixArtSigmaPipeline", "SanaPipeline"])
+both = pytest.mark.parametrize("kind", ["PixArtSigmaPipeline", "SanaPipeline"])
 
 
 def pixart(**transformer: Any) -> Any:
@@ -42,11 +42,11 @@ def inputs_of(pipeline: Any, run: Any) -> dict[str, Any]:
     return calls_of(pipeline, "transformer", run)[0]
 
 
-def with_a_student(adapter: ModelAdapter) -> ModelAdapter:
-    """Give an adapter a student that is not the teacher, its alpha other than its rank."""
-    config = LoraConfig(r=2, lora_alpha=6, target_modules=list(adapter.lora_targets), init_lora_weights=False)
-    adapter.roles.add_role(STUDENT, config)
-    return adapter
+def with_a_student(family: ModelFamily) -> ModelFamily:
+    """Give a family a student that is not the teacher, its alpha other than its rank."""
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=list(family.lora_targets), init_lora_weights=False)
+    family.roles.add_role(STUDENT, config)
+    return family
 
 
 def info(stochastic: bool = True, **settings: object) -> StudentInfo:
@@ -59,24 +59,24 @@ def info(stochastic: bool = True, **settings: object) -> StudentInfo:
 
 def test_timesteps_and_signal_of_every_training_step() -> None:
     """The last ones lie a few float32 apart, and sigma alone would give their alpha only to a thousandth."""
-    adapter: Any = load_adapter(pixart(), torch.float32)
-    assert torch.equal(adapter.timesteps(adapter.train_sigmas), torch.arange(1000.0))
-    kept = adapter.pipeline.scheduler.alphas_cumprod.double().sqrt()
-    plain = VariancePreservingSchedule().alpha(adapter.train_sigmas)
+    family: Any = load_family(pixart(), torch.float32)
+    assert torch.equal(family.timesteps(family.train_sigmas), torch.arange(1000.0))
+    kept = family.pipeline.scheduler.alphas_cumprod.double().sqrt()
+    plain = VariancePreservingSchedule().alpha(family.train_sigmas)
     assert (plain / kept - 1).abs().max() > 1e-4
-    column = adapter.train_sigmas.reshape(10, 100, 1)
-    torch.testing.assert_close(adapter.schedule.alpha(column).flatten().double(), kept, rtol=1e-7, atol=0)
+    column = family.train_sigmas.reshape(10, 100, 1)
+    torch.testing.assert_close(family.schedule.alpha(column).flatten().double(), kept, rtol=1e-7, atol=0)
     between = torch.tensor([0.0, 0.001, 0.5, 0.98, 1.0])
-    assert torch.equal(adapter.schedule.alpha(between), VariancePreservingSchedule().alpha(between))
-    assert adapter.schedule.alpha(between.double()).dtype == torch.float64
+    assert torch.equal(family.schedule.alpha(between), VariancePreservingSchedule().alpha(between))
+    assert family.schedule.alpha(between.double()).dtype == torch.float64
 
 
 def test_between_training_steps_the_transformer_is_told_fractions() -> None:
     """Its time embedding takes any number; one that is rounded would belong to another noise level."""
-    adapter: Any = load_adapter(pixart(), torch.float32)
-    sigma = adapter.train_sigmas[[100, 500]] * 0.5 + adapter.train_sigmas[[101, 501]] * 0.5
-    x_t, condition = torch.randn(2, *adapter.latent_shape(32, 32)), adapter.condition(["a", "b"])
-    inputs = inputs_of(adapter.pipeline, lambda: adapter.predict(adapter.roles, TEACHER, x_t, sigma, condition))
+    family: Any = load_family(pixart(), torch.float32)
+    sigma = family.train_sigmas[[100, 500]] * 0.5 + family.train_sigmas[[101, 501]] * 0.5
+    x_t, condition = torch.randn(2, *family.latent_shape(32, 32)), family.condition(["a", "b"])
+    inputs = inputs_of(family.pipeline, lambda: family.predict(family.roles, TEACHER, x_t, sigma, condition))
     torch.testing.assert_close(inputs["timestep"], torch.tensor([100.5, 500.5]), rtol=0, atol=0.01)
 
 
@@ -84,13 +84,13 @@ def test_other_schedulers() -> None:
     """Any scheduler of a DDPM can be followed, with its own betas; DPM-Solver's flows cannot."""
     pipeline = pixart()
     pipeline.scheduler = DDPMScheduler(beta_start=0.001, beta_end=0.02, prediction_type="v_prediction")
-    adapter: Any = load_adapter(pipeline, torch.float32)
-    assert adapter.prediction == "v"
+    family: Any = load_family(pipeline, torch.float32)
+    assert family.prediction == "v"
     for stochastic in (True, False):
-        assert torch.equal(adapter.student_scheduler(4, None, stochastic).betas, pipeline.scheduler.betas)
+        assert torch.equal(family.student_scheduler(4, None, stochastic).betas, pipeline.scheduler.betas)
     pipeline.scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     with pytest.raises(ModelError, match="got DPMSolverMultistepScheduler with prediction_type='flow_prediction'"):
-        load_adapter(pipeline, torch.float32)
+        load_family(pipeline, torch.float32)
 
 
 # ---- Transformers -----------------------------------------------------------------------------------------------
@@ -99,16 +99,16 @@ def test_other_schedulers() -> None:
 def test_the_published_transformer_of_1024_pixels() -> None:
     """Of sample size 128 and not told sizes: the pipeline's own inputs."""
     pipeline = pixart(sample_size=128, use_additional_conditions=False)
-    adapter = load_adapter(pipeline, torch.float32)
-    assert adapter.default_size == (512, 512)  # the tiny VAE makes latents of a quarter, not an eighth
-    latents = torch.randn(1, *adapter.latent_shape(32, 64))
-    call = adapter.inference_call(2) | {"height": 32, "width": 64, "latents": latents, "output_type": "latent"}
-    pipeline.scheduler = adapter.student_scheduler(2, None)
+    family = load_family(pipeline, torch.float32)
+    assert family.default_size == (512, 512)  # the tiny VAE makes latents of a quarter, not an eighth
+    latents = torch.randn(1, *family.latent_shape(32, 64))
+    call = family.inference_call(2) | {"height": 32, "width": 64, "latents": latents, "output_type": "latent"}
+    pipeline.scheduler = family.student_scheduler(2, None)
     theirs = inputs_of(pipeline, lambda: pipeline("a fox", **call))
     assert theirs["added_cond_kwargs"] == {"resolution": None, "aspect_ratio": None}
-    sigma = torch.tensor(adapter.student_sigmas(2, None)[:1])
-    condition = adapter.condition(["a fox"])
-    ours = inputs_of(pipeline, lambda: adapter.predict(adapter.roles, TEACHER, latents, sigma, condition))
+    sigma = torch.tensor(family.student_sigmas(2, None)[:1])
+    condition = family.condition(["a fox"])
+    ours = inputs_of(pipeline, lambda: family.predict(family.roles, TEACHER, latents, sigma, condition))
     assert ours["added_cond_kwargs"] == theirs["added_cond_kwargs"]
     for name in ("hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask"):
         assert torch.equal(ours[name], theirs[name]), name
@@ -121,14 +121,14 @@ def test_a_transformer_that_is_told_sizes_is_refused(told: bool | None) -> None:
     with pytest.raises(AttributeError):
         pipeline("a fox", num_inference_steps=1, height=32, width=32, use_resolution_binning=False, clean_caption=False)
     with pytest.raises(ModelError, match="use_additional_conditions, which PixArtSigmaPipeline itself cannot run"):
-        load_adapter(pipeline, torch.float32)
+        load_family(pipeline, torch.float32)
 
 
 def test_a_transformer_without_variance() -> None:
     """One that predicts the noise alone is used as a whole."""
-    adapter = load_adapter(pixart(out_channels=4), torch.float32)
-    x_t = torch.randn(2, *adapter.latent_shape(32, 64))
-    prediction = adapter.predict(adapter.roles, TEACHER, x_t, torch.tensor([0.5, 0.6]), adapter.condition(["a", "b"]))
+    family = load_family(pixart(out_channels=4), torch.float32)
+    x_t = torch.randn(2, *family.latent_shape(32, 64))
+    prediction = family.predict(family.roles, TEACHER, x_t, torch.tensor([0.5, 0.6]), family.condition(["a", "b"]))
     assert prediction.shape == x_t.shape
 
 
@@ -138,8 +138,8 @@ def test_a_transformer_without_variance() -> None:
 def test_captions_are_cleaned_neither_in_training_nor_in_the_students_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where the packages are installed with which the pipeline call cleans them by default."""
     pipeline = pixart()
-    adapter = load_adapter(pipeline, torch.float32)
-    before = adapter.encode_prompts(["A <b>fox</b>"])
+    family = load_family(pipeline, torch.float32)
+    before = family.encode_prompts(["A <b>fox</b>"])
     for package in ("bs4", "ftfy"):
         monkeypatch.setattr(pipeline_pixart_sigma, f"is_{package}_available", lambda: True)
     monkeypatch.setattr(type(pipeline), "_clean_caption", lambda self, caption: "cleaned")
@@ -152,8 +152,8 @@ def test_captions_are_cleaned_neither_in_training_nor_in_the_students_call(monke
 
     embeds = before["encoder_hidden_states"]
     assert not torch.allclose(said(use_resolution_binning=False), embeds, atol=1e-3)
-    assert torch.equal(said(**adapter.inference_call(1)), embeds)
-    assert torch.equal(adapter.encode_prompts(["A <b>fox</b>"])["encoder_hidden_states"], embeds)
+    assert torch.equal(said(**family.inference_call(1)), embeds)
+    assert torch.equal(family.encode_prompts(["A <b>fox</b>"])["encoder_hidden_states"], embeds)
 
 
 # ---- Students in plain PEFT -------------------------------------------------------------------------------------
@@ -161,27 +161,27 @@ def test_captions_are_cleaned_neither_in_training_nor_in_the_students_call(monke
 
 def test_a_student_is_loaded_by_peft_alone(tmp_path: Path) -> None:
     """No file that looks like diffusers' is written; the transformer is changed in place, alpha and all."""
-    adapter = with_a_student(load_adapter(pixart(), torch.float32))
-    save_student(tmp_path, adapter, info())
+    family = with_a_student(load_family(pixart(), torch.float32))
+    save_student(tmp_path, family, info())
     assert not list(tmp_path.glob("*.safetensors"))
     plain = pixart()
     transformer = plain.transformer
     load_student(plain, tmp_path)
     assert plain.transformer is transformer
     assert type(transformer) is PixArtTransformer2DModel
-    x_t, sigma = torch.randn(1, *adapter.latent_shape(32, 32)), torch.tensor([0.5])
-    condition = adapter.condition(["a fox"])
-    inputs = inputs_of(adapter.pipeline, lambda: adapter.predict(adapter.roles, TEACHER, x_t, sigma, condition))
+    x_t, sigma = torch.randn(1, *family.latent_shape(32, 32)), torch.tensor([0.5])
+    condition = family.condition(["a fox"])
+    inputs = inputs_of(family.pipeline, lambda: family.predict(family.roles, TEACHER, x_t, sigma, condition))
     with torch.no_grad():
         theirs = transformer(**inputs)[0]
-        assert torch.equal(theirs, adapter.roles(STUDENT, **inputs))
-        assert not torch.allclose(theirs, adapter.backbone(**inputs)[0], atol=1e-2)
+        assert torch.equal(theirs, family.roles(STUDENT, **inputs))
+        assert not torch.allclose(theirs, family.backbone(**inputs)[0], atol=1e-2)
 
 
 def test_diffusers_own_file_comes_first(tmp_path: Path) -> None:
     """A pipeline with a loader needs no `peft/`, and knows afterwards what it has loaded."""
-    adapter = with_a_student(load_adapter(TINY_PIPELINES["SanaPipeline"](), torch.float32))
-    save_student(tmp_path, adapter, info())
+    family = with_a_student(load_family(TINY_PIPELINES["SanaPipeline"](), torch.float32))
+    save_student(tmp_path, family, info())
     shutil.rmtree(tmp_path / "peft")
     plain = TINY_PIPELINES["SanaPipeline"]()
     load_student(plain, tmp_path)
@@ -202,68 +202,68 @@ def test_no_student_is_an_error(tmp_path: Path) -> None:
 
 @both
 @pytest.mark.parametrize("stochastic", [True, False])
-def test_the_model_cards_code_samples_the_student(family: str, stochastic: bool, tmp_path: Path) -> None:
+def test_the_model_cards_code_samples_the_student(kind: str, stochastic: bool, tmp_path: Path) -> None:
     """As written, with the scheduler's own class, and in the run's size: not that of the pipeline's call."""
-    TINY_PIPELINES[family]().save_pretrained(tmp_path / "base")
-    adapter = with_a_student(load_adapter(str(tmp_path / "base"), torch.float32))
-    save_student(tmp_path / "student", adapter, info(stochastic, height=32, width=64))
+    TINY_PIPELINES[kind]().save_pretrained(tmp_path / "base")
+    family = with_a_student(load_family(str(tmp_path / "base"), torch.float32))
+    save_student(tmp_path / "student", family, info(stochastic, height=32, width=64))
     code = (tmp_path / "student" / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
-    assert ("load_lora_weights" in code) == (family == "SanaPipeline")
+    assert ("load_lora_weights" in code) == (kind == "SanaPipeline")
     names: dict[str, Any] = {}
     exec(code.replace("path/to/this/folder", str(tmp_path / "student")), names)
     assert names["image"].size == (64, 32)
     pipe = names["pipe"]
-    scheduler = adapter.student_scheduler(2, None, stochastic)
+    scheduler = family.student_scheduler(2, None, stochastic)
     assert type(pipe.scheduler) is type(scheduler)
-    adapter.set_grid(scheduler, 2)
+    family.set_grid(scheduler, 2)
     assert torch.equal(pipe.scheduler.timesteps, scheduler.timesteps)
-    x_t, sigma = torch.randn(1, *adapter.latent_shape(32, 32)), torch.tensor([0.5])
+    x_t, sigma = torch.randn(1, *family.latent_shape(32, 32)), torch.tensor([0.5])
     inputs = inputs_of(
-        adapter.pipeline, lambda: adapter.predict(adapter.roles, STUDENT, x_t, sigma, adapter.condition(["a fox"]))
+        family.pipeline, lambda: family.predict(family.roles, STUDENT, x_t, sigma, family.condition(["a fox"]))
     )
     with torch.no_grad():
-        expected = adapter.roles(STUDENT, **inputs)
+        expected = family.roles(STUDENT, **inputs)
         torch.testing.assert_close(pipe.transformer(**inputs)[0], expected)
 
 
 @both
-def test_the_card_names_the_bases_size_where_the_run_has_none(family: str, tmp_path: Path) -> None:
+def test_the_card_names_the_bases_size_where_the_run_has_none(kind: str, tmp_path: Path) -> None:
     """Sana's call would make 1,024 pixels of whatever base."""
-    adapter = with_a_student(load_adapter(TINY_PIPELINES[family](), torch.float32))
-    save_student(tmp_path, adapter, info())
-    height, width = adapter.default_size
+    family = with_a_student(load_family(TINY_PIPELINES[kind](), torch.float32))
+    save_student(tmp_path, family, info())
+    height, width = family.default_size
     assert f"use_resolution_binning=False, height={height}, width={width})" in (
         (tmp_path / "README.md").read_text(encoding="utf-8").replace("clean_caption=False, ", "")
     )
 
 
 @both
-def test_sizes(family: str) -> None:
+def test_sizes(kind: str) -> None:
     """Multiples of what the call takes, the VAE shrinks and the patches need; the default is the transformer's."""
-    pipeline = TINY_PIPELINES[family]()
-    adapter = load_adapter(pipeline, torch.float32)
-    unit, default = {"PixArtSigmaPipeline": (8, 128), "SanaPipeline": (32, 128)}[family]
-    assert adapter.size_unit == unit
-    assert adapter.default_size == (default, default)
+    pipeline = TINY_PIPELINES[kind]()
+    family = load_family(pipeline, torch.float32)
+    unit, default = {"PixArtSigmaPipeline": (8, 128), "SanaPipeline": (32, 128)}[kind]
+    assert family.size_unit == unit
+    assert family.default_size == (default, default)
     with pytest.raises(ValueError, match=f"divisible by {unit}"):
         pipeline("a fox", height=unit // 2, width=unit, use_resolution_binning=False)
     with pytest.raises(ConfigError, match=f"positive multiples of {unit} for"):
-        adapter.latent_shape(unit // 2, unit)
+        family.latent_shape(unit // 2, unit)
     pipeline.transformer.register_to_config(patch_size=16)
-    assert adapter.size_unit == 16 * pipeline.vae_scale_factor
+    assert family.size_unit == 16 * pipeline.vae_scale_factor
     pipeline.transformer.register_to_config(patch_size=1)
-    assert adapter.size_unit == unit
+    assert family.size_unit == unit
 
 
 @both
-def test_the_layers_that_are_adapted(family: str) -> None:
+def test_the_layers_that_are_adapted(kind: str) -> None:
     """Embedders, modulation, attention, feed-forwards and what leads in and out; not Sana's depthwise convolutions."""
-    adapter = with_a_student(load_adapter(TINY_PIPELINES[family](), torch.float32))
-    names = {name.split(".lora_")[0] for name in adapter.roles.role_state_dict(STUDENT)}
+    family = with_a_student(load_family(TINY_PIPELINES[kind](), torch.float32))
+    names = {name.split(".lora_")[0] for name in family.roles.role_state_dict(STUDENT)}
     into, time, feed_forward = {
         "PixArtSigmaPipeline": ("pos_embed.proj", "adaln_single", ("ff.net.0.proj", "ff.net.2")),
         "SanaPipeline": ("patch_embed.proj", "time_embed", ("ff.conv_inverted", "ff.conv_point")),
-    }[family]
+    }[kind]
     attention = [f"attn{n}.{layer}" for n in (1, 2) for layer in ("to_q", "to_k", "to_v", "to_out.0")]
     embedders = (f"{time}.emb.timestep_embedder", "caption_projection")
     assert names == {
@@ -274,48 +274,48 @@ def test_the_layers_that_are_adapted(family: str) -> None:
 
 
 @both
-def test_the_number_of_tokens(family: str) -> None:
+def test_the_number_of_tokens(kind: str) -> None:
     """It is the pipeline's, reaches the student's call, and must leave a token to the prompt."""
-    pipeline = TINY_PIPELINES[family]()
-    besides = {"PixArtSigmaPipeline": 1, "SanaPipeline": 2}[family]
-    default = load_adapter(pipeline, torch.float32)
+    pipeline = TINY_PIPELINES[kind]()
+    besides = {"PixArtSigmaPipeline": 1, "SanaPipeline": 2}[kind]
+    default = load_family(pipeline, torch.float32)
     assert default.encode_prompts(["a fox"])["encoder_hidden_states"].shape[1] == 300
     assert "max_sequence_length" not in default.inference_call(4)
-    shortest = load_adapter(pipeline, torch.float32, max_sequence_length=besides + 1)
+    shortest = load_family(pipeline, torch.float32, max_sequence_length=besides + 1)
     assert shortest.inference_call(4)["max_sequence_length"] == besides + 1
     condition = shortest.condition(["x", "y", None])
     mask = condition["encoder_attention_mask"]
     assert condition["encoder_hidden_states"].shape[:2] == mask.shape == (3, besides + 1)
     assert mask[:2].all()
     # T5's tokens here are single letters, and the first is the space in front of a word.
-    words = load_adapter(pipeline, torch.float32, max_sequence_length=besides + 2).condition(["x", "y"])
+    words = load_family(pipeline, torch.float32, max_sequence_length=besides + 2).condition(["x", "y"])
     assert not torch.allclose(*words["encoder_hidden_states"], atol=1e-3)
     for count in (besides, 0, -1):
         with pytest.raises(ConfigError, match=f"max_sequence_length={count} leaves no token to a prompt"):
-            load_adapter(pipeline, torch.float32, max_sequence_length=count)
+            load_family(pipeline, torch.float32, max_sequence_length=count)
 
 
 @both
-def test_a_student_of_fewer_tokens_is_told_what_it_was_trained_with(family: str, tmp_path: Path) -> None:
-    """The student's plain call encodes prompts as the adapter does."""
-    pipeline = TINY_PIPELINES[family]()
+def test_a_student_of_fewer_tokens_is_told_what_it_was_trained_with(kind: str, tmp_path: Path) -> None:
+    """The student's plain call encodes prompts as the family does."""
+    pipeline = TINY_PIPELINES[kind]()
     pipeline.set_progress_bar_config(disable=True)
-    adapter = load_adapter(pipeline, torch.float32, max_sequence_length=7)
-    pipeline.scheduler = adapter.student_scheduler(1, None)
-    call = adapter.inference_call(1) | {"height": 32, "width": 32, "output_type": "latent"}
+    family = load_family(pipeline, torch.float32, max_sequence_length=7)
+    pipeline.scheduler = family.student_scheduler(1, None)
+    call = family.inference_call(1) | {"height": 32, "width": 32, "output_type": "latent"}
     theirs = inputs_of(pipeline, lambda: pipeline("a red fox", **call))
-    ours = adapter.condition(["a red fox"])
+    ours = family.condition(["a red fox"])
     for name, tensor in ours.items():
         assert torch.equal(theirs[name], tensor), name
 
 
 @both
-def test_what_plans_and_heads_go_by(family: str) -> None:
+def test_what_plans_and_heads_go_by(kind: str) -> None:
     """Shapes of encodings without encoding, and features from the middle block: of two, the first."""
-    adapter = load_adapter(TINY_PIPELINES[family](), torch.float32)
-    example, encoded = adapter.example_encoding(2), adapter.encode_prompts(["a fox", "two boats"])
+    family = load_family(TINY_PIPELINES[kind](), torch.float32)
+    example, encoded = family.example_encoding(2), family.encode_prompts(["a fox", "two boats"])
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in example.items()} == {
         name: (tensor.shape, tensor.dtype) for name, tensor in encoded.items()
     }
     assert example["encoder_attention_mask"].all()
-    assert adapter.feature_block() is adapter.backbone.transformer_blocks[0]
+    assert family.feature_block() is family.backbone.transformer_blocks[0]

@@ -13,9 +13,9 @@ from test_families import assert_same_inputs, calls_of, run_pipeline
 from torch import Tensor
 
 from rdm_sdk import ConfigError, ModelError
-from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.flow import unpack
-from rdm_sdk.families.load import load_adapter
+from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import TEACHER
 from rdm_sdk.method.noise import from_x_0
 from rdm_sdk.testing.pipelines import tiny_qwen_image
@@ -33,10 +33,10 @@ def pipeline() -> Any:
     return made
 
 
-def assert_guides_as_the_pipeline(adapter: ModelAdapter, scale: float, **call: Any) -> None:
+def assert_guides_as_the_pipeline(family: ModelFamily, scale: float, **call: Any) -> None:
     """At every step of a guided call, our flow is the one that the pipeline hands to its scheduler."""
-    pipeline, seen = adapter.pipeline, []
-    latents = torch.randn(2, *adapter.latent_shape(**SIZE), generator=torch.Generator().manual_seed(0))
+    pipeline, seen = family.pipeline, []
+    latents = torch.randn(2, *family.latent_shape(**SIZE), generator=torch.Generator().manual_seed(0))
     step = pipeline.scheduler.step
 
     def keep(flow: Tensor, timestep: Tensor, x_t: Tensor, **kwargs: Any) -> Any:
@@ -48,13 +48,13 @@ def assert_guides_as_the_pipeline(adapter: ModelAdapter, scale: float, **call: A
         pipeline,
         PROMPTS,
         num_inference_steps=3,
-        latents=adapter.pack(latents),
+        latents=family.pack(latents),
         output_type="latent",
         **SIZE,
         **call,
     )
-    denoise_pair = adapter.denoiser_pair(
-        adapter.roles, TEACHER, adapter.condition(PROMPTS), adapter.condition([None, None])
+    denoise_pair = family.denoiser_pair(
+        family.roles, TEACHER, family.condition(PROMPTS), family.condition([None, None])
     )
     assert len(seen) == 3
     for flow, timestep, x_t in seen:
@@ -62,31 +62,31 @@ def assert_guides_as_the_pipeline(adapter: ModelAdapter, scale: float, **call: A
         if x_t.ndim == 3:
             flow, x_t = (unpack(tokens, *latents.shape[-2:]) for tokens in (flow, x_t))
         with torch.no_grad():
-            guided = adapter.guide(x_t, sigma, *denoise_pair(x_t, sigma), scale)
-        ours = from_x_0(adapter.schedule, "flow", guided, x_t, sigma)
+            guided = family.guide(x_t, sigma, *denoise_pair(x_t, sigma), scale)
+        ours = from_x_0(family.schedule, "flow", guided, x_t, sigma)
         torch.testing.assert_close(ours, flow, rtol=1e-4, atol=1e-4)
 
 
 def gradients(make: Callable[[], Any], recompute: bool, between: str) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Return gradients of a fixed loss of the student, another role having run before the backward pass, and counts."""
-    adapter = load_adapter(make(), torch.float32)
-    adapter.add_roles({"student": LoraConfig(r=4), "fake": LoraConfig(r=4)})
+    family = load_family(make(), torch.float32)
+    family.add_roles({"student": LoraConfig(r=4), "fake": LoraConfig(r=4)})
     generator = torch.Generator().manual_seed(1)
     for role in ("student", "fake"):
-        for parameter in adapter.roles.parameters_of(role).values():
+        for parameter in family.roles.parameters_of(role).values():
             parameter.data.normal_(std=0.1, generator=generator)
     if recompute:
-        adapter.roles.gradient_checkpointing_enable()
-    condition = adapter.condition([*PROMPTS, "a cat"])
-    x_t = torch.randn(3, *adapter.latent_shape(**SIZE), generator=generator, requires_grad=True)
+        family.roles.gradient_checkpointing_enable()
+    condition = family.condition([*PROMPTS, "a cat"])
+    x_t = torch.randn(3, *family.latent_shape(**SIZE), generator=generator, requires_grad=True)
     sigma = torch.tensor([0.9, 0.5, 0.3])
-    loss = adapter.denoiser(adapter.roles, "student", condition)(x_t, sigma).square().mean()
-    adapter.denoiser(adapter.roles, between, condition)(x_t, sigma)
+    loss = family.denoiser(family.roles, "student", condition)(x_t, sigma).square().mean()
+    family.denoiser(family.roles, between, condition)(x_t, sigma)
     loss.backward()
-    parameters = adapter.roles.parameters_of("student") | {"x_t": x_t}
+    parameters = family.roles.parameters_of("student") | {"x_t": x_t}
     found = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     assert len(found) == len(parameters)
-    return found, dict(adapter.roles.forwards)
+    return found, dict(family.roles.forwards)
 
 
 def assert_recomputed_gradients_are_equal(make: Callable[[], Any], other: str) -> None:
@@ -95,7 +95,7 @@ def assert_recomputed_gradients_are_equal(make: Callable[[], Any], other: str) -
     assert counts == {"student": 3, other: 3}  # samples
     assert all(gradient.any() for gradient in plain.values())
     adapted = {name.split(".lora_")[0] for name in plain.keys() - {"x_t"}}
-    assert adapted == set(load_adapter(make(), torch.float32).lora_targets)
+    assert adapted == set(load_family(make(), torch.float32).lora_targets)
     recomputed, _ = gradients(make, recompute=True, between=other)
     for name, gradient in plain.items():
         torch.testing.assert_close(recomputed[name], gradient, rtol=0, atol=1e-6)
@@ -103,60 +103,58 @@ def assert_recomputed_gradients_are_equal(make: Callable[[], Any], other: str) -
 
 def test_guidance_is_the_pipelines(pipeline: Any) -> None:
     """Linear in the flow, then brought to the length of the flow with the prompt, token by token."""
-    adapter = load_adapter(pipeline, torch.float32)
-    assert_guides_as_the_pipeline(adapter, 3.0, true_cfg_scale=3.0, negative_prompt=[" ", " "])
+    family = load_family(pipeline, torch.float32)
+    assert_guides_as_the_pipeline(family, 3.0, true_cfg_scale=3.0, negative_prompt=[" ", " "])
 
 
 def test_guidance_of_two_equal_predictions_of_nothing_is_finite(pipeline: Any) -> None:
     """A flow of zero has no length to divide by."""
-    adapter = load_adapter(pipeline, torch.float32)
-    x_t = torch.randn(2, *adapter.latent_shape(**SIZE))
-    assert torch.equal(adapter.guide(x_t, torch.tensor([0.5, 0.5]), x_t, x_t, 3.0), x_t)
+    family = load_family(pipeline, torch.float32)
+    x_t = torch.randn(2, *family.latent_shape(**SIZE))
+    assert torch.equal(family.guide(x_t, torch.tensor([0.5, 0.5]), x_t, x_t, 3.0), x_t)
 
 
 @pytest.mark.parametrize("length", [None, 14, 8])
 def test_texts_of_several_lengths_reach_the_backbone_as_from_the_pipeline(pipeline: Any, length: int | None) -> None:
     """With a mask where they are padded, with none where they are alike, cut where they are too long."""
-    adapter = load_adapter(pipeline, torch.float32, max_sequence_length=length)
-    x_t = torch.randn(2, *adapter.latent_shape(**SIZE), generator=torch.Generator().manual_seed(0))
+    family = load_family(pipeline, torch.float32, max_sequence_length=length)
+    x_t = torch.randn(2, *family.latent_shape(**SIZE), generator=torch.Generator().manual_seed(0))
     for prompts, masked in ((PROMPTS, True), (PROMPTS[:1] * 2, False), (PROMPTS[1:] * 2, False)):
-        call = adapter.inference_call(2) | {"latents": adapter.pack(x_t), "output_type": "latent", **SIZE}
+        call = family.inference_call(2) | {"latents": family.pack(x_t), "output_type": "latent", **SIZE}
         theirs, _ = calls_of(pipeline, "transformer", lambda p=prompts, call=call: run_pipeline(pipeline, p, **call))
         assert ("encoder_hidden_states_mask" in theirs) is (masked and length != 8)
-        condition = adapter.condition(prompts)
+        condition = family.condition(prompts)
         assert condition["encoder_hidden_states"].shape[1] == (length or 512)
         assert condition["encoder_hidden_states_mask"].shape == (2, length or 512)
         (ours,) = calls_of(
             pipeline,
             "transformer",
-            lambda c=condition: adapter.predict(adapter.roles, TEACHER, x_t, torch.ones(2), c),
+            lambda c=condition: family.predict(family.roles, TEACHER, x_t, torch.ones(2), c),
         )
         assert_same_inputs(ours, theirs)
 
 
 def test_a_prompts_prediction_does_not_depend_on_the_prompt_beside_it(pipeline: Any) -> None:
-    adapter = load_adapter(pipeline, torch.float32)
-    x_t, sigma = torch.randn(2, *adapter.latent_shape(**SIZE)), torch.tensor([0.7, 0.4])
+    family = load_family(pipeline, torch.float32)
+    x_t, sigma = torch.randn(2, *family.latent_shape(**SIZE)), torch.tensor([0.7, 0.4])
     with torch.no_grad():
-        both = adapter.denoiser(adapter.roles, TEACHER, adapter.condition(PROMPTS))(x_t, sigma)
+        both = family.denoiser(family.roles, TEACHER, family.condition(PROMPTS))(x_t, sigma)
         for i, prompt in enumerate(PROMPTS):
-            alone = adapter.denoiser(adapter.roles, TEACHER, adapter.condition([prompt]))(
-                x_t[i : i + 1], sigma[i, None]
-            )
+            alone = family.denoiser(family.roles, TEACHER, family.condition([prompt]))(x_t[i : i + 1], sigma[i, None])
             torch.testing.assert_close(both[i], alone[0], rtol=1e-4, atol=1e-5)
 
 
 def test_time_is_rounded_as_the_pipeline_rounds_it(pipeline: Any) -> None:
     """In bf16 the pipeline casts its timestep before it divides it."""
     pipeline.to(torch.bfloat16)
-    adapter = load_adapter(pipeline, torch.bfloat16)
-    latents = adapter.pack(torch.randn(2, *adapter.latent_shape(**SIZE)))
+    family = load_family(pipeline, torch.bfloat16)
+    latents = family.pack(torch.randn(2, *family.latent_shape(**SIZE)))
     call = {"latents": latents, "output_type": "latent", "num_inference_steps": 7, "true_cfg_scale": 1.0, **SIZE}
     theirs = calls_of(pipeline, "transformer", lambda: run_pipeline(pipeline, PROMPTS, **call))
     for sigma, their in zip(pipeline.scheduler.sigmas, theirs, strict=False):
         x_t = unpack(their["hidden_states"], 8, 16).float()
-        run = (x_t, sigma.expand(2), adapter.condition(PROMPTS))
-        (own,) = calls_of(pipeline, "transformer", lambda run=run: adapter.predict(adapter.roles, TEACHER, *run))
+        run = (x_t, sigma.expand(2), family.condition(PROMPTS))
+        (own,) = calls_of(pipeline, "transformer", lambda run=run: family.predict(family.roles, TEACHER, *run))
         assert own["timestep"].dtype == torch.bfloat16
         assert torch.equal(own["timestep"], their["timestep"])
         assert torch.equal(own["hidden_states"], their["hidden_states"])
@@ -167,24 +165,24 @@ def test_the_students_grid_is_the_bases_without_its_terminal(pipeline: Any, size
     """The shift grows with the image; the last level of the base, 0.02, is replaced by the uniform grid's."""
     settings = {"base_image_seq_len": 16, "max_image_seq_len": 512, "shift_terminal": None}
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **settings)
-    adapter = load_adapter(pipeline, torch.float32)
-    run_pipeline(pipeline, ["a fox"], height=size[0], width=size[1], **adapter.inference_call(4))
-    shift = adapter.base_shift(adapter.latent_shape(*size))
-    assert adapter.student_sigmas(4, shift) == pytest.approx(pipeline.scheduler.sigmas[:-1].tolist(), abs=1e-6)
-    assert adapter.student_sigmas(1, shift) == [1.0]
+    family = load_family(pipeline, torch.float32)
+    run_pipeline(pipeline, ["a fox"], height=size[0], width=size[1], **family.inference_call(4))
+    shift = family.base_shift(family.latent_shape(*size))
+    assert family.student_sigmas(4, shift) == pytest.approx(pipeline.scheduler.sigmas[:-1].tolist(), abs=1e-6)
+    assert family.student_sigmas(1, shift) == [1.0]
 
 
 def test_the_inference_call_makes_the_pipeline_complain_of_nothing(
     pipeline: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It warns of a guidance_scale, and of a true_cfg_scale without a negative prompt."""
-    adapter = load_adapter(pipeline, torch.float32)
+    family = load_family(pipeline, torch.float32)
     logger = logging.getLogger("diffusers")
     logger.addHandler(caplog.handler)
     try:
-        run_pipeline(pipeline, ["a fox"], **adapter.inference_call(2, 4.0), **SIZE)
+        run_pipeline(pipeline, ["a fox"], **family.inference_call(2, 4.0), **SIZE)
         assert not caplog.records
-        run_pipeline(pipeline, ["a fox"], **adapter.inference_call(2) | {"guidance_scale": 1.0}, **SIZE)
+        run_pipeline(pipeline, ["a fox"], **family.inference_call(2) | {"guidance_scale": 1.0}, **SIZE)
         assert "ignored" in caplog.text
     finally:
         logger.removeHandler(caplog.handler)
@@ -197,17 +195,17 @@ def test_gradients_flow_through_recomputed_blocks(other: str) -> None:
 
 def test_features_are_the_images(pipeline: Any) -> None:
     """Of a block's two streams, the text's and the image's."""
-    adapter = load_adapter(pipeline, torch.float32)
-    assert adapter.feature_block() is pipeline.transformer.transformer_blocks[0]
-    extract = adapter.features(adapter.roles, TEACHER, adapter.condition(PROMPTS))
-    assert extract(torch.randn(2, *adapter.latent_shape(**SIZE)), torch.tensor([0.5, 0.6])).shape[1] == 32
+    family = load_family(pipeline, torch.float32)
+    assert family.feature_block() is pipeline.transformer.transformer_blocks[0]
+    extract = family.features(family.roles, TEACHER, family.condition(PROMPTS))
+    assert extract(torch.randn(2, *family.latent_shape(**SIZE)), torch.tensor([0.5, 0.6])).shape[1] == 32
 
 
 def test_images_have_gradients_through_the_video_vae(pipeline: Any) -> None:
     """Its caches of frames do not cut the graph."""
-    adapter = load_adapter(pipeline, torch.float32)
-    latents = (0.1 * torch.randn(2, *adapter.latent_shape(**SIZE))).requires_grad_()
-    images = adapter.decode(latents)
+    family = load_family(pipeline, torch.float32)
+    latents = (0.1 * torch.randn(2, *family.latent_shape(**SIZE))).requires_grad_()
+    images = family.decode(latents)
     assert images.shape == (2, 3, 32, 64)
     images.sum().backward()
     assert latents.grad is not None
@@ -217,7 +215,7 @@ def test_images_have_gradients_through_the_video_vae(pipeline: Any) -> None:
 @pytest.mark.parametrize("length", [0, 1025])
 def test_lengths_that_the_pipeline_does_not_take(pipeline: Any, length: int) -> None:
     with pytest.raises(ConfigError, match=f"max_sequence_length={length} must be 1 to 1024"):
-        load_adapter(pipeline, torch.float32, max_sequence_length=length)
+        load_family(pipeline, torch.float32, max_sequence_length=length)
 
 
 def test_a_backbone_that_is_told_its_guidance_is_refused(pipeline: Any) -> None:
@@ -226,4 +224,4 @@ def test_a_backbone_that_is_told_its_guidance_is_refused(pipeline: Any) -> None:
     with pytest.raises(TypeError):
         run_pipeline(pipeline, ["a fox"], num_inference_steps=2, guidance_scale=3.0, true_cfg_scale=1.0, **SIZE)
     with pytest.raises(ModelError, match="guidance_embeds"):
-        load_adapter(pipeline, torch.float32)
+        load_family(pipeline, torch.float32)

@@ -16,8 +16,8 @@ from diffusers import (
 from test_families import calls_of
 
 from rdm_sdk import ModelError
-from rdm_sdk.families.base import ModelAdapter
-from rdm_sdk.families.load import load_adapter
+from rdm_sdk.families.base import ModelFamily
+from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import TEACHER
 from rdm_sdk.testing.pipelines import TINY_PIPELINES
 
@@ -31,9 +31,9 @@ def sana(scheduler: Any = None) -> Any:
     return pipeline
 
 
-def adapter_of(pipeline: Any) -> ModelAdapter:
-    """Return its adapter."""
-    return load_adapter(pipeline, torch.float32)
+def family_of(pipeline: Any) -> ModelFamily:
+    """Return its family."""
+    return load_family(pipeline, torch.float32)
 
 
 # ---- Schedulers -------------------------------------------------------------------------------------------------
@@ -42,26 +42,26 @@ def adapter_of(pipeline: Any) -> ModelAdapter:
 def test_both_published_schedulers_are_followed() -> None:
     """Each calls its shift by another name, and may carry the other's name along from a conversion."""
     published = sana().scheduler
-    assert adapter_of(sana()).base_shift((4, 4, 8)) == 3.0
-    assert adapter_of(sana(FlowMatchEulerDiscreteScheduler(shift=5.0))).base_shift((4, 4, 8)) == 5.0
+    assert family_of(sana()).base_shift((4, 4, 8)) == 3.0
+    assert family_of(sana(FlowMatchEulerDiscreteScheduler(shift=5.0))).base_shift((4, 4, 8)) == 5.0
     converted = FlowMatchEulerDiscreteScheduler.from_config(published.config, shift=2.0)
     assert converted.config["flow_shift"] == 3.0
-    assert adapter_of(sana(converted)).base_shift((4, 4, 8)) == 2.0
+    assert family_of(sana(converted)).base_shift((4, 4, 8)) == 2.0
     back = DPMSolverMultistepScheduler.from_config(converted.config, flow_shift=4.0)
     assert back.config["shift"] == 2.0
-    assert adapter_of(sana(back)).base_shift((4, 4, 8)) == 4.0
+    assert family_of(sana(back)).base_shift((4, 4, 8)) == 4.0
 
 
 def test_the_students_grid_has_the_bases_shift() -> None:
     """One, and where four even levels go with a shift of 3; the pipeline call sets no other."""
-    adapter = adapter_of(sana())
+    family = family_of(sana())
     expected = [3 * s / (1 + 2 * s) for s in (1.0, 0.75, 0.5, 0.25)]
-    grid = adapter.student_sigmas(4, None)
+    grid = family.student_sigmas(4, None)
     assert grid[0] == 1.0
     assert grid[-1] == pytest.approx(expected[-1], abs=1e-6)
-    pipeline = adapter.pipeline
-    pipeline.scheduler = adapter.student_scheduler(4, None)
-    pipeline("a fox", **adapter.inference_call(4), height=32, width=32, output_type="latent")
+    pipeline = family.pipeline
+    pipeline.scheduler = family.student_scheduler(4, None)
+    pipeline("a fox", **family.inference_call(4), height=32, width=32, output_type="latent")
     assert pipeline.scheduler.sigmas[:-1].tolist() == grid
 
 
@@ -78,7 +78,7 @@ def test_the_students_grid_has_the_bases_shift() -> None:
 def test_other_schedulers_are_refused(scheduler: Any, message: str) -> None:
     """Noise levels or predictions that are not a flow's, and classes that nobody has checked."""
     with pytest.raises(ModelError, match=message):
-        adapter_of(sana(scheduler))
+        family_of(sana(scheduler))
 
 
 # ---- The transformer --------------------------------------------------------------------------------------------
@@ -89,15 +89,15 @@ def test_times_are_scaled_as_the_transformer_says(scale: float) -> None:
     """Number for number what the pipeline sends, in float32."""
     pipeline = sana()
     pipeline.transformer.register_to_config(timestep_scale=scale)
-    adapter = adapter_of(pipeline)
-    pipeline.scheduler = adapter.student_scheduler(2, None)
-    x_t, condition = torch.randn(1, *adapter.latent_shape(32, 32)), adapter.condition(["a fox"])
-    call = adapter.inference_call(2) | {"height": 32, "width": 32, "output_type": "latent"}
+    family = family_of(pipeline)
+    pipeline.scheduler = family.student_scheduler(2, None)
+    x_t, condition = torch.randn(1, *family.latent_shape(32, 32)), family.condition(["a fox"])
+    call = family.inference_call(2) | {"height": 32, "width": 32, "output_type": "latent"}
     theirs = calls_of(pipeline, "transformer", lambda: pipeline("a fox", **call))
 
     def predict() -> None:
         for sigma in pipeline.scheduler.sigmas[:-1]:
-            adapter.predict(adapter.roles, TEACHER, x_t, sigma[None], condition)
+            family.predict(family.roles, TEACHER, x_t, sigma[None], condition)
 
     ours = calls_of(pipeline, "transformer", predict)
     assert len(ours) == 2
@@ -112,12 +112,12 @@ def test_a_variance_is_dropped_as_the_pipeline_drops_it() -> None:
     pipeline = sana()
     config = dict(pipeline.transformer.config) | {"out_channels": 8}
     pipeline.register_modules(transformer=SanaTransformer2DModel.from_config(config).eval())
-    adapter = adapter_of(pipeline)
-    latents = torch.randn(1, *adapter.latent_shape(32, 64))
+    family = family_of(pipeline)
+    latents = torch.randn(1, *family.latent_shape(32, 64))
     with torch.no_grad():
-        flow = adapter.predict(adapter.roles, TEACHER, latents, torch.ones(1), adapter.condition(["a fox"]))
-    pipeline.scheduler = adapter.student_scheduler(1, None)
-    call = adapter.inference_call(1) | {"height": 32, "width": 64, "output_type": "latent"}
+        flow = family.predict(family.roles, TEACHER, latents, torch.ones(1), family.condition(["a fox"]))
+    pipeline.scheduler = family.student_scheduler(1, None)
+    call = family.inference_call(1) | {"height": 32, "width": 64, "output_type": "latent"}
     torch.testing.assert_close(pipeline("a fox", latents=latents, **call).images, latents - flow)
 
 
@@ -126,8 +126,8 @@ def test_a_variance_is_dropped_as_the_pipeline_drops_it() -> None:
 
 def test_prompts_have_an_instruction_and_missing_ones_have_not() -> None:
     """A prompt's tokens follow the instruction's last; an empty prompt has that, a missing one is <bos> alone."""
-    adapter = adapter_of(sana())
-    condition = adapter.condition(["fox", "", None])
+    family = family_of(sana())
+    condition = family.condition(["fox", "", None])
     # Gemma's tokens for "fox" are three letters here, and the instruction ends in a space.
     assert condition["encoder_attention_mask"].sum(1).tolist() == [5, 2, 1]
     assert condition["encoder_attention_mask"][0, :5].all()

@@ -11,7 +11,7 @@ from test_family_qwen_image import PROMPTS, SIZE, assert_guides_as_the_pipeline,
 from torch import Tensor
 
 from rdm_sdk import ConfigError
-from rdm_sdk.families.load import load_adapter
+from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import TEACHER
 from rdm_sdk.testing.pipelines import tiny_z_image
 
@@ -28,24 +28,24 @@ def pipeline() -> Any:
 
 def test_guidance_is_the_pipelines(pipeline: Any) -> None:
     """Its scale of 2 is ours of 3."""
-    assert_guides_as_the_pipeline(load_adapter(pipeline, torch.float32), 3.0, guidance_scale=2.0)
+    assert_guides_as_the_pipeline(load_family(pipeline, torch.float32), 3.0, guidance_scale=2.0)
 
 
 @pytest.mark.parametrize("length", [None, 24])
 def test_texts_of_several_lengths_reach_the_backbone_as_from_the_pipeline(pipeline: Any, length: int | None) -> None:
     """Each in its own length, cut where it is too long; the caller's prompts stay as they are."""
-    adapter = load_adapter(pipeline, torch.float32, max_sequence_length=length)
+    family = load_family(pipeline, torch.float32, max_sequence_length=length)
     prompts = list(PROMPTS)
     encoded: dict[str, Tensor] = {}
-    assert len(calls_of(pipeline, "text_encoder", lambda: encoded.update(adapter.encode_prompts(prompts)))) == 1
+    assert len(calls_of(pipeline, "text_encoder", lambda: encoded.update(family.encode_prompts(prompts)))) == 1
     assert prompts == PROMPTS
     assert {name: tensor.shape[:2] for name, tensor in encoded.items()} == dict.fromkeys(encoded, (2, length or 512))
-    x_t = torch.randn(2, *adapter.latent_shape(**SIZE), generator=torch.Generator().manual_seed(0))
-    call = adapter.inference_call(1) | {"latents": x_t, "output_type": "latent", **SIZE}
+    x_t = torch.randn(2, *family.latent_shape(**SIZE), generator=torch.Generator().manual_seed(0))
+    call = family.inference_call(1) | {"latents": x_t, "output_type": "latent", **SIZE}
     (theirs,) = calls_of(pipeline, "transformer", lambda: run_pipeline(pipeline, PROMPTS, **call))
     assert len({len(text) for text in theirs["cap_feats"]}) == (2 if length is None else 1)
     (ours,) = calls_of(
-        pipeline, "transformer", lambda: adapter.predict(adapter.roles, TEACHER, x_t, torch.ones(2), encoded)
+        pipeline, "transformer", lambda: family.predict(family.roles, TEACHER, x_t, torch.ones(2), encoded)
     )
     assert_same_inputs(ours, theirs)
 
@@ -56,36 +56,36 @@ def test_the_students_grid_is_the_bases(pipeline: Any, dynamic: bool, size: tupl
     """With the published bases' static shift as with one that grows with the image."""
     settings = {"use_dynamic_shifting": dynamic, "base_image_seq_len": 16, "max_image_seq_len": 512}
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **settings)
-    adapter = load_adapter(pipeline, torch.float32)
-    run_pipeline(pipeline, ["a fox"], height=size[0], width=size[1], **adapter.inference_call(4))
-    shift = adapter.base_shift(adapter.latent_shape(*size))
-    assert adapter.student_sigmas(4, shift) == pytest.approx(pipeline.scheduler.sigmas[:-1].tolist(), abs=1e-6)
-    assert adapter.student_sigmas(1, shift) == [1.0]
+    family = load_family(pipeline, torch.float32)
+    run_pipeline(pipeline, ["a fox"], height=size[0], width=size[1], **family.inference_call(4))
+    shift = family.base_shift(family.latent_shape(*size))
+    assert family.student_sigmas(4, shift) == pytest.approx(pipeline.scheduler.sigmas[:-1].tolist(), abs=1e-6)
+    assert family.student_sigmas(1, shift) == [1.0]
 
 
 def test_the_default_size_is_the_calls(pipeline: Any) -> None:
-    adapter = load_adapter(pipeline, torch.float32)
+    family = load_family(pipeline, torch.float32)
 
     def stop(_count: int, _channels: int, height: int, width: int, *_: Any) -> None:
-        assert adapter.default_size == (height, width)
+        assert family.default_size == (height, width)
         raise InterruptedError
 
     pipeline.prepare_latents = stop
     with pytest.raises(InterruptedError):
-        run_pipeline(pipeline, ["a fox"], **adapter.inference_call(1))
+        run_pipeline(pipeline, ["a fox"], **family.inference_call(1))
     with pytest.raises(ConfigError, match="positive multiples of 8"):
-        adapter.latent_shape(36, 32)
+        family.latent_shape(36, 32)
 
 
 def test_features_are_the_images_alone(pipeline: Any) -> None:
     """16 tokens, which the transformer pads to 32 and joins with the text's 32 or more; padding says nothing of x_t."""
-    adapter = load_adapter(pipeline, torch.float32)
-    x_t = torch.randn(2, *adapter.latent_shape(32, 32), generator=torch.Generator().manual_seed(0))
-    assert adapter.feature_block() is pipeline.transformer.layers[0]
-    extract = adapter.features(adapter.roles, TEACHER, adapter.condition(PROMPTS))
+    family = load_family(pipeline, torch.float32)
+    x_t = torch.randn(2, *family.latent_shape(32, 32), generator=torch.Generator().manual_seed(0))
+    assert family.feature_block() is pipeline.transformer.layers[0]
+    extract = family.features(family.roles, TEACHER, family.condition(PROMPTS))
     with torch.no_grad():
         features = extract(x_t, torch.tensor([0.5, 0.6]))
-        assert features.shape == (2, 16, adapter.feature_width)
+        assert features.shape == (2, 16, family.feature_width)
         # A patch's own token answers most to it: the last patch's is the last.
         x_t[:, :, -2:, -2:] += 1
         moved = (extract(x_t, torch.tensor([0.5, 0.6])) - features).norm(dim=-1)
@@ -101,13 +101,13 @@ def test_gradients_flow_through_lists_and_recomputed_blocks(other: str) -> None:
 def test_lengths_that_the_transformer_has_no_places_for(pipeline: Any, length: int) -> None:
     """992 tokens of text and the image behind them are the most for 1,024 places."""
     with pytest.raises(ConfigError, match=f"max_sequence_length={length} must be 1 to 992"):
-        load_adapter(pipeline, torch.float32, max_sequence_length=length)
+        load_family(pipeline, torch.float32, max_sequence_length=length)
 
 
 def test_the_longest_text_still_has_a_place(pipeline: Any) -> None:
-    adapter = load_adapter(pipeline, torch.float32, max_sequence_length=992)
-    condition = adapter.condition(["x" * 1000])
+    family = load_family(pipeline, torch.float32, max_sequence_length=992)
+    condition = family.condition(["x" * 1000])
     assert condition["encoder_hidden_states_mask"].all()
-    x_t = torch.randn(1, *adapter.latent_shape(32, 32))
+    x_t = torch.randn(1, *family.latent_shape(32, 32))
     with torch.no_grad():
-        assert adapter.predict(adapter.roles, TEACHER, x_t, torch.ones(1), condition).isfinite().all()
+        assert family.predict(family.roles, TEACHER, x_t, torch.ones(1), condition).isfinite().all()

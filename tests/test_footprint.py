@@ -13,8 +13,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rdm_sdk.families.base import ModelAdapter
-from rdm_sdk.families.load import load_adapter
+from rdm_sdk.families.base import ModelFamily
+from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import TEACHER
 from rdm_sdk.planning import footprint
 from rdm_sdk.planning.blueprint import blueprint
@@ -152,14 +152,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-by_family = pytest.mark.parametrize("family", sorted(TINY_PIPELINES))
+by_family = pytest.mark.parametrize("kind", sorted(TINY_PIPELINES))
 
 
 @by_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_blueprint_is_as_large_as_what_is_loaded(family: str, dtype: torch.dtype, folders: Path) -> None:
+def test_a_blueprint_is_as_large_as_what_is_loaded(kind: str, dtype: torch.dtype, folders: Path) -> None:
     """Every part has the bytes and parameters of the loaded one, and no tensor has values."""
-    planned, loaded = blueprint(folders / family, dtype), load_adapter(folders / family, dtype)
+    planned, loaded = blueprint(folders / kind, dtype), load_family(folders / kind, dtype)
     parts = {planned.component: planned.backbone, **planned.frozen_parts()}
     assert {*parts} == {loaded.component, *loaded.frozen_parts()}
     for name, part in parts.items():
@@ -169,9 +169,9 @@ def test_a_blueprint_is_as_large_as_what_is_loaded(family: str, dtype: torch.dty
 
 
 @by_family
-def test_example_encodings_are_like_real_ones(family: str, folders: Path) -> None:
+def test_example_encodings_are_like_real_ones(kind: str, folders: Path) -> None:
     """Names, shapes and dtypes are those of encoded prompts; masks are real, so that they can be counted."""
-    planned, loaded = (make(folders / family, torch.bfloat16) for make in (blueprint, load_adapter))
+    planned, loaded = (make(folders / kind, torch.bfloat16) for make in (blueprint, load_family))
     real, example = loaded.encode_prompts(["a red fox", "two boats"]), planned.example_encoding(2)
     described = [{name: (tensor.shape, tensor.dtype) for name, tensor in own.items()} for own in (real, example)]
     assert described[0] == described[1]
@@ -179,36 +179,34 @@ def test_example_encodings_are_like_real_ones(family: str, folders: Path) -> Non
     assert all(bool(mask.all()) for mask in masks)
 
 
-def prepared(adapter: ModelAdapter, targets: list[str] | None = None) -> tuple[Rehearsal, int]:
-    """Return an adapter's rehearsal, roles added, and a count of samples."""
+def prepared(family: ModelFamily, targets: list[str] | None = None) -> tuple[Rehearsal, int]:
+    """Return a family's rehearsal, roles added, and a count of samples."""
     lora = LoraConfig(r=4, target_modules=targets)
-    with torch.device(adapter.device):
-        adapter.add_roles({"student": lora, "fake": lora})
-    unit = adapter.size_unit
+    with torch.device(family.device):
+        family.add_roles({"student": lora, "fake": lora})
+    unit = family.size_unit
     height = -(-32 // unit) * unit
-    return Rehearsal(adapter, adapter.latent_shape(height, 2 * height)), 3
+    return Rehearsal(family, family.latent_shape(height, 2 * height)), 3
 
 
 @by_family
-def test_passes_take_what_they_take_for_real(family: str, folders: Path) -> None:
+def test_passes_take_what_they_take_for_real(kind: str, folders: Path) -> None:
     """Forward, backward, with blocks run again, guided, decoding: the bytes on the meta device are those on the CPU."""
-    planned, count = prepared(blueprint(folders / family, torch.float32))
-    real, _ = prepared(load_adapter(folders / family, torch.float32))
+    planned, count = prepared(blueprint(folders / kind, torch.float32))
+    real, _ = prepared(load_family(folders / kind, torch.float32))
     real._mode = _Nothing()  # CPU attention is fused by itself
     for rehearsal in (planned, real):
         assert rehearsal.train("student", count, False).peak > rehearsal.train("student", count, True).peak
     assert planned.train("student", count, False) == real.train("student", count, False)
-    if family == "QwenImagePipeline":
+    if kind == "QwenImagePipeline":
         # Its forward pass takes a large detour: where few layers have adapters, the peaks are told apart.
         few = ["to_q", "to_k", "to_v", "to_out.0"]
-        tape = prepared(blueprint(folders / family, torch.float32), few)[0].train("student", count, False)
+        tape = prepared(blueprint(folders / kind, torch.float32), few)[0].train("student", count, False)
         assert tape.kept < tape.backward < 0.8 * tape.forward
     again, real_again = (own.train("student", count, True) for own in (planned, real))
     assert (again.kept, again.forward) == (real_again.kept, real_again.forward)
     # PixArt's attention has masks, and the CPU's kernel scratch for them.
-    assert again.backward == pytest.approx(
-        real_again.backward, rel=0.05 if family == "PixArtSigmaPipeline" else 0, abs=0
-    )
+    assert again.backward == pytest.approx(real_again.backward, rel=0.05 if kind == "PixArtSigmaPipeline" else 0, abs=0)
     # A second pass finds the tables of positions that the first has made.
     accumulated = planned.train("student", count, False, accumulates=True)
     assert accumulated.kept == pytest.approx(planned.train("student", count, False).kept, rel=0.01)
@@ -221,7 +219,7 @@ def test_passes_take_what_they_take_for_real(family: str, folders: Path) -> None
     assert planned.decode(count, False, False) == real.decode(count, False, False)
     graded, real_graded = (own.decode_to_differentiate(count, False, False) for own in (planned, real))
     # Sana's VAE multiplies matrices whose layout its CPU convolutions choose.
-    tolerance = 0.05 if family == "SanaPipeline" else 0
+    tolerance = 0.05 if kind == "SanaPipeline" else 0
     assert graded.kept == pytest.approx(real_graded.kept, rel=tolerance, abs=0)
     assert graded.backward == pytest.approx(real_graded.backward, rel=tolerance, abs=0)
 
@@ -240,26 +238,26 @@ class _OnCpu(_Nothing):
         return torch.autocast("cpu", torch.bfloat16)
 
 
-@pytest.mark.parametrize("family", ["StableDiffusion3Pipeline", "FluxPipeline", "StableDiffusionXLPipeline"])
-def test_bfloat16_passes_under_autocast(family: str, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["StableDiffusion3Pipeline", "FluxPipeline", "StableDiffusionXLPipeline"])
+def test_bfloat16_passes_under_autocast(kind: str, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bfloat16 base with float32 adapters: all bytes are those of the CPU's autocast, whose list is shorter."""
     monkeypatch.setattr(footprint, "FLOAT32", frozenset())
-    planned, count = prepared(blueprint(folders / family, torch.bfloat16))
-    real, _ = prepared(load_adapter(folders / family, torch.bfloat16))
+    planned, count = prepared(blueprint(folders / kind, torch.bfloat16))
+    real, _ = prepared(load_family(folders / kind, torch.bfloat16))
     planned._mode, real._mode = LikeCuda(torch.bfloat16), _OnCpu()
     ours, theirs = (own.train("student", count, False) for own in (planned, real))
     assert ours.kept == pytest.approx(theirs.kept, rel=0.01)
     assert ours.peak == pytest.approx(theirs.peak, rel=0.01)
-    assert ours.kept < 0.9 * prepared(blueprint(folders / family, torch.float32))[0].train("student", count, False).kept
+    assert ours.kept < 0.9 * prepared(blueprint(folders / kind, torch.float32))[0].train("student", count, False).kept
 
 
-@pytest.mark.parametrize("family", ["StableDiffusionPipeline", "FluxPipeline", "SanaPipeline"])
-def test_what_is_kept_is_what_autograd_saves(family: str, folders: Path) -> None:
+@pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "FluxPipeline", "SanaPipeline"])
+def test_what_is_kept_is_what_autograd_saves(kind: str, folders: Path) -> None:
     """Counted another way, by hooks on saved tensors of the real model: unique storages that are no parameters."""
-    planned, count = prepared(blueprint(folders / family, torch.float32))
-    real, _ = prepared(load_adapter(folders / family, torch.float32))
-    adapter = real.adapter
-    known = {t.untyped_storage()._cdata for t in (*adapter.backbone.parameters(), *adapter.backbone.buffers())}
+    planned, count = prepared(blueprint(folders / kind, torch.float32))
+    real, _ = prepared(load_family(folders / kind, torch.float32))
+    family = real.family
+    known = {t.untyped_storage()._cdata for t in (*family.backbone.parameters(), *family.backbone.buffers())}
     condition, (x_t, sigma) = real.condition(count), real._samples(count)
     known |= {t.untyped_storage()._cdata for t in (x_t, sigma, *condition.values())}
     saved: dict[int, int] = {}
@@ -271,7 +269,7 @@ def test_what_is_kept_is_what_autograd_saves(family: str, folders: Path) -> None
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        x_0 = adapter.denoiser(adapter.roles, "student", condition)(x_t, sigma)
+        x_0 = family.denoiser(family.roles, "student", condition)(x_t, sigma)
     output = x_0.untyped_storage()
     saved.setdefault(output._cdata, output.nbytes())
     assert planned.train("student", count, False).kept == pytest.approx(sum(saved.values()), rel=0.02)

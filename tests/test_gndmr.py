@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from rdm_sdk import ConfigError, RDMTrainer, digits
-from rdm_sdk.families.load import load_adapter
+from rdm_sdk.families.load import load_family
 from rdm_sdk.training.weighting import RewardStatistics
 
 Make = Callable[..., RDMTrainer]
@@ -279,14 +279,14 @@ def test_each_update_changes_its_own_roles(make_trainer: Make, tmp_path: Path, a
     watch.trainer = trainer
     assert trainer.roles.trainable_roles == ("student", "fake", "discriminator")
 
-    def teacher(adapter: Any) -> Tensor:
-        x_t, sigma = torch.ones(2, *adapter.latent_shape(None, None)), torch.tensor([0.9, 0.3])
+    def teacher(family: Any) -> Tensor:
+        x_t, sigma = torch.ones(2, *family.latent_shape(None, None)), torch.tensor([0.9, 0.3])
         with torch.no_grad():
-            return adapter.denoiser(adapter.roles, "teacher", adapter.encode_prompts(["one", "two"]))(x_t, sigma)
+            return family.denoiser(family.roles, "teacher", family.encode_prompts(["one", "two"]))(x_t, sigma)
 
-    before = teacher(load_adapter(digits.teacher_path(), torch.float32, max_sequence_length=4))
+    before = teacher(load_family(digits.teacher_path(), torch.float32, max_sequence_length=4))
     trainer.train()
-    assert torch.equal(teacher(trainer.adapter), before)
+    assert torch.equal(teacher(trainer.family), before)
     for start, critics_done, student_done in zip(*[iter(watch.taken)] * 3, strict=True):
         changed = [
             {role for role in one if any(not torch.equal(a, b) for a, b in zip(one[role], two[role], strict=True))}

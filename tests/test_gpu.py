@@ -14,7 +14,7 @@ from test_resume_reuse import brightness, pictures
 from torch import Tensor
 
 from rdm_sdk import digits, preset
-from rdm_sdk.families.load import load_adapter
+from rdm_sdk.families.load import load_family
 from rdm_sdk.method.groups import scale_field
 from rdm_sdk.method.losses import pathwise_loss
 from rdm_sdk.method.matching import matching_gradient, residual_magnitude
@@ -44,32 +44,32 @@ def student_gradient(device: str, dtype: torch.dtype, recompute: bool) -> dict[s
 
     Random generators of two devices give different numbers for one seed, so everything random is drawn on the CPU.
     """
-    adapter = load_adapter(digits.teacher_path(), dtype, max_sequence_length=4)
-    adapter.add_roles({"student": LoraConfig(r=4), "fake": LoraConfig(r=4)})
-    adapter.to(torch.device(device))
+    family = load_family(digits.teacher_path(), dtype, max_sequence_length=4)
+    family.add_roles({"student": LoraConfig(r=4), "fake": LoraConfig(r=4)})
+    family.to(torch.device(device))
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
     for role in ("student", "fake"):
-        for parameter in adapter.roles.parameters_of(role).values():
+        for parameter in family.roles.parameters_of(role).values():
             parameter.data.copy_(0.05 * draw(*parameter.shape))
     if recompute:
-        adapter.roles.gradient_checkpointing_enable()
+        family.roles.gradient_checkpointing_enable()
     prompts = digits.prompts()[:8]
-    states, eps = draw(8, *adapter.latent_shape(None, None)).to(device), draw(8, 1, 8, 8).to(device)
+    states, eps = draw(8, *family.latent_shape(None, None)).to(device), draw(8, 1, 8, 8).to(device)
     sigma = torch.tensor([1.0, 1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25], device=device)
     level = torch.tensor([0.3, 0.3, 0.5, 0.5, 0.7, 0.7, 0.9, 0.9], device=device)
-    condition = {name: tensor.to(device) for name, tensor in adapter.encode_prompts(prompts).items()}
-    denoisers = {role: adapter.denoiser(adapter.roles, role, condition) for role in ("teacher", "student", "fake")}
+    condition = {name: tensor.to(device) for name, tensor in family.encode_prompts(prompts).items()}
+    denoisers = {role: family.denoiser(family.roles, role, condition) for role in ("teacher", "student", "fake")}
     x_0 = denoisers["student"](states, sigma)
     with torch.no_grad():
         x_t = (1 - level)[:, None, None, None] * x_0 + level[:, None, None, None] * eps
         real, fake = denoisers["teacher"](x_t, level), denoisers["fake"](x_t, level)
         field = scale_field(matching_gradient(real, fake), residual_magnitude(x_0, real), 2, "group")
     pathwise_loss(x_0, field).backward()
-    grads = {name: p.grad for name, p in adapter.roles.parameters_of("student").items() if p.grad is not None}
+    grads = {name: p.grad for name, p in family.roles.parameters_of("student").items() if p.grad is not None}
     return {name: grad.float().cpu() for name, grad in grads.items()}
 
 

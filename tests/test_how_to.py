@@ -154,12 +154,12 @@ args = RDMConfig(
 trainer = RDMTrainer("base", "dm", args, ["a red fox", "two boats"])
 trainer.train()
 trainer.save_model("student")
-print(type(trainer.adapter).__name__, trainer.state.log_history[0]["loss"] > 0)
+print(type(trainer.family).__name__, trainer.state.log_history[0]["loss"] > 0)
 """
 
 
 def test_a_family_from_the_page_to_a_run(tmp_path: Path, run: Run) -> None:
-    """The page's own adapter is found by the pipeline's class, keeps the contract and trains."""
+    """The page's own family is found by the pipeline's class, keeps the contract and trains."""
     files = files_of_the_page("write-a-model.md")
     assert files.keys() == {
         "pyproject.toml",
@@ -175,5 +175,5 @@ def test_a_family_from_the_page_to_a_run(tmp_path: Path, run: Run) -> None:
     assert "AuraFlowPipeline" in run("-m", "rdm_sdk.cli.main", "models", "list")
     assert "20 passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", "acme-models/tests")
     (tmp_path / "train.py").write_text(FAMILY)
-    assert "AuraFlowAdapter True" in run("train.py")
+    assert "AuraFlowFamily True" in run("train.py")
     assert "from diffusers import AuraFlowPipeline" in (tmp_path / "student" / "README.md").read_text()

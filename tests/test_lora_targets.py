@@ -16,18 +16,18 @@ from true_shapes import write_configs
 
 from rdm_sdk import ConfigError, RDMTrainer, digits
 from rdm_sdk.cli import main as cli
-from rdm_sdk.families.base import ModelAdapter, linear_layers
-from rdm_sdk.families.load import load_adapter
+from rdm_sdk.families.base import ModelFamily, linear_layers
+from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import STUDENT, TEACHER
 from rdm_sdk.planning.blueprint import blueprint
 from rdm_sdk.rewards.resolve import resolve_rewards
-from rdm_sdk.testing.adapter_subject import CLOSE, ModelSubject, apart, call, images_of
+from rdm_sdk.testing.family_subject import CLOSE, ModelSubject, apart, call, images_of
 from rdm_sdk.testing.pipelines import TINY_PIPELINES
 from rdm_sdk.training.export import PEFT_FOLDER, StudentInfo, load_student, save_student
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 FAMILIES = sorted(TINY_PIPELINES)
-by_family = pytest.mark.parametrize("family", FAMILIES)
+by_family = pytest.mark.parametrize("kind", FAMILIES)
 ALPHA = {"r": 4, "lora_alpha": 12}
 
 LEFT_OUT: dict[str, set[str]] = {
@@ -51,109 +51,109 @@ def adapted(network: nn.Module, role: str | None = None) -> set[str]:
     return {name for name, layer in layers.items() if role is None or role in layer.lora_A}
 
 
-def moved(adapter: ModelAdapter) -> ModelAdapter:
+def moved(family: ModelFamily) -> ModelFamily:
     """Give every trained role's adapters weights that are not how they start, and return the model."""
     generator = torch.Generator().manual_seed(1)
-    for role in adapter.roles.denoising_roles:
-        for parameter in adapter.roles.parameters_of(role).values():
+    for role in family.roles.denoising_roles:
+        for parameter in family.roles.parameters_of(role).values():
             parameter.data.normal_(std=0.1, generator=generator)
-    return adapter
+    return family
 
 
-def digits_with(**roles: LoraConfig | None) -> ModelAdapter:
+def digits_with(**roles: LoraConfig | None) -> ModelFamily:
     """Return the embedded teacher with roles."""
-    adapter = load_adapter(digits.teacher_path(), torch.float32, max_sequence_length=4)
-    adapter.add_roles(roles)
-    return adapter
+    family = load_family(digits.teacher_path(), torch.float32, max_sequence_length=4)
+    family.add_roles(roles)
+    return family
 
 
 # ---- Defaults ---------------------------------------------------------------------------------------------------
 
 
 @by_family
-def test_every_layer_that_can_learn_has_an_adapter(family: str) -> None:
+def test_every_layer_that_can_learn_has_an_adapter(kind: str) -> None:
     """All linear layers and convolutions but the few listed; each adapter gets a gradient, both its matrices."""
-    subject = ModelSubject(TINY_PIPELINES[family])
-    adapter = subject.fresh()
+    subject = ModelSubject(TINY_PIPELINES[kind])
+    family = subject.fresh()
     kinds = (nn.Linear, nn.Conv2d)
-    everything = {name for name, layer in adapter.backbone.named_modules() if isinstance(layer, kinds)}
-    assert LEFT_OUT.get(family, set()) < everything
-    adapter.add_roles({STUDENT: LoraConfig(**ALPHA)})
-    assert adapted(adapter.backbone) == everything - LEFT_OUT.get(family, set())
-    student = moved(adapter).denoiser(adapter.roles, STUDENT, subject.condition)
+    everything = {name for name, layer in family.backbone.named_modules() if isinstance(layer, kinds)}
+    assert LEFT_OUT.get(kind, set()) < everything
+    family.add_roles({STUDENT: LoraConfig(**ALPHA)})
+    assert adapted(family.backbone) == everything - LEFT_OUT.get(kind, set())
+    student = moved(family).denoiser(family.roles, STUDENT, subject.condition)
     student(subject.x_t, subject.sigma).square().mean().backward()
-    parameters = adapter.roles.parameters_of(STUDENT)
-    assert len(parameters) == 2 * len(adapted(adapter.backbone))
+    parameters = family.roles.parameters_of(STUDENT)
+    assert len(parameters) == 2 * len(adapted(family.backbone))
     assert [name for name, parameter in parameters.items() if parameter.grad is None or not parameter.grad.any()] == []
 
 
 @by_family
 @pytest.mark.parametrize("targets", [None, "all-linear"])
-def test_roles_have_the_same_layers(family: str, targets: str | None) -> None:
+def test_roles_have_the_same_layers(kind: str, targets: str | None) -> None:
     """Whatever was there before: no role wraps another's matrices, and nothing but the backbone is touched."""
-    adapter = load_adapter(TINY_PIPELINES[family](), torch.float32)
-    before, linear = adapter.lora_targets, linear_layers(adapter.backbone)
+    family = load_family(TINY_PIPELINES[kind](), torch.float32)
+    before, linear = family.lora_targets, linear_layers(family.backbone)
     roles = [STUDENT, "fake", "another"]
-    adapter.add_roles({role: LoraConfig(r=2, target_modules=targets) for role in roles})
+    family.add_roles({role: LoraConfig(r=2, target_modules=targets) for role in roles})
     if targets == "all-linear":
         wanted = {name for name, layer in linear.items() if isinstance(layer, nn.Linear)}
     else:
         wanted = set(before)
-    assert [adapted(adapter.backbone, role) for role in roles] == 3 * [wanted]
-    assert adapted(adapter.backbone) == wanted
-    assert not any(re.search(r"lora_.*lora_", name) for name, _ in adapter.backbone.named_modules())
-    assert adapter.lora_targets == before
-    assert all(linear_layers(adapter.backbone)[name] is layer for name, layer in linear.items())
-    assert not any(adapted(part) for part in adapter.frozen_parts().values())
+    assert [adapted(family.backbone, role) for role in roles] == 3 * [wanted]
+    assert adapted(family.backbone) == wanted
+    assert not any(re.search(r"lora_.*lora_", name) for name, _ in family.backbone.named_modules())
+    assert family.lora_targets == before
+    assert all(linear_layers(family.backbone)[name] is layer for name, layer in linear.items())
+    assert not any(adapted(part) for part in family.frozen_parts().values())
 
 
 @pytest.mark.parametrize(("student", "critic"), [("lora", "full"), ("full", "lora")])
 def test_a_copy_beside_adapters_has_none(student: str, critic: str) -> None:
     """And the adapters beside it are where they always are."""
     configs = {"lora": LoraConfig(r=2), "full": None}
-    adapter = digits_with(student=configs[student], fake=configs[critic])
+    family = digits_with(student=configs[student], fake=configs[critic])
     (role,) = [role for role, kind in ((STUDENT, student), ("fake", critic)) if kind == "lora"]
-    assert adapted(adapter.backbone, role) == set(adapter.lora_targets)
-    assert len(adapter.lora_targets) > 40
-    assert not any(adapted(copy) for copy in adapter.roles.copies.values())
+    assert adapted(family.backbone, role) == set(family.lora_targets)
+    assert len(family.lora_targets) > 40
+    assert not any(adapted(copy) for copy in family.roles.copies.values())
 
 
 # ---- The export -------------------------------------------------------------------------------------------------
 
 
 @by_family
-def test_every_adapter_survives_the_export(family: str, tmp_path: Path) -> None:
+def test_every_adapter_survives_the_export(kind: str, tmp_path: Path) -> None:
     """A plain pipeline and PEFT load each on its layer with its scale, and make the student's images."""
-    subject = ModelSubject(TINY_PIPELINES[family])
-    adapter = subject.fresh()
-    adapter.add_roles({STUDENT: LoraConfig(**ALPHA), "fake": LoraConfig(r=2)})
-    ours, base = (images_of(moved(adapter), role, subject.x_t) for role in (STUDENT, TEACHER))
-    save_student(tmp_path, adapter, StudentInfo(4, None, False, 1.0, resolve_rewards("dm"), {}))
+    subject = ModelSubject(TINY_PIPELINES[kind])
+    family = subject.fresh()
+    family.add_roles({STUDENT: LoraConfig(**ALPHA), "fake": LoraConfig(r=2)})
+    ours, base = (images_of(moved(family), role, subject.x_t) for role in (STUDENT, TEACHER))
+    save_student(tmp_path, family, StudentInfo(4, None, False, 1.0, resolve_rewards("dm"), {}))
     plain = subject.fresh().pipeline
     load_student(plain, tmp_path)
-    by_peft = getattr(subject.fresh().pipeline, adapter.component)
+    by_peft = getattr(subject.fresh().pipeline, family.component)
     PeftModel.from_pretrained(by_peft, str(tmp_path / PEFT_FOLDER))
-    own = dict(adapter.backbone.named_modules())
-    for network in (getattr(plain, adapter.component), by_peft):
-        assert adapted(network) == set(adapter.lora_targets)
-        for name in adapter.lora_targets:
+    own = dict(family.backbone.named_modules())
+    for network in (getattr(plain, family.component), by_peft):
+        assert adapted(network) == set(family.lora_targets)
+        for name in family.lora_targets:
             found, wanted = network.get_submodule(name), own[name]
             (label,) = found.lora_A
             assert torch.equal(found.lora_A[label].weight, wanted.lora_A[STUDENT].weight)
             assert torch.equal(found.lora_B[label].weight, wanted.lora_B[STUDENT].weight)
             assert found.scaling[label] == wanted.scaling[STUDENT] == 3
-    theirs = call(adapter, plain, subject.x_t)
+    theirs = call(family, plain, subject.x_t)
     assert apart(ours, theirs) < CLOSE < 0.1 * apart(ours, base)
 
 
 @pytest.mark.parametrize("kind", ["StableDiffusion3Pipeline", "StableDiffusionXLPipeline", "FluxPipeline"])
 def test_true_shapes_are_described_in_few_words(kind: str, tmp_path: Path) -> None:
     """Hundreds of layers come down to some endings of names, which stand for the same layers again."""
-    adapter = blueprint(write_configs(tmp_path / kind, kind), torch.bfloat16)
+    family = blueprint(write_configs(tmp_path / kind, kind), torch.bfloat16)
     with torch.device("meta"):
-        adapter.add_roles({STUDENT: LoraConfig(r=16)})
-    layers, config = adapted(adapter.backbone), adapter.roles.lora_config(STUDENT)
-    assert layers == set(adapter.lora_targets)
+        family.add_roles({STUDENT: LoraConfig(r=16)})
+    layers, config = adapted(family.backbone), family.roles.lora_config(STUDENT)
+    assert layers == set(family.lora_targets)
     assert len(layers) > 300
     assert len(config.target_modules) < 60
     config.save_pretrained(str(tmp_path))
@@ -169,14 +169,14 @@ def test_true_shapes_are_described_in_few_words(kind: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("targets", ["all-linear", "ALL-linear", ["all-linear"], {"All-Linear"}])
 def test_all_linear_is_every_linear_layer(targets: Any) -> None:
     """As a word, or as the list of one that a command line makes of it: no convolution, and no layer left out."""
-    adapter = digits_with(student=LoraConfig(r=2, target_modules=targets), fake=LoraConfig(r=2))
-    linear = {name for name, layer in linear_layers(adapter.backbone).items() if isinstance(layer, nn.Linear)}
-    assert adapted(adapter.backbone, STUDENT) == linear
-    assert adapted(adapter.backbone, "fake") - linear == {"pos_embed.proj"}
+    family = digits_with(student=LoraConfig(r=2, target_modules=targets), fake=LoraConfig(r=2))
+    linear = {name for name, layer in linear_layers(family.backbone).items() if isinstance(layer, nn.Linear)}
+    assert adapted(family.backbone, STUDENT) == linear
+    assert adapted(family.backbone, "fake") - linear == {"pos_embed.proj"}
 
 
-def matching(adapter: ModelAdapter, pattern: str) -> set[str]:
-    return {name for name in adapter.lora_targets if re.fullmatch(pattern, name)}
+def matching(family: ModelFamily, pattern: str) -> set[str]:
+    return {name for name in family.lora_targets if re.fullmatch(pattern, name)}
 
 
 @pytest.mark.parametrize(
@@ -193,19 +193,19 @@ def matching(adapter: ModelAdapter, pattern: str) -> set[str]:
 )
 def test_a_config_narrows_them(options: dict[str, Any], pattern: str) -> None:
     """Names, exclusions and indices say where adapters are, for both roles."""
-    adapter = digits_with(student=LoraConfig(r=2, **options), fake=LoraConfig(r=2, **options))
-    wanted = matching(adapter, pattern)
+    family = digits_with(student=LoraConfig(r=2, **options), fake=LoraConfig(r=2, **options))
+    wanted = matching(family, pattern)
     if options.get("target_modules") == "all-linear":
-        wanted |= set(adapter.lora_excluded)
-    assert 0 < len(wanted) < len(adapter.lora_targets)
+        wanted |= set(family.lora_excluded)
+    assert 0 < len(wanted) < len(family.lora_targets)
     for role in (STUDENT, "fake"):
-        assert adapted(adapter.backbone, role) == wanted
+        assert adapted(family.backbone, role) == wanted
 
 
 def test_patterns_say_ranks_and_alphas() -> None:
     """Of single layers, wherever they are."""
-    adapter = digits_with(student=LoraConfig(r=2, lora_alpha=4, rank_pattern={"norm_out.linear": 6, "attn.to_q": 3}))
-    ranks = {name: adapter.backbone.get_submodule(name).r[STUDENT] for name in adapter.lora_targets}
+    family = digits_with(student=LoraConfig(r=2, lora_alpha=4, rank_pattern={"norm_out.linear": 6, "attn.to_q": 3}))
+    ranks = {name: family.backbone.get_submodule(name).r[STUDENT] for name in family.lora_targets}
     assert ranks["norm_out.linear"] == 6
     assert {rank for name, rank in ranks.items() if name.endswith("attn.to_q")} == {3}
     assert {rank for name, rank in ranks.items() if not name.endswith(("attn.to_q", "norm_out.linear"))} == {2}
@@ -226,13 +226,13 @@ def test_the_command_line_names_them(given: str, tmp_path: Path, monkeypatch: py
         given, {}
     )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    seen: list[ModelAdapter] = []
-    monkeypatch.setattr(RDMTrainer, "train", lambda trainer, **_: seen.append(trainer.adapter))
+    seen: list[ModelFamily] = []
+    monkeypatch.setattr(RDMTrainer, "train", lambda trainer, **_: seen.append(trainer.family))
     monkeypatch.setattr(RDMTrainer, "save_model", lambda *_: None)
     flags = ["--lora_target_modules", "all-linear"] if given == "flag" else []
     assert cli.main(["train", "--config", str(tmp_path / "run.yaml"), *flags]) == 0
-    (adapter,) = seen
+    (family,) = seen
     for role in (STUDENT, "fake"):
-        convolutions = adapted(adapter.backbone, role) & {"pos_embed.proj"}
+        convolutions = adapted(family.backbone, role) & {"pos_embed.proj"}
         assert bool(convolutions) == (given == "nothing")
-        assert len(adapted(adapter.backbone, role)) > 40
+        assert len(adapted(family.backbone, role)) > 40

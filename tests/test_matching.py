@@ -14,9 +14,9 @@ from torch import Tensor
 
 import rdm_sdk.training.step
 from rdm_sdk import ConfigError, ModelError, RDMTrainer, digits
-from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.roles import StepEmbedding
-from rdm_sdk.families.sd3 import SD3Adapter
+from rdm_sdk.families.sd3 import SD3Family
 from rdm_sdk.method.noise import FlowSchedule, VariancePreservingSchedule
 from rdm_sdk.method.objective import Signal
 from rdm_sdk.method.sampling import FewStepPolicy
@@ -146,12 +146,12 @@ def test_a_head_is_told_too(make_trainer: Make, tmp_path: Path) -> None:
 
 def test_a_family_without_an_example_is_named(make_trainer: Make, tmp_path: Path) -> None:
     """What a critic is told is made to the shape of the family's encodings, which it has to say."""
-    from rdm_sdk.families.load import load_adapter
+    from rdm_sdk.families.load import load_family
 
-    class Plain(SD3Adapter):
-        example_encoding = ModelAdapter.example_encoding
+    class Plain(SD3Family):
+        example_encoding = ModelFamily.example_encoding
 
-    pipeline = load_adapter(digits.teacher_path(), torch.float32).pipeline
+    pipeline = load_family(digits.teacher_path(), torch.float32).pipeline
     with pytest.raises(ModelError, match=r"Plain names no example_encoding.*matching='step'"):
         make_trainer(tmp_path, model=Plain(pipeline, max_sequence_length=4))
 

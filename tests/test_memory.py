@@ -47,7 +47,7 @@ class Visits:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, trainer: RDMTrainer) -> None:
         self.came: list[str] = []
         self.left: list[str] = []
-        for name, part in {"vae": trainer.adapter.pipeline.vae, **trainer.adapter.text_encoders()}.items():
+        for name, part in {"vae": trainer.family.pipeline.vae, **trainer.family.text_encoders()}.items():
             hook: Any = part._hf_hook
             monkeypatch.setattr(hook, "pre_forward", self._noting(self.came, name, hook.pre_forward))
             monkeypatch.setattr(hook, "init_hook", self._noting(self.left, name, hook.init_hook))
@@ -70,7 +70,7 @@ def test_offloading_changes_nothing_but_places(
     visits = Visits(monkeypatch, trainer)
     trainer.train()
     assert same(weights_of(trainer, "student", "fake"), weights_of(plain, "student", "fake"))
-    assert set(visits.came) == {"vae", *trainer.adapter.text_encoders()}
+    assert set(visits.came) == {"vae", *trainer.family.text_encoders()}
     assert visits.left.count("vae") == 2  # once per step, when what was judged has been differentiated
     assert visits.left.count("text_encoder") >= 2  # for new prompts, and for no prompt
     came = len(visits.came)
@@ -80,7 +80,7 @@ def test_offloading_changes_nothing_but_places(
 
 def test_nothing_is_moved_unless_it_is_asked_for(plain: RDMTrainer) -> None:
     """By default there are no hooks."""
-    assert not any(hasattr(part, "_hf_hook") for part in plain.adapter.frozen_parts().values())
+    assert not any(hasattr(part, "_hf_hook") for part in plain.family.frozen_parts().values())
 
 
 def test_dropped_encoders_are_gone_and_the_run_is_the_same(
@@ -88,8 +88,8 @@ def test_dropped_encoders_are_gone_and_the_run_is_the_same(
 ) -> None:
     """Every prompt is encoded at the start; others are refused by name."""
     trainer = make_trainer(tmp_path, "dm + 0.1*legibility", guidance_scale=1.5, text_encoders="drop")
-    assert trainer.adapter.text_encoders() == {}
-    assert trainer.adapter.pipeline.text_encoder is None
+    assert trainer.family.text_encoders() == {}
+    assert trainer.family.pipeline.text_encoder is None
     trainer.train()
     assert same(weights_of(trainer, "student", "fake"), weights_of(plain, "student", "fake"))
     assert torch.equal(trainer.sample(PROMPTS, seed=0), plain.sample(PROMPTS, seed=0))
@@ -122,7 +122,7 @@ def test_slicing_decodes_one_image_at_a_time(make_trainer: Make, plain: RDMTrain
     """The same pictures, up to the last bits."""
     trainer = make_trainer(tmp_path, vae_slicing=True)
     seen: list[int] = []
-    decoder = trainer.adapter.pipeline.vae.decoder
+    decoder = trainer.family.pipeline.vae.decoder
     decoder.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     images = trainer.sample(PROMPTS, seed=0)
     assert seen == [1, 1, 1]
@@ -133,7 +133,7 @@ def test_slicing_decodes_one_image_at_a_time(make_trainer: Make, plain: RDMTrain
 def test_tiling_is_switched_on_or_refused(make_trainer: Make, tmp_path: Path) -> None:
     """A VAE that has none says so by name."""
     trainer = make_trainer(tmp_path, vae_tiling=True)
-    assert trainer.adapter.pipeline.vae.use_tiling
+    assert trainer.family.pipeline.vae.use_tiling
     pipeline = DiffusionPipeline.from_pretrained(digits.teacher_path())
     del pipeline.vae.use_tiling
     with pytest.raises(ConfigError, match="vae_tiling=True: AutoencoderKL has no tiling"):
@@ -197,7 +197,7 @@ def test_full_copies_train_beside_the_teacher(make_trainer: Make, tmp_path: Path
 
     def says(role: str) -> Tensor:
         with torch.no_grad():
-            return trainer.adapter.denoiser(roles, role, condition)(x_t, sigma)
+            return trainer.family.denoiser(roles, role, condition)(x_t, sigma)
 
     before = says(TEACHER)
     for role, kind in (("student", student), ("fake", critic)):
@@ -335,7 +335,7 @@ def test_quantization_is_asked_of_the_loader(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", from_pretrained)
     for bits, name in (("4bit", "bitsandbytes_4bit"), ("8bit", "bitsandbytes_8bit")):
         with pytest.raises(load.ModelError, match="seen enough"):
-            load.load_adapter(digits.teacher_path(), torch.bfloat16, bits)
+            load.load_family(digits.teacher_path(), torch.bfloat16, bits)
         config = asked["quantization_config"]
         assert (config.quant_backend, config.components_to_quantize) == (name, ["transformer"])
         assert config.quant_kwargs[f"load_in_{bits}"] is True
@@ -356,7 +356,7 @@ def test_quantization_that_cannot_work_is_refused(
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(load, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="needs bitsandbytes: pip install"):
-        load.load_adapter(digits.teacher_path(), torch.bfloat16, "4bit")
+        load.load_family(digits.teacher_path(), torch.bfloat16, "4bit")
 
 
 def test_a_base_spread_by_a_device_map_stays_where_it_is(make_trainer: Make, plain: RDMTrainer, tmp_path: Path) -> None:
@@ -368,7 +368,7 @@ def test_a_base_spread_by_a_device_map_stays_where_it_is(make_trainer: Make, pla
     trainer = make_trainer(tmp_path, "dm + 0.1*legibility", model=pipeline, guidance_scale=1.5)
     moved: list[object] = []
     trainer.roles._apply = lambda *args, **kwargs: moved.append(args)  # type: ignore[method-assign]
-    trainer.adapter.to(torch.device("cpu"))
+    trainer.family.to(torch.device("cpu"))
     assert moved == []
     del trainer.roles._apply
     trainer.train()
@@ -388,7 +388,7 @@ def test_offloaded_parts_wait_on_the_cpu(make_trainer: Make, tmp_path: Path) -> 
     trainer = make_trainer(tmp_path, "dm + 0.1*legibility", **settings)
     trainer.train()
     images = trainer.sample(PROMPTS, seed=0)
-    waiting = {p.device.type for part in trainer.adapter.frozen_parts().values() for p in part.parameters()}
+    waiting = {p.device.type for part in trainer.family.frozen_parts().values() for p in part.parameters()}
     assert waiting == {"cpu"}
     assert images.device.type == next(trainer.roles.backbone.parameters()).device.type == "cuda"
 

@@ -23,8 +23,8 @@ from rdm_sdk import ConfigError, ModelError, RDMConfig, RDMTrainer, RewardError,
 from rdm_sdk.cli.main import main
 from rdm_sdk.digits.classifier import DigitClassifier
 from rdm_sdk.digits.reward import Legibility
-from rdm_sdk.families.base import ModelAdapter
-from rdm_sdk.families.load import load_adapter
+from rdm_sdk.families.base import ModelFamily
+from rdm_sdk.families.load import load_family
 from rdm_sdk.planning import blueprint as blueprints
 from rdm_sdk.planning import footprint
 from rdm_sdk.planning.advice import Run, Switch, advise
@@ -40,7 +40,7 @@ from rdm_sdk.vision.clip import CLIP_VIT_H
 
 PROMPTS = ["a handwritten one, drawn with a brush", "a handwritten two, drawn with a pencil"]
 CLIP_ONLY = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-by_family = pytest.mark.parametrize("family", sorted(TINY_PIPELINES))
+by_family = pytest.mark.parametrize("kind", sorted(TINY_PIPELINES))
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +59,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def settings(family: str, adapter: ModelAdapter, output_dir: Path, **changed: Any) -> RDMConfig:
+def settings(kind: str, family: ModelFamily, output_dir: Path, **changed: Any) -> RDMConfig:
     """Return the settings of a small run with a family, two samples for each of the two prompts."""
-    unit = adapter.size_unit
+    unit = family.size_unit
     height = -(-32 // unit) * unit
     given: dict[str, Any] = {
         "output_dir": str(output_dir),
         "use_cpu": True,
         "per_device_train_batch_size": 4,
         "num_generations": 2,
-        "guidance_scale": 1.0 if adapter.guidance == "none" else 3.0,
+        "guidance_scale": 1.0 if family.guidance == "none" else 3.0,
         "critic_steps": 1,
         "max_steps": 2,
         "height": height,
@@ -78,7 +78,7 @@ def settings(family: str, adapter: ModelAdapter, output_dir: Path, **changed: An
         "logging_strategy": "no",
         "disable_tqdm": True,
     }
-    given |= {} if family in CLIP_ONLY else {"max_sequence_length": 24}
+    given |= {} if kind in CLIP_ONLY else {"max_sequence_length": 24}
     return RDMConfig(**(given | changed))
 
 
@@ -99,23 +99,23 @@ def run_under_meter(folder: Path, rewards: Any, args: RDMConfig, **loras: Any) -
 
 
 @by_family
-def test_plan_is_what_a_real_run_takes(family: str, folders: Path, tmp_path: Path) -> None:
+def test_plan_is_what_a_real_run_takes(kind: str, folders: Path, tmp_path: Path) -> None:
     """Weights and optimizer to the byte, and the rest within 5 %, on the CPU, where attention is fused as well."""
-    configs = folders / "configs" / family
-    args = settings(family, blueprint(configs, torch.float32), tmp_path)
+    configs = folders / "configs" / kind
+    args = settings(kind, blueprint(configs, torch.float32), tmp_path)
     lora = LoraConfig(r=4)
     plan = plan_memory(configs, args, "dm", lora)
-    trainer, peak = run_under_meter(folders / family, "dm", args, peft_config=lora)
-    adapter = trainer.adapter
-    assert plan.bytes_of("VAE") == bytes_of(adapter.pipeline.vae)
-    assert plan.bytes_of("text encoders") == bytes_of(*adapter.text_encoders().values())
+    trainer, peak = run_under_meter(folders / kind, "dm", args, peft_config=lora)
+    family = trainer.family
+    assert plan.bytes_of("VAE") == bytes_of(family.pipeline.vae)
+    assert plan.bytes_of("text encoders") == bytes_of(*family.text_encoders().values())
     own = {role: trainer.parameters_of(role) for role in ("student", "fake")}
     for role, parameters in own.items():
         assert plan.bytes_of(role) == sum(4 * parameter.numel() for parameter in parameters)
     told = sum(4 * p.numel() for p in trainer.roles.embedding_parameters_of("fake").values())  # not in the backbone
     assert told > 0
     adapters = sum(4 * p.numel() for r in own.values() for p in r) - told
-    assert plan.bytes_of("base") == bytes_of(adapter.backbone) - adapters
+    assert plan.bytes_of("base") == bytes_of(family.backbone) - adapters
     optimizers = (trainer.optimizer, trainer.critic_optimizer.optimizer)
     states = [value for each in optimizers for state in each.state.values() for value in state.values()]
     assert plan.bytes_of("optimizer") == sum(value.numel() * value.element_size() for value in states)
@@ -157,19 +157,19 @@ def test_plan_follows_the_settings(
     changed: dict[str, Any], rewards: str, tolerance: float, said: str, folders: Path, tmp_path: Path
 ) -> None:
     """The same for a run that is set up otherwise; what a reward's own model saves is left out."""
-    family = "StableDiffusion3Pipeline"
-    args = settings(family, blueprint(folders / family, torch.float32), tmp_path, **changed)
-    plan = plan_memory(folders / "configs" / family, args, rewards)
-    _, peak = run_under_meter(folders / family, rewards, args)
+    kind = "StableDiffusion3Pipeline"
+    args = settings(kind, blueprint(folders / kind, torch.float32), tmp_path, **changed)
+    plan = plan_memory(folders / "configs" / kind, args, rewards)
+    _, peak = run_under_meter(folders / kind, rewards, args)
     assert moving(plan) == pytest.approx(peak, rel=tolerance)
     assert re.search(said, plan.peak)
 
 
 def plan_of(folders: Path, tmp_path: Path, rewards: Any = "dm", lora: Any = None, **changed: Any) -> MemoryPlan:
     """Return the plan of a small run with the tiny Stable Diffusion 3."""
-    family = "StableDiffusion3Pipeline"
-    configs = folders / "configs" / family
-    return plan_memory(configs, settings(family, blueprint(configs, torch.float32), tmp_path, **changed), rewards, lora)
+    kind = "StableDiffusion3Pipeline"
+    configs = folders / "configs" / kind
+    return plan_memory(configs, settings(kind, blueprint(configs, torch.float32), tmp_path, **changed), rewards, lora)
 
 
 def test_what_waits_elsewhere_takes_nothing(folders: Path, tmp_path: Path) -> None:
@@ -199,11 +199,11 @@ def test_what_waits_elsewhere_takes_nothing(folders: Path, tmp_path: Path) -> No
 
 def test_bfloat16_runs_under_autocast(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real run in bfloat16, with the CPU's shorter list of float32 functions in the plan."""
-    family = "StableDiffusion3Pipeline"
+    kind = "StableDiffusion3Pipeline"
     monkeypatch.setattr(footprint, "FLOAT32", frozenset())
-    args = settings(family, blueprint(folders / family, torch.float32), tmp_path, bf16=True)
-    plan = plan_memory(folders / "configs" / family, args)
-    _, peak = run_under_meter(folders / family, "dm", args)
+    args = settings(kind, blueprint(folders / kind, torch.float32), tmp_path, bf16=True)
+    plan = plan_memory(folders / "configs" / kind, args)
+    _, peak = run_under_meter(folders / kind, "dm", args)
     assert moving(plan) == pytest.approx(peak, rel=0.05)
     single = plan_of(folders, tmp_path)
     assert plan.bytes_of("base") == (single.bytes_of("base") or 0) / 2
@@ -218,18 +218,16 @@ def test_a_moving_average_is_another_copy(folders: Path, tmp_path: Path) -> None
 
 def test_gradients_and_scratch_are_where_the_trainer_has_them(folders: Path, tmp_path: Path) -> None:
     """Gradients come up in backward passes and wait between micro-batches; unfused steps make one more copy."""
-    family = "StableDiffusion3Pipeline"
-    adapter = blueprint(folders / "configs" / family, torch.float32)
+    kind = "StableDiffusion3Pipeline"
+    family = blueprint(folders / "configs" / kind, torch.float32)
     with torch.device("meta"):
-        adapter.add_roles({"student": LoraConfig(r=4), "fake": LoraConfig(r=8)})
-    size = {
-        role: 4 * sum(p.numel() for p in adapter.roles.parameters_of(role).values()) for role in ("student", "fake")
-    }
+        family.add_roles({"student": LoraConfig(r=4), "fake": LoraConfig(r=8)})
+    size = {role: 4 * sum(p.numel() for p in family.roles.parameters_of(role).values()) for role in ("student", "fake")}
     assert 2 * size["student"] == size["fake"] > 0
 
     def phases(**changed: Any) -> dict[str, Phase]:
-        args = settings(family, adapter, tmp_path, **changed)
-        rehearsal = Rehearsal(adapter, adapter.latent_shape(32, 64))
+        args = settings(kind, family, tmp_path, **changed)
+        rehearsal = Rehearsal(family, family.latent_shape(32, 64))
         return {phase.name: phase for phase in Step(rehearsal, args, declare_rewards("dm")).phases()}
 
     once, twice = phases(), phases(gradient_accumulation_steps=2)
@@ -250,12 +248,12 @@ def test_gradients_and_scratch_are_where_the_trainer_has_them(folders: Path, tmp
 
 def test_no_encoder_works_while_a_graph_waits(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the plan relies on: offloaded encoders come to the device before the student's graph is there."""
-    family = "StableDiffusion3Pipeline"
-    args = settings(family, blueprint(folders / family, torch.float32), tmp_path, text_encoders="offload")
-    trainer = RDMTrainer(str(folders / family), "dm", args, PROMPTS)
+    kind = "StableDiffusion3Pipeline"
+    args = settings(kind, blueprint(folders / kind, torch.float32), tmp_path, text_encoders="offload")
+    trainer = RDMTrainer(str(folders / kind), "dm", args, PROMPTS)
     seen: list[str] = []
-    encode, judge = trainer.adapter.encode_prompts, trainer.judge.judge
-    monkeypatch.setattr(trainer.adapter, "encode_prompts", lambda prompts: seen.append("encode") or encode(prompts))
+    encode, judge = trainer.family.encode_prompts, trainer.judge.judge
+    monkeypatch.setattr(trainer.family, "encode_prompts", lambda prompts: seen.append("encode") or encode(prompts))
     monkeypatch.setattr(trainer.judge, "judge", lambda experience: seen.append("judge") or judge(experience))
     trainer.train()
     assert seen == ["encode", "encode", "judge", "judge"]
@@ -454,9 +452,9 @@ def test_a_table_of_what_is_known() -> None:
 )
 def test_true_shapes_have_their_published_size(kind: str, billions: float, tmp_path: Path) -> None:
     """Stable Diffusion 3 medium, SDXL and FLUX.1 [dev], each in a second or two and no memory."""
-    adapter = blueprint(write_configs(tmp_path / kind, kind), torch.bfloat16)
-    assert count_of(adapter.backbone) / 1e9 == pytest.approx(billions, abs=0.005)
-    tables = bytes_of(adapter.backbone) - 2 * count_of(adapter.backbone)
+    family = blueprint(write_configs(tmp_path / kind, kind), torch.bfloat16)
+    assert count_of(family.backbone) / 1e9 == pytest.approx(billions, abs=0.005)
+    tables = bytes_of(family.backbone) - 2 * count_of(family.backbone)
     assert tables == (2 * 192**2 * 1536 if kind == "StableDiffusion3Pipeline" else 0)  # of positions
 
 
@@ -479,9 +477,9 @@ def test_a_plan_of_stable_diffusion_3_medium(tmp_path: Path) -> None:
 
 
 def advised_run(folders: Path, tmp_path: Path, **changed: Any) -> Run:
-    family = "StableDiffusion3Pipeline"
-    configs = folders / "configs" / family
-    args = settings(family, blueprint(configs, torch.float32), tmp_path, **changed)
+    kind = "StableDiffusion3Pipeline"
+    configs = folders / "configs" / kind
+    args = settings(kind, blueprint(configs, torch.float32), tmp_path, **changed)
     return Run(Planner(configs), args, "dm + 0.5*legibility", LoraConfig(r=16, lora_alpha=16))
 
 
@@ -623,12 +621,12 @@ def test_only_configs_are_downloaded(folders: Path, tmp_path: Path, monkeypatch:
 
 
 def test_a_loaded_model_is_not_planned() -> None:
-    """Its configs have to be named; and an adapter that has no example is named itself."""
+    """Its configs have to be named; and a family that has no example is named itself."""
     with pytest.raises(ModelError, match="pass its hub id or the path of its folder; got a list"):
         blueprints.blueprint([], torch.float32)
 
-    class Plain(type(load_adapter(digits.teacher_path(), torch.float32))):  # type: ignore[misc]
-        example_encoding = ModelAdapter.example_encoding
+    class Plain(type(load_family(digits.teacher_path(), torch.float32))):  # type: ignore[misc]
+        example_encoding = ModelFamily.example_encoding
 
     with pytest.raises(ModelError, match="Plain names no example_encoding"):
         Plain(blueprint(digits.teacher_path(), torch.float32).pipeline).example_encoding(1)
@@ -659,9 +657,9 @@ def test_the_benchmark_of_full_sizes_runs(folders: Path, tmp_path: Path) -> None
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("family", ["sd3", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd3", "sdxl"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_plan_is_what_a_gpu_allocates(family: str, checkpointing: bool, tmp_path: Path) -> None:
+def test_plan_is_what_a_gpu_allocates(kind: str, checkpointing: bool, tmp_path: Path) -> None:
     """True shapes with random weights at 512 pixels: the allocator's peak is the plan's, activations within 20 %.
 
     With `pytest -s`, it prints the figures and the time of a step.
@@ -672,8 +670,8 @@ def test_plan_is_what_a_gpu_allocates(family: str, checkpointing: bool, tmp_path
         "per_device_train_batch_size": 4,
         "activation_checkpointing": checkpointing,
     }
-    run = full_size.Run(f"{family}, {checkpointing=}", family, settings)
-    measured = full_size.measure(run, full_size.shapes_of(tmp_path, family))
+    run = full_size.Run(f"{kind}, {checkpointing=}", kind, settings)
+    measured = full_size.measure(run, full_size.shapes_of(tmp_path, kind))
     print(f"\n{full_size.table([measured])}")
     assert measured["planned_activations_gb"] == pytest.approx(measured["allocated_activations_gb"], rel=0.2)
     assert measured["planned_gb"] == pytest.approx(measured["allocated_gb"], rel=0.1)

@@ -307,19 +307,19 @@ ADAPTER = 'register("AuraFlowPipeline", "{module}_rewards:Ink")'
 
 
 def asks_for(pipeline: str) -> str:
-    """Return code that prints what asking for an adapter raises, or its class."""
+    """Return code that prints what asking for a family raises, or its class."""
     return (
-        "import warnings; warnings.simplefilter('ignore')\nfrom rdm_sdk.families.load import adapter_class\n"
-        f"try:\n    print(adapter_class({pipeline!r}))\n"
+        "import warnings; warnings.simplefilter('ignore')\nfrom rdm_sdk.families.load import family_class\n"
+        f"try:\n    print(family_class({pipeline!r}))\n"
         "except Exception as error:\n    print(type(error).__name__, error)"
     )
 
 
 def test_a_plugins_adapter_is_found(install: Install, run: Run) -> None:
-    """By the pipeline's class; what is no adapter is refused, and the SDK's own families are listed for the rest."""
+    """By the pipeline's class; what is no family is refused, and the SDK's own families are listed for the rest."""
     install("good-aura", hook="rdm_register_models", body=ADAPTER.format(module="good_aura"))
-    assert "must subclass rdm_sdk.ModelAdapter" in run(code=asks_for("AuraFlowPipeline"))
-    assert "rdm_sdk.families.sd3.SD3Adapter" in run(code=asks_for("StableDiffusion3Pipeline"))
+    assert "must subclass rdm_sdk.ModelFamily" in run(code=asks_for("AuraFlowPipeline"))
+    assert "rdm_sdk.families.sd3.SD3Family" in run(code=asks_for("StableDiffusion3Pipeline"))
     said = run(code=asks_for("StableDiffusion3Pipelin"))
     assert "ModelError StableDiffusion3Pipelin is not supported. Did you mean 'StableDiffusion3Pipeline'?" in said
     assert "AuraFlowPipeline" in said
@@ -339,7 +339,7 @@ def test_a_family_with_two_owners_belongs_to_neither(install: Install, run: Run)
     assert "RDM_SDK_DISABLE_PLUGINS=aura-two" in said
     faults = run("plugins")
     assert "FAULT in greedy:main (1.2): it registers FluxPipeline, which is the SDK's own" in faults
-    assert "rdm_sdk.families.flux:FluxAdapter" in run(
+    assert "rdm_sdk.families.flux:FluxFamily" in run(
         code="import warnings; warnings.simplefilter('ignore')\nfrom rdm_sdk.plugins.registry import registry\n"
         "print(registry().models['FluxPipeline'].target)"
     )
@@ -368,5 +368,5 @@ def test_an_adapter_that_cannot_be_imported(install: Install, run: Run) -> None:
     """The error names the distribution and the cause."""
     install("bad-aura", hook="rdm_register_models", body='register("AuraFlowPipeline", "no_such_module:Adapter")')
     said = run(code=asks_for("AuraFlowPipeline"))
-    assert "ModelError the adapter for AuraFlowPipeline of bad-aura cannot be imported" in said
+    assert "ModelError the family for AuraFlowPipeline of bad-aura cannot be imported" in said
     assert "No module named 'no_such_module'" in said

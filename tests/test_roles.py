@@ -18,59 +18,59 @@ from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
 from rdm_sdk import ConfigError, RDMTrainer, digits
-from rdm_sdk.families.base import ModelAdapter
-from rdm_sdk.families.load import load_adapter
+from rdm_sdk.families.base import ModelFamily
+from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import check_lora_config
 
 PROMPTS = ["a handwritten seven", "a handwritten two", "the digit four"]
 
 
-def two_roles() -> ModelAdapter:
+def two_roles() -> ModelFamily:
     """Return the embedded teacher with roles "student" and "fake" whose adapters are not zero."""
-    adapter = load_adapter(digits.teacher_path(), torch.float32, max_sequence_length=4)
-    adapter.add_roles({"student": LoraConfig(r=4), "fake": LoraConfig(r=4)})
+    family = load_family(digits.teacher_path(), torch.float32, max_sequence_length=4)
+    family.add_roles({"student": LoraConfig(r=4), "fake": LoraConfig(r=4)})
     generator = torch.Generator().manual_seed(3)
     for role in ("student", "fake"):
-        for parameter in adapter.roles.parameters_of(role).values():
+        for parameter in family.roles.parameters_of(role).values():
             parameter.data.normal_(std=0.1, generator=generator)
-    return adapter
+    return family
 
 
-def inputs_of(adapter: ModelAdapter) -> tuple[Tensor, Tensor]:
+def inputs_of(family: ModelFamily) -> tuple[Tensor, Tensor]:
     """Return fixed noisy latents and noise levels for PROMPTS."""
     generator = torch.Generator().manual_seed(4)
-    shape = adapter.latent_shape(None, None)
+    shape = family.latent_shape(None, None)
     return torch.randn(len(PROMPTS), *shape, generator=generator), torch.tensor([0.9, 0.5, 0.3])
 
 
-def output_of(adapter: ModelAdapter, role: str) -> Tensor:
+def output_of(family: ModelFamily, role: str) -> Tensor:
     """Return a role's x_0 for fixed inputs."""
     with torch.no_grad():
-        return adapter.denoiser(adapter.roles, role, adapter.encode_prompts(PROMPTS))(*inputs_of(adapter))
+        return family.denoiser(family.roles, role, family.encode_prompts(PROMPTS))(*inputs_of(family))
 
 
-def gradients(adapter: ModelAdapter, between: Callable[[], object] | None = None) -> dict[str, Tensor]:
+def gradients(family: ModelFamily, between: Callable[[], object] | None = None) -> dict[str, Tensor]:
     """Return the student's gradients of a fixed loss, with something happening between forward and backward."""
-    student = adapter.denoiser(adapter.roles, "student", adapter.encode_prompts(PROMPTS))
-    loss = student(*inputs_of(adapter)).square().mean()
+    student = family.denoiser(family.roles, "student", family.encode_prompts(PROMPTS))
+    loss = student(*inputs_of(family)).square().mean()
     if between is not None:
         between()
     loss.backward()
-    return {n: p.grad for n, p in adapter.roles.parameters_of("student").items() if p.grad is not None}
+    return {n: p.grad for n, p in family.roles.parameters_of("student").items() if p.grad is not None}
 
 
 def test_teacher_output_is_bit_equal_before_and_after_training(
     make_trainer: Callable[..., RDMTrainer], tmp_path: Path
 ) -> None:
     """The leak check: with trained adapters present, the teacher role is still the untouched base."""
-    fresh = load_adapter(digits.teacher_path(), torch.float32, max_sequence_length=4)
+    fresh = load_family(digits.teacher_path(), torch.float32, max_sequence_length=4)
     before = output_of(fresh, "teacher")
     trainer = make_trainer(tmp_path, learning_rate=1e-2, guidance_scale=1.5, max_steps=3)
-    assert torch.equal(output_of(trainer.adapter, "student"), before)  # adapters start at the teacher
+    assert torch.equal(output_of(trainer.family, "student"), before)  # adapters start at the teacher
     trainer.train()
-    assert torch.equal(output_of(trainer.adapter, "teacher"), before)
-    assert not torch.allclose(output_of(trainer.adapter, "student"), before, atol=1e-3)
-    assert not torch.allclose(output_of(trainer.adapter, "fake"), before, atol=1e-3)
+    assert torch.equal(output_of(trainer.family, "teacher"), before)
+    assert not torch.allclose(output_of(trainer.family, "student"), before, atol=1e-3)
+    assert not torch.allclose(output_of(trainer.family, "fake"), before, atol=1e-3)
 
 
 class Snapshots(TrainerCallback):
@@ -111,11 +111,11 @@ def test_an_update_changes_only_its_own_role(
 @pytest.mark.parametrize("other", ["teacher", "fake"])
 def test_student_gradient_survives_another_role_between_forward_and_backward(other: str) -> None:
     """Running another role before the backward pass neither loses nor changes the student's gradient."""
-    adapter = two_roles()
-    expected = {name: g.clone() for name, g in gradients(adapter).items()}
-    assert len(expected) == len(adapter.roles.parameters_of("student"))
-    adapter = two_roles()
-    got = gradients(adapter, lambda: output_of(adapter, other))
+    family = two_roles()
+    expected = {name: g.clone() for name, g in gradients(family).items()}
+    assert len(expected) == len(family.roles.parameters_of("student"))
+    family = two_roles()
+    got = gradients(family, lambda: output_of(family, other))
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
     assert max(g.abs().max() for g in got.values()) > 1e-4
@@ -125,9 +125,9 @@ def test_student_gradient_survives_another_role_between_forward_and_backward(oth
 def test_gradient_checkpointing_replays_under_the_role_of_the_forward(other: str) -> None:
     """Checkpointed gradients equal plain ones although another role ran in between."""
     expected = {name: g.clone() for name, g in gradients(two_roles()).items()}
-    adapter = two_roles()
-    adapter.roles.gradient_checkpointing_enable()
-    got = gradients(adapter, lambda: output_of(adapter, other))
+    family = two_roles()
+    family.roles.gradient_checkpointing_enable()
+    got = gradients(family, lambda: output_of(family, other))
     assert got.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-6)
@@ -136,10 +136,10 @@ def test_gradient_checkpointing_replays_under_the_role_of_the_forward(other: str
 def test_gradient_checkpointing_without_the_role_context_is_wrong() -> None:
     """The trap that the test above guards against is real: diffusers' plain switch replays as the teacher."""
     expected = {name: g.clone() for name, g in gradients(two_roles()).items()}
-    adapter = two_roles()
-    adapter.backbone.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
+    family = two_roles()
+    family.backbone.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
     try:
-        got = gradients(adapter, lambda: output_of(adapter, "fake"))
+        got = gradients(family, lambda: output_of(family, "fake"))
     except ReplayError:
         return
     worst = max((got.get(name, torch.zeros_like(g)) - g).abs().max().item() for name, g in expected.items())
@@ -148,10 +148,10 @@ def test_gradient_checkpointing_without_the_role_context_is_wrong() -> None:
 
 def test_replay_leaves_the_active_role_as_it_was() -> None:
     """After a checkpointed backward pass the model is back in the role it had."""
-    adapter = two_roles()
-    adapter.roles.gradient_checkpointing_enable()
-    gradients(adapter)
-    layers = [m for m in adapter.backbone.modules() if isinstance(m, BaseTunerLayer)]
+    family = two_roles()
+    family.roles.gradient_checkpointing_enable()
+    gradients(family)
+    layers = [m for m in family.backbone.modules() if isinstance(m, BaseTunerLayer)]
     assert layers
     assert all(layer.disable_adapters for layer in layers)
 
@@ -211,10 +211,10 @@ def test_harmless_lora_options_are_allowed(options: dict[str, Any]) -> None:
     """Rank, alpha, their patterns, exclusions and safe initializations work and start at the teacher."""
     config = LoraConfig(**options)
     check_lora_config(config)
-    adapter = load_adapter(digits.teacher_path(), torch.float32, max_sequence_length=4)
-    before = output_of(adapter, "teacher")
-    adapter.add_roles({"student": config})
-    torch.testing.assert_close(output_of(adapter, "student"), before, rtol=0, atol=1e-5)
+    family = load_family(digits.teacher_path(), torch.float32, max_sequence_length=4)
+    before = output_of(family, "teacher")
+    family.add_roles({"student": config})
+    torch.testing.assert_close(output_of(family, "student"), before, rtol=0, atol=1e-5)
 
 
 def test_unknown_target_modules_name_the_layers_there_are(
@@ -227,29 +227,29 @@ def test_unknown_target_modules_name_the_layers_there_are(
 
 def test_a_role_is_added_once() -> None:
     """The same role twice, the teacher's name, or an unknown role raise."""
-    adapter = two_roles()
+    family = two_roles()
     with pytest.raises(ConfigError, match="already a role 'student'"):
-        adapter.roles.add_role("student", LoraConfig(r=4, target_modules=["attn.to_q"]))
+        family.roles.add_role("student", LoraConfig(r=4, target_modules=["attn.to_q"]))
     with pytest.raises(ConfigError, match="already a role 'teacher'"):
-        adapter.roles.add_role("teacher", LoraConfig(r=4, target_modules=["attn.to_q"]))
+        family.roles.add_role("teacher", LoraConfig(r=4, target_modules=["attn.to_q"]))
     with pytest.raises(ConfigError, match="no role 'critic'; there are teacher, student, fake"):
-        adapter.roles("critic", hidden_states=inputs_of(adapter)[0])
+        family.roles("critic", hidden_states=inputs_of(family)[0])
 
 
 def test_a_base_with_roles_is_refused_by_a_second_trainer(
     make_trainer: Callable[..., RDMTrainer], tmp_path: Path
 ) -> None:
-    """A pipeline or adapter that another trainer has put adapters on is not silently trained on."""
+    """A pipeline or family that another trainer has put adapters on is not silently trained on."""
     with pytest.raises(ConfigError, match="already has trainable roles"):
         make_trainer(tmp_path, model=two_roles())
 
 
 def test_roles_differ_and_add_no_state_to_each_other() -> None:
     """Each role's output is its own, whatever ran before it."""
-    adapter = two_roles()
-    alone = {role: output_of(adapter, role) for role in ("teacher", "student", "fake")}
+    family = two_roles()
+    alone = {role: output_of(family, role) for role in ("teacher", "student", "fake")}
     for role in ("fake", "teacher", "student", "teacher", "fake"):
-        assert torch.equal(output_of(adapter, role), alone[role])
+        assert torch.equal(output_of(family, role), alone[role])
     assert not torch.allclose(alone["student"], alone["teacher"], atol=1e-3)
     assert not torch.allclose(alone["student"], alone["fake"], atol=1e-3)
 
@@ -270,22 +270,22 @@ def test_a_roles_parameters_are_the_models_own_in_its_order() -> None:
 
 def test_switching_never_touches_requires_grad() -> None:
     """Every role's parameters stay trainable, and the base stays frozen, through any switch."""
-    adapter = two_roles()
+    family = two_roles()
     for role in ("student", "teacher", "fake"):
-        output_of(adapter, role)
-        for name, parameter in adapter.roles.named_parameters():
+        output_of(family, role)
+        for name, parameter in family.roles.named_parameters():
             assert parameter.requires_grad == ("lora_" in name), name
 
 
 def test_pefts_private_flags_are_still_there() -> None:
     """A version guard: the attributes that switch roles exist and do what their public readers say."""
-    adapter = two_roles()
-    layers = [m for m in adapter.backbone.modules() if isinstance(m, BaseTunerLayer)]
+    family = two_roles()
+    layers = [m for m in family.backbone.modules() if isinstance(m, BaseTunerLayer)]
     assert all("_disable_adapters" in vars(type(m)) or hasattr(m, "_disable_adapters") for m in layers)
     assert all(hasattr(m, "_active_adapter") for m in layers)
-    with adapter.roles.use("fake"):
+    with family.roles.use("fake"):
         assert all(m.active_adapters == ["fake"] and not m.disable_adapters for m in layers)
-        with adapter.roles.use("student"):
+        with family.roles.use("student"):
             assert all(m.active_adapters == ["student"] and not m.disable_adapters for m in layers)
         assert all(m.active_adapters == ["fake"] for m in layers)
     assert all(m.disable_adapters for m in layers)

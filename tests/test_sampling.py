@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rdm_sdk.digits import teacher_path
-from rdm_sdk.families.load import load_adapter
+from rdm_sdk.families.load import load_family
 from rdm_sdk.method.draws import draw_steps
 from rdm_sdk.method.noise import FlowSchedule, VariancePreservingSchedule
 from rdm_sdk.method.sampling import FewStepPolicy, plan_steps, redraw, rollout, sample
@@ -259,5 +259,5 @@ def test_selecting_each_sample_s_own_step() -> None:
 )
 def test_the_grid_of_the_embedded_teacher(steps: int, shift: float | None, expected: list[float]) -> None:
     """K equal steps down from pure noise, and no step wasted next to zero."""
-    adapter = load_adapter(teacher_path(), torch.float32)
-    assert adapter.student_sigmas(steps, shift) == pytest.approx(expected, abs=1e-6)
+    family = load_family(teacher_path(), torch.float32)
+    assert family.student_sigmas(steps, shift) == pytest.approx(expected, abs=1e-6)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Trainer, set_seed
 
 from rdm_sdk import RDMConfig, RDMTrainer, digits
-from rdm_sdk.families.load import load_adapter
+from rdm_sdk.families.load import load_family
 from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.training.judge import Judge
 from rdm_sdk.training.models import RunModels
@@ -57,7 +57,7 @@ class FirstStep:
 def step_alone(args: RDMConfig, first: FirstStep) -> dict[str, Tensor]:
     """Return every trained weight after one step with optimizers and a loop of the test's."""
     set_seed(args.seed)
-    family = load_adapter(digits.teacher_path(), torch.float32, max_sequence_length=args.max_sequence_length)
+    family = load_family(digits.teacher_path(), torch.float32, max_sequence_length=args.max_sequence_length)
     set_seed(args.seed)
     lora = LoraConfig(r=16, lora_alpha=16)
     family.add_roles({"student": lora, "fake": lora}, {}, args.steps_told)

@@ -418,7 +418,7 @@ def test_bf16_runs_on_cpu(make_trainer: Make, tmp_path: Path, losses_of: Losses)
     before = weights_of(trainer)
     trainer.train()
     after = weights_of(trainer)
-    assert trainer.adapter.backbone.dtype == torch.bfloat16
+    assert trainer.family.backbone.dtype == torch.bfloat16
     assert {p.dtype for p in after.values()} == {torch.float32}
     assert any(not torch.equal(before[name], after[name]) for name in after)
     assert all(torch.isfinite(p).all() for p in after.values())
@@ -430,9 +430,9 @@ def test_activation_checkpointing_gives_the_same_run(make_trainer: Make, tmp_pat
     runs = []
     for recompute in (False, True):
         trainer = make_trainer(tmp_path, "dm + legibility", activation_checkpointing=recompute, learning_rate=1e-3)
-        assert trainer.adapter.backbone.is_gradient_checkpointing is False
+        assert trainer.family.backbone.is_gradient_checkpointing is False
         trainer.train()
-        assert trainer.adapter.backbone.is_gradient_checkpointing is recompute
+        assert trainer.family.backbone.is_gradient_checkpointing is recompute
         runs.append(weights_of(trainer))
     for name, parameter in runs[0].items():
         torch.testing.assert_close(runs[1][name], parameter, rtol=0, atol=1e-6)

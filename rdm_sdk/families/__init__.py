@@ -1,1 +1,1 @@
-"""Base models: one adapter per diffusers family behind one protocol, and the roles that share one base."""
+"""Base models: one class per diffusers family behind one protocol, and the roles that share one base."""

@@ -28,7 +28,7 @@ Guidance = Literal["classifier-free", "embedded", "none"]
 """How a family follows its prompts harder: by two passes, by a scale that the backbone is told, or not at all."""
 
 
-class ModelAdapter(ABC):
+class ModelFamily(ABC):
     """One family of diffusers pipelines: the only place that knows its timesteps, conditions and latents.
 
     Everything outside speaks of `sigma` and of denoisers `(x_t, sigma) -> x_0`.

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, LCMScheduler
 from torch import Tensor
 
 from rdm_sdk.errors import ConfigError, ModelError
-from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.method.noise import Prediction, VariancePreservingSchedule
 
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x_0"}
@@ -67,7 +67,7 @@ class SteppedSchedule(VariancePreservingSchedule):
         return torch.searchsorted(known, sigma.float().contiguous()).clamp_max(len(known) - 1)
 
 
-class DDPMAdapter(ModelAdapter):
+class DDPMFamily(ModelFamily):
     """A network on discrete steps, variance-preserving.
 
     A noise level between two steps is passed to the network as a fractional timestep, which its sinusoidal embedding

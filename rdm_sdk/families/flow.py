@@ -10,11 +10,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from rdm_sdk.errors import ModelError
-from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.method.noise import FlowSchedule
 
 
-class FlowAdapter(ModelAdapter):
+class FlowFamily(ModelFamily):
     """A transformer that predicts the flow eps - x_0 at any noise level.
 
     Raises:
@@ -78,7 +78,7 @@ class FlowAdapter(ModelAdapter):
         return super().feature_width if width is None else int(width)
 
 
-class PackedFlowAdapter(FlowAdapter):
+class PackedFlowFamily(FlowFamily):
     """A flow on tokens of 2 x 2 latents, whose grid the pipeline call shifts by the number of tokens."""
 
     @property
@@ -119,7 +119,7 @@ class PackedFlowAdapter(FlowAdapter):
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Return tokens `[N, h w / 4, 4 C]` as latents `[N, C, h, w]`: the inverse of `PackedFlowAdapter.pack`."""
+    """Return tokens `[N, h w / 4, 4 C]` as latents `[N, C, h, w]`: the inverse of `PackedFlowFamily.pack`."""
     count, _, channels = tokens.shape
     squares = tokens.reshape(count, height // 2, width // 2, channels // 4, 2, 2)
     return squares.permute(0, 3, 1, 4, 2, 5).reshape(count, channels // 4, height, width)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from rdm_sdk.errors import ConfigError
 from rdm_sdk.families.base import Network
-from rdm_sdk.families.flow import PackedFlowAdapter, unpack
+from rdm_sdk.families.flow import PackedFlowFamily, unpack
 from rdm_sdk.types import Condition
 
 
-class TwoStreamAdapter(PackedFlowAdapter):
+class TwoStreamFamily(PackedFlowFamily):
     """A flow whose text and image tokens go through blocks of two streams first, and of one stream then.
 
     Args:
@@ -47,7 +47,7 @@ class TwoStreamAdapter(PackedFlowAdapter):
 
     def tokens(self, latents: Tensor) -> Tensor:
         """Return latents `[N, C, h, w]` as the backbone takes them, `[N, h w / 4, 4 C]`."""
-        return PackedFlowAdapter.pack(self, latents)
+        return PackedFlowFamily.pack(self, latents)
 
     def predict(self, network: Network, role: str, x_t: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         dtype = self.dtype
@@ -66,7 +66,7 @@ class TwoStreamAdapter(PackedFlowAdapter):
         return middle
 
 
-class FluxAdapter(TwoStreamAdapter):
+class FluxFamily(TwoStreamFamily):
     """`FluxPipeline`: FLUX.1 [dev], which is told the guidance scale, and [schnell], which takes no guidance.
 
     The pipeline can guide by two passes as well (`true_cfg_scale`), which neither was made for; training does not.

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from rdm_sdk.families.base import Network
 from rdm_sdk.families.flow import unpack
-from rdm_sdk.families.flux import TwoStreamAdapter, places
+from rdm_sdk.families.flux import TwoStreamFamily, places
 from rdm_sdk.types import Condition
 
 
-class Flux2Adapter(TwoStreamAdapter):
+class Flux2Family(TwoStreamFamily):
     """`Flux2KleinPipeline`: text from three layers of a Qwen3, and latents whitened by their VAE's statistics.
 
     The undistilled bases are guided by two passes; the distilled ones (`is_distilled` in the pipeline's config) take no

@@ -1,4 +1,4 @@
-"""From what a user names (a hub id, a path, a pipeline, an adapter) to a model adapter."""
+"""From what a user names (a hub id, a path, a pipeline, a family) to a model family."""
 
 from __future__ import annotations
 
@@ -12,36 +12,34 @@ import torch
 from torch import nn
 
 from rdm_sdk.errors import ConfigError, ModelError
-from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.roles import check_finite
 from rdm_sdk.plugins.registry import registry
 
 Quantization = Literal["none", "8bit", "4bit"]
 
 
-def adapter_class(pipeline: str) -> type[ModelAdapter]:
-    """Return the adapter for pipelines of a class, the SDK's own or a plugin's.
+def family_class(pipeline: str) -> type[ModelFamily]:
+    """Return the family for pipelines of a class, the SDK's own or a plugin's.
 
     Raises:
         ModelError: there is none, or it cannot be used; says what is supported and how to add a family.
     """
     found = registry().load_model(pipeline)
-    if not (isinstance(found, type) and issubclass(found, ModelAdapter)):
-        raise ModelError(f"the adapter registered for {pipeline} is {found!r}; it must subclass rdm_sdk.ModelAdapter")
+    if not (isinstance(found, type) and issubclass(found, ModelFamily)):
+        raise ModelError(f"the family registered for {pipeline} is {found!r}; it must subclass rdm_sdk.ModelFamily")
     return found
 
 
-def load_adapter(
-    model: object, dtype: torch.dtype, quantization: Quantization = "none", **options: Any
-) -> ModelAdapter:
-    """Return the adapter of a model, loading it first if it is named by a string.
+def load_family(model: object, dtype: torch.dtype, quantization: Quantization = "none", **options: Any) -> ModelFamily:
+    """Return the family of a model, loading it first if it is named by a string.
 
     Args:
-        model: a hub id, a local path, a loaded diffusers pipeline, or a `ModelAdapter` (returned as it is).
+        model: a hub id, a local path, a loaded diffusers pipeline, or a `ModelFamily` (returned as it is).
         dtype: the dtype of the base when it is loaded here; the VAE is always kept in float32, because half precision
             overflows in several families' decoders.
         quantization: of the backbone when it is loaded here, with bitsandbytes; layers are computed in `dtype`.
-        options: passed to the adapter, such as `max_sequence_length`.
+        options: passed to the family, such as `max_sequence_length`.
 
     Raises:
         ConfigError: a loaded pipeline cannot be quantized any more, or bitsandbytes is missing.
@@ -53,13 +51,13 @@ def load_adapter(
             f"quantization={quantization!r} acts when the base is loaded, and model is a {type(model).__name__} "
             "already; pass its name or path, or load it with a diffusers quantization_config of your own"
         )
-    if isinstance(model, ModelAdapter):
+    if isinstance(model, ModelFamily):
         _check_weights(model.pipeline)
         return model
     pipeline: Any = _load_pipeline(str(model), dtype, quantization) if named else model
-    adapter = adapter_class(type(pipeline).__name__)
+    family = family_class(type(pipeline).__name__)
     _check_weights(pipeline)
-    return adapter(pipeline, **options)
+    return family(pipeline, **options)
 
 
 def find_folder(source: str) -> Path | None:
@@ -89,10 +87,8 @@ def _load_pipeline(source: str, dtype: torch.dtype, quantization: Quantization) 
     place = str(find_folder(source) or source)
     with _explained(source):
         index: dict[str, Any] = DiffusionPipeline.load_config(place)
-    adapter = adapter_class(str(index["_class_name"]))  # an unsupported family is refused before its weights are read
-    extra = (
-        {} if quantization == "none" else {"quantization_config": _quantized(adapter.component, dtype, quantization)}
-    )
+    family = family_class(str(index["_class_name"]))  # an unsupported family is refused before its weights are read
+    extra = {} if quantization == "none" else {"quantization_config": _quantized(family.component, dtype, quantization)}
     with _explained(source):
         return DiffusionPipeline.from_pretrained(place, dtype={"default": dtype, "vae": torch.float32}, **extra)
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from rdm_sdk.errors import ConfigError, ModelError
-from rdm_sdk.families.base import ModelAdapter, Network
-from rdm_sdk.families.ddpm import DDPMAdapter
+from rdm_sdk.families.base import ModelFamily, Network
+from rdm_sdk.families.ddpm import DDPMFamily
 from rdm_sdk.types import Condition
 
 
-class MaskedTextAdapter(ModelAdapter):
+class MaskedTextFamily(ModelFamily):
     """A transformer that attends to padded texts with their mask, and whose pipeline scales sizes unless told not to.
 
     Args:
@@ -85,7 +85,7 @@ class MaskedTextAdapter(ModelAdapter):
         return int(config.num_attention_heads * config.attention_head_dim)
 
 
-class PixArtAdapter(MaskedTextAdapter, DDPMAdapter):
+class PixArtFamily(MaskedTextFamily, DDPMFamily):
     """`PixArtSigmaPipeline`: a transformer on discrete DDPM steps, T5 tokens with a mask.
 
     Captions are never cleaned (`clean_caption`), neither in training nor by `inference_call`: the pipeline does so only

@@ -10,7 +10,7 @@ from accelerate import cpu_offload_with_hook
 from torch import nn
 
 from rdm_sdk.errors import ConfigError
-from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.base import ModelFamily
 
 
 class Offload:
@@ -28,26 +28,26 @@ class Offload:
             hook.offload()
 
 
-def drop_text_encoders(adapter: ModelAdapter) -> None:
+def drop_text_encoders(family: ModelFamily) -> None:
     """Take the text encoders out of the pipeline and free their memory; prompts cannot be encoded any more."""
-    adapter.pipeline.register_modules(**dict.fromkeys(adapter.text_encoders()))
+    family.pipeline.register_modules(**dict.fromkeys(family.text_encoders()))
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def slice_vae(adapter: ModelAdapter) -> None:
+def slice_vae(family: ModelFamily) -> None:
     """Let the VAE work on one image at a time."""
-    _enable(adapter, "slicing")
+    _enable(family, "slicing")
 
 
-def tile_vae(adapter: ModelAdapter) -> None:
+def tile_vae(family: ModelFamily) -> None:
     """Let the VAE work on overlapping tiles of large images."""
-    _enable(adapter, "tiling")
+    _enable(family, "tiling")
 
 
-def _enable(adapter: ModelAdapter, what: str) -> None:
-    vae = adapter.pipeline.vae
+def _enable(family: ModelFamily, what: str) -> None:
+    vae = family.pipeline.vae
     try:
         getattr(vae, f"enable_{what}")()
     except (AttributeError, NotImplementedError) as error:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from rdm_sdk.errors import ConfigError, ModelError
 from rdm_sdk.families.base import Network
-from rdm_sdk.families.flow import PackedFlowAdapter, unpack
+from rdm_sdk.families.flow import PackedFlowFamily, unpack
 from rdm_sdk.method.matching import classifier_free_guidance
 from rdm_sdk.method.noise import from_x_0, to_x_0
 from rdm_sdk.types import Condition
 
 
-class QwenImageAdapter(PackedFlowAdapter):
+class QwenImageFamily(PackedFlowFamily):
     """`QwenImagePipeline`: rectified flow on packed latents, text from Qwen2.5-VL, and a VAE for videos.
 
     No prompt is a space, as the base's authors write it. Guidance keeps, token by token, the length of the flow with

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from rdm_sdk.errors import ModelError
 from rdm_sdk.families.base import Network
-from rdm_sdk.families.flow import FlowAdapter
-from rdm_sdk.families.pixart import MaskedTextAdapter
+from rdm_sdk.families.flow import FlowFamily
+from rdm_sdk.families.pixart import MaskedTextFamily
 from rdm_sdk.types import Condition
 
 SHIFTS = {"DPMSolverMultistepScheduler": "flow_shift", "FlowMatchEulerDiscreteScheduler": "shift"}
 """Schedulers that Sana can follow, and what they call their shift."""
 
 
-class SanaAdapter(MaskedTextAdapter, FlowAdapter):
+class SanaFamily(MaskedTextFamily, FlowFamily):
     """`SanaPipeline`: rectified flow, and prompts that come behind an instruction to enhance them.
 
     Gemma reads the instruction, the call's default `complex_human_instruction`, and the transformer sees the prompt's

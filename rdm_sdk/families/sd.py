@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from rdm_sdk.errors import ConfigError
 from rdm_sdk.families.base import Network
-from rdm_sdk.families.ddpm import DDPMAdapter
+from rdm_sdk.families.ddpm import DDPMFamily
 from rdm_sdk.types import Condition
 
 
-class SDAdapter(DDPMAdapter):
+class SDFamily(DDPMFamily):
     """`StableDiffusionPipeline`: a UNet, and one CLIP text encoder.
 
     Args:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from rdm_sdk.errors import ConfigError
 from rdm_sdk.families.base import Network
-from rdm_sdk.families.flow import FlowAdapter
+from rdm_sdk.families.flow import FlowFamily
 from rdm_sdk.types import Condition
 
 
-class SD3Adapter(FlowAdapter):
+class SD3Family(FlowFamily):
     """`StableDiffusion3Pipeline`: rectified flow, joint attention over CLIP and T5 tokens.
 
     Args:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from rdm_sdk.families.base import Network
-from rdm_sdk.families.sd import SDAdapter
+from rdm_sdk.families.sd import SDFamily
 from rdm_sdk.types import Condition
 
 
-class SDXLAdapter(SDAdapter):
+class SDXLFamily(SDFamily):
     """`StableDiffusionXLPipeline`: as Stable Diffusion, and told the size that the picture is made for, uncropped.
 
     No prompt is zeros, as the pipeline takes a missing negative prompt, if the base was trained so

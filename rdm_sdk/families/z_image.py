@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from rdm_sdk.errors import ConfigError
 from rdm_sdk.families.base import Network
-from rdm_sdk.families.flow import PackedFlowAdapter
+from rdm_sdk.families.flow import PackedFlowFamily
 from rdm_sdk.types import Condition
 
 
-class ZImageAdapter(PackedFlowAdapter):
+class ZImageFamily(PackedFlowFamily):
     """`ZImagePipeline`: a transformer that packs latents itself, takes lists of samples, and predicts minus the flow.
 
     Its time runs from noise, 0, to data, 1. The pipeline's guidance_scale is ours less 1: it takes 0 for none.

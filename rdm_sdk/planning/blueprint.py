@@ -13,23 +13,23 @@ import torch
 from torch import nn
 
 from rdm_sdk.errors import ModelError
-from rdm_sdk.families.base import ModelAdapter
-from rdm_sdk.families.load import adapter_class, find_folder
+from rdm_sdk.families.base import ModelFamily
+from rdm_sdk.families.load import family_class, find_folder
 
 CONFIGS = ("model_index.json", "*/config.json", "*/scheduler_config.json")
 """What is downloaded of a hub repository."""
 
 
-def blueprint(model: object, dtype: torch.dtype, **options: Any) -> ModelAdapter:
-    """Return the adapter of a model whose modules have shapes and dtypes, but no weights.
+def blueprint(model: object, dtype: torch.dtype, **options: Any) -> ModelFamily:
+    """Return the family of a model whose modules have shapes and dtypes, but no weights.
 
-    They are those that `load_adapter` would load: the base and the text encoders in `dtype`, the VAE in float32.
+    They are those that `load_family` would load: the base and the text encoders in `dtype`, the VAE in float32.
     Nothing but JSON files is read; tokenizers are left out, so prompts cannot be encoded.
 
     Args:
         model: a hub id or a local path.
         dtype: the dtype of the base.
-        options: passed to the adapter, such as `max_sequence_length`.
+        options: passed to the family, such as `max_sequence_length`.
 
     Raises:
         ModelError: there is no such model, the hub cannot be reached, the family is not supported, or a config is
@@ -42,7 +42,7 @@ def blueprint(model: object, dtype: torch.dtype, **options: Any) -> ModelAdapter
         )
     folder = find_folder(str(model)) or _download_configs(str(model))
     index = _read(folder / "model_index.json")
-    adapter = adapter_class(str(index.get("_class_name")))
+    family = family_class(str(index.get("_class_name")))
     with _explained(folder), torch.no_grad():
         import diffusers
 
@@ -55,7 +55,7 @@ def blueprint(model: object, dtype: torch.dtype, **options: Any) -> ModelAdapter
         settings = {name: value for name, value in kind.extract_init_dict(dict(index))[0].items() if name not in parts}
         pipeline = kind(**parts, **settings)
         pipeline.register_to_config(_name_or_path=str(model))
-    made = adapter(pipeline, **options)
+    made = family(pipeline, **options)
     made.device = torch.device("meta")
     return made
 

@@ -49,7 +49,7 @@ class Step:
     def __init__(self, rehearsal: Rehearsal, args: RDMConfig, rewards: Sequence[WeightedReward]) -> None:
         self.rehearsal, self.args = rehearsal, args
         self.count = args.per_device_train_batch_size
-        roles = rehearsal.adapter.roles
+        roles = rehearsal.family.roles
         self.critics = [role for role in roles.denoising_roles if role != STUDENT]
         self.heads = list(roles.heads)
         self.reuses = args.num_iterations > 1
@@ -169,7 +169,7 @@ class Step:
 
     @property
     def _guided(self) -> bool:
-        return self.rehearsal.adapter.guidance == "classifier-free" and self.args.guidance_scale != 1.0
+        return self.rehearsal.family.guidance == "classifier-free" and self.args.guidance_scale != 1.0
 
     def _decode(self, count: int, differentiated: bool) -> int:
         slicing, tiling = self.args.vae_slicing, self.args.vae_tiling
@@ -178,7 +178,7 @@ class Step:
         return self.rehearsal.decode(count, slicing, tiling)
 
     def _gradients(self, *roles: str) -> int:
-        return sum(bytes_of_all(self.rehearsal.adapter.roles.parameters_of(role).values()) for role in roles)
+        return sum(bytes_of_all(self.rehearsal.family.roles.parameters_of(role).values()) for role in roles)
 
     def _scratch(self, *roles: str) -> int:
         """Return what the optimizer's step makes and lets go of: one more copy of the gradients, unless it is fused."""

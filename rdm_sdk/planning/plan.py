@@ -18,7 +18,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.training_args import OptimizerNames
 
-from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.roles import STUDENT, describe_lora
 from rdm_sdk.planning.blueprint import blueprint
 from rdm_sdk.planning.footprint import bytes_of, bytes_of_all, count_of
@@ -147,8 +147,8 @@ class Planner:
         key = str((args.bf16, args.max_sequence_length, described, heads, args.steps_told))
         if key not in self._drafts:
             dtype = torch.bfloat16 if args.bf16 else torch.float32
-            adapter = blueprint(self.model, dtype, max_sequence_length=args.max_sequence_length)
-            self._drafts[key] = _Draft(adapter, configs, rewards, args.steps_told)
+            family = blueprint(self.model, dtype, max_sequence_length=args.max_sequence_length)
+            self._drafts[key] = _Draft(family, configs, rewards, args.steps_told)
         return self._drafts[key]
 
 
@@ -157,24 +157,24 @@ class _Draft:
 
     def __init__(
         self,
-        adapter: ModelAdapter,
+        family: ModelFamily,
         configs: Mapping[str, LoraConfig | None],
         rewards: Sequence[WeightedReward],
         steps_told: int,
     ) -> None:
-        self.adapter = adapter
-        self.base_parameters = count_of(adapter.backbone)
+        self.family = family
+        self.base_parameters = count_of(family.backbone)
         # Before the adapters come, whose layers are linear ones too and are not quantized.
-        self.base_bytes = {bits: quantized_bytes(adapter.backbone, bits) for bits in ("none", "8bit", "4bit")}
+        self.base_bytes = {bits: quantized_bytes(family.backbone, bits) for bits in ("none", "8bit", "4bit")}
         with torch.device("meta"):
-            adapter.add_roles(configs, dict(reward_heads(rewards, adapter, steps_told)), steps_told)
+            family.add_roles(configs, dict(reward_heads(rewards, family, steps_told)), steps_told)
         self._rehearsals: dict[object, Rehearsal] = {}
 
     def rehearsal(self, args: RDMConfig) -> Rehearsal:
         """Return what measures the passes at the largest of a run's sizes."""
-        shape = max((self.adapter.latent_shape(*size) for size in args.sizes), key=math.prod)
+        shape = max((self.family.latent_shape(*size) for size in args.sizes), key=math.prod)
         if shape not in self._rehearsals:
-            self._rehearsals[shape] = Rehearsal(self.adapter, shape, torch.bfloat16 if args.bf16 else None)
+            self._rehearsals[shape] = Rehearsal(self.family, shape, torch.bfloat16 if args.bf16 else None)
         return self._rehearsals[shape]
 
 
@@ -182,7 +182,7 @@ class Parts:
     """The rows of a plan."""
 
     def __init__(self, draft: _Draft, args: RDMConfig, rewards: Sequence[WeightedReward]) -> None:
-        self.draft, self.adapter, self.args, self.rewards = draft, draft.adapter, args, rewards
+        self.draft, self.family, self.args, self.rewards = draft, draft.family, args, rewards
 
     def at(self, phase: Phase) -> MemoryPlan:
         """Return the plan of a run whose peak is in a phase."""
@@ -193,13 +193,13 @@ class Parts:
 
     def _base(self) -> Row:
         args = self.args
-        dtype = str(self.adapter.backbone.dtype).removeprefix("torch.")
+        dtype = str(self.family.backbone.dtype).removeprefix("torch.")
         kind = dtype if args.quantization == "none" else f"linear layers in {args.quantization}, the rest in {dtype}"
         size = self.draft.base_bytes[args.quantization]
-        return Row("base", self.draft.base_parameters, size, f"{self.adapter.component}, {kind}, frozen")
+        return Row("base", self.draft.base_parameters, size, f"{self.family.component}, {kind}, frozen")
 
     def _roles(self) -> Iterator[Row]:
-        roles = self.adapter.roles
+        roles = self.family.roles
         for role in roles.trainable_roles:
             parameters = roles.parameters_of(role).values()
             kind = "head" if role in roles.heads else roles.describe(role)
@@ -210,7 +210,7 @@ class Parts:
 
     def _states(self, phase: Phase) -> Iterator[Row]:
         """Yield the optimizer's states, and the moving average."""
-        roles, args = self.adapter.roles, self.args
+        roles, args = self.family.roles, self.args
         trained = [parameter for role in roles.trainable_roles for parameter in roles.parameters_of(role).values()]
         name = OptimizerNames(args.optim).value
         size = optimizer_bytes(name, trained)
@@ -221,7 +221,7 @@ class Parts:
 
     def _frozen(self, phase: Phase) -> Iterator[Row]:
         """Yield the pipeline's other parts."""
-        args, parts, encoders = self.args, self.adapter.frozen_parts(), self.adapter.text_encoders()
+        args, parts, encoders = self.args, self.family.frozen_parts(), self.family.text_encoders()
         vae = parts["vae"]
         here = phase.vae or not args.vae_offload
         note = "float32" if here else "float32, on the CPU at the peak"

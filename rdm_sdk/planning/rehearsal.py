@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.placement import slice_vae, tile_vae
 from rdm_sdk.families.roles import TEACHER
 from rdm_sdk.planning.footprint import LikeCuda, Meter
@@ -55,28 +55,28 @@ def _once(
 
 
 class Rehearsal:
-    """Runs an adapter's backbone and VAE on the meta device, as a training step does.
+    """Runs a family's backbone and VAE on the meta device, as a training step does.
 
     Attention and autocast are those of a CUDA device (`LikeCuda`); prompts are as long as they can be. The same pass is
     run once.
 
     Args:
-        adapter: a `blueprint` with its roles.
+        family: a `blueprint` with its roles.
         shape: of one latent, `[C, h, w]`.
         autocast: what matrix products are computed in; None is the weights' own dtype.
     """
 
-    def __init__(self, adapter: ModelAdapter, shape: Sequence[int], autocast: torch.dtype | None = None) -> None:
-        self.adapter, self.shape = adapter, tuple(shape)
+    def __init__(self, family: ModelFamily, shape: Sequence[int], autocast: torch.dtype | None = None) -> None:
+        self.family, self.shape = family, tuple(shape)
         self._mode = LikeCuda(autocast)
         self._running = TEACHER
         self._found: dict[Any, Any] = {}
 
     def condition(self, count: int) -> Condition:
         """Return the condition of `count` prompts, `[count, ...]`."""
-        condition = self.adapter.example_encoding(count)
-        if self.adapter.guidance == "embedded":
-            condition["guidance"] = torch.zeros(count, device=self.adapter.device)
+        condition = self.family.example_encoding(count)
+        if self.family.guidance == "embedded":
+            condition["guidance"] = torch.zeros(count, device=self.family.device)
         return condition
 
     # ---- The backbone's passes, in bytes ------------------------------------------------------------------------
@@ -95,7 +95,7 @@ class Rehearsal:
         condition, (x_t, sigma) = self.condition(count), self._samples(count)
         with self._mode, (meter := Meter()), torch.no_grad():
             unconditional = self.condition(count)
-            self.adapter.denoiser_pair(self._network, TEACHER, condition, unconditional)(x_t, sigma)
+            self.family.denoiser_pair(self._network, TEACHER, condition, unconditional)(x_t, sigma)
         return meter.peak
 
     @_once
@@ -119,7 +119,7 @@ class Rehearsal:
                 del x_0
                 torch.autograd.backward(loss)
                 del loss
-        for parameter in self.adapter.roles.parameters_of(role).values():
+        for parameter in self.family.roles.parameters_of(role).values():
             parameter.grad = None
         return Tape(kept - there, forward - there, meter.peak - there)
 
@@ -128,7 +128,7 @@ class Rehearsal:
         """Return the peak of the teacher's features for `count` samples and of their gradient in x_t."""
         condition, (x_t, sigma) = self.condition(count), self._samples(count)
         with self._blocks_run_again(checkpointing), self._mode, (meter := Meter()):
-            found = self.adapter.features(self._network, TEACHER, condition)(x_t.requires_grad_(), sigma)
+            found = self.family.features(self._network, TEACHER, condition)(x_t.requires_grad_(), sigma)
             torch.autograd.grad(found.sum(), x_t)
         return meter.peak
 
@@ -139,10 +139,10 @@ class Rehearsal:
         x_t.requires_grad_()
         with self._blocks_run_again(checkpointing), self._mode, (meter := Meter()):
             if guided:
-                pair = self.adapter.denoiser_pair(self._network, TEACHER, condition, self.condition(count))
+                pair = self.family.denoiser_pair(self._network, TEACHER, condition, self.condition(count))
                 x_0 = torch.stack(pair(x_t, sigma)).sum(0)
             else:
-                x_0 = self.adapter.denoiser(self._network, TEACHER, condition)(x_t, sigma)
+                x_0 = self.family.denoiser(self._network, TEACHER, condition)(x_t, sigma)
             forward, kept = meter.peak, meter.live
             meter.peak = meter.live
             torch.autograd.grad(x_0, x_t, torch.ones_like(x_0), retain_graph=True)  # other rewards follow
@@ -155,7 +155,7 @@ class Rehearsal:
         """Return the peak of decoding `count` latents, without gradients."""
         latents = self._samples(count)[0]
         with self._vae_in_parts(slicing, tiling), LikeCuda(), (meter := Meter()), torch.no_grad():
-            self.adapter.decode(latents)
+            self.family.decode(latents)
         return meter.peak
 
     @_once
@@ -163,7 +163,7 @@ class Rehearsal:
         """Return what decoding `count` latents takes whose images rewards differentiate."""
         latents = self._samples(count)[0].requires_grad_()
         with self._vae_in_parts(slicing, tiling), LikeCuda(), (meter := Meter()):
-            images = self.adapter.decode(latents)
+            images = self.family.decode(latents)
             forward, kept = meter.peak, meter.live
             meter.peak = meter.live
             torch.autograd.grad(images, latents, torch.empty_like(images))
@@ -173,27 +173,27 @@ class Rehearsal:
     def encode(self, count: int, slicing: bool, tiling: bool) -> int:
         """Return the peak of encoding `count` images."""
         with self._vae_in_parts(slicing, tiling), LikeCuda(), torch.no_grad():
-            images = self.adapter.decode(self._samples(count)[0])
+            images = self.family.decode(self._samples(count)[0])
             with (meter := Meter()):
-                self.adapter.encode_images(images)
+                self.family.encode_images(images)
         return meter.peak
 
     # ---- How they are run ---------------------------------------------------------------------------------------
 
     def _samples(self, count: int) -> tuple[Tensor, Tensor]:
         """Return x_t `[count, *x]` and noise levels `[count]`."""
-        device = self.adapter.device
+        device = self.family.device
         return torch.zeros(count, *self.shape, device=device), torch.full((count,), 0.5, device=device)
 
     def _denoiser(self, role: str, condition: Condition) -> Denoiser:
         """Return a role's denoiser; a critic that is told the student's step is told it."""
         count = next(iter(condition.values())).shape[0]
-        steps = torch.zeros(count, dtype=torch.long, device=self.adapter.device)
-        return self.adapter.denoiser(self._network, role, self.adapter.roles.tell(role, condition, steps))
+        steps = torch.zeros(count, dtype=torch.long, device=self.family.device)
+        return self.family.denoiser(self._network, role, self.family.roles.tell(role, condition, steps))
 
     def _network(self, role: str, **inputs: Any) -> Tensor:
         """Run the backbone as `Roles` does, but for its autocast, which knows no meta device."""
-        roles = self.adapter.roles
+        roles = self.family.roles
         self._running = role
         with roles.use(role), self._mode.one_forward():
             output: Tensor = dict(roles.copies.items()).get(role, roles.backbone)(**inputs, return_dict=False)[0]
@@ -209,7 +209,7 @@ class Rehearsal:
         if not checkpointing:
             yield
             return
-        roles = self.adapter.roles
+        roles = self.family.roles
         roles.gradient_checkpointing_enable()
         networks: list[Any] = [roles.backbone, *roles.copies.values()]
         run = partial(checkpoint, use_reentrant=False, context_fn=self._checkpoint_contexts)
@@ -223,11 +223,11 @@ class Rehearsal:
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return the contexts of a block's forward pass and of its replay, which PyTorch runs outside of all modes."""
-        return self.adapter.roles.use(self._running), self._replay(self._running)
+        return self.family.roles.use(self._running), self._replay(self._running)
 
     @contextmanager
     def _replay(self, role: str) -> Iterator[None]:
-        with self._mode, self.adapter.roles.use(role):
+        with self._mode, self.family.roles.use(role):
             yield
 
     @contextmanager
@@ -237,11 +237,11 @@ class Rehearsal:
         Raises:
             ConfigError: the VAE does not have it.
         """
-        vae = self.adapter.pipeline.vae
+        vae = self.family.pipeline.vae
         if slicing:
-            slice_vae(self.adapter)
+            slice_vae(self.family)
         if tiling:
-            tile_vae(self.adapter)
+            tile_vae(self.family)
         try:
             yield
         finally:

@@ -10,7 +10,7 @@ PROJECT = "rdm_sdk"
 """pluggy's project name, and the entry-point group that plugins are found by."""
 
 CONTRACT_VERSION = 1
-"""Of the contracts of rewards and model adapters; a plugin says which one it was written for, and one from the future
+"""Of the contracts of rewards and model families; a plugin says which one it was written for, and one from the future
 is refused by name."""
 
 # A hyphen before a letter is part of the name; any other is the minus of a reward spec.
@@ -46,9 +46,9 @@ class RegisterModel(Protocol):
 
         Args:
             pipeline: name of the diffusers pipeline class that the family's bases are loaded as.
-            target: "package.module:attribute" of a `ModelAdapter` subclass, imported when it is first used.
+            target: "package.module:attribute" of a `ModelFamily` subclass, imported when it is first used.
             description: one line for `rdm-sdk models`.
-            contract: the contract version that the adapter was written for.
+            contract: the contract version that the family was written for.
         """
         ...
 

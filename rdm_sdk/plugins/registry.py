@@ -146,31 +146,31 @@ class Registry:
         return _imported(self.find(name), f"the reward {name!r}", RewardError)
 
     def load_model(self, pipeline: str) -> Any:
-        """Import and return the adapter class for a pipeline's class.
+        """Import and return the family class for a pipeline's class.
 
         Raises:
             ModelError: no family is registered for it, several are, its plugin is broken, or its module cannot be
                 imported; says what to do.
         """
         if pipeline in self.models:
-            return _imported(self.models[pipeline], f"the adapter for {pipeline}", ModelError)
+            return _imported(self.models[pipeline], f"the family for {pipeline}", ModelError)
         if pipeline in self.contested:
             owners = self.contested[pipeline]
             raise ModelError(
-                f"an adapter for {pipeline} is registered by {' and by '.join(owners)}, and nothing says which one is "
+                f"a family for {pipeline} is registered by {' and by '.join(owners)}, and nothing says which one is "
                 f"meant; uninstall one, or set {WITHOUT}={owners[-1]}"
             )
         for plugin in self.plugins:
             if pipeline in plugin.refused:
                 raise ModelError(
-                    f"the adapter for {pipeline} cannot be had, because the plugin {plugin.key} ({plugin.version}) is "
+                    f"the family for {pipeline} cannot be had, because the plugin {plugin.key} ({plugin.version}) is "
                     f"broken: {plugin.refused[pipeline]}. Repair or upgrade {plugin.distribution}."
                 )
         broken = [plugin for plugin in self.plugins if plugin.failures]
         raise ModelError(
             f"{pipeline} is not supported.{nearest(pipeline, self.models)} Pass a hub id, a local path or a pipeline "
-            f"of one of: {', '.join(sorted(self.models))}; install a plugin that brings an adapter for it; or pass a "
-            f"rdm_sdk.ModelAdapter of your own (docs/write-a-model.md says how to write one){_suspects(broken)}"
+            f"of one of: {', '.join(sorted(self.models))}; install a plugin that brings a family for it; or pass a "
+            f"rdm_sdk.ModelFamily of your own (docs/write-a-model.md says how to write one){_suspects(broken)}"
         )
 
     def fingerprint(self) -> list[str]:
@@ -331,7 +331,7 @@ def _settle(plugins: list[Plugin]) -> Registry:
     """Decide who owns which name; a name with two owners belongs to neither, unless it is the SDK's own."""
     settled: list[dict[str, Entry]] = []
     contested: dict[str, list[str]] = {}
-    for kind, noun in (("rewards", "the reward"), ("models", "an adapter for")):
+    for kind, noun in (("rewards", "the reward"), ("models", "a family for")):
         claims: dict[str, list[tuple[Plugin, Entry]]] = {}
         for plugin in plugins:
             for entry in getattr(plugin, kind):
@@ -341,7 +341,7 @@ def _settle(plugins: list[Plugin]) -> Registry:
             if len(owners) == 1 or owners[0][0].distribution == BUILTIN:
                 found[name] = owners[0][1]
                 for plugin, _ in owners[1:]:
-                    plugin.fail(f"it registers {name}, which is the SDK's own; pass your adapter as model= instead")
+                    plugin.fail(f"it registers {name}, which is the SDK's own; pass your family as model= instead")
                 continue
             contested[name] = [plugin.distribution for plugin, _ in owners]
             for plugin, _ in owners:

@@ -1,9 +1,9 @@
 """For authors of plugins: the contract kits, batches to try rewards on, and tiny offline models."""
 
-from rdm_sdk.testing.adapter_checks import MODEL_CHECKS
-from rdm_sdk.testing.adapters import ModelCheckError, ModelCheckWarning, check_model, parametrize_model_checks
 from rdm_sdk.testing.batches import example_batch, example_images
 from rdm_sdk.testing.checks import CHECKS
+from rdm_sdk.testing.family_checks import MODEL_CHECKS
+from rdm_sdk.testing.family_kit import ModelCheckError, ModelCheckWarning, check_model, parametrize_model_checks
 from rdm_sdk.testing.kit import CheckResult
 from rdm_sdk.testing.models import save_tiny_clip, tiny_clip_config, tiny_tokenizer
 from rdm_sdk.testing.rewards import (

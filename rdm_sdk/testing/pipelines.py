@@ -1,8 +1,8 @@
 """Tiny offline pipelines of the diffusers families: random weights, true classes, in-memory tokenizers.
 
-For tests of model adapters. A pipeline is built in well under a second, reads no files, leaves the global random state
+For tests of model families. A pipeline is built in well under a second, reads no files, leaves the global random state
 alone, and has the same weights for the same seed. Every VAE but Sana's makes latents of a quarter of the image's height
-and width, and every VAE normalizes its latents, so that an adapter that forgets a constant gives another image. 32
+and width, and every VAE normalizes its latents, so that a family that forgets a constant gives another image. 32
 pixels are enough for all of them.
 
 Tokenizers spell texts in single letters. Their texts are therefore longer than those of the published ones, but padded

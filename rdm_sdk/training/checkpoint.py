@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 
 from rdm_sdk.errors import CheckpointError
-from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.training.rollouts import read_rollouts
 from rdm_sdk.training.step import DistillationStep
 
@@ -100,12 +100,12 @@ def find(resume_from_checkpoint: str | bool, output_dir: str) -> str:
     return latest
 
 
-def save_state(directory: Path, adapter: ModelAdapter, ema: list[Tensor] | None, state: RunState) -> None:
+def save_state(directory: Path, family: ModelFamily, ema: list[Tensor] | None, state: RunState) -> None:
     """Write every role's raw weights, the moving average and the run state."""
     tensors = {
         f"{role}.{name}": tensor
-        for role in adapter.roles.trainable_roles
-        for name, tensor in adapter.roles.role_state_dict(role).items()
+        for role in family.roles.trainable_roles
+        for name, tensor in family.roles.role_state_dict(role).items()
     }
     tensors |= {f"ema.{i}": tensor.detach().cpu().contiguous() for i, tensor in enumerate(ema or [])}
     save_file(tensors, directory / WEIGHTS)
@@ -221,11 +221,11 @@ def _check_same_run(folder: Path, state: RunState, own: RunState, has_ema: bool)
         )
 
 
-def load_weights(directory: str | Path, adapter: ModelAdapter) -> dict[int, Tensor]:
+def load_weights(directory: str | Path, family: ModelFamily) -> dict[int, Tensor]:
     """Load every role's weights from a checked checkpoint; returns the moving average's tensors by position."""
     tensors = load_file(Path(directory) / WEIGHTS)
-    for role in adapter.roles.trainable_roles:
+    for role in family.roles.trainable_roles:
         prefix = f"{role}."
         own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        adapter.roles.load_role_state_dict(role, own)
+        family.roles.load_role_state_dict(role, own)
     return {int(name.removeprefix("ema.")): t for name, t in tensors.items() if name.startswith("ema.")}

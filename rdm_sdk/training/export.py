@@ -17,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 
 from rdm_sdk.errors import ModelError
-from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.roles import STUDENT
 from rdm_sdk.rewards.resolve import WeightedReward
 from rdm_sdk.rewards.spec import show_spec
@@ -44,7 +44,7 @@ class StudentInfo:
     """The settings that differ from the defaults, for the model card."""
 
 
-def save_student(directory: str | Path, adapter: ModelAdapter, info: StudentInfo) -> None:
+def save_student(directory: str | Path, family: ModelFamily, info: StudentInfo) -> None:
     """Write the student role's current weights, its scheduler, the call that samples it and a model card into a folder.
 
     Files of a LoRA: `pytorch_lora_weights.safetensors` (diffusers, with LoRA metadata: without it, an alpha other than
@@ -57,21 +57,21 @@ def save_student(directory: str | Path, adapter: ModelAdapter, info: StudentInfo
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target, prefix=".export-") as scratch:
         staged = Path(scratch)
-        if STUDENT in adapter.roles.copies:
-            student: Any = copy.deepcopy(adapter.roles.copies[STUDENT]).to(adapter.backbone.dtype)
-            student.save_pretrained(staged / adapter.component)
+        if STUDENT in family.roles.copies:
+            student: Any = copy.deepcopy(family.roles.copies[STUDENT]).to(family.backbone.dtype)
+            student.save_pretrained(staged / family.component)
         else:
-            _save_lora(staged, adapter)
-        adapter.student_scheduler(info.num_steps, info.shift, info.stochastic).save_pretrained(staged / "scheduler")
-        (staged / CALL).write_text(json.dumps(_call(adapter, info), indent=2), encoding="utf-8")
-        (staged / "README.md").write_text(model_card(adapter, info), encoding="utf-8")
+            _save_lora(staged, family)
+        family.student_scheduler(info.num_steps, info.shift, info.stochastic).save_pretrained(staged / "scheduler")
+        (staged / CALL).write_text(json.dumps(_call(family, info), indent=2), encoding="utf-8")
+        (staged / "README.md").write_text(model_card(family, info), encoding="utf-8")
         move_into(staged, target)
 
 
-def _save_lora(staged: Path, adapter: ModelAdapter) -> None:
-    state = adapter.roles.role_state_dict(STUDENT)
-    config = adapter.roles.lora_config(STUDENT)
-    adapter.save_lora(staged, state, config.to_dict())
+def _save_lora(staged: Path, family: ModelFamily) -> None:
+    state = family.roles.role_state_dict(STUDENT)
+    config = family.roles.lora_config(STUDENT)
+    family.save_lora(staged, state, config.to_dict())
     (staged / PEFT_FOLDER).mkdir()
     save_file(
         {f"base_model.model.{name}": tensor for name, tensor in state.items()},
@@ -81,11 +81,11 @@ def _save_lora(staged: Path, adapter: ModelAdapter) -> None:
     config.save_pretrained(str(staged / PEFT_FOLDER))
 
 
-def _call(adapter: ModelAdapter, info: StudentInfo) -> dict[str, Any]:
+def _call(family: ModelFamily, info: StudentInfo) -> dict[str, Any]:
     """Return the arguments of a pipeline call that samples the student at the size it was trained for."""
-    arguments = adapter.inference_call(info.num_steps, info.guidance_scale)
+    arguments = family.inference_call(info.num_steps, info.guidance_scale)
     # Pipelines have a size of their own for calls that name none, which need be neither the run's nor the base's.
-    for name, default in zip(("height", "width"), adapter.default_size, strict=True):
+    for name, default in zip(("height", "width"), family.default_size, strict=True):
         arguments[name] = info.settings.get(name, default)
     return arguments
 
@@ -137,37 +137,37 @@ def move_into(staged: Path, target: Path) -> None:
         source.replace(destination)
 
 
-def model_card(adapter: ModelAdapter, info: StudentInfo) -> str:
+def model_card(family: ModelFamily, info: StudentInfo) -> str:
     """Return the model card: base, method, rewards, settings, and the code that samples the student."""
     rewards = show_spec([own.term for own in info.rewards])
     origins = ", ".join(dict.fromkeys(str(own.reward.provenance()["origin"]) for own in info.rewards))
-    full = STUDENT in adapter.roles.copies
-    pipeline = type(adapter.pipeline).__name__
-    scheduler = type(adapter.student_scheduler(info.num_steps, info.shift, info.stochastic)).__name__
+    full = STUDENT in family.roles.copies
+    pipeline = type(family.pipeline).__name__
+    scheduler = type(family.student_scheduler(info.num_steps, info.shift, info.stochastic)).__name__
     data = ModelCardData(
-        base_model=adapter.base_name if not Path(adapter.base_name).exists() else None,
+        base_model=family.base_name if not Path(family.base_name).exists() else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["rdm-sdk", *([] if full else ["lora"]), "distillation", "few-step", "diffusers"],
     )
-    grid = ", ".join(f"{sigma:g}" for sigma in adapter.student_sigmas(info.num_steps, info.shift))
+    grid = ", ".join(f"{sigma:g}" for sigma in family.student_sigmas(info.num_steps, info.shift))
     settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in info.settings.items())
     noising = "noises it again" if info.stochastic else "moves straight on to the next level"
-    call = ", ".join(f"{name}={value!r}" for name, value in _call(adapter, info).items())
+    call = ", ".join(f"{name}={value!r}" for name, value in _call(family, info).items())
     if full:
-        network = type(adapter.backbone).__name__
-        imports, part = f"{network}, {pipeline}, {scheduler}", adapter.component
+        network = type(family.backbone).__name__
+        imports, part = f"{network}, {pipeline}, {scheduler}", family.component
         loading = f'pipe.{part} = {network}.from_pretrained(folder, subfolder="{part}")'
         what, weights = "Full weights", f"The weights of the {part}: `{part}/`"
     else:
-        lora = adapter.roles.lora_config(STUDENT)
-        imports, loading = f"{pipeline}, {scheduler}", adapter.loading_code
+        lora = family.roles.lora_config(STUDENT)
+        imports, loading = f"{pipeline}, {scheduler}", family.loading_code
         what = f"A LoRA (rank {lora.r}, alpha {lora.lora_alpha})"
         weights = f"The weights in PEFT's format: `{PEFT_FOLDER}/`"
     text = f"""
-# A {info.num_steps}-step student of {adapter.base_name}
+# A {info.num_steps}-step student of {family.base_name}
 
-{what} that sample{"" if full else "s"} `{adapter.base_name}` in {info.num_steps} steps without a second pass for
+{what} that sample{"" if full else "s"} `{family.base_name}` in {info.num_steps} steps without a second pass for
 guidance, distilled with [rdm-sdk](https://pypi.org/project/rdm-sdk/) by distribution matching as a reward
 ([arXiv 2603.28460](https://arxiv.org/abs/2603.28460)).
 
@@ -175,7 +175,7 @@ guidance, distilled with [rdm-sdk](https://pypi.org/project/rdm-sdk/) by distrib
 from diffusers import {imports}
 
 folder = "path/to/this/folder"
-pipe = {pipeline}.from_pretrained("{adapter.base_name}")
+pipe = {pipeline}.from_pretrained("{family.base_name}")
 {loading}
 pipe.scheduler = {scheduler}.from_pretrained(folder, subfolder="scheduler")
 image = pipe(prompt="{{your prompt}}", {call}).images[0]

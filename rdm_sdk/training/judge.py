@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.roles import STUDENT, TEACHER
 from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.context import DiffusionContext, Times
@@ -229,7 +229,7 @@ class Judge:
 
 
 def add_run_roles(
-    family: ModelAdapter,
+    family: ModelFamily,
     configs: Mapping[str, LoraConfig | None],
     rewards: Sequence[WeightedReward],
     steps_told: int,
@@ -253,7 +253,7 @@ def add_run_roles(
 
 
 def reward_heads(
-    rewards: Sequence[WeightedReward], family: ModelAdapter, steps_told: int
+    rewards: Sequence[WeightedReward], family: ModelFamily, steps_told: int
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yield the trained roles that are modules of their own, with the modules.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from rdm_sdk.errors import CheckpointError, ConfigError
-from rdm_sdk.families.base import ModelAdapter
+from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.placement import Offload, drop_text_encoders, slice_vae, tile_vae
 from rdm_sdk.families.roles import STUDENT, TEACHER
 from rdm_sdk.method.noise import FlowSchedule
@@ -36,7 +36,7 @@ class RunModels:
         ConfigError: guidance or sampler do not fit the family.
     """
 
-    def __init__(self, family: ModelAdapter, settings: MethodSettings, device: torch.device) -> None:
+    def __init__(self, family: ModelFamily, settings: MethodSettings, device: torch.device) -> None:
         self.family, self.roles, self.settings, self.device = family, family.roles, settings, device
         if family.guidance == "none" and settings.guidance_scale != 1.0:
             raise ConfigError(

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import TrainOutput
 
 from rdm_sdk.errors import CheckpointError, ConfigError, DataError, RDMError
-from rdm_sdk.families.load import load_adapter
+from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import STUDENT
 from rdm_sdk.rewards.resolve import RewardFuncs
 from rdm_sdk.rewards.routes import load_routed
@@ -41,7 +41,7 @@ class RDMTrainer(Trainer):
     """Distill a diffusion model into a few-step LoRA student with distribution matching as one reward among equals.
 
     Args:
-        model: the base: a hub id, a local path, a loaded diffusers pipeline, or a `ModelAdapter`.
+        model: the base: a hub id, a local path, a loaded diffusers pipeline, or a `ModelFamily`.
         reward_funcs: what to maximize: a spec such as "dm + 0.5*legibility", a callable
             `f(images=, prompts=, **columns) -> list[float | None]`, a `Reward`, or a list of them; None is "dm".
         args: an `RDMConfig`.
@@ -87,16 +87,16 @@ class RDMTrainer(Trainer):
         self.rewards = load_routed(reward_funcs, args.reward_weights, args.reward_route)
         check_run(args, self.rewards, {"train_dataset": train_dataset, "eval_dataset": eval_dataset}, weighting)
         roles = role_configs(args, self.rewards, peft_config, fake_peft_config)
-        self.adapter = load_adapter(
+        self.family = load_family(
             model,
             torch.bfloat16 if args.bf16 else torch.float32,
             args.quantization,
             max_sequence_length=args.max_sequence_length,
         )
         set_seed(args.seed)  # the adapters' initial weights are part of the run
-        add_run_roles(self.adapter, roles, self.rewards, args.steps_told)
-        self.roles = self.adapter.roles
-        self.fingerprint = self.adapter.fingerprint()
+        add_run_roles(self.family, roles, self.rewards, args.steps_told)
+        self.roles = self.family.roles
+        self.fingerprint = self.family.fingerprint()
         self.run_state: checkpoint.RunState | None = None
         self.critic_optimizer: CriticOptimizer | None = None
         self._window: list[dict[str, Any]] = []
@@ -119,7 +119,7 @@ class RDMTrainer(Trainer):
     def _compose(self, weighting: Weighting) -> None:
         """Make the step and its parts."""
         args = self.args
-        self.models = RunModels(self.adapter, args, args.device)
+        self.models = RunModels(self.family, args, args.device)
         if args.text_encoders == "drop":
             prompts = all_prompts(self.train_dataset, self.eval_dataset)
             self.models.encode_and_drop(prompts, quiet=bool(args.disable_tqdm))
@@ -307,12 +307,12 @@ class RDMTrainer(Trainer):
         target = Path(output_dir or str(self.args.output_dir))
         if self.args.should_save:
             with self.models.exported_weights():
-                save_student(target, self.adapter, self._student_info())
+                save_student(target, self.family, self._student_info())
             if _internal_call:
                 shadow = None if self.ema is None else self.ema.shadow_params
                 with tempfile.TemporaryDirectory(dir=target, prefix=".state-") as scratch:
                     checkpoint.save_state(
-                        Path(scratch), self.adapter, shadow, checkpoint.capture(self.step, self.fingerprint)
+                        Path(scratch), self.family, shadow, checkpoint.capture(self.step, self.fingerprint)
                     )
                     move_into(Path(scratch), target)
         if _internal_call:  # every process has samples of its own
@@ -373,7 +373,7 @@ class RDMTrainer(Trainer):
         self._load_weights(str(self.state.best_model_checkpoint))
 
     def _load_weights(self, directory: str) -> None:
-        self.models.load_average(checkpoint.load_weights(directory, self.adapter), directory)
+        self.models.load_average(checkpoint.load_weights(directory, self.family), directory)
 
 
 class _Bookkeeper(TrainerCallback):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from rdm_sdk.errors import ConfigError
-from rdm_sdk.families.base import ModelAdapter
-from rdm_sdk.families.load import load_adapter
+from rdm_sdk.families.base import ModelFamily
+from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import TEACHER
 from rdm_sdk.method.sampling import FewStepPolicy, sample
 from rdm_sdk.types import Condition, Denoiser
@@ -27,20 +27,20 @@ CLOSE = 1e-4
 
 @dataclass(frozen=True)
 class ModelSubject:
-    """A model family under test: `make` returns a pipeline or an adapter, with the same weights every time."""
+    """A model family under test: `make` returns a pipeline or a family, with the same weights every time."""
 
     make: Callable[[], Any]
 
-    def fresh(self) -> ModelAdapter:
-        """Return an adapter that a check may change."""
+    def fresh(self) -> ModelFamily:
+        """Return a family that a check may change."""
         made = self.make()
-        if not isinstance(made, ModelAdapter):
+        if not isinstance(made, ModelFamily):
             made.set_progress_bar_config(disable=True)
-        return load_adapter(made, torch.float32)
+        return load_family(made, torch.float32)
 
     @cached_property
-    def adapter(self) -> ModelAdapter:
-        """An adapter that checks leave as it is."""
+    def family(self) -> ModelFamily:
+        """A family that checks leave as it is."""
         return self.fresh()
 
     @cached_property
@@ -49,21 +49,21 @@ class ModelSubject:
 
         The height is an odd multiple of the unit, so that a unit that is too small is noticed.
         """
-        unit = self.adapter.size_unit
+        unit = self.family.size_unit
         height = (max(1, 32 // unit) // 2 * 2 + 1) * unit
         try:
-            self.adapter.latent_shape(height, 2 * height)
+            self.family.latent_shape(height, 2 * height)
         except ConfigError:
-            return self.adapter.default_size
+            return self.family.default_size
         return height, 2 * height
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.adapter.latent_shape(*self.size)
+        return self.family.latent_shape(*self.size)
 
     @cached_property
     def condition(self) -> Condition:
-        return self.adapter.condition(PROMPTS)
+        return self.family.condition(PROMPTS)
 
     @cached_property
     def x_t(self) -> Tensor:
@@ -79,8 +79,8 @@ class ModelSubject:
 
     def teacher(self, condition: Condition | None = None) -> Denoiser:
         """Return the teacher's denoiser, by default for the two prompts."""
-        adapter = self.adapter
-        return adapter.denoiser(adapter.roles, TEACHER, self.condition if condition is None else condition)
+        family = self.family
+        return family.denoiser(family.roles, TEACHER, self.condition if condition is None else condition)
 
 
 def rows(condition: Condition, *places: int) -> Condition:
@@ -94,12 +94,12 @@ def apart(found: Tensor, wanted: Tensor) -> float:
 
 def compare_with_the_pipeline(subject: ModelSubject, scale: float) -> None:
     """Demand the same images, or say where the two programs part."""
-    adapter, noise = subject.fresh(), subject.x_t
-    with seen_by(adapter.backbone) as ours_saw:
-        ours = images_of(adapter, TEACHER, noise, scale)
-    adapter.pipeline.scheduler = adapter.student_scheduler(NUM_STEPS, None, stochastic=False)
-    with seen_by(adapter.backbone) as theirs_saw:
-        theirs = call(adapter, adapter.pipeline, noise, scale)
+    family, noise = subject.fresh(), subject.x_t
+    with seen_by(family.backbone) as ours_saw:
+        ours = images_of(family, TEACHER, noise, scale)
+    family.pipeline.scheduler = family.student_scheduler(NUM_STEPS, None, stochastic=False)
+    with seen_by(family.backbone) as theirs_saw:
+        theirs = call(family, family.pipeline, noise, scale)
     if apart(ours, theirs) < CLOSE:
         return
     guided = scale != 1
@@ -167,36 +167,36 @@ def shown(value: Any) -> str:
     return str(value)[:80]
 
 
-def images_of(adapter: ModelAdapter, role: str, noise: Tensor, scale: float = 1.0) -> Tensor:
+def images_of(family: ModelFamily, role: str, noise: Tensor, scale: float = 1.0) -> Tensor:
     """Return the images `[2, 3, H, W]` that a role, guided by `scale`, samples deterministically for `PROMPTS`."""
-    policy = FewStepPolicy(adapter.schedule, tuple(adapter.student_sigmas(NUM_STEPS, None)), "ode")
-    condition = adapter.condition(PROMPTS)
-    denoiser = adapter.denoiser(adapter.roles, role, condition)
+    policy = FewStepPolicy(family.schedule, tuple(family.student_sigmas(NUM_STEPS, None)), "ode")
+    condition = family.condition(PROMPTS)
+    denoiser = family.denoiser(family.roles, role, condition)
     if scale != 1:
-        pair = adapter.denoiser_pair(adapter.roles, role, condition, adapter.condition([None, None]))
+        pair = family.denoiser_pair(family.roles, role, condition, family.condition([None, None]))
 
         def denoiser(x_t: Tensor, sigma: Tensor) -> Tensor:
-            return adapter.guide(x_t, sigma, *pair(x_t, sigma), scale)
+            return family.guide(x_t, sigma, *pair(x_t, sigma), scale)
 
     with torch.no_grad():
-        return adapter.decode(sample(denoiser, noise, policy))
+        return family.decode(sample(denoiser, noise, policy))
 
 
-def call(adapter: ModelAdapter, pipeline: Any, noise: Tensor, scale: float = 1.0) -> Tensor:
+def call(family: ModelFamily, pipeline: Any, noise: Tensor, scale: float = 1.0) -> Tensor:
     """Return the images of a plain pipeline call."""
-    arguments = adapter.inference_call(NUM_STEPS) | adapter.guidance_call(scale)
+    arguments = family.inference_call(NUM_STEPS) | family.guidance_call(scale)
     if "negative_prompt" in arguments:
         arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(PROMPTS)
     images: Tensor = pipeline(
         prompt=list(PROMPTS),
-        latents=adapter.pack(noise.clone()),
-        **dict(zip(("height", "width"), pixels(adapter, noise), strict=True)),
+        latents=family.pack(noise.clone()),
+        **dict(zip(("height", "width"), pixels(family, noise), strict=True)),
         output_type="pt",
         **arguments,
     ).images
     return images
 
 
-def pixels(adapter: ModelAdapter, latents: Tensor) -> tuple[int, int]:
-    factor = adapter.default_size[0] // adapter.latent_shape()[1]
+def pixels(family: ModelFamily, latents: Tensor) -> tuple[int, int]:
+    factor = family.default_size[0] // family.latent_shape()[1]
     return latents.shape[-2] * factor, latents.shape[-1] * factor

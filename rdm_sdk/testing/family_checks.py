@@ -1,4 +1,4 @@
-"""The checks of the contract of model adapters, one function each; `adapters.py` runs them.
+"""The checks of the contract of model families, one function each; `family_kit.py` runs them.
 
 A check takes a `ModelSubject`; see `kit.Check`.
 """
@@ -15,12 +15,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from rdm_sdk.errors import ConfigError, ModelError
-from rdm_sdk.families.base import Guidance, ModelAdapter, linear_layers
+from rdm_sdk.families.base import Guidance, ModelFamily, linear_layers
 from rdm_sdk.families.roles import STUDENT, TEACHER
 from rdm_sdk.method.noise import Prediction, to_x_0
 from rdm_sdk.method.sampling import FewStepPolicy
 from rdm_sdk.rewards.resolve import resolve_rewards
-from rdm_sdk.testing.adapter_subject import (
+from rdm_sdk.testing.family_subject import (
     CLOSE,
     NUM_STEPS,
     PROMPTS,
@@ -45,19 +45,19 @@ check = collector(MODEL_CHECKS)
 @check()
 def declarations(subject: ModelSubject) -> None:
     """What the class declares exists: component, LoRA targets and exclusions, kinds of prediction and guidance."""
-    adapter = subject.adapter
+    family = subject.family
     demand(
-        adapter.prediction in get_args(Prediction),
-        f"prediction is {adapter.prediction!r}; it must be one of {', '.join(get_args(Prediction))}",
+        family.prediction in get_args(Prediction),
+        f"prediction is {family.prediction!r}; it must be one of {', '.join(get_args(Prediction))}",
     )
     demand(
-        adapter.guidance in get_args(Guidance),
-        f"guidance is {adapter.guidance!r}; it must be one of {', '.join(get_args(Guidance))}",
+        family.guidance in get_args(Guidance),
+        f"guidance is {family.guidance!r}; it must be one of {', '.join(get_args(Guidance))}",
     )
-    layers = linear_layers(adapter.backbone)
-    demand(adapter.lora_targets, "lora_targets is empty, so a student would have nothing to learn with")
+    layers = linear_layers(family.backbone)
+    demand(family.lora_targets, "lora_targets is empty, so a student would have nothing to learn with")
     for attribute in ("lora_targets", "lora_excluded"):
-        for ending in getattr(adapter, attribute):
+        for ending in getattr(family, attribute):
             demand(
                 any(f".{name}".endswith(f".{ending}") for name in layers),
                 f"no linear or convolution layer's name ends in {ending!r}, of {attribute}; there are, among others, "
@@ -68,8 +68,8 @@ def declarations(subject: ModelSubject) -> None:
 @check()
 def encodes_prompts(subject: ModelSubject) -> None:
     """`encode_prompts` returns tensors `[N, ...]` whose shapes do not depend on the prompts."""
-    adapter = subject.adapter
-    together = adapter.encode_prompts(list(PROMPTS))
+    family = subject.family
+    together = family.encode_prompts(list(PROMPTS))
     demand(
         isinstance(together, dict) and all(isinstance(value, Tensor) for value in together.values()),
         "encode_prompts() must return a dict of tensors",
@@ -81,7 +81,7 @@ def encodes_prompts(subject: ModelSubject) -> None:
         )
         demand(not tensor.requires_grad, f"{name!r} requires gradients; encode under torch.no_grad()")
     for place, prompt in enumerate(PROMPTS):
-        alone = adapter.encode_prompts([prompt])
+        alone = family.encode_prompts([prompt])
         for name, tensor in together.items():
             demand(
                 alone[name].shape[1:] == tensor.shape[1:],
@@ -101,7 +101,7 @@ def encodes_prompts(subject: ModelSubject) -> None:
 @check("encodes_prompts")
 def encodes_no_prompt(subject: ModelSubject) -> None:
     """`encode_no_prompt` returns one row that can stand beside those of prompts."""
-    blank, encoded = subject.adapter.encode_no_prompt(), subject.adapter.encode_prompts(PROMPTS[:1])
+    blank, encoded = subject.family.encode_no_prompt(), subject.family.encode_prompts(PROMPTS[:1])
     demand_same_form(blank, encoded)
 
 
@@ -119,15 +119,15 @@ def demand_same_form(found: Condition, encoded: Condition) -> None:
 @check()
 def sizes(subject: ModelSubject) -> None:
     """Latents have `[C, h, w]` for sizes that divide, and others are refused."""
-    adapter = subject.adapter
-    for height, width in (adapter.default_size, subject.size):
-        shape = adapter.latent_shape(height, width)
+    family = subject.family
+    for height, width in (family.default_size, subject.size):
+        shape = family.latent_shape(height, width)
         demand(len(shape) == 3, f"latent_shape() is {list(shape)}; it must be channels, height, width")
         demand(shape[1] * width == shape[2] * height, f"{height} x {width} pixels have latents of {list(shape)}")
-    demand(adapter.latent_shape() == adapter.latent_shape(*adapter.default_size), "without a size, it is the default")
-    if adapter.size_unit > 1:
+    demand(family.latent_shape() == family.latent_shape(*family.default_size), "without a size, it is the default")
+    if family.size_unit > 1:
         try:
-            adapter.latent_shape(subject.size[0] + 1, subject.size[1])
+            family.latent_shape(subject.size[0] + 1, subject.size[1])
         except ConfigError:
             return
         raise AssertionError(f"a height of {subject.size[0] + 1} is not refused; raise ConfigError")
@@ -167,11 +167,11 @@ def follows_prompt_and_level(subject: ModelSubject) -> None:
     x_0 = subject.denoise(subject.teacher())
     swapped = subject.denoise(subject.teacher(rows(subject.condition, 1, 0)))
     demand(not torch.equal(x_0, swapped), "x_0 does not depend on the prompt; pass the condition to the backbone")
-    adapter = subject.adapter
+    family = subject.family
 
     def raw(sigma: Tensor) -> Tensor:
         with torch.no_grad():
-            return adapter.predict(adapter.roles, TEACHER, subject.x_t, sigma, subject.condition)
+            return family.predict(family.roles, TEACHER, subject.x_t, sigma, subject.condition)
 
     demand(
         not torch.equal(raw(subject.sigma), raw(subject.sigma.flip(0))),
@@ -182,9 +182,9 @@ def follows_prompt_and_level(subject: ModelSubject) -> None:
 @check("denoises")
 def grid(subject: ModelSubject) -> None:
     """The student's noise levels fall, and both of its schedulers follow them."""
-    adapter = subject.adapter
+    family = subject.family
     for num_steps in (1, 2, NUM_STEPS):
-        sigmas = adapter.student_sigmas(num_steps, None)
+        sigmas = family.student_sigmas(num_steps, None)
         demand(len(sigmas) == num_steps, f"student_sigmas({num_steps}, None) has {len(sigmas)} levels")
         demand(
             all(1 >= a > b > 0 for a, b in zip(sigmas, [*sigmas[1:], 0.0][: len(sigmas)], strict=True) if b)
@@ -193,8 +193,8 @@ def grid(subject: ModelSubject) -> None:
         )
         times = []
         for stochastic in (True, False):
-            scheduler = adapter.student_scheduler(num_steps, None, stochastic)
-            adapter.set_grid(scheduler, num_steps)
+            scheduler = family.student_scheduler(num_steps, None, stochastic)
+            family.set_grid(scheduler, num_steps)
             times.append(scheduler.timesteps.tolist())
         demand(times[0] == times[1], f"the stochastic scheduler runs at {times[0]}, the deterministic at {times[1]}")
 
@@ -202,17 +202,17 @@ def grid(subject: ModelSubject) -> None:
 @check("grid")
 def steps_as_the_scheduler(subject: ModelSubject) -> None:
     """Every deterministic step leads where the exported scheduler's leads."""
-    adapter = subject.adapter
-    scheduler = adapter.student_scheduler(NUM_STEPS, None, stochastic=False)
-    adapter.set_grid(scheduler, NUM_STEPS)
-    policy = FewStepPolicy(adapter.schedule, tuple(adapter.student_sigmas(NUM_STEPS, None)), "ode")
+    family = subject.family
+    scheduler = family.student_scheduler(NUM_STEPS, None, stochastic=False)
+    family.set_grid(scheduler, NUM_STEPS)
+    policy = FewStepPolicy(family.schedule, tuple(family.student_sigmas(NUM_STEPS, None)), "ode")
     x_t = subject.x_t
     for k, timestep in enumerate(scheduler.timesteps):
         steps = torch.full((2,), k)
         sigma = policy.levels(steps)
         with torch.no_grad():
-            prediction = adapter.predict(adapter.roles, TEACHER, x_t, sigma, subject.condition).float()
-        x_0 = to_x_0(adapter.schedule, adapter.prediction, prediction, x_t, sigma)
+            prediction = family.predict(family.roles, TEACHER, x_t, sigma, subject.condition).float()
+        x_0 = to_x_0(family.schedule, family.prediction, prediction, x_t, sigma)
         ours = policy.transition(x_t, x_0, steps).mean if k + 1 < NUM_STEPS else x_0
         theirs = scheduler.step(prediction, timestep, x_t).prev_sample
         demand(
@@ -227,7 +227,7 @@ def steps_as_the_scheduler(subject: ModelSubject) -> None:
 def decodes(subject: ModelSubject) -> None:
     """`decode` returns RGB images in [0, 1] of the size asked for, differentiable."""
     latents = subject.x_t.clone().requires_grad_()
-    images = subject.adapter.decode(latents)
+    images = subject.family.decode(latents)
     wanted = (2, 3, *subject.size)
     demand(tuple(images.shape) == wanted, f"decode() returned {list(images.shape)}; it should be {list(wanted)}")
     demand(images.min() >= 0 and images.max() <= 1, "images must lie in [0, 1]")
@@ -241,14 +241,14 @@ def decodes(subject: ModelSubject) -> None:
 @check("decodes")
 def encodes_images(subject: ModelSubject) -> None:
     """`encode_images` returns latents of the right shape, and `from_vae` undoes `to_vae`."""
-    adapter = subject.adapter
+    family = subject.family
     images = torch.rand(2, 3, *subject.size, generator=torch.Generator().manual_seed(0))
-    latents = adapter.encode_images(images)
+    latents = family.encode_images(images)
     demand(
         latents.shape == subject.x_t.shape,
         f"encode_images() returned {list(latents.shape)}; it should be {list(subject.x_t.shape)}",
     )
-    again = adapter.from_vae(adapter.to_vae(subject.x_t))
+    again = family.from_vae(family.to_vae(subject.x_t))
     demand(apart(again, subject.x_t) < CLOSE, "from_vae() does not undo to_vae()")
 
 
@@ -261,52 +261,52 @@ def agrees_with_the_pipeline(subject: ModelSubject) -> None:
 @check("agrees_with_the_pipeline", "encodes_no_prompt")
 def guides_as_the_pipeline(subject: ModelSubject) -> Remark | None:
     """A pipeline call that is guided by 3 (`guidance_call`) makes the images that our guided teacher makes."""
-    if subject.adapter.guidance != "classifier-free":
-        return Remark("skipped", f"guidance is {subject.adapter.guidance!r}")
+    if subject.family.guidance != "classifier-free":
+        return Remark("skipped", f"guidance is {subject.family.guidance!r}")
     compare_with_the_pipeline(subject, 3.0)
     return None
 
 
-def with_roles(subject: ModelSubject) -> ModelAdapter:
-    """Return a fresh adapter with a student and a critic, whose weights are random, not as they start."""
-    adapter = subject.fresh()
-    adapter.add_roles({STUDENT: LORA, "fake": LORA})
+def with_roles(subject: ModelSubject) -> ModelFamily:
+    """Return a fresh family with a student and a critic, whose weights are random, not as they start."""
+    family = subject.fresh()
+    family.add_roles({STUDENT: LORA, "fake": LORA})
     generator = torch.Generator().manual_seed(1)
     for role in (STUDENT, "fake"):
-        for parameter in adapter.roles.parameters_of(role).values():
+        for parameter in family.roles.parameters_of(role).values():
             with torch.no_grad():
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return adapter
+    return family
 
 
 @check("denoises", "declarations")
 def roles_share_the_base(subject: ModelSubject) -> None:
     """Adapters start as the teacher, and moving them leaves it bit for bit."""
     before = subject.denoise(subject.teacher())
-    adapter = subject.fresh()
-    adapter.add_roles({STUDENT: LORA, "fake": LORA})
+    family = subject.fresh()
+    family.add_roles({STUDENT: LORA, "fake": LORA})
 
     def says(role: str) -> Tensor:
-        return subject.denoise(adapter.denoiser(adapter.roles, role, subject.condition))
+        return subject.denoise(family.denoiser(family.roles, role, subject.condition))
 
     demand(torch.equal(says(TEACHER), before), "adding adapters changed the teacher")
     demand(apart(says(STUDENT), before) < CLOSE, "the student does not start as the teacher")
-    adapter = with_roles(subject)
+    family = with_roles(subject)
     demand(torch.equal(says(TEACHER), before), "the adapters' weights reach the teacher; all layers must be PEFT's")
     demand(not torch.equal(says(STUDENT), before), "the student's weights do not reach its output")
 
 
-def gradients(adapter: ModelAdapter, subject: ModelSubject, order: tuple[str, ...]) -> dict[str, Tensor]:
+def gradients(family: ModelFamily, subject: ModelSubject, order: tuple[str, ...]) -> dict[str, Tensor]:
     """Return the gradients of two roles whose forwards ran in an order, with a teacher's in between."""
     losses = []
     for role in order:
-        x_0 = adapter.denoiser(adapter.roles, role, subject.condition)(subject.x_t, subject.sigma)
+        x_0 = family.denoiser(family.roles, role, subject.condition)(subject.x_t, subject.sigma)
         if role != TEACHER:
             losses.append(x_0.square().mean())
     torch.stack(losses).sum().backward()  # after all forwards, when another role is the last that was active
     found = {}
     for role in (STUDENT, "fake"):
-        for name, parameter in adapter.roles.parameters_of(role).items():
+        for name, parameter in family.roles.parameters_of(role).items():
             if parameter.grad is not None:
                 found[f"{role}.{name}"], parameter.grad = parameter.grad, None
     return found
@@ -315,10 +315,10 @@ def gradients(adapter: ModelAdapter, subject: ModelSubject, order: tuple[str, ..
 @check("roles_share_the_base")
 def student_learns(subject: ModelSubject) -> None:
     """A gradient reaches the adapters of every kind of target."""
-    adapter = with_roles(subject)
-    found = gradients(adapter, subject, (STUDENT, TEACHER))
+    family = with_roles(subject)
+    found = gradients(family, subject, (STUDENT, TEACHER))
     demand(found, "no gradient reaches the student")
-    for target in adapter.lora_targets:
+    for target in family.lora_targets:
         demand(
             any(f".{target}." in name and bool(gradient.any()) for name, gradient in found.items()),
             f"no gradient reaches the adapters on {target!r}: the backbone does not use these layers, or does so "
@@ -326,9 +326,9 @@ def student_learns(subject: ModelSubject) -> None:
         )
 
 
-def inputs_of_adapters(adapter: ModelAdapter, subject: ModelSubject, x_t: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+def inputs_of_adapters(family: ModelFamily, subject: ModelSubject, x_t: Tensor, sigma: Tensor) -> dict[str, Tensor]:
     """Return what the student's adapted layers are fed first, by their names."""
-    modules: dict[str, nn.Module] = dict(adapter.backbone.named_modules())
+    modules: dict[str, nn.Module] = dict(family.backbone.named_modules())
     names = {modules[name]: name for name in modules if isinstance(modules[name], BaseTunerLayer)}
     fed: dict[str, Tensor] = {}
 
@@ -337,7 +337,7 @@ def inputs_of_adapters(adapter: ModelAdapter, subject: ModelSubject, x_t: Tensor
 
     hooks = [layer.register_forward_pre_hook(keep) for layer in names]
     with torch.no_grad():
-        adapter.denoiser(adapter.roles, STUDENT, subject.condition)(x_t, sigma)
+        family.denoiser(family.roles, STUDENT, subject.condition)(x_t, sigma)
     for hook in hooks:
         hook.remove()
     return fed
@@ -346,10 +346,10 @@ def inputs_of_adapters(adapter: ModelAdapter, subject: ModelSubject, x_t: Tensor
 @check("roles_share_the_base")
 def targets_know_the_level(subject: ModelSubject) -> None:
     """Adapters reach what tells the network its noise level: layers that are fed an embedding of it."""
-    adapter = with_roles(subject)
-    fed = inputs_of_adapters(adapter, subject, subject.x_t, subject.sigma)
-    other_state = inputs_of_adapters(adapter, subject, subject.x_t.flip(-1), subject.sigma)
-    other_level = inputs_of_adapters(adapter, subject, subject.x_t, subject.sigma / 2)
+    family = with_roles(subject)
+    fed = inputs_of_adapters(family, subject, subject.x_t, subject.sigma)
+    other_state = inputs_of_adapters(family, subject, subject.x_t.flip(-1), subject.sigma)
+    other_level = inputs_of_adapters(family, subject, subject.x_t, subject.sigma / 2)
     # One vector per sample, the same for any state and another for another level. (Tokens of the text may know the
     # level too, in layers that are not there to tell it.)
     told = [
@@ -363,7 +363,7 @@ def targets_know_the_level(subject: ModelSubject) -> None:
         told,
         "none of the lora_targets is fed an embedding of the noise level, so adapters cannot change what a level means "
         "to the network, and few-step students stall; add time embedders and modulation, or leave lora_targets as "
-        "ModelAdapter has them",
+        "ModelFamily has them",
     )
 
 
@@ -391,16 +391,16 @@ def checkpointing_changes_nothing(subject: ModelSubject) -> Remark | None:
 @check("roles_share_the_base", "agrees_with_the_pipeline")
 def exports(subject: ModelSubject) -> None:
     """A student that is saved and loaded into a plain pipeline of its base makes the same images."""
-    adapter = with_roles(subject)
-    ours, base = images_of(adapter, STUDENT, subject.x_t), images_of(adapter, TEACHER, subject.x_t)
+    family = with_roles(subject)
+    ours, base = images_of(family, STUDENT, subject.x_t), images_of(family, TEACHER, subject.x_t)
     demand(apart(ours, base) > 10 * CLOSE, "the student's images are the teacher's")
     with tempfile.TemporaryDirectory() as folder:
-        save_student(folder, adapter, StudentInfo(NUM_STEPS, None, False, 1.0, resolve_rewards("dm"), {}))
+        save_student(folder, family, StudentInfo(NUM_STEPS, None, False, 1.0, resolve_rewards("dm"), {}))
         plain = subject.fresh().pipeline
-        scheduler = type(adapter.student_scheduler(NUM_STEPS, None, stochastic=False))
+        scheduler = type(family.student_scheduler(NUM_STEPS, None, stochastic=False))
         plain.scheduler = scheduler.from_pretrained(Path(folder) / "scheduler")
         load_student(plain, folder)
-        theirs = call(adapter, plain, subject.x_t)
+        theirs = call(family, plain, subject.x_t)
     demand(
         apart(ours, theirs) < CLOSE,
         f"after save_lora() and load_student() the images differ by up to {float((ours - theirs).abs().max()):.3g}; is "
@@ -411,13 +411,13 @@ def exports(subject: ModelSubject) -> None:
 @check("denoises")
 def features(subject: ModelSubject) -> Remark | None:
     """Features for discriminators, if there are any, are `[N, tokens, feature_width]` and differentiable."""
-    adapter = subject.adapter
+    family = subject.family
     try:
-        width = adapter.feature_width
+        width = family.feature_width
     except ModelError:
         return Remark("skipped", "the family names no features, so rewards with a head on them cannot be used")
     x_t = subject.x_t.clone().requires_grad_()
-    found = adapter.features(adapter.roles, TEACHER, subject.condition)(x_t, subject.sigma)
+    found = family.features(family.roles, TEACHER, subject.condition)(x_t, subject.sigma)
     demand(
         found.ndim == 3 and len(found) == 2 and found.shape[2] == width,
         f"features are {list(found.shape)}; they should be [2, tokens, {width}]",
@@ -426,7 +426,7 @@ def features(subject: ModelSubject) -> Remark | None:
     demand(x_t.grad is not None and bool(x_t.grad.any()), "no gradient reaches x_t through the features")
     for place in range(2):
         condition = rows(subject.condition, place)
-        alone = adapter.features(adapter.roles, TEACHER, condition)(x_t[[place]], subject.sigma[[place]])
+        alone = family.features(family.roles, TEACHER, condition)(x_t[[place]], subject.sigma[[place]])
         demand(
             alone.shape == found[[place]].shape and apart(alone, found[[place]]) < CLOSE,
             "features of a sample differ when it is alone; override features() to take the image's tokens only, where "
@@ -439,8 +439,8 @@ def features(subject: ModelSubject) -> Remark | None:
 def example_encoding(subject: ModelSubject) -> Remark | None:
     """`example_encoding` has the names, shapes and dtypes of what `encode_prompts` returns."""
     try:
-        example = subject.adapter.example_encoding(len(PROMPTS))
+        example = subject.family.example_encoding(len(PROMPTS))
     except ModelError:
         return Remark("skipped", "the family names no example_encoding, so rdm-sdk plan cannot be used")
-    demand_same_form(example, subject.adapter.encode_prompts(list(PROMPTS)))
+    demand_same_form(example, subject.family.encode_prompts(list(PROMPTS)))
     return None

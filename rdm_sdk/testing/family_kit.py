@@ -1,12 +1,12 @@
-"""The contract kit for model adapters: what every author should run, and what the SDK's own families have to pass."""
+"""The contract kit for model families: what every author should run, and what the SDK's own families have to pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rdm_sdk.testing.adapter_checks import MODEL_CHECKS
-from rdm_sdk.testing.adapter_subject import ModelSubject
+from rdm_sdk.testing.family_checks import MODEL_CHECKS
+from rdm_sdk.testing.family_subject import ModelSubject
 from rdm_sdk.testing.kit import (
     CheckResult,
     ContractError,
@@ -18,21 +18,21 @@ from rdm_sdk.testing.kit import (
 
 
 class ModelCheckError(ContractError):
-    """An adapter does not keep its contract; the message lists every check that failed and what to do."""
+    """A family does not keep its contract; the message lists every check that failed and what to do."""
 
 
 class ModelCheckWarning(ContractWarning):
-    """An adapter keeps its contract, and something about it is odd."""
+    """A family keeps its contract, and something about it is odd."""
 
 
 def check_model(make: Callable[[], Any], *, expected_failures: Mapping[str, str] | None = None) -> list[CheckResult]:
-    """Check that a model family's adapter keeps the contract; see `MODEL_CHECKS` for what that is.
+    """Check that A model family keeps the contract; see `MODEL_CHECKS` for what that is.
 
-    The kit runs the true pipeline beside the adapter, in float32 on the CPU: give it a tiny one, with random weights
+    The kit runs the true pipeline beside the family, in float32 on the CPU: give it a tiny one, with random weights
     that are not near zero (`rdm_sdk.testing.pipelines` shows nine).
 
     Args:
-        make: makes a pipeline whose class has a registered adapter, or an adapter; called several times, and must give
+        make: makes a pipeline whose class has a registered family, or a family; called several times, and must give
             the same weights every time.
         expected_failures: check name to reason, for what is known and accepted; such a check must fail.
 
@@ -41,14 +41,14 @@ def check_model(make: Callable[[], Any], *, expected_failures: Mapping[str, str]
 
     Raises:
         ModelCheckError: a check failed, or one that was expected to fail did not.
-        ModelError: there is no adapter for what `make` makes.
+        ModelError: there is no family for what `make` makes.
     """
     subject = ModelSubject(make)
     return demand_all(
         MODEL_CHECKS,
-        run_checks(MODEL_CHECKS, subject, "adapter"),
+        run_checks(MODEL_CHECKS, subject, "family"),
         expected_failures,
-        f"{type(subject.adapter).__name__} does not keep the contract of model adapters",
+        f"{type(subject.family).__name__} does not keep the contract of model families",
         ModelCheckError,
         ModelCheckWarning,
     )
@@ -68,7 +68,7 @@ def parametrize_model_checks(make: Callable[[], Any], *, expected_failures: Mapp
     """
     return parametrize_checks(
         MODEL_CHECKS,
-        lambda: run_checks(MODEL_CHECKS, ModelSubject(make), "adapter"),
+        lambda: run_checks(MODEL_CHECKS, ModelSubject(make), "family"),
         expected_failures,
         ModelCheckError,
         ModelCheckWarning,
