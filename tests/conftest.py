@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 # On some CPUs it warns at import of a kernel for inference that it does not find, and the line would come out behind
 # pytest's last one.
@@ -78,3 +79,24 @@ def losses_of() -> Callable[[RDMTrainer], list[dict[str, float]]]:
         return [{k: v for k, v in row.items() if "second" not in k and "runtime" not in k} for row in rows]
 
     return losses
+
+
+@pytest.fixture
+def steps_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the training steps that start."""
+    ran: list[int] = []
+    original = RDMTrainer.training_step
+
+    def counted(self: RDMTrainer, *args: Any, **kwargs: Any) -> Tensor:
+        ran.append(1)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(RDMTrainer, "training_step", counted)
+    return ran
+
+
+@pytest.fixture
+def no_training(steps_run: list[int]) -> Iterator[None]:
+    """Fail the test if any training step starts."""
+    yield
+    assert steps_run == []

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,29 +28,10 @@ from rdm_sdk import (
     RewardError,
     digits,
 )
+from rdm_sdk.training import folders
+from rdm_sdk.training.folders import MANIFEST
 
 Make = Callable[..., RDMTrainer]
-
-
-@pytest.fixture
-def steps_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Count the training steps that start."""
-    ran: list[int] = []
-    original = RDMTrainer.training_step
-
-    def counted(self: RDMTrainer, *args: Any, **kwargs: Any) -> Tensor:
-        ran.append(1)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(RDMTrainer, "training_step", counted)
-    return ran
-
-
-@pytest.fixture
-def no_training(steps_run: list[int]) -> Iterator[None]:
-    """Fail the test if any training step starts."""
-    yield
-    assert steps_run == []
 
 
 # ---- Settings ---------------------------------------------------------------------------------------------------
@@ -267,6 +249,13 @@ def damaged(whole_checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole_checkpoint, tmp_path / "checkpoint-1"))
 
 
+def seal(checkpoint: Path) -> None:
+    """Write the manifest anew, as if the checkpoint had been written as it is now."""
+    run = json.loads((checkpoint / MANIFEST).read_text())["run"]
+    (checkpoint / MANIFEST).unlink()
+    folders._seal(checkpoint, run, 1)
+
+
 def resume(make_trainer: Make, tmp_path: Path, checkpoint: Path, rewards: str = "dm", **settings: Any) -> None:
     """Resume a run like the one that made the checkpoint."""
     trainer = make_trainer(tmp_path / "run", rewards, **({"ema_decay": 0.9} | settings))
@@ -296,6 +285,9 @@ def test_a_truncated_checkpoint_is_refused(
     """A file that was cut off is recognized before anything is loaded."""
     content = (damaged / name).read_bytes()
     (damaged / name).write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(CheckpointError, match=f"{re.escape(name)} changed"):
+        resume(make_trainer, tmp_path, damaged)
+    seal(damaged)  # and where no manifest tells it
     with pytest.raises(CheckpointError, match="damaged"):
         resume(make_trainer, tmp_path, damaged)
 
@@ -308,6 +300,7 @@ def test_broken_run_state_is_refused(make_trainer: Make, tmp_path: Path, damaged
     lacking = {name: value for name, value in state.items() if name != "rewards"}
     content = {"unknown": state | {"surprise": 1}, "lacking": lacking, "list": [state], "text": "state"}[change]
     (damaged / "rdm_state.json").write_text(json.dumps(content))
+    seal(damaged)
     with pytest.raises(CheckpointError, match="damaged"):
         resume(make_trainer, tmp_path, damaged)
 
@@ -321,21 +314,29 @@ def test_missing_weights_in_a_checkpoint_are_refused(
     tensors = load_file(damaged / "rdm_state.safetensors")
     gone = next(name for name in tensors if name.startswith(lost))
     save_file({n: t for n, t in tensors.items() if n != gone}, damaged / "rdm_state.safetensors")
+    seal(damaged)
     with pytest.raises((CheckpointError, ModelError)):
         resume(make_trainer, tmp_path, damaged)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"fingerprint": "0" * 16}, "another base model"), ({"rewards": ["hps"]}, "hps"), ({"format": 99}, "format 99")],
+    [
+        ({"identity": {"base": "0" * 16}}, "another base model"),
+        ({"rewards": ["hps"]}, "hps"),
+        ({"format": 99}, "format 99"),
+    ],
 )
 @pytest.mark.usefixtures("no_training")
 def test_a_foreign_checkpoint_is_refused(
-    make_trainer: Make, tmp_path: Path, damaged: Path, change: dict[str, object], words: str
+    make_trainer: Make, tmp_path: Path, damaged: Path, change: dict[str, Any], words: str
 ) -> None:
     """A checkpoint of another base, of other rewards or of a later format is told apart."""
     state = json.loads((damaged / "rdm_state.json").read_text())
-    (damaged / "rdm_state.json").write_text(json.dumps(state | change))
+    (damaged / "rdm_state.json").write_text(
+        json.dumps(state | {"identity": state["identity"] | change.pop("identity", {})} | change)
+    )
+    seal(damaged)
     with pytest.raises(CheckpointError, match=words):
         resume(make_trainer, tmp_path, damaged)
 
@@ -387,14 +388,12 @@ def test_resuming_with_other_targets_is_refused(make_trainer: Make, tmp_path: Pa
 
 @pytest.mark.usefixtures("no_training")
 def test_a_checkpoint_that_is_none_is_refused(make_trainer: Make, tmp_path: Path) -> None:
-    """A missing folder, an empty one, and "the latest" where there is none."""
+    """A missing folder, and an empty one."""
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="no folder"):
         resume(make_trainer, tmp_path, tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"no rdm_state\.json.*checkpoint-N"):
+    with pytest.raises(CheckpointError, match=r"no rdm_manifest\.json.*no checkpoint of this SDK"):
         resume(make_trainer, tmp_path, tmp_path / "empty")
-    with pytest.raises(CheckpointError, match="no checkpoint in"):
-        make_trainer(tmp_path / "run").train(resume_from_checkpoint=True)
 
 
 # ---- Rewards ----------------------------------------------------------------------------------------------------

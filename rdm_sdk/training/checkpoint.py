@@ -1,13 +1,14 @@
 """Training state beyond what Trainer saves: the roles' weights, the moving average and the counters.
 
 A checkpoint folder is an export (see `export.py`) plus Trainer's own files plus `rdm_state.safetensors`,
-`rdm_state.json` and, where there are critics, `critic_optimizer.pt`. On resume all of it is checked before anything is
-loaded.
+`rdm_state.json` and, where there are critics, `critic_optimizer.pt`; `folders.py` says when it is whole. On resume all
+of it is checked before anything is loaded.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,14 +19,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.trainer_utils import get_last_checkpoint
 
 from rdm_sdk.errors import CheckpointError
 from rdm_sdk.families.base import ModelFamily
+from rdm_sdk.training.folders import newest_whole, verify
+from rdm_sdk.training.identity import RunIdentity, check_same_run
 from rdm_sdk.training.rollouts import read_rollouts
 from rdm_sdk.training.step import DistillationStep
 
-FORMAT = 3
+logger = logging.getLogger(__name__)
+
+FORMAT = 4
 WEIGHTS, STATE = "rdm_state.safetensors", "rdm_state.json"
 TRAINER_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 CRITIC_OPTIMIZER = "critic_optimizer.pt"
@@ -35,8 +39,7 @@ CRITIC_OPTIMIZER = "critic_optimizer.pt"
 class RunState:
     """The part of the training state that is not tensors."""
 
-    fingerprint: str
-    """Of the base model."""
+    identity: RunIdentity
     rewards: list[str]
     adapters: dict[str, str]
     """Role to the LoRA settings that its weights only mean something with."""
@@ -55,11 +58,11 @@ class RunState:
     format: int = FORMAT
 
 
-def capture(step: DistillationStep, fingerprint: str) -> RunState:
-    """Return the run state of a step, on a base with this fingerprint."""
+def capture(step: DistillationStep, identity: RunIdentity) -> RunState:
+    """Return the run state of a step."""
     models, roles = step.models, step.models.roles
     return RunState(
-        fingerprint=fingerprint,
+        identity=identity,
         rewards=[own.term.reference + own.route_note for own in step.judge.rewards],
         adapters={role: roles.describe(role) for role in roles.trainable_roles},
         forwards=dict(roles.forwards),
@@ -86,18 +89,32 @@ def restore(step: DistillationStep, state: RunState, rollouts: Path) -> None:
     step.weighting.load_state_dict(state.weighting)
 
 
-def find(resume_from_checkpoint: str | bool, output_dir: str) -> str:
-    """Return the checkpoint to resume from; True is the latest in the output folder.
+def find(wanted: str | Path | bool | None, output_dir: Path) -> Path | None:
+    """Return the checkpoint to resume from, verified; None where the run starts afresh.
+
+    Args:
+        wanted: a folder; or True or "latest", which is the newest whole checkpoint of the output folder, and none where
+            there is no checkpoint yet; or None or False.
+        output_dir: the run's output folder.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the folder is no whole checkpoint, or none of those in the output folder is.
     """
-    if not isinstance(resume_from_checkpoint, bool):
-        return resume_from_checkpoint
-    latest: str | None = get_last_checkpoint(output_dir)
-    if latest is None:
-        raise CheckpointError(f"cannot resume: there is no checkpoint in {output_dir!r}")
-    return latest
+    if wanted is None or wanted is False:
+        return None
+    if wanted is not True and wanted != "latest":
+        verify(Path(wanted))
+        return Path(wanted)
+    folder, skipped = newest_whole(output_dir)
+    if folder is None and skipped:
+        raise CheckpointError(f"no checkpoint in {str(output_dir)!r} is whole: {'; '.join(skipped)}")
+    for reason in skipped:
+        logger.warning(f"skipped a checkpoint: {reason}")
+    if folder is None:
+        logger.warning(f"there is no checkpoint in {str(output_dir)!r} yet, so the run starts afresh")
+    else:
+        logger.warning(f"going on from {str(folder)!r}")
+    return folder
 
 
 def save_state(directory: Path, family: ModelFamily, ema: list[Tensor] | None, state: RunState) -> None:
@@ -132,7 +149,9 @@ def check(directory: str | Path, own: RunState, rollouts: Path) -> RunState:
             f"cannot resume from {str(folder)!r}: it is damaged ({type(error).__name__}: {error}). Use an earlier "
             "checkpoint."
         ) from error
-    _check_same_run(folder, state, own, has_ema)
+    _check_same_networks(folder, state, own, has_ema)
+    for change in check_same_run(state.identity, own.identity, str(folder), state.stored_rollouts):
+        logger.warning(f"resuming with another {change}")
     return state
 
 
@@ -186,7 +205,7 @@ def _read(folder: Path, rollouts: Path) -> RunState:
         raise CheckpointError(
             f"checkpoint {str(folder)!r} has format {saved.get('format')}; this version reads {FORMAT}"
         )
-    state = RunState(**saved)
+    state = RunState(**saved | {"identity": RunIdentity(**saved["identity"])})
     json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     for name in ("optimizer.pt", "scheduler.pt", CRITIC_OPTIMIZER):
         if (folder / name).is_file():
@@ -198,9 +217,9 @@ def _read(folder: Path, rollouts: Path) -> RunState:
     return state
 
 
-def _check_same_run(folder: Path, state: RunState, own: RunState, has_ema: bool) -> None:
-    """Raise `CheckpointError` if the checkpoint is of another run than `own`."""
-    if state.fingerprint != own.fingerprint:
+def _check_same_networks(folder: Path, state: RunState, own: RunState, has_ema: bool) -> None:
+    """Raise `CheckpointError` if the checkpoint has other networks or rewards than `own`."""
+    if state.identity.base != own.identity.base:
         raise CheckpointError(f"checkpoint {str(folder)!r} was made with another base model; pass the same one")
     if state.rewards != own.rewards:
         raise CheckpointError(

@@ -21,6 +21,7 @@ from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.roles import STUDENT
 from rdm_sdk.rewards.resolve import WeightedReward
 from rdm_sdk.rewards.spec import show_spec
+from rdm_sdk.training.config import RDMConfig
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """What `load_lora_weights` reads, of the pipelines that have it."""
@@ -42,6 +43,13 @@ class StudentInfo:
     rewards: Sequence[WeightedReward]
     settings: Mapping[str, object]
     """The settings that differ from the defaults, for the model card."""
+
+
+def student_info(args: RDMConfig, shift: float | None, rewards: Sequence[WeightedReward]) -> StudentInfo:
+    """Return what is said about a run's student on a grid with this shift."""
+    stochastic = args.sampler == "renoise"
+    settings = non_default_settings(args)
+    return StudentInfo(args.num_inference_steps, shift, stochastic, args.guidance_scale, rewards, settings)
 
 
 def save_student(directory: str | Path, family: ModelFamily, info: StudentInfo) -> None:

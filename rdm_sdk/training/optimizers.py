@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
 
+from rdm_sdk.errors import CheckpointError
 from rdm_sdk.families.roles import STUDENT, Roles
 from rdm_sdk.training.config import RDMConfig
 
@@ -87,9 +89,10 @@ class CriticOptimizer:
         return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` returned."""
+        """Take up what `state_dict` returned, with the rates and options of this run's settings."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        restart_rates(self.settings, self.optimizer, self.schedule, [1.0, EMBEDDING_RATE])
 
 
 def critic_optimizer(args: RDMConfig, roles: Roles) -> CriticOptimizer | None:
@@ -101,3 +104,34 @@ def critic_optimizer(args: RDMConfig, roles: Roles) -> CriticOptimizer | None:
     apart = set(map(id, embeddings))
     weights = [p for role in critics for p in roles.parameters_of(role).values() if id(p) not in apart]
     return CriticOptimizer(args, weights, embeddings)
+
+
+def restart_rates(args: RDMConfig, optimizer: Any, schedule: Any, factors: Sequence[float] = (1.0,)) -> None:
+    """Let the rate, decay and betas of the settings count in the place of those that a checkpoint has restored.
+
+    Args:
+        args: the run's settings, as the optimizer sees them.
+        optimizer: with its state restored.
+        schedule: its schedule, restored too: where it stands, it stays.
+        factors: of the learning rate, per group of parameters.
+
+    Raises:
+        CheckpointError: the rate has changed, and this kind of schedule keeps it to itself.
+    """
+    options = Trainer.get_optimizer_cls_and_kwargs(args)[1] | {"weight_decay": args.weight_decay}
+    options.pop("lr")
+    schedule = getattr(schedule, "scheduler", schedule)  # out of accelerate's wrapping
+    groups = optimizer.param_groups
+    for group in groups:
+        group.update({name: value for name, value in options.items() if name in group})
+    rates = [args.learning_rate * factor for factor, _ in zip(factors, groups, strict=False)]
+    if rates == [group.get("initial_lr", group["lr"]) for group in groups]:
+        return
+    if not isinstance(schedule, LambdaLR):
+        raise CheckpointError(
+            f"the learning rate cannot change when a run with lr_scheduler_type={args.lr_scheduler_type!r} is resumed"
+        )
+    schedule.base_lrs = list(rates)
+    for group, rate, multiplier in zip(groups, rates, schedule.lr_lambdas, strict=True):
+        group["initial_lr"] = rate
+        group["lr"] = rate * multiplier(schedule.last_epoch)

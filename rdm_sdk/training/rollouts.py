@@ -244,7 +244,7 @@ def read_rollouts(path: Path, device: torch.device) -> list[list[Experience]]:
     """Return what `write_rollouts` wrote, none where there is no file; encodings and columns are empty."""
     if not path.is_file():
         return []
-    with safe_open(path, framework="pt", device=str(device)) as file:
+    with safe_open(path, framework="pt", device=device.type if device.type == "cpu" else str(device)) as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     prompts, uses = json.loads(metadata["prompts"]), json.loads(metadata["uses"])

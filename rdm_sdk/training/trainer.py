@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.trainer_utils import TrainOutput
 
-from rdm_sdk.errors import CheckpointError, ConfigError, DataError, RDMError
+from rdm_sdk.errors import ConfigError, DataError, RDMError
 from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import STUDENT
 from rdm_sdk.rewards.resolve import RewardFuncs
@@ -25,13 +24,14 @@ from rdm_sdk.rewards.routes import load_routed
 from rdm_sdk.training import checkpoint
 from rdm_sdk.training.config import RDMConfig
 from rdm_sdk.training.data import GroupSampler, all_prompts, collate, load_prompts
-from rdm_sdk.training.export import StudentInfo, move_into, non_default_settings, save_student
+from rdm_sdk.training.export import save_student, student_info
+from rdm_sdk.training.interrupt import SaveOnSignal
 from rdm_sdk.training.judge import Judge, add_run_roles
+from rdm_sdk.training.keeper import RunKeeper
 from rdm_sdk.training.models import RunModels
-from rdm_sdk.training.optimizers import CriticOptimizer, critic_optimizer
+from rdm_sdk.training.optimizers import CriticOptimizer, critic_optimizer, restart_rates
 from rdm_sdk.training.pictures import image_grid
 from rdm_sdk.training.processes import Processes
-from rdm_sdk.training.rollouts import rollouts_path
 from rdm_sdk.training.step import DistillationStep
 from rdm_sdk.training.validation import check_arguments, check_hosted, check_run, check_same_plugins, role_configs
 from rdm_sdk.training.weighting import Weighting, make_weighting
@@ -96,9 +96,8 @@ class RDMTrainer(Trainer):
         set_seed(args.seed)  # the adapters' initial weights are part of the run
         add_run_roles(self.family, roles, self.rewards, args.steps_told)
         self.roles = self.family.roles
-        self.fingerprint = self.family.fingerprint()
-        self.run_state: checkpoint.RunState | None = None
         self.critic_optimizer: CriticOptimizer | None = None
+        self._staged: Path | None = None
         self._window: list[dict[str, Any]] = []
         self._position = 0
         self._sampler: GroupSampler | None = None
@@ -115,6 +114,8 @@ class RDMTrainer(Trainer):
         check_hosted(args.n_gpu, self.is_deepspeed_enabled or self.is_fsdp_enabled)
         self._compose(make_weighting(args.weighting) if weighting is None else weighting)
         check_same_plugins(self.accelerator.num_processes)
+        self.interrupt = SaveOnSignal(self.step.processes)
+        self.add_callback(self.interrupt)
 
     def _compose(self, weighting: Weighting) -> None:
         """Make the step and its parts."""
@@ -128,6 +129,7 @@ class RDMTrainer(Trainer):
         self.judge = Judge(self.models, self.rewards, args)
         self.monitor, self.weighting = self.judge.monitor, weighting
         self.step = DistillationStep(self.judge, args, weighting, self._processes())
+        self.keeper = RunKeeper(args, self.step, self.train_dataset, self.accelerator.wait_for_everyone)
 
     def _processes(self) -> Processes:
         return Processes(
@@ -307,25 +309,11 @@ class RDMTrainer(Trainer):
         target = Path(output_dir or str(self.args.output_dir))
         if self.args.should_save:
             with self.models.exported_weights():
-                save_student(target, self.family, self._student_info())
-            if _internal_call:
-                shadow = None if self.ema is None else self.ema.shadow_params
-                with tempfile.TemporaryDirectory(dir=target, prefix=".state-") as scratch:
-                    checkpoint.save_state(
-                        Path(scratch), self.family, shadow, checkpoint.capture(self.step, self.fingerprint)
-                    )
-                    move_into(Path(scratch), target)
-        if _internal_call:  # every process has samples of its own
-            self.step.rollouts.save(rollouts_path(target, self.args.process_index))
+                save_student(target, self.family, student_info(self.args, self.models.shift, self.rewards))
+        if _internal_call:
+            self.keeper.write_state(target)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _student_info(self) -> StudentInfo:
-        args = self.args
-        stochastic, settings = args.sampler == "renoise", non_default_settings(args)
-        return StudentInfo(
-            args.num_inference_steps, self.models.shift, stochastic, args.guidance_scale, self.rewards, settings
-        )
 
     def train(
         self,
@@ -333,28 +321,49 @@ class RDMTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Train, or go on from a checkpoint (True: the latest in `output_dir`), which is checked before it is used.
+        """Train, or go on from a checkpoint, which is checked before it is used.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder; or True or "latest": the newest whole one in `output_dir`,
+                and a new run where there is none yet. By default, that of the settings.
+            trial: as in `Trainer`.
+            ignore_keys_for_eval: as in `Trainer`.
 
         Raises:
-            CheckpointError: the checkpoint is missing, incomplete, damaged or of another run.
+            CheckpointError: the checkpoint is missing, incomplete, damaged or of another run; or `output_dir` holds
+                checkpoints of another run, which this one would mix with its own.
             DataError: there is no train_dataset.
+            KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, when the run has been saved.
         """
         if self.train_dataset is None:
             raise DataError("train() needs prompts: pass train_dataset to the trainer")
-        self.run_state = None
-        if resume_from_checkpoint:
-            resume_from_checkpoint = checkpoint.find(resume_from_checkpoint, str(self.args.output_dir))
-            stored = rollouts_path(resume_from_checkpoint, self.args.process_index)
-            own = checkpoint.capture(self.step, self.fingerprint)
-            self.run_state = checkpoint.check(resume_from_checkpoint, own, stored)
-        return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
+        wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        self.interrupt.watch()
+        try:
+            folder = self.keeper.begin(wanted)
+            done = None if folder is None else self.keeper.finished(folder)
+            if done is not None:
+                self.state = done
+                self.keeper.restore(str(folder))
+                return TrainOutput(done.global_step, 0.0, {})
+            result = super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
+        finally:
+            self.interrupt.restore()
+        self.interrupt.leave(self.args, self.state)
+        return result
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.run_state is None:
-            raise CheckpointError("a checkpoint is loaded through train(resume_from_checkpoint=...)")
-        self._load_weights(resume_from_checkpoint)
-        stored = rollouts_path(resume_from_checkpoint, self.args.process_index)
-        checkpoint.restore(self.step, self.run_state, stored)
+        self.keeper.restore(resume_from_checkpoint)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staged is None else str(self._staged)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        try:
+            with self.keeper.writing(self.state, Path(super()._get_output_dir(trial))) as self._staged:
+                super()._save_checkpoint(model, trial)
+        finally:
+            self._staged = None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -363,17 +372,16 @@ class RDMTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint_folder)
-        if self.critic_optimizer is not None and checkpoint_folder is not None:
-            self.critic_optimizer.load_state_dict(
-                checkpoint.load_critic_optimizer(Path(checkpoint_folder), self.args.device)
-            )
+        if checkpoint_folder is None:
+            return
+        restart_rates(self.args, self.optimizer, self.lr_scheduler)
+        if self.critic_optimizer is not None:
+            saved = checkpoint.load_critic_optimizer(Path(checkpoint_folder), self.args.device)
+            self.critic_optimizer.load_state_dict(saved)
 
     def _load_best_model(self) -> None:
         """Put the best checkpoint's weights and moving average in place (`load_best_model_at_end`)."""
-        self._load_weights(str(self.state.best_model_checkpoint))
-
-    def _load_weights(self, directory: str) -> None:
-        self.models.load_average(checkpoint.load_weights(directory, self.family), directory)
+        self.keeper.load_weights(str(self.state.best_model_checkpoint))
 
 
 class _Bookkeeper(TrainerCallback):

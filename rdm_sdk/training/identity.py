@@ -1,0 +1,93 @@
+"""What makes a run the run it is: what may change when it is resumed, and what would make it another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, fields
+from typing import Any
+
+from datasets import Dataset
+from transformers import TrainingArguments
+
+from rdm_sdk.errors import CheckpointError
+from rdm_sdk.training.config import RDMConfig
+
+RATES = frozenset(
+    {
+        *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs"),
+        *("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm"),
+        *("critic_learning_rate", "critic_lr_scheduler_type", "critic_adam_beta1", "critic_adam_beta2"),
+        *("critic_weight_decay", "critic_max_grad_norm"),
+    }
+)
+"""Settings that a resumed run may change; what it had before is said, and the new ones count."""
+PLACES = frozenset(
+    {
+        *("reward_batch_size", "reward_device", "reward_offload", "reward_on_error", "log_images"),
+        *("text_encoders", "vae_offload", "vae_slicing", "vae_tiling"),
+    }
+)
+"""Settings of the method's own that change where and when things are computed, not what."""
+FIXED_BY_TRANSFORMERS = frozenset(
+    {"seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "optim"}
+)
+"""Settings of transformers that make another run. All others but `RATES` are about logging, saving and hardware."""
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """Which run a checkpoint belongs to."""
+
+    run: str
+    """Drawn when the run begins, and kept when it is resumed."""
+    base: str
+    """The base model's fingerprint."""
+    prompts: str
+    """Hash of the training prompts."""
+    processes: int
+    settings: dict[str, Any]
+    """See `run_settings`."""
+
+
+def run_settings(args: RDMConfig) -> dict[str, Any]:
+    """Return what a checkpoint keeps of a run's settings, as JSON gives it back."""
+    inherited = {field.name for field in fields(TrainingArguments)}
+    names = {f.name for f in fields(args) if f.name not in inherited} - PLACES | RATES | FIXED_BY_TRANSFORMERS
+    content: dict[str, Any] = args.to_dict()  # type: ignore[no-untyped-call] # with plain values in the place of enums
+    kept: dict[str, Any] = json.loads(json.dumps({name: content[name] for name in sorted(names)}))
+    return kept
+
+
+def prompts_digest(dataset: Dataset | None) -> str:
+    """Return a hash of a dataset's prompts, in their order."""
+    digest = hashlib.sha256()
+    for prompt in dataset["prompt"] if dataset is not None else ():
+        digest.update(json.dumps(prompt).encode())
+    return digest.hexdigest()[:16]
+
+
+def check_same_run(before: RunIdentity, now: RunIdentity, folder: str, stored_rollouts: bool) -> list[str]:
+    """Return what a resumed run changes about its settings, each as "name: before -> now".
+
+    Raises:
+        CheckpointError: something differs that would make it another run.
+    """
+    changes = {
+        name: f"{name}: {before.settings.get(name)!r} -> {now.settings.get(name)!r}"
+        for name in sorted(before.settings.keys() | now.settings.keys())
+        if before.settings.get(name) != now.settings.get(name)
+    }
+    refused = [change for name, change in changes.items() if name not in RATES]
+    if before.prompts != now.prompts:
+        refused.append("other prompts, or in another order")
+    if before.processes != now.processes:
+        changes["processes"] = f"number of processes: {before.processes} -> {now.processes}"
+        if stored_rollouts:  # each process has kept its own
+            refused.append(changes["processes"])
+    if refused:
+        raise CheckpointError(
+            f"checkpoint {folder!r} is of another run ({'; '.join(refused)}); resume with the same settings, or begin "
+            "a new run in another output_dir. Rates, schedules, logging and saving may change"
+        )
+    return list(changes.values())

@@ -1,0 +1,79 @@
+"""SIGTERM and Ctrl-C: the run saves between two optimizer steps and ends with a line that says how to go on."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import SaveStrategy
+
+from rdm_sdk.training.processes import Processes
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class SaveOnSignal(TrainerCallback):
+    """Ends training after the current optimizer step when a signal has come, with a checkpoint if the run saves any.
+
+    A second Ctrl-C ends it at once. Signals are caught in the main thread alone, which is the only one that gets them.
+
+    Args:
+        processes: all of which must stop after the same step.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self.caught: int | None = None
+        """The signal that has come."""
+        self.processes = processes
+        self._before: dict[int, Any] = {}
+
+    def watch(self) -> None:
+        """Catch the signals from now on, until `restore`."""
+        self.caught = None
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._catch) for number in SIGNALS}
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        logger.warning(f"{signal.Signals(number).name}: this run ends after the current optimizer step")
+        self.caught = number
+        self.restore()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        number = self.caught or 0
+        if self.processes.count > 1:
+            together = self.processes.reduce(torch.tensor(float(number), device=args.device), "sum")
+            number = number or (int(signal.SIGTERM) if together > 0 else 0)
+        if number:
+            self.caught = number
+            control.should_training_stop = True
+            control.should_save = args.save_strategy != SaveStrategy.NO
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def leave(self, args: Any, state: TrainerState) -> None:
+        """End the program as the signal asks, if one has come: with `KeyboardInterrupt`, or `SystemExit` 143."""
+        self.restore()
+        if self.caught is None:
+            return
+        saved = args.save_strategy != SaveStrategy.NO and not args.save_only_model
+        message = f"stopped by {signal.Signals(self.caught).name} after optimizer step {state.global_step}" + (
+            f"; checkpoint-{state.global_step} is in {str(args.output_dir)!r}: go on with "
+            "train(resume_from_checkpoint=True), or 'rdm-sdk train ... --resume latest'"
+            if saved
+            else ", and nothing was saved, because save_strategy='no' or save_only_model=True"
+        )
+        logger.warning(message)
+        if self.caught == signal.SIGINT:
+            raise KeyboardInterrupt(message)
+        raise SystemExit(128 + self.caught)

@@ -1,0 +1,121 @@
+"""The checkpoints of one run: found and checked when it is resumed, written whole while it trains."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SaveStrategy
+
+from rdm_sdk.errors import CheckpointError
+from rdm_sdk.training import checkpoint, folders
+from rdm_sdk.training.config import RDMConfig
+from rdm_sdk.training.export import move_into
+from rdm_sdk.training.identity import RunIdentity, prompts_digest, run_settings
+from rdm_sdk.training.rollouts import rollouts_path
+from rdm_sdk.training.step import DistillationStep
+
+logger = logging.getLogger(__name__)
+
+
+class RunKeeper:
+    """Keeps a run's state on disk.
+
+    Args:
+        args: the run's settings.
+        step: what is kept: its networks, rollouts, weighting and counters.
+        dataset: the run's prompts.
+        wait: returns when all processes have called it.
+    """
+
+    def __init__(
+        self, args: RDMConfig, step: DistillationStep, dataset: Dataset | None, wait: Callable[[], None]
+    ) -> None:
+        self.args, self.step, self.wait = args, step, wait
+        self.identity = RunIdentity(
+            uuid.uuid4().hex,
+            step.models.family.fingerprint(),
+            prompts_digest(dataset),
+            step.processes.count,
+            run_settings(args),
+        )
+        self._found: checkpoint.RunState | None = None
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def begin(self, wanted: str | bool | None) -> Path | None:
+        """Return the checkpoint that the run goes on from, whole and of this run; None where it starts afresh.
+
+        Raises:
+            CheckpointError: see `checkpoint.find` and `checkpoint.check`; or the output folder holds checkpoints of
+                another run.
+        """
+        if self.args.should_save:
+            folders.clean(self.output_dir)
+        self.wait()
+        folder, self._found = checkpoint.find(wanted, self.output_dir), None
+        if folder is not None:
+            mine = checkpoint.capture(self.step, self.identity)
+            self._found = checkpoint.check(folder, mine, rollouts_path(folder, self.args.process_index))
+            self.identity = replace(self.identity, run=self._found.identity.run)
+        if self.args.save_strategy != SaveStrategy.NO:
+            folders.refuse_other_runs(self.output_dir, self.identity.run)
+        return folder
+
+    def restore(self, folder: str) -> None:
+        """Put the weights, rollouts and counters of the checkpoint that `begin` returned in place."""
+        if self._found is None:
+            raise CheckpointError("a checkpoint is loaded through train(resume_from_checkpoint=...)")
+        self.load_weights(folder)
+        checkpoint.restore(self.step, self._found, rollouts_path(folder, self.args.process_index))
+
+    def load_weights(self, folder: str) -> None:
+        """Put the weights and the moving average of a checkpoint in place."""
+        models = self.step.models
+        models.load_average(checkpoint.load_weights(folder, models.family), folder)
+
+    def finished(self, folder: Path) -> TrainerState | None:
+        """Return the state of a checkpoint that is of the run's last step; None where steps are left."""
+        state: TrainerState = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        if not 0 < self.args.max_steps <= state.global_step:
+            return None
+        logger.warning(
+            f"{str(folder)!r} is of step {state.global_step} of {self.args.max_steps}: nothing is left to do"
+        )
+        return state
+
+    @contextmanager
+    def writing(self, state: TrainerState, output_dir: Path) -> Iterator[Path]:
+        """Give the folder to write a checkpoint of Trainer's state into; it counts from the end of the block on.
+
+        Older checkpoints that are too many go then.
+        """
+        step, save = state.global_step, self.args.should_save
+        with folders.writing(output_dir, step, self.identity.run, save, self.wait) as folder:
+            yield folder
+            if state.best_global_step == step and save:
+                state.best_model_checkpoint = str(output_dir / f"checkpoint-{step}")  # where it will be
+                state.save_to_json(str(folder / f"checkpoint-{step}" / TRAINER_STATE_NAME))
+        if save:
+            folders.rotate(output_dir, self.identity.run, self.args.save_total_limit, [state.best_model_checkpoint])
+
+    def write_state(self, target: Path) -> None:
+        """Write what a checkpoint keeps beside the export and Trainer's own files; each process its own rollouts."""
+        models = self.step.models
+        if self.args.should_save:
+            shadow = None if models.ema is None else models.ema.shadow_params
+            with tempfile.TemporaryDirectory(dir=target, prefix=".state-") as scratch:
+                state = checkpoint.capture(self.step, self.identity)
+                checkpoint.save_state(Path(scratch), models.family, shadow, state)
+                move_into(Path(scratch), target)
+        self.step.rollouts.save(rollouts_path(target, self.args.process_index))

@@ -1,0 +1,84 @@
+"""What a resumed run may change, and what would make it another run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainingArguments
+
+from rdm_sdk import CheckpointError, RDMConfig, RDMTrainer, digits
+from rdm_sdk.training.identity import FIXED_BY_TRANSFORMERS, PLACES, RATES
+
+Make = Callable[..., RDMTrainer]
+SAVING = {"save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def run(make_trainer: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the output folder of a run with checkpoint 1 of 4 steps."""
+    folder = tmp_path_factory.mktemp("run")
+    make_trainer(folder, max_steps=1, **SAVING).train()
+    return folder
+
+
+def test_every_setting_is_of_one_kind() -> None:
+    """Names that are listed exist, and no setting is listed twice."""
+    names = {field.name for field in fields(RDMConfig)}
+    inherited = {field.name for field in fields(TrainingArguments)}
+    assert names >= RATES | PLACES | FIXED_BY_TRANSFORMERS
+    assert not RATES & PLACES
+    assert not PLACES & inherited
+    assert inherited >= FIXED_BY_TRANSFORMERS
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"seed": 1}, "seed: 42 -> 1"),
+        ({"prompts": digits.prompts()[::-1]}, "other prompts"),
+        ({"num_generations": 8}, "num_generations: 4 -> 8"),
+        ({"per_device_train_batch_size": 16}, "per_device_train_batch_size: 8 -> 16"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps: 1 -> 2"),
+        ({"guidance_scale": 2.0}, "guidance_scale: 1.0 -> 2.0"),
+        ({"sampler": "ode"}, "sampler: 'renoise' -> 'ode'"),
+        ({"num_inference_steps": 2, "matching": "mixture"}, "num_inference_steps: 4 -> 2"),
+        ({"weighting": "balance"}, "weighting: 'fixed' -> 'balance'"),
+        ({"shift": 2.0}, "shift: None -> 2.0"),
+        ({"min_time": 0.1}, "min_time: 0.02 -> 0.1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+@pytest.mark.usefixtures("no_training")
+def test_another_run_is_refused(make_trainer: Make, run: Path, changed: dict[str, Any], words: str) -> None:
+    """The message says what was, what is, and what to do."""
+    with pytest.raises(CheckpointError) as caught:
+        make_trainer(run, **(SAVING | {"max_steps": 4} | changed)).train(resume_from_checkpoint=True)
+    assert words in str(caught.value) or "do not fit" in str(caught.value)
+    assert "esume with the same" in str(caught.value)
+
+
+def test_other_rates_count_and_are_told(make_trainer: Make, run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The learning rates of the new settings are those of the next step, scaled by where the schedule stands."""
+    settings = {"learning_rate": 3e-4, "critic_learning_rate": 5e-4, "adam_beta2": 0.9, "weight_decay": 0.01}
+    trainer = make_trainer(run, max_steps=4, **settings)  # it saves nothing, so that the folder stays as it is
+    rates: list[float] = []
+    step = trainer.training_step
+
+    def watched(*args: Any) -> Any:
+        assert trainer.critic_optimizer is not None
+        rates.extend([trainer.optimizer.param_groups[0]["lr"], trainer.critic_optimizer.learning_rate])
+        return step(*args)
+
+    trainer.training_step = watched
+    with caplog.at_level(logging.WARNING):
+        trainer.train(resume_from_checkpoint=True)
+    assert rates == pytest.approx([rate * left for left in (0.75, 0.5, 0.25) for rate in (3e-4, 5e-4)])
+    group = trainer.optimizer.param_groups[0]
+    assert (group["betas"], group["weight_decay"]) == ((0.0, 0.9), 0.01)
+    for change in ("learning_rate: 0.0001 -> 0.0003", "critic_learning_rate: None -> 0.0005", "max_steps: 1 -> 4"):
+        assert f"resuming with another {change}" in caplog.text
