@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_pipelines import TINY_PIPELINES
 from torch import Tensor, nn
 
 from rdm_sdk import ModelError, ModelFamily
@@ -17,7 +18,6 @@ from rdm_sdk.families.z_image import ZImageFamily
 from rdm_sdk.testing import MODEL_CHECKS, ModelCheckError, check_model, parametrize_model_checks
 from rdm_sdk.testing.family_subject import ModelSubject, compare_with_the_pipeline
 from rdm_sdk.testing.kit import CheckResult, run_checks
-from rdm_sdk.testing.pipelines import TINY_PIPELINES
 from rdm_sdk.types import Condition
 
 # Diffusers' Euler scheduler under numpy 2.

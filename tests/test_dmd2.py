@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_pipelines import tiny_sd, tiny_sdxl
 from torch import Tensor
 from transformers import TrainerCallback
 
 from rdm_sdk import RDMTrainer, preset
-from rdm_sdk.testing.pipelines import tiny_sd, tiny_sdxl
 
 Make = Callable[..., RDMTrainer]
 GUIDANCE = 1.75

@@ -14,6 +14,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 from diffusers.schedulers import scheduling_flow_match_euler_discrete, scheduling_lcm
 from peft import LoraConfig
+from tiny_pipelines import TINY_PIPELINES
 from torch import Tensor
 
 from rdm_sdk import ConfigError, ModelError, RDMConfig, RDMTrainer
@@ -21,7 +22,6 @@ from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.flow import unpack
 from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import TEACHER
-from rdm_sdk.testing.pipelines import TINY_PIPELINES
 from rdm_sdk.training.export import load_student
 
 # Diffusers' Euler scheduler under numpy 2.

@@ -10,6 +10,7 @@ import test_families as families
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
+from tiny_pipelines import TINY_PIPELINES, tiny_flux, tiny_flux2
 from torch import nn
 from torch.testing import assert_close
 
@@ -17,7 +18,6 @@ from rdm_sdk import ConfigError, RDMConfig, RDMTrainer
 from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import TEACHER
-from rdm_sdk.testing.pipelines import TINY_PIPELINES, tiny_flux, tiny_flux2
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 SIZE = {"height": 32, "width": 64}

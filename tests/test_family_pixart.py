@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, PixArtTransfor
 from diffusers.pipelines.pixart_alpha import pipeline_pixart_sigma
 from peft import LoraConfig
 from test_families import calls_of
+from tiny_pipelines import TINY_PIPELINES
 from torch import Tensor
 
 from rdm_sdk import ConfigError, ModelError
@@ -20,7 +21,6 @@ from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import STUDENT, TEACHER
 from rdm_sdk.method.noise import VariancePreservingSchedule
 from rdm_sdk.rewards.resolve import resolve_rewards
-from rdm_sdk.testing.pipelines import TINY_PIPELINES
 from rdm_sdk.training.export import StudentInfo, load_student, save_student
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

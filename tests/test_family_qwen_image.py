@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from test_families import assert_same_inputs, calls_of, run_pipeline
+from tiny_pipelines import tiny_qwen_image
 from torch import Tensor
 
 from rdm_sdk import ConfigError, ModelError
@@ -18,7 +19,6 @@ from rdm_sdk.families.flow import unpack
 from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import TEACHER
 from rdm_sdk.method.noise import from_x_0
-from rdm_sdk.testing.pipelines import tiny_qwen_image
 
 # Diffusers' Euler scheduler under numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -14,12 +14,12 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from test_families import calls_of
+from tiny_pipelines import TINY_PIPELINES
 
 from rdm_sdk import ModelError
 from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import TEACHER
-from rdm_sdk.testing.pipelines import TINY_PIPELINES
 
 
 def sana(scheduler: Any = None) -> Any:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from test_families import assert_same_inputs, calls_of, run_pipeline
 from test_family_qwen_image import PROMPTS, SIZE, assert_guides_as_the_pipeline, assert_recomputed_gradients_are_equal
+from tiny_pipelines import tiny_z_image
 from torch import Tensor
 
 from rdm_sdk import ConfigError
 from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import TEACHER
-from rdm_sdk.testing.pipelines import tiny_z_image
 
 # Diffusers' Euler scheduler under numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

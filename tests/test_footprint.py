@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from tiny_pipelines import TINY_PIPELINES
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,7 +21,6 @@ from rdm_sdk.planning import footprint
 from rdm_sdk.planning.blueprint import blueprint
 from rdm_sdk.planning.footprint import FLOAT32, LOWER, LikeCuda, Meter, bytes_of, count_of
 from rdm_sdk.planning.rehearsal import Rehearsal
-from rdm_sdk.testing.pipelines import TINY_PIPELINES
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

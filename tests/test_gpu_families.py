@@ -11,12 +11,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
+from tiny_pipelines import TINY_PIPELINES
 from torch import Tensor
 
 from rdm_sdk import RDMConfig, RDMTrainer
 from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import TEACHER
-from rdm_sdk.testing.pipelines import TINY_PIPELINES
 from rdm_sdk.training.export import load_student
 
 pytestmark = [

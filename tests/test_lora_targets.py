@@ -11,6 +11,7 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from tiny_pipelines import TINY_PIPELINES
 from torch import nn
 from true_shapes import write_configs
 
@@ -22,7 +23,6 @@ from rdm_sdk.families.roles import STUDENT, TEACHER
 from rdm_sdk.planning.blueprint import blueprint
 from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.testing.family_subject import CLOSE, ModelSubject, apart, call, images_of
-from rdm_sdk.testing.pipelines import TINY_PIPELINES
 from rdm_sdk.training.export import PEFT_FOLDER, StudentInfo, load_student, save_student
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

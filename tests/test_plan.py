@@ -13,6 +13,7 @@ import full_size
 import pytest
 import torch
 from peft import LoraConfig
+from tiny_pipelines import TINY_PIPELINES
 from torch import nn
 from transformers import BlipConfig, CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 from transformers import Qwen2_5_VLConfig as VlmConfig
@@ -35,7 +36,6 @@ from rdm_sdk.planning.plan import GB, MemoryPlan, Planner, Row, optimizer_bytes,
 from rdm_sdk.planning.rehearsal import Rehearsal
 from rdm_sdk.plugins.registry import registry
 from rdm_sdk.rewards.resolve import Declared, declare_rewards, resolve_rewards
-from rdm_sdk.testing.pipelines import TINY_PIPELINES
 from rdm_sdk.vision.clip import CLIP_VIT_H
 
 PROMPTS = ["a handwritten one, drawn with a brush", "a handwritten two, drawn with a pencil"]

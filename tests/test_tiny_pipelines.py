@@ -5,8 +5,7 @@ import time
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-
-from rdm_sdk.testing.pipelines import TINY_PIPELINES, tiny_flux, tiny_sd
+from tiny_pipelines import TINY_PIPELINES, tiny_flux, tiny_sd
 
 # Two of diffusers' schedulers hand tensors to numpy in a way that newer versions of numpy warn about.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -26,10 +26,10 @@ class ModelCheckWarning(ContractWarning):
 
 
 def check_model(make: Callable[[], Any], *, expected_failures: Mapping[str, str] | None = None) -> list[CheckResult]:
-    """Check that A model family keeps the contract; see `MODEL_CHECKS` for what that is.
+    """Check that a model family keeps the contract; see `MODEL_CHECKS` for what that is.
 
     The kit runs the true pipeline beside the family, in float32 on the CPU: give it a tiny one, with random weights
-    that are not near zero (`rdm_sdk.testing.pipelines` shows nine).
+    that are not near zero (the SDK's `tests/helpers/tiny_pipelines.py` has nine).
 
     Args:
         make: makes a pipeline whose class has a registered family, or a family; called several times, and must give
