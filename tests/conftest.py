@@ -16,6 +16,9 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from rdm_sdk import RDMConfig, RDMTrainer, digits  # noqa: E402
 
+# Their assertions show values as those of tests do.
+pytest.register_assert_rewrite("family_asserts", "pipeline_calls")
+
 # The tests' tensors are tiny: more threads only cost time, and change the order of sums.
 torch.set_num_threads(1)
 

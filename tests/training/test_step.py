@@ -21,7 +21,7 @@ from rdm_sdk.training.models import RunModels
 from rdm_sdk.training.optimizers import critic_optimizer
 from rdm_sdk.training.step import DistillationStep
 
-PAGE = Path(__file__).parent.parent / "docs" / "step.md"
+PAGE = Path(__file__).parents[2] / "docs" / "step.md"
 SPEC = "dm + 0.5*legibility"
 
 

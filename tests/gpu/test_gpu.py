@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from digit_runs import brightness, pictures
 from peft import LoraConfig
-from test_resume_reuse import brightness, pictures
 from torch import Tensor
 
 from rdm_sdk import digits, preset
@@ -216,7 +216,7 @@ def test_resume_on_cuda_is_bit_exact(make_trainer: Callable[..., Any], tmp_path:
 
 def test_rewards_agree_with_the_cpu_and_are_offloaded() -> None:
     """Scores and gradients are the CPU's; with offloading, the reward's model is back on the CPU afterwards."""
-    weights = Path(__file__).parent / "assets" / "digits_clip"
+    weights = Path(__file__).parents[1] / "assets" / "digits_clip"
     reward = resolve_rewards(f'clip[path="{weights}"]')[0].reward
     images, prompts = digits.heldout_images()[:20], digits.prompts() * 2
     on_cpu = evaluate_reward(reward, RewardBatch.from_images(images, prompts))

@@ -12,7 +12,7 @@ import yaml
 
 import rdm_sdk
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PACKAGE = Path(rdm_sdk.__file__).parent
 
 

@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_families as families
 import torch
 from diffusers import DiffusionPipeline
+from family_asserts import (
+    assert_a_trained_student_runs_in_plain_diffusers,
+    assert_the_backbone_gets_what_the_pipeline_sends,
+)
 from peft import LoraConfig
-from tiny_pipelines import TINY_PIPELINES, tiny_flux, tiny_flux2
+from pipeline_calls import PROMPTS, calls_of, run_pipeline
+from tiny_pipelines import tiny_flux, tiny_flux2
 from torch import nn
 from torch.testing import assert_close
 
@@ -49,23 +53,21 @@ def base_sends(family: ModelFamily, **call: Any) -> list[dict[str, Any]]:
     """Return what the base's own pipeline call sends to the backbone."""
 
     def run() -> None:
-        families.run_pipeline(family.pipeline, families.PROMPTS, output_type="latent", **SIZE, **call)
+        run_pipeline(family.pipeline, PROMPTS, output_type="latent", **SIZE, **call)
 
-    return families.calls_of(family.pipeline, family.component, run)
+    return calls_of(family.pipeline, family.component, run)
 
 
 @pytest.mark.parametrize("model", ["schnell", "klein"])
-def test_bases_without_guidance(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bases_without_guidance(model: str, tmp_path: Path) -> None:
     """The variants that the tests of all families leave out pass them too, and refuse a guidance scale."""
     family = made(model)
-    family = type(family.pipeline).__name__
     assert family.guidance == "none"
-    families.test_the_backbone_gets_what_the_pipeline_sends(family, {family: family.pipeline})
-    monkeypatch.setitem(TINY_PIPELINES, family, PIPELINES[model])
-    families.test_a_trained_student_runs_in_plain_diffusers(family, "renoise", tmp_path)
+    assert_the_backbone_gets_what_the_pipeline_sends(family.pipeline)
+    assert_a_trained_student_runs_in_plain_diffusers(PIPELINES[model](), "renoise", tmp_path)
     guided = RDMConfig(output_dir=str(tmp_path), guidance_scale=2.0, use_cpu=True, report_to="none", **SIZE)
     with pytest.raises(ConfigError, match="guidance_scale=2"):
-        RDMTrainer(family, "dm", guided, families.PROMPTS, peft_config=LoraConfig(r=2))
+        RDMTrainer(family, "dm", guided, PROMPTS, peft_config=LoraConfig(r=2))
 
 
 @pytest.mark.parametrize(("model", "num_steps"), [("dev", 4), ("schnell", 4), ("klein", 4), ("klein-base", 50)])
@@ -86,10 +88,10 @@ def test_half_precision_gets_the_pipelines_times(model: str) -> None:
     family = made(model)
     family.pipeline.to(torch.bfloat16)
     sent = base_sends(family, num_inference_steps=20, guidance_scale=1.0)
-    condition = family.condition(families.PROMPTS)
+    condition = family.condition(PROMPTS)
     x_t = torch.randn(2, *family.latent_shape(**SIZE))
     for level, theirs in zip(family.pipeline.scheduler.sigmas[:-1], sent, strict=True):
-        (ours,) = families.calls_of(
+        (ours,) = calls_of(
             family.pipeline,
             family.component,
             lambda level=level: family.predict(family.roles, TEACHER, x_t, level.expand(2), condition),
@@ -109,7 +111,7 @@ def test_the_student_is_called_as_it_was_trained(model: str) -> None:
     call = family.inference_call(1, 3.5)
     assert call == {"num_inference_steps": 1, "guidance_scale": scale, "max_sequence_length": 64}
     (sent,) = base_sends(family, **call)
-    encoded = family.condition(families.PROMPTS, 3.5)
+    encoded = family.condition(PROMPTS, 3.5)
     assert encoded["encoder_hidden_states"].shape[1] == 64
     for name, tensor in encoded.items():
         assert_close(tensor, sent[name], rtol=1e-5, atol=1e-5)
@@ -136,7 +138,7 @@ def test_features_are_the_middle_blocks_image_tokens(model: str, two_streams: in
     middle = backbone.transformer_blocks[1] if two_streams == 2 else backbone.single_transformer_blocks[0]
     seen: list[Any] = []
     middle.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    condition = family.condition(families.PROMPTS)
+    condition = family.condition(PROMPTS)
     x_t, sigma = torch.randn(2, *family.latent_shape(**SIZE)), torch.tensor([0.5, 0.6])
     with torch.no_grad():
         features = family.features(family.roles, TEACHER, condition)(x_t, sigma)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
+from digit_runs import brightness
 
 from rdm_sdk import ConfigError, RDMConfig, RDMError, RDMTrainer, RewardError, digits
 from rdm_sdk.digits.reward import Legibility
@@ -15,11 +15,6 @@ from rdm_sdk.rewards.scored import Scored
 from rdm_sdk.training.weighting import Balance
 
 Make = Callable[..., RDMTrainer]
-
-
-def brightness(images: Tensor, prompts: list[str]) -> Tensor:
-    """Score a picture by its mean."""
-    return images.mean(dim=(1, 2, 3))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from rdm_sdk import ConfigError
 from rdm_sdk.plugins.scaffold import new_reward
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 Run = Callable[..., str]
 
 TRAIN = """

@@ -10,28 +10,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from datasets import Dataset
-from PIL import Image
+from digit_runs import brightness, pictures
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rdm_sdk import CheckpointError, RDMTrainer, digits
+from rdm_sdk import CheckpointError, RDMTrainer
 
 Make = Callable[..., RDMTrainer]
 ROLLOUTS = "rdm_rollouts_0.safetensors"
-
-
-def brightness(images: Tensor, prompts: list[str], **columns: object) -> Tensor:
-    """Score a picture by its mean, so that the policy route runs beside the pathwise one."""
-    return images.mean(dim=(1, 2, 3))
-
-
-def pictures() -> Dataset:
-    """Return the digits' prompts, each beside a real picture."""
-    labels, images = digits.heldout_labels().tolist(), digits.heldout_images()
-    chosen = [(images[labels.index(digit)].permute(1, 2, 0) * 255).byte().numpy() for digit in range(10)]
-    return Dataset.from_dict({"prompt": digits.prompts(), "image": [Image.fromarray(array) for array in chosen]})
 
 
 def state_of(trainer: RDMTrainer) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from diffusers import (
     SCMScheduler,
     UniPCMultistepScheduler,
 )
-from test_families import calls_of
+from pipeline_calls import calls_of
 from tiny_pipelines import TINY_PIPELINES
 
 from rdm_sdk import ModelError

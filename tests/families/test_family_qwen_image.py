@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
-from test_families import assert_same_inputs, calls_of, run_pipeline
+from family_asserts import assert_guides_as_the_pipeline, assert_recomputed_gradients_are_equal
+from pipeline_calls import PROMPTS, assert_same_inputs, calls_of, run_pipeline
 from tiny_pipelines import tiny_qwen_image
-from torch import Tensor
 
 from rdm_sdk import ConfigError, ModelError
-from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.flow import unpack
 from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import TEACHER
-from rdm_sdk.method.noise import from_x_0
 
 # Diffusers' Euler scheduler under numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 SIZE = {"height": 32, "width": 64}
-PROMPTS = ["a red fox", "two boats on a lake"]
 
 
 @pytest.fixture
@@ -31,74 +26,6 @@ def pipeline() -> Any:
     made = tiny_qwen_image()
     made.set_progress_bar_config(disable=True)
     return made
-
-
-def assert_guides_as_the_pipeline(family: ModelFamily, scale: float, **call: Any) -> None:
-    """At every step of a guided call, our flow is the one that the pipeline hands to its scheduler."""
-    pipeline, seen = family.pipeline, []
-    latents = torch.randn(2, *family.latent_shape(**SIZE), generator=torch.Generator().manual_seed(0))
-    step = pipeline.scheduler.step
-
-    def keep(flow: Tensor, timestep: Tensor, x_t: Tensor, **kwargs: Any) -> Any:
-        seen.append((flow, timestep, x_t))
-        return step(flow, timestep, x_t, **kwargs)
-
-    pipeline.scheduler.step = keep
-    run_pipeline(
-        pipeline,
-        PROMPTS,
-        num_inference_steps=3,
-        latents=family.pack(latents),
-        output_type="latent",
-        **SIZE,
-        **call,
-    )
-    denoise_pair = family.denoiser_pair(
-        family.roles, TEACHER, family.condition(PROMPTS), family.condition([None, None])
-    )
-    assert len(seen) == 3
-    for flow, timestep, x_t in seen:
-        sigma = (timestep / 1000).expand(2)
-        if x_t.ndim == 3:
-            flow, x_t = (unpack(tokens, *latents.shape[-2:]) for tokens in (flow, x_t))
-        with torch.no_grad():
-            guided = family.guide(x_t, sigma, *denoise_pair(x_t, sigma), scale)
-        ours = from_x_0(family.schedule, "flow", guided, x_t, sigma)
-        torch.testing.assert_close(ours, flow, rtol=1e-4, atol=1e-4)
-
-
-def gradients(make: Callable[[], Any], recompute: bool, between: str) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Return gradients of a fixed loss of the student, another role having run before the backward pass, and counts."""
-    family = load_family(make(), torch.float32)
-    family.add_roles({"student": LoraConfig(r=4), "fake": LoraConfig(r=4)})
-    generator = torch.Generator().manual_seed(1)
-    for role in ("student", "fake"):
-        for parameter in family.roles.parameters_of(role).values():
-            parameter.data.normal_(std=0.1, generator=generator)
-    if recompute:
-        family.roles.gradient_checkpointing_enable()
-    condition = family.condition([*PROMPTS, "a cat"])
-    x_t = torch.randn(3, *family.latent_shape(**SIZE), generator=generator, requires_grad=True)
-    sigma = torch.tensor([0.9, 0.5, 0.3])
-    loss = family.denoiser(family.roles, "student", condition)(x_t, sigma).square().mean()
-    family.denoiser(family.roles, between, condition)(x_t, sigma)
-    loss.backward()
-    parameters = family.roles.parameters_of("student") | {"x_t": x_t}
-    found = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-    assert len(found) == len(parameters)
-    return found, dict(family.roles.forwards)
-
-
-def assert_recomputed_gradients_are_equal(make: Callable[[], Any], other: str) -> None:
-    """Checkpointed gradients are the plain ones although another role ran in between, and none of them is zero."""
-    plain, counts = gradients(make, recompute=False, between=other)
-    assert counts == {"student": 3, other: 3}  # samples
-    assert all(gradient.any() for gradient in plain.values())
-    adapted = {name.split(".lora_")[0] for name in plain.keys() - {"x_t"}}
-    assert adapted == set(load_family(make(), torch.float32).lora_targets)
-    recomputed, _ = gradients(make, recompute=True, between=other)
-    for name, gradient in plain.items():
-        torch.testing.assert_close(recomputed[name], gradient, rtol=0, atol=1e-6)
 
 
 def test_guidance_is_the_pipelines(pipeline: Any) -> None:

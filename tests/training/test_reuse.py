@@ -1,4 +1,4 @@
-"""Rollouts used more than once: importance weights, costs, the effective sample size, and the check of the first."""
+"""Rollouts used more than once: importance weights, costs, and the states that later uses start from."""
 
 from __future__ import annotations
 
@@ -8,74 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from digit_runs import Bright
 from torch import Tensor
+from watched_rewards import BOLD, Judge, WatchedMatching
 
-import rdm_sdk.training.rollouts
-import rdm_sdk.training.step
-from rdm_sdk import Capabilities, RDMError, RDMTrainer, Reward, RewardBatch, RewardOutput
-from rdm_sdk.rewards.dm import DistributionMatching
+from rdm_sdk import RDMTrainer
 
 Make = Callable[..., RDMTrainer]
 Losses = Callable[[RDMTrainer], list[dict[str, float]]]
-BOLD: dict[str, Any] = {"learning_rate": 5e-3, "critic_learning_rate": 1e-3, "critic_steps": 1}
-
-
-class Judge:
-    """A scored reward that takes down which prompts it was asked about."""
-
-    def __init__(self) -> None:
-        self.asked: list[list[str]] = []
-
-    def __call__(self, images: Tensor, prompts: list[str], **columns: object) -> Tensor:
-        self.asked.append(list(prompts))
-        return images.mean(dim=(1, 2, 3))
-
-
-class WatchedMatching(DistributionMatching):
-    """Distribution matching that takes down the importance weights it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.judged: list[Tensor] = []
-        self.trained: list[Tensor] = []
-
-    def field(self, batch: RewardBatch) -> RewardOutput:
-        assert batch.weights is not None
-        self.judged.append(batch.weights)
-        return super().field(batch)
-
-    def training_loss(self, batch: RewardBatch) -> Tensor:
-        assert batch.weights is not None
-        self.trained.append(batch.weights)
-        return super().training_loss(batch)
-
-
-@pytest.fixture
-def policy_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
-    """Take down log-ratios and weights of every policy loss."""
-    calls: list[tuple[Tensor, Tensor]] = []
-    original = rdm_sdk.training.step.policy_loss
-
-    def watching(log_ratios: Tensor, advantage: Tensor, weights: Tensor, *rest: Any) -> Any:
-        calls.append((log_ratios.detach().clone(), weights.detach().clone()))
-        return original(log_ratios, advantage, weights, *rest)
-
-    monkeypatch.setattr(rdm_sdk.training.step, "policy_loss", watching)
-    return calls
-
-
-@pytest.fixture
-def state_ratios(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Take down the log-ratios of the states of every reuse."""
-    seen: list[Tensor] = []
-    original = rdm_sdk.training.rollouts.state_log_ratio
-
-    def watching(*args: Any) -> Tensor:
-        seen.append(original(*args))
-        return seen[-1]
-
-    monkeypatch.setattr(rdm_sdk.training.rollouts, "state_log_ratio", watching)
-    return seen
 
 
 # ---- What reuse saves -------------------------------------------------------------------------------------------
@@ -243,16 +183,6 @@ def test_without_the_correction_all_weights_are_one(
     assert trainer.costs()["cost/rollouts"] == 8
 
 
-class Bright(Reward):
-    """A reward with a gradient and no critic, so that weights can act on the student's loss alone."""
-
-    name = "bright"
-    capabilities = Capabilities(gradient="autograd")
-
-    def score(self, batch: RewardBatch) -> Tensor:
-        return batch.images.mean(dim=(1, 2, 3))
-
-
 def test_the_weights_act_on_the_students_loss(make_trainer: Make, tmp_path: Path) -> None:
     """With and without the correction the first update is the same, and the second is not."""
     students = []
@@ -321,88 +251,3 @@ def test_a_rollout_goes_only_as_far_as_its_first_use(make_trainer: Make, tmp_pat
         assert costs[0] == costs[1]
         forwards[source] = costs[0]["cost/student_forwards"] - 8  # without the update's predictions
     assert forwards == {"fresh": 2 * 8 * (1 + 2 + 3 + 4) / 4, "shared": 8 * 4}
-
-
-# ---- Effective sample size --------------------------------------------------------------------------------------
-
-
-def test_the_effective_sample_size_is_logged(
-    make_trainer: Make, tmp_path: Path, losses_of: Losses, state_ratios: list[Tensor]
-) -> None:
-    """(sum r)^2 / (N sum r^2) of the ratios of all micro-batches together, in uses after the first."""
-    trainer = make_trainer(
-        tmp_path,
-        num_iterations=2,
-        max_steps=4,
-        gradient_accumulation_steps=2,
-        min_effective_sample_size=0.0,
-        **BOLD,
-    )
-    trainer.train()
-    rows = losses_of(trainer)
-    assert ["ratio/ess" in row for row in rows] == [False, True, False, True]
-    for row, pair in ((rows[1], state_ratios[:2]), (rows[3], state_ratios[2:])):
-        ratio = torch.cat(pair).double().exp()
-        assert len(ratio) == 16
-        assert row["ratio/ess"] == pytest.approx(float(ratio.sum() ** 2 / (16 * ratio.square().sum())), rel=1e-6)
-        assert row["ratio/mean"] == pytest.approx(float(ratio.mean()), rel=1e-6)
-        assert 0 < row["ratio/ess"] < 1
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"min_effective_sample_size": 1.0, **BOLD}, {"learning_rate": 0.1, "critic_steps": 1, "max_grad_norm": 0.0}],
-    ids=["bound", "rate"],
-)
-def test_a_stale_rollout_is_made_anew(
-    make_trainer: Make, tmp_path: Path, losses_of: Losses, settings: dict[str, Any]
-) -> None:
-    """Below the bound the rollout is dropped, and the same prompts are rolled out and judged afresh."""
-    judge, reward = Judge(), WatchedMatching()
-    trainer = make_trainer(tmp_path, [reward, (judge, 0.1)], num_iterations=2, max_steps=4, **settings)
-    trainer.train()
-    rows = losses_of(trainer)
-    assert rows[1]["ratio/stopped"] == 1.0
-    assert rows[1]["ratio/ess"] < trainer.args.min_effective_sample_size
-    assert "ratio/stopped" not in rows[0]
-    assert rows[1]["cost/rollouts"] == 2 * 8
-    assert judge.asked[0] == judge.asked[1]
-    assert torch.equal(reward.judged[1], torch.ones(8))
-    assert trainer.state.global_step == 4
-
-
-# ---- The check of the first use ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rewards", ["dm", Judge()], ids=["gradient", "scored"])
-def test_a_replay_that_does_not_repeat_its_rollout_is_found(make_trainer: Make, tmp_path: Path, rewards: Any) -> None:
-    """A student whose forward is random stops the run at its first step, with a message that says why."""
-    trainer = make_trainer(tmp_path, rewards, critic_steps=1 if rewards == "dm" else 0)
-    plain = trainer.models.denoiser
-
-    def random(role: str, condition: Any, steps: Any = None) -> Any:
-        made = plain(role, condition, steps)
-        return (lambda x, s: made(x, s) + 0.2 * torch.randn_like(x)) if role == "student" else made
-
-    trainer.models.denoiser = random  # type: ignore[method-assign]
-    with pytest.raises(RDMError, match=r"replay of a rollout does not repeat it: the first log-ratio.*random"):
-        trainer.train()
-    assert trainer.state.global_step == 0
-
-
-def test_the_check_lets_small_differences_pass(
-    make_trainer: Make, tmp_path: Path, policy_calls: list[tuple[Tensor, Tensor]]
-) -> None:
-    """Rounding of another batch size is no fault, and the first ratio is still exactly 1."""
-    trainer = make_trainer(tmp_path, ["dm", Judge()], max_steps=1)
-    plain = trainer.models.denoiser
-
-    def rounding(role: str, condition: Any, steps: Any = None) -> Any:
-        made = plain(role, condition, steps)
-        return (lambda x, s: made(x, s) + 1e-6 * torch.randn_like(x)) if role == "student" else made
-
-    trainer.models.denoiser = rounding  # type: ignore[method-assign]
-    trainer.train()
-    ((log_ratios, _),) = policy_calls
-    assert torch.equal(log_ratios, torch.zeros(6))
-    assert trainer.state.log_history[0]["ratio/clip_fraction"] == 0.0

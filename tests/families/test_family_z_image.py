@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_families import assert_same_inputs, calls_of, run_pipeline
-from test_family_qwen_image import PROMPTS, SIZE, assert_guides_as_the_pipeline, assert_recomputed_gradients_are_equal
+from family_asserts import assert_guides_as_the_pipeline, assert_recomputed_gradients_are_equal
+from pipeline_calls import PROMPTS, assert_same_inputs, calls_of, run_pipeline
 from tiny_pipelines import tiny_z_image
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from rdm_sdk.families.roles import TEACHER
 
 # Diffusers' Euler scheduler under numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+SIZE = {"height": 32, "width": 64}
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from digit_runs import brightness
 from peft import LoraConfig
 from tiny_pipelines import TINY_PIPELINES
-from torch import Tensor
 
 from rdm_sdk import RDMConfig, RDMTrainer
 from rdm_sdk.families.load import load_family
@@ -46,11 +46,6 @@ def sound_kernels() -> Iterator[None]:
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
     torch.backends.cuda.enable_cudnn_sdp(attention)
-
-
-def brightness(images: Tensor, prompts: list[str], **columns: object) -> Tensor:
-    """Score a picture by its mean, with a gradient through the VAE."""
-    return images.mean(dim=(1, 2, 3))
 
 
 def train(kind: str, folder: Path, rewards: Any, **settings: Any) -> RDMTrainer:

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, PixArtTransformer2DModel
 from diffusers.pipelines.pixart_alpha import pipeline_pixart_sigma
 from peft import LoraConfig
-from test_families import calls_of
+from pipeline_calls import calls_of
 from tiny_pipelines import TINY_PIPELINES
 from torch import Tensor
 

@@ -16,8 +16,8 @@ from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.evaluate import evaluate_reward
 from rdm_sdk.rewards.resolve import resolve_rewards
 
-ROOT = Path(__file__).parent.parent
-WEIGHTS = Path(__file__).parent / "assets" / "digits_clip"
+ROOT = Path(__file__).parents[2]
+WEIGHTS = Path(__file__).parents[1] / "assets" / "digits_clip"
 COUNT = 200
 
 

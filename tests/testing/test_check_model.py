@@ -268,7 +268,7 @@ def test_features_of_text_are_no_features_of_the_image() -> None:
 
 
 def test_the_page_names_every_check() -> None:
-    page = (Path(__file__).parent.parent / "docs" / "write-a-model.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "write-a-model.md").read_text(encoding="utf-8")
     assert [check.name for check in MODEL_CHECKS if f"| `{check.name}` | {check.promise} |" not in page] == []
 
 
