@@ -1,11 +1,16 @@
 """For authors of plugins: the contract kits, batches to try rewards on, and tiny offline models."""
 
 from rdm_sdk.testing.batches import example_batch, example_images
-from rdm_sdk.testing.checks import CHECKS
-from rdm_sdk.testing.family_checks import MODEL_CHECKS
-from rdm_sdk.testing.family_kit import ModelCheckError, ModelCheckWarning, check_model, parametrize_model_checks
+from rdm_sdk.testing.family_kit import (
+    MODEL_CHECKS,
+    ModelCheckError,
+    ModelCheckWarning,
+    check_model,
+    parametrize_model_checks,
+)
 from rdm_sdk.testing.kit import CheckResult
-from rdm_sdk.testing.rewards import (
+from rdm_sdk.testing.reward_checks import CHECKS
+from rdm_sdk.testing.reward_kit import (
     RewardCheckError,
     RewardCheckWarning,
     check_reward,

@@ -22,7 +22,7 @@ from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import STUDENT, TEACHER
 from rdm_sdk.planning.blueprint import blueprint
 from rdm_sdk.rewards.resolve import resolve_rewards
-from rdm_sdk.testing.family_subject import CLOSE, ModelSubject, apart, call, images_of
+from rdm_sdk.testing.family_subject import CLOSE, ModelSubject, call, images_of, relative_difference
 from rdm_sdk.training.export import PEFT_FOLDER, StudentInfo, load_student, save_student
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -143,7 +143,7 @@ def test_every_adapter_survives_the_export(kind: str, tmp_path: Path) -> None:
             assert torch.equal(found.lora_B[label].weight, wanted.lora_B[STUDENT].weight)
             assert found.scaling[label] == wanted.scaling[STUDENT] == 3
     theirs = call(family, plain, subject.x_t)
-    assert apart(ours, theirs) < CLOSE < 0.1 * apart(ours, base)
+    assert relative_difference(ours, theirs) < CLOSE < 0.1 * relative_difference(ours, base)
 
 
 @pytest.mark.parametrize("kind", ["StableDiffusion3Pipeline", "StableDiffusionXLPipeline", "FluxPipeline"])

@@ -9,16 +9,16 @@ from rdm_sdk.errors import RewardError
 from rdm_sdk.rewards.base import Reward, RewardBatch
 from rdm_sdk.rewards.resolve import RewardFuncs, resolve_rewards
 from rdm_sdk.testing.batches import LATENT_CHANNELS, example_batch
-from rdm_sdk.testing.checks import CHECKS
 from rdm_sdk.testing.kit import (
     CheckResult,
     ContractError,
     ContractWarning,
-    demand_all,
     parametrize_checks,
+    raise_problems,
     run_checks,
 )
-from rdm_sdk.testing.subject import Subject
+from rdm_sdk.testing.reward_checks import CHECKS
+from rdm_sdk.testing.reward_subject import Subject
 
 
 class RewardCheckError(ContractError):
@@ -49,7 +49,7 @@ def check_reward(
     Raises:
         RewardCheckError: a check failed, or one that was expected to fail did not.
     """
-    return demand_all(
+    return raise_problems(
         CHECKS,
         run_reward_checks(reward, batch),
         expected_failures,
@@ -98,5 +98,5 @@ def parametrize_reward_checks(
 def _only(reward: RewardFuncs) -> Reward:
     found = resolve_rewards(reward)
     if len(found) != 1:
-        raise RewardError(f"one reward is checked at a time; got {', '.join(own.label for own in found)}")
+        raise RewardError(f"one reward is checked at a time; got {', '.join(chosen.label for chosen in found)}")
     return found[0].reward

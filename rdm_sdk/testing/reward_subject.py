@@ -11,7 +11,7 @@ from torch import Tensor
 from rdm_sdk.rewards.base import Reward, RewardBatch
 from rdm_sdk.rewards.evaluate import as_declared, evaluate_reward
 from rdm_sdk.testing.batches import copied
-from rdm_sdk.testing.kit import demand
+from rdm_sdk.testing.kit import require
 from rdm_sdk.types import RewardOutput
 
 TOLERANCE = 1e-4
@@ -51,11 +51,11 @@ class Subject:
 
 
 def assert_close(found: Tensor, wanted: Tensor, what: str, advice: str, tolerance: float = TOLERANCE) -> None:
-    demand(torch.equal(found.isnan(), wanted.isnan()), f"{what} are NaN for other samples; {advice}")
+    require(torch.equal(found.isnan(), wanted.isnan()), f"{what} are NaN for other samples; {advice}")
     found, wanted = found[~found.isnan()], wanted[~wanted.isnan()]
     size = max(float(wanted.abs().max()), 1e-6)
-    apart = float((found - wanted).abs().max())
-    demand(apart <= tolerance * size, f"{what} differ by up to {apart:.3g} (of {size:.3g}); {advice}")
+    difference = float((found - wanted).abs().max())
+    require(difference <= tolerance * size, f"{what} differ by up to {difference:.3g} (of {size:.3g}); {advice}")
 
 
 def same(first: Tensor, second: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The checks of the reward contract, one function each; `rewards.py` runs them.
+"""The checks of the reward contract, one function each; `reward_kit.py` runs them.
 
 A check takes a `Subject`; see `kit.Check`.
 """
@@ -25,8 +25,8 @@ from rdm_sdk.rewards.evaluate import as_declared, evaluate_reward
 from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.rewards.spec import checked_model, parse_spec
 from rdm_sdk.testing.batches import copied, rows
-from rdm_sdk.testing.kit import Check, Remark, advising, collector, demand
-from rdm_sdk.testing.subject import Subject, assert_close, same, shown
+from rdm_sdk.testing.kit import Check, Remark, advising, collector, require
+from rdm_sdk.testing.reward_subject import Subject, assert_close, same, shown
 
 STEPS = (0.003, 0.01, 0.03)
 """Ascent steps in units of an image's or latent's range; more than one, because 8-bit rounding swallows small ones."""
@@ -43,23 +43,23 @@ def returns_scores(subject: Subject) -> None:
     if not isinstance(scores, Tensor):
         raise AssertionError(f"score() returned {type(scores).__name__}; return a tensor of shape [N]")
     count = len(subject.batch)
-    demand(
+    require(
         scores.shape == (count,),
         f"score() returned shape {list(scores.shape)} for {count} samples; return one score per sample, [{count}], "
         "reducing over channels, height and width only",
     )
-    demand(scores.is_floating_point(), f"score() returned {scores.dtype}; return floats")
+    require(scores.is_floating_point(), f"score() returned {scores.dtype}; return floats")
 
 
 @check("returns_scores")
 def finite_or_nan(subject: Subject) -> None:
     """Scores are finite; NaN is kept for samples that the reward does not apply to."""
     scores = subject.raw_scores(copied(subject.batch))
-    demand(
+    require(
         not scores.isinf().any(),
         f"scores hold infinities: {shown(scores)}; keep logarithms and divisions away from 0 (add a small number)",
     )
-    demand(
+    require(
         not scores.isnan().all(),
         "every score is NaN; if the reward applies to none of the kit's samples, write example(self), which returns "
         "a RewardBatch that it applies to",
@@ -72,12 +72,12 @@ def leaves_inputs_alone(subject: Subject) -> None:
     batch = copied(subject.batch)
     before = copied(batch)
     subject.raw_scores(batch)
-    demand(
+    require(
         torch.equal(batch.latents, before.latents) and batch.prompts == before.prompts,
         "score() changed its batch in place, which other rewards share; use x * 2 instead of x.mul_(2), sorted() "
         "instead of list.sort()",
     )
-    demand(dict(batch.columns) == dict(before.columns), "score() changed the batch's columns in place")
+    require(dict(batch.columns) == dict(before.columns), "score() changed the batch's columns in place")
 
 
 @check("leaves_inputs_alone")
@@ -89,7 +89,7 @@ def declared_range(subject: Subject) -> Remark | None:
     scores = subject.judge().scores
     scores = scores[~scores.isnan()]
     slack = 1e-5 * max([1.0, *(abs(bound) for bound in declared if abs(bound) != float("inf"))])
-    demand(
+    require(
         scores.min() >= declared[0] - slack and scores.max() <= declared[1] + slack,
         f"scores span [{scores.min():.4g}, {scores.max():.4g}], outside the declared range {list(declared)}; correct "
         "Capabilities(range=...) or the scores",
@@ -103,7 +103,7 @@ def deterministic(subject: Subject) -> Remark | None:
     if subject.reward.capabilities.stochastic:
         return Remark("skipped", "the reward is declared stochastic")
     first, second = (subject.judge().scores for _ in range(2))
-    demand(
+    require(
         same(first, second),
         f"two calls on the same batch differ by up to {(first - second).abs().max():.3g}; put dropout in eval mode, "
         "fix the generator, or declare Capabilities(stochastic=True)",
@@ -129,7 +129,7 @@ def rng_untouched(subject: Subject) -> Remark | None:
         )
         if not same
     ]
-    demand(
+    require(
         not moved,
         f"score() moved the random state of {', '.join(moved)}, which changes the training run; use a "
         "torch.Generator of your own, and never call manual_seed() in score()",
@@ -192,14 +192,14 @@ def gradient_not_zero(subject: Subject) -> Remark | None:
     """A reward that declares a gradient has one, for every sample that it applies to."""
     if subject.reward.capabilities.gradient == "none":
         return Remark("skipped", "the reward declares no gradient")
-    own = subject.reward.capabilities.gradient == "field"
+    field = subject.reward.capabilities.gradient == "field"
     advice = "compute the score in torch from batch.images, without PIL, NumPy, no_grad, detach, round or argmax"
-    with advising("field(batch) must return a RewardOutput with a gradient" if own else advice):
+    with advising("field(batch) must return a RewardOutput with a gradient" if field else advice):
         output = subject.judge(differentiate=True)
     if output.gradient is None:
         raise AssertionError("field() returned no gradient; return RewardOutput(scores, gradient)")
     flat = output.gradient.flatten(1).abs().amax(1) == 0
-    demand(
+    require(
         not (flat & ~output.scores.isnan()).any(),
         f"{int(flat.sum())} of {len(flat)} samples have a gradient of zero; is something rounded, clamped or detached?",
     )
@@ -239,7 +239,7 @@ def retains_no_graph(subject: Subject) -> None:
     watched = weakref.ref(leaf)
     del leaf, judged
     gc.collect()
-    demand(
+    require(
         watched() is None,
         "the reward keeps the images or latents of its last call alive, so memory grows with every step; do not store "
         "them, or tensors computed from them, on self (store .item() or .detach().clone())",
@@ -295,7 +295,7 @@ def ascent_raises_score(subject: Subject) -> Remark | None:
         moved = subject.batch.latents + step * direction
         batch = copied(subject.batch).with_latents(moved.clamp(0, 1) if pixels else moved)
         gains.append(float((subject.judge(batch).scores - output.scores).nanmean()))
-    demand(
+    require(
         max(gains) > 0,
         f"steps of {STEPS} along the gradient change the mean score by {', '.join(f'{gain:.3g}' for gain in gains)}; "
         "is its sign wrong, or is it the gradient of something else?",
@@ -312,17 +312,17 @@ def config_round_trip(subject: Subject) -> None:
         "options must be numbers, texts, true, false, null or lists of them, and validators must not change them"
     ):
         again: RewardConfig = checked_model(type(config), stored, f"reward {subject.reward.name!r}")
-        demand(again == config, f"the options {config!r} came back from JSON as {again!r}")
+        require(again == config, f"the options {config!r} came back from JSON as {again!r}")
         term = resolve_rewards(subject.reward)[0].term
         (parsed,) = parse_spec(str(term))
-        demand(parsed == term, f"the spec {str(term)!r} parses to {parsed!r}")
+        require(parsed == term, f"the spec {str(term)!r} parses to {parsed!r}")
         given = parsed.options | {
             key: value
             for key, value in (("variant", parsed.variant), ("revision", parsed.revision))
             if value is not None
         }
         written: RewardConfig = checked_model(type(config), given, f"reward {subject.reward.name!r}")
-        demand(written == config, f"the options {config!r} came back from the spec {str(term)!r} as {written!r}")
+        require(written == config, f"the options {config!r} came back from the spec {str(term)!r} as {written!r}")
 
 
 @check("returns_scores")
@@ -332,7 +332,7 @@ def imports_without_cuda(subject: Subject) -> Remark | None:
     if module == "__main__":
         return Remark("skipped", "the reward is defined in a script or a notebook")
     problem = _import_problem(module)
-    demand(not problem, f"{problem}; create nothing on a device at import, only in __init__ or score()")
+    require(not problem, f"{problem}; create nothing on a device at import, only in __init__ or score()")
     return None
 
 
