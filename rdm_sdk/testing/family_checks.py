@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from rdm_sdk.errors import ConfigError, ModelError
-from rdm_sdk.families.base import Guidance, linear_layers
+from rdm_sdk.families.base import Guidance
 from rdm_sdk.families.roles import TEACHER
+from rdm_sdk.families.targets import linear_layers
 from rdm_sdk.method.noise import Prediction, to_x_0
 from rdm_sdk.method.sampling import FewStepPolicy
 from rdm_sdk.testing.family_subject import (

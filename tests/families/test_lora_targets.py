@@ -17,9 +17,10 @@ from true_shapes import write_configs
 
 from rdm_sdk import ConfigError, RDMTrainer, digits
 from rdm_sdk.cli import main as cli
-from rdm_sdk.families.base import ModelFamily, linear_layers
+from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import STUDENT, TEACHER
+from rdm_sdk.families.targets import linear_layers
 from rdm_sdk.planning.blueprint import blueprint
 from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.testing.family_subject import CLOSE, ModelSubject, call, images_of, relative_difference
