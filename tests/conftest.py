@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,13 @@ pytest.register_assert_rewrite("family_asserts", "pipeline_calls")
 
 # The tests' tensors are tiny: more threads only cost time, and change the order of sums.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what the imports made out of the garbage collector, which Trainer runs at the start of every training."""
+    gc.collect()
+    gc.freeze()
+
 
 SMALL: dict[str, Any] = {
     "per_device_train_batch_size": 8,

@@ -10,12 +10,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from rdm_sdk.errors import ConfigError
 from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.load import load_family
-from rdm_sdk.families.roles import TEACHER
+from rdm_sdk.families.roles import STUDENT, TEACHER
 from rdm_sdk.method.sampling import FewStepPolicy, sample
 from rdm_sdk.types import Condition, Denoiser
 
@@ -23,6 +24,9 @@ PROMPTS = ["a red fox", "two boats on a lake, at night, seen from afar"]
 NUM_STEPS = 4
 CLOSE = 1e-4
 """Up to which relative difference outputs of float32 networks are equal, in other batches or in another program."""
+
+LORA = LoraConfig(r=4, lora_alpha=12)
+"""Alpha is not the rank: a format that loses it is noticed."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,22 @@ class ModelSubject:
     def family(self) -> ModelFamily:
         """A family that checks leave as it is."""
         return self.fresh()
+
+    def freshly_trained(self) -> ModelFamily:
+        """Return a fresh family with a student and a critic whose weights are random, the same ones every time."""
+        family = self.fresh()
+        family.add_roles({STUDENT: LORA, "fake": LORA})
+        generator = torch.Generator().manual_seed(1)
+        for role in (STUDENT, "fake"):
+            for parameter in family.roles.parameters_of(role).values():
+                with torch.no_grad():
+                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        return family
+
+    @cached_property
+    def trained(self) -> ModelFamily:
+        """A family with a student and a critic that checks leave as it is; adapters take long to put in."""
+        return self.freshly_trained()
 
     @cached_property
     def size(self) -> tuple[int, int]:

@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from rdm_sdk.families.roles import STUDENT, TEACHER
 from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.testing.family_subject import (
     CLOSE,
+    LORA,
     NUM_STEPS,
     ModelSubject,
     call,
@@ -28,23 +28,8 @@ from rdm_sdk.testing.family_subject import (
 from rdm_sdk.testing.kit import Check, Remark, collector, require
 from rdm_sdk.training.export import StudentInfo, load_student, save_student
 
-LORA = LoraConfig(r=4, lora_alpha=12)
-"""Alpha is not the rank: a format that loses it is noticed."""
-
 TRAINING_CHECKS: list[Check] = []
 check = collector(TRAINING_CHECKS)
-
-
-def with_roles(subject: ModelSubject) -> ModelFamily:
-    """Return a fresh family with a student and a critic, whose weights are random, not as they start."""
-    family = subject.fresh()
-    family.add_roles({STUDENT: LORA, "fake": LORA})
-    generator = torch.Generator().manual_seed(1)
-    for role in (STUDENT, "fake"):
-        for parameter in family.roles.parameters_of(role).values():
-            with torch.no_grad():
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return family
 
 
 @check("denoises", "declarations")
@@ -59,7 +44,7 @@ def roles_share_the_base(subject: ModelSubject) -> None:
 
     require(torch.equal(x_0_of(TEACHER), before), "adding adapters changed the teacher")
     require(relative_difference(x_0_of(STUDENT), before) < CLOSE, "the student does not start as the teacher")
-    family = with_roles(subject)
+    family = subject.trained
     require(torch.equal(x_0_of(TEACHER), before), "the adapters' weights reach the teacher; all layers must be PEFT's")
     require(not torch.equal(x_0_of(STUDENT), before), "the student's weights do not reach its output")
 
@@ -83,7 +68,7 @@ def gradients(family: ModelFamily, subject: ModelSubject, order: tuple[str, ...]
 @check("roles_share_the_base")
 def student_learns(subject: ModelSubject) -> None:
     """A gradient reaches the adapters of every kind of target."""
-    family = with_roles(subject)
+    family = subject.trained
     found = gradients(family, subject, (STUDENT, TEACHER))
     require(found, "no gradient reaches the student")
     for target in family.lora_targets:
@@ -104,17 +89,19 @@ def inputs_of_adapters(family: ModelFamily, subject: ModelSubject, x_t: Tensor, 
         fed.setdefault(names[layer], inputs[0])
 
     hooks = [layer.register_forward_pre_hook(keep) for layer in names]
-    with torch.no_grad():
-        family.denoiser(family.roles, STUDENT, subject.condition)(x_t, sigma)
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.no_grad():
+            family.denoiser(family.roles, STUDENT, subject.condition)(x_t, sigma)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return fed
 
 
 @check("roles_share_the_base")
 def targets_know_the_level(subject: ModelSubject) -> None:
     """Adapters reach what tells the network its noise level: layers that are fed an embedding of it."""
-    family = with_roles(subject)
+    family = subject.trained
     fed = inputs_of_adapters(family, subject, subject.x_t, subject.sigma)
     other_state = inputs_of_adapters(family, subject, subject.x_t.flip(-1), subject.sigma)
     other_level = inputs_of_adapters(family, subject, subject.x_t, subject.sigma / 2)
@@ -138,7 +125,7 @@ def targets_know_the_level(subject: ModelSubject) -> None:
 @check("student_learns")
 def checkpointing_changes_nothing(subject: ModelSubject) -> Remark | None:
     """Gradient checkpointing gives the same gradients, in whatever order the roles ran."""
-    plain, saving = with_roles(subject), with_roles(subject)
+    plain, saving = subject.trained, subject.freshly_trained()
     try:
         saving.roles.gradient_checkpointing_enable()
     except ModelError as error:
@@ -159,7 +146,7 @@ def checkpointing_changes_nothing(subject: ModelSubject) -> Remark | None:
 @check("roles_share_the_base", "agrees_with_the_pipeline")
 def exports(subject: ModelSubject) -> None:
     """A student that is saved and loaded into a plain pipeline of its base makes the same images."""
-    family = with_roles(subject)
+    family = subject.trained
     ours, base = images_of(family, STUDENT, subject.x_t), images_of(family, TEACHER, subject.x_t)
     require(relative_difference(ours, base) > 10 * CLOSE, "the student's images are the teacher's")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,6 @@
-"""The preset `dmd2` is DMD2 as it was published: loss, gradient and noise levels, on the shapes of SD 1.5 and SDXL.
+"""The preset `dmd2` is DMD2 as it was published: loss, gradient and noise levels.
+
+Here on small latents of SD 1.5 and SDXL; a slow test takes the published shapes.
 
 The reference below is written from arXiv 2405.14867 and its sampling of timesteps: per sample, in the noise predictions
 and alphas of the DDPM, in double precision.
@@ -20,8 +22,7 @@ from rdm_sdk import RDMTrainer, preset
 
 Make = Callable[..., RDMTrainer]
 GUIDANCE = 1.75
-CASES = {"SD 1.5": (tiny_sd, 64), "SDXL": (tiny_sdxl, 128)}
-by_case = pytest.mark.parametrize(("pipeline", "latents"), CASES.values(), ids=CASES.keys())
+by_base = pytest.mark.parametrize("pipeline", [tiny_sd, tiny_sdxl], ids=["SD 1.5", "SDXL"])
 
 
 class Recorder(TrainerCallback):
@@ -93,7 +94,15 @@ def dmd2_trainer(make_trainer: Make, folder: Path, pipeline: Callable[[], Any], 
     return make_trainer(folder, "dm", ["a fox", "a boat"], model=base, **(own | settings))
 
 
-@by_case
+@pytest.mark.parametrize(
+    ("pipeline", "latents"),
+    [
+        pytest.param(tiny_sd, 16, id="SD 1.5"),
+        pytest.param(tiny_sdxl, 16, id="SDXL"),
+        pytest.param(tiny_sd, 64, id="SD 1.5 as published", marks=pytest.mark.slow),
+        pytest.param(tiny_sdxl, 128, id="SDXL as published", marks=pytest.mark.slow),
+    ],
+)
 def test_loss_and_gradient_are_dmd2s(
     make_trainer: Make, tmp_path: Path, pipeline: Callable[[], Any], latents: int
 ) -> None:
@@ -112,9 +121,9 @@ def test_loss_and_gradient_are_dmd2s(
     assert (ours - theirs).norm() < 1e-4 * theirs.norm()
 
 
-@by_case
+@by_base
 def test_every_critic_update_has_rollouts_of_its_own(
-    make_trainer: Make, tmp_path: Path, pipeline: Callable[[], Any], latents: int
+    make_trainer: Make, tmp_path: Path, pipeline: Callable[[], Any]
 ) -> None:
     """The critic is told nothing, and learns at whole timesteps from samples that come once."""
     recorder = Recorder()
@@ -127,9 +136,9 @@ def test_every_critic_update_has_rollouts_of_its_own(
     assert all(torch.equal(time, time.round()) for time in times)
 
 
-@by_case
+@by_base
 def test_timesteps_are_drawn_as_dmd2_draws_them(
-    make_trainer: Make, tmp_path: Path, pipeline: Callable[[], Any], latents: int
+    make_trainer: Make, tmp_path: Path, pipeline: Callable[[], Any]
 ) -> None:
     """The student's from 20 to 980 of a thousand, the critic's from all of them, every whole one equally often."""
     trainer = dmd2_trainer(make_trainer, tmp_path, pipeline, 16)

@@ -118,7 +118,7 @@ def assert_a_trained_student_runs_in_plain_diffusers(pipeline: Any, sampler: str
     size = size_of(family)
     args = RDMConfig(
         output_dir=str(folder / "run"),
-        max_steps=10,
+        max_steps=3,
         per_device_train_batch_size=4,
         num_generations=4,
         critic_steps=1,
