@@ -23,13 +23,6 @@ pytest.register_assert_rewrite("family_asserts", "pipeline_calls")
 # The tests' tensors are tiny: more threads only cost time, and change the order of sums.
 torch.set_num_threads(1)
 
-
-def pytest_collection_finish() -> None:
-    """Keep what the imports made out of the garbage collector, which Trainer runs at the start of every training."""
-    gc.collect()
-    gc.freeze()
-
-
 SMALL: dict[str, Any] = {
     "per_device_train_batch_size": 8,
     "num_generations": 4,
@@ -44,6 +37,12 @@ SMALL: dict[str, Any] = {
     "save_strategy": "no",
 }
 """Settings of a run that takes about a second."""
+
+
+def pytest_collection_finish() -> None:
+    """Keep what the imports made out of the garbage collector, which Trainer runs at the start of every training."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
