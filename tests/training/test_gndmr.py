@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
-from PIL import Image
+from digit_runs import pictures
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -20,14 +19,6 @@ from rdm_sdk.training.weighting import RewardStatistics
 
 Make = Callable[..., RDMTrainer]
 Losses = Callable[[RDMTrainer], list[dict[str, float]]]
-
-
-def pictures() -> Dataset:
-    """Return the digits' prompts, each beside a real picture."""
-    labels, images = digits.heldout_labels().tolist(), digits.heldout_images()
-    chosen = [images[labels.index(digit)] for digit in range(10)]
-    arrays = [(image.permute(1, 2, 0) * 255).round().byte().numpy() for image in chosen]
-    return Dataset.from_dict({"prompt": digits.prompts(), "image": [Image.fromarray(array) for array in arrays]})
 
 
 def jpeg_like(images: Tensor, prompts: list[str], **columns: object) -> Tensor:
