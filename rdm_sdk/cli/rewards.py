@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rdm_sdk.plugins.registry import KNOWN_PLUGINS, Plugin, PluginWarning, discover, registry, strict
+from rdm_sdk.plugins.records import KNOWN_PLUGINS, Plugin
+from rdm_sdk.plugins.registry import PluginWarning, discover, registry, strict
 
 
 def add_commands(commands: Any) -> None:

@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from rdm_sdk.errors import ConfigError, ModelError
+from rdm_sdk.families.features import block_output
 from rdm_sdk.families.roles import STUDENT, Roles, StepEmbedding
+from rdm_sdk.families.targets import target_names, with_targets
 from rdm_sdk.method.matching import classifier_free_guidance
 from rdm_sdk.method.noise import NoiseSchedule, Prediction, to_x_0
 from rdm_sdk.types import Condition, Denoiser
@@ -86,13 +87,7 @@ class ModelFamily(ABC):
         leads into and out of its blocks, must move as well as attention. The names are the same whether the backbone
         has adapters already or not.
         """
-        excluded = tuple(f".{ending}" for ending in self.lora_excluded)
-        return tuple(
-            name
-            for name, layer in linear_layers(self.backbone).items()
-            # PEFT refuses a convolution whose groups do not divide the rank; depthwise ones have thousands.
-            if getattr(layer, "groups", 1) == 1 and not f".{name}".endswith(excluded)
-        )
+        return target_names(self.backbone, self.lora_excluded)
 
     @property
     def base_name(self) -> str:
@@ -145,33 +140,12 @@ class ModelFamily(ABC):
             if config is None:
                 self.roles.add_copy(role, copies[role])
                 continue
-            self.roles.add_role(role, self._with_targets(config))
+            self.roles.add_role(role, with_targets(config, self.lora_targets, self.backbone))
         for role in configs:
             if steps_told and role != STUDENT:
                 self.roles.add_step_embedding(role, StepEmbedding(steps_told, self.example_encoding(1)))
         for role, head in (heads or {}).items():
             self.roles.add_head(role, head)
-
-    def _with_targets(self, config: LoraConfig) -> LoraConfig:
-        """Return a copy of a LoRA config that says which layers it is for, `lora_targets` where the config does not.
-
-        PEFT's "all-linear" may be a list of its own as well, which is what command lines and YAML make of it.
-        """
-        own = copy.deepcopy(config)
-        named = own.target_modules
-        if named and not isinstance(named, str) and [name.lower() for name in named] == ["all-linear"]:
-            own.target_modules = "all-linear"
-        if named:
-            return own
-        own.target_modules = list(self.lora_targets)
-        if own.init_lora_weights == "orthogonal":  # which PEFT has for linear layers alone
-            layers = linear_layers(self.backbone)
-            own.target_modules = [n for n in own.target_modules if not isinstance(layers.get(n), nn.Conv2d)]
-        if own.layers_to_transform is not None:
-            # PEFT takes what is named in full whatever its index, so the indices are looked at here.
-            own.target_modules = [n for n in own.target_modules if check_target_module_exists(own, f"backbone.{n}")]
-            own.layers_to_transform = own.layers_pattern = None
-        return own
 
     def fingerprint(self) -> str:
         """Return a hash of the base's shapes and of samples of its weights, to recognize it on resume."""
@@ -389,22 +363,11 @@ class ModelFamily(ABC):
     def features(self, network: Network, role: str, condition: Condition) -> Callable[[Tensor, Tensor], Tensor]:
         """Return `(x_t, sigma) -> features [N, tokens, feature_width]` (float32), differentiable in `x_t`.
 
-        They are what the backbone's middle block says of the image, for heads such as a discriminator's.
+        They are what the backbone's middle block makes of the image, for heads such as a discriminator's.
         """
 
         def extract(x_t: Tensor, sigma: Tensor) -> Tensor:
-            seen: list[Tensor] = []
-
-            def keep(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-                found = output if isinstance(output, Tensor) else output[-1]
-                seen.append(found.flatten(2).transpose(1, 2) if found.ndim == 4 else found)
-
-            handle = self.feature_block().register_forward_hook(keep)
-            try:
-                self.predict(network, role, x_t, sigma, condition)
-            finally:
-                handle.remove()
-            return seen[0].float()
+            return block_output(self.feature_block(), lambda: self.predict(network, role, x_t, sigma, condition))
 
         return extract
 
@@ -425,15 +388,3 @@ class ModelFamily(ABC):
             f"{type(self).__name__} names no feature_block() and feature_width, which a reward with a head on the "
             "teacher's features needs; write both to use one"
         )
-
-
-def linear_layers(network: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear and two-dimensional convolution layers of a network by name, without those of adapters.
-
-    A layer that has adapters already is found under the name that it had before. Quantized layers are linear ones too.
-    """
-    return {
-        name.removesuffix(".base_layer"): module
-        for name, module in network.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and ".lora_" not in name
-    }

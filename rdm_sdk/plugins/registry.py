@@ -1,94 +1,30 @@
-"""Finding plugins, and the rewards and model families they register, so that no plugin can take down another.
+"""Which plugins there are, who owns which reward and which model family, and errors that say what to do.
 
-pluggy's own entry-point loader stops at the first plugin that fails to import and silently skips a second entry point
-of one name. So entry points are loaded one at a time here, each into a plugin manager of its own; what fails is kept
-by name, with its cause, and raised again only when somebody asks for something of that plugin. Nothing here imports
-torch.
+What is wrong with a plugin is kept by its name, with its cause, and raised only when somebody asks for something of
+that plugin. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cache, partial
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-import pluggy
-
-from rdm_sdk._version import __version__
 from rdm_sdk.errors import ConfigError, ModelError, RDMError, RewardError, nearest, said
 from rdm_sdk.plugins import hookspecs
+from rdm_sdk.plugins.loading import distribution_of, load_plugins
+from rdm_sdk.plugins.records import BUILTIN, KNOWN_PLUGINS, Entry, Plugin, normalized
 
-BUILTIN = "rdm-sdk"
-BUILTIN_MODULES = {"rewards": "rdm_sdk.rewards.builtin", "models": "rdm_sdk.families.builtin"}
 ONLY, WITHOUT, STRICT = "RDM_SDK_PLUGINS", "RDM_SDK_DISABLE_PLUGINS", "RDM_SDK_STRICT_PLUGINS"
-
-KNOWN_PLUGINS = {
-    "aesthetic": "rdm-reward-aesthetic",
-    "clip": "rdm-reward-clip",
-    "dino": "rdm-reward-dino",
-    "hps": "rdm-reward-hps",
-    "imagereward": "rdm-reward-imagereward",
-    "jpeg": "rdm-reward-jpeg",
-    "pickscore": "rdm-reward-pickscore",
-    "vlm": "rdm-reward-vlm",
-}
-"""The project's own rewards that are installed on their own: bare name to distribution."""
 
 
 class PluginWarning(UserWarning):
     """A plugin that could not be loaded, or a part of it."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A reward or a model family that somebody registered."""
-
-    name: str
-    """A reward's name, or the class of a family's pipelines."""
-    target: str
-    """"module:attribute"."""
-    distribution: str
-    version: str
-    """Of the distribution."""
-    description: str = ""
-
-    @property
-    def origin(self) -> str:
-        return f"{self.distribution} {self.version}"
-
-
-@dataclass
-class Plugin:
-    """One entry point, loaded or not."""
-
-    name: str
-    """The entry point's name."""
-    distribution: str
-    version: str
-    module: str = ""
-    hooks: list[str] = field(default_factory=list)
-    rewards: list[Entry] = field(default_factory=list)
-    models: list[Entry] = field(default_factory=list)
-    refused: dict[str, str] = field(default_factory=dict)
-    """What it tried to register in vain, with the reason."""
-    failures: list[str] = field(default_factory=list)
-    """What is wrong with it, one sentence each; empty for a sound plugin."""
-    cause: BaseException | None = None
-    """The exception behind the first failure, if there was one."""
-
-    @property
-    def key(self) -> str:
-        return f"{self.distribution}:{self.name}"
-
-    def fail(self, problem: str, cause: BaseException | None = None) -> None:
-        self.failures.append(problem)
-        self.cause = self.cause or cause
 
 
 @dataclass(frozen=True)
@@ -214,106 +150,8 @@ def registry() -> Registry:
 
 
 def build_registry(points: Iterable[EntryPoint]) -> Registry:
-    """Load the SDK's own plugins and the given entry points, in the order of their distributions' names."""
-    plugins = []
-    for name, module in BUILTIN_MODULES.items():
-        builtin = Plugin(name, BUILTIN, __version__, module)
-        _load(builtin, partial(import_module, module))
-        plugins.append(builtin)
-    for point in sorted(points, key=lambda point: (_distribution(point), point.name)):
-        version = (point.dist.version if point.dist is not None else None) or "?"
-        plugin = Plugin(point.name, _distribution(point), version, point.value)
-        _load(plugin, point.load)
-        plugins.append(plugin)
-    return _settle(plugins)
-
-
-def _load(plugin: Plugin, load: Any) -> None:
-    """Load one plugin and run its hooks; whatever goes wrong stays with the plugin."""
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
-    known = [name for name in vars(hookspecs) if name.startswith("rdm_")]
-    try:
-        module = load()
-    except (Exception, SystemExit) as error:
-        plugin.fail(f"it cannot be imported: {said(error)}", error)
-        return
-    try:
-        manager.register(module, plugin.key)
-        manager.check_pending()
-    except pluggy.PluginValidationError as error:
-        plugin.fail(_explain(error, known), error)
-        return
-    plugin.hooks = [caller.name for caller in manager.get_hookcallers(module) or []]
-    if not plugin.hooks:
-        plugin.fail(f"it implements no hook; decorate a function named {' or '.join(known)} with @rdm_sdk.hookimpl")
-        return
-
-    def taker(entries: list[Entry], problem_of: Callable[[object, Plugin], str | None]) -> Any:
-        def register(name: str, target: str, *, description: str = "", contract: int = 1) -> None:
-            problem = problem_of(name, plugin) or _unusable(name, target, contract, entries)
-            if problem:
-                plugin.refused[str(name)] = problem
-                plugin.fail(problem)
-            else:
-                entries.append(Entry(name, target, plugin.distribution, plugin.version, str(description or "")))
-
-        return register
-
-    calls = {
-        "rdm_register_rewards": taker(plugin.rewards, _bad_reward_name),
-        "rdm_register_models": taker(plugin.models, _bad_pipeline_name),
-    }
-    for hook, register in calls.items():
-        try:
-            getattr(manager.hook, hook)(register=register)
-        except Exception as error:
-            plugin.fail(f"its hook {hook} raised {said(error)}", error)
-
-
-def _explain(error: pluggy.PluginValidationError, known: list[str]) -> str:
-    """Say in the reader's terms why pluggy refused a plugin."""
-    text = " ".join(str(error).split())
-    unknown = re.search(r"unknown hook '(\w+)'", text)
-    if unknown:
-        return (
-            f"it implements the hook {unknown[1]!r}, which rdm-sdk {__version__} does not have."
-            f"{nearest(unknown[1], known)} It is misspelt, or the plugin needs a newer rdm-sdk"
-        )
-    future = re.search(r"hook '(\w+)'.*?hookimpl definition: (.*?) Argument\(s\) (\{.*?\})", text)
-    if future:
-        return (
-            f"its hook {future[1]!r} asks for {future[3]}, which rdm-sdk {__version__} does not give (it "
-            f"gives: {', '.join(hookspecs.ARGUMENTS[future[1]])}); it is misspelt, or the plugin needs a newer rdm-sdk"
-        )
-    return f"pluggy refuses it: {text}"
-
-
-def _bad_reward_name(name: object, plugin: Plugin) -> str | None:
-    if not isinstance(name, str) or not re.fullmatch(hookspecs.REWARD_NAME, name, re.ASCII):
-        return f"it registers a reward named {name!r}; names are written 'owner/name' in letters, digits, '-' and '_'"
-    if "/" not in name and plugin.distribution not in (BUILTIN, KNOWN_PLUGINS.get(name)):
-        return f"it registers the bare name {name!r}, which is kept for the SDK's own rewards; name it 'owner/{name}'"
-    return None
-
-
-def _bad_pipeline_name(name: object, plugin: Plugin) -> str | None:
-    if not isinstance(name, str) or not name.isidentifier():
-        return f"it registers a model family for {name!r}; give the name of a pipeline class, such as 'FluxPipeline'"
-    return None
-
-
-def _unusable(name: str, target: object, contract: object, entries: list[Entry]) -> str | None:
-    if not isinstance(target, str) or not re.fullmatch(r"[\w.]+:\w+", target):
-        return f"it registers {name!r} with the target {target!r}; write 'package.module:attribute'"
-    if not isinstance(contract, int) or contract > hookspecs.CONTRACT_VERSION:
-        return (
-            f"it registers {name!r} for version {contract!r} of the contract, and rdm-sdk {__version__} has "
-            f"version {hookspecs.CONTRACT_VERSION}; upgrade rdm-sdk"
-        )
-    if name in [entry.name for entry in entries]:
-        return f"it registers {name!r} twice"
-    return None
+    """Load the SDK's own plugins and the given entry points, and decide who owns which name."""
+    return _settle(load_plugins(points))
 
 
 def _imported(entry: Entry, what: str, kind: type[RDMError]) -> Any:
@@ -354,7 +192,7 @@ def _settle(plugins: list[Plugin]) -> Registry:
 
 def _selected(points: Iterable[EntryPoint], environment: Mapping[str, str]) -> list[EntryPoint]:
     points = list(points)
-    installed = {_distribution(point) for point in points}
+    installed = {distribution_of(point) for point in points}
     only, without = _names(environment.get(ONLY, "")), _names(environment.get(WITHOUT, ""))
     missing = sorted(only - {"none"} - installed)
     if missing:
@@ -369,20 +207,11 @@ def _selected(points: Iterable[EntryPoint], environment: Mapping[str, str]) -> l
             stacklevel=3,
         )
     kept = installed if not only else only - {"none"}
-    return [point for point in points if _distribution(point) in kept - without]
+    return [point for point in points if distribution_of(point) in kept - without]
 
 
 def _names(text: str) -> set[str]:
-    return {_normalized(part) for part in text.split(",") if part.strip()}
-
-
-def _distribution(point: EntryPoint) -> str:
-    # A damaged installation may have entry points and no name.
-    return _normalized(point.dist.name or "?") if point.dist is not None else "?"
-
-
-def _normalized(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name.strip()).lower()
+    return {normalized(part) for part in text.split(",") if part.strip()}
 
 
 def _is_home(plugin: Plugin, name: str) -> bool:
@@ -390,7 +219,7 @@ def _is_home(plugin: Plugin, name: str) -> bool:
     owner, slash, _ = name.partition("/")
     if not slash:
         return KNOWN_PLUGINS.get(name) == plugin.distribution
-    return _normalized(owner) in (plugin.name.lower(), *plugin.distribution.split("-"), plugin.distribution)
+    return normalized(owner) in (plugin.name.lower(), *plugin.distribution.split("-"), plugin.distribution)
 
 
 def _suspects(broken: list[Plugin]) -> str:

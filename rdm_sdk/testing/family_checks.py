@@ -1,64 +1,54 @@
-"""The checks of the contract of model families, one function each; `family_kit.py` runs them.
+"""What a model family has to do as a teacher, one check each; `family_kit.py` runs them.
 
 A check takes a `ModelSubject`; see `kit.Check`.
 """
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import get_args
 
 import torch
-from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from rdm_sdk.errors import ConfigError, ModelError
-from rdm_sdk.families.base import Guidance, ModelFamily, linear_layers
-from rdm_sdk.families.roles import STUDENT, TEACHER
+from rdm_sdk.families.base import Guidance
+from rdm_sdk.families.roles import TEACHER
+from rdm_sdk.families.targets import linear_layers
 from rdm_sdk.method.noise import Prediction, to_x_0
 from rdm_sdk.method.sampling import FewStepPolicy
-from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.testing.family_subject import (
     CLOSE,
     NUM_STEPS,
     PROMPTS,
     ModelSubject,
-    apart,
-    call,
     compare_with_the_pipeline,
-    images_of,
+    relative_difference,
     rows,
 )
-from rdm_sdk.testing.kit import Check, Remark, advising, collector, demand
-from rdm_sdk.training.export import StudentInfo, load_student, save_student
+from rdm_sdk.testing.kit import Check, Remark, advising, collector, require
 from rdm_sdk.types import Condition
 
-LORA = LoraConfig(r=4, lora_alpha=12)
-"""Alpha is not the rank: a format that loses it is noticed."""
-
-MODEL_CHECKS: list[Check] = []
-check = collector(MODEL_CHECKS)
+TEACHER_CHECKS: list[Check] = []
+check = collector(TEACHER_CHECKS)
 
 
 @check()
 def declarations(subject: ModelSubject) -> None:
     """What the class declares exists: component, LoRA targets and exclusions, kinds of prediction and guidance."""
     family = subject.family
-    demand(
+    require(
         family.prediction in get_args(Prediction),
         f"prediction is {family.prediction!r}; it must be one of {', '.join(get_args(Prediction))}",
     )
-    demand(
+    require(
         family.guidance in get_args(Guidance),
         f"guidance is {family.guidance!r}; it must be one of {', '.join(get_args(Guidance))}",
     )
     layers = linear_layers(family.backbone)
-    demand(family.lora_targets, "lora_targets is empty, so a student would have nothing to learn with")
+    require(family.lora_targets, "lora_targets is empty, so a student would have nothing to learn with")
     for attribute in ("lora_targets", "lora_excluded"):
         for ending in getattr(family, attribute):
-            demand(
+            require(
                 any(f".{name}".endswith(f".{ending}") for name in layers),
                 f"no linear or convolution layer's name ends in {ending!r}, of {attribute}; there are, among others, "
                 f"{', '.join(sorted({'.'.join(name.split('.')[-2:]) for name in layers})[:16])}",
@@ -70,29 +60,29 @@ def encodes_prompts(subject: ModelSubject) -> None:
     """`encode_prompts` returns tensors `[N, ...]` whose shapes do not depend on the prompts."""
     family = subject.family
     together = family.encode_prompts(list(PROMPTS))
-    demand(
+    require(
         isinstance(together, dict) and all(isinstance(value, Tensor) for value in together.values()),
         "encode_prompts() must return a dict of tensors",
     )
     for name, tensor in together.items():
-        demand(
+        require(
             len(tensor) == len(PROMPTS),
             f"{name!r} has shape {list(tensor.shape)} for {len(PROMPTS)} prompts; its first dimension is the batch",
         )
-        demand(not tensor.requires_grad, f"{name!r} requires gradients; encode under torch.no_grad()")
+        require(not tensor.requires_grad, f"{name!r} requires gradients; encode under torch.no_grad()")
     for place, prompt in enumerate(PROMPTS):
         alone = family.encode_prompts([prompt])
         for name, tensor in together.items():
-            demand(
+            require(
                 alone[name].shape[1:] == tensor.shape[1:],
                 f"{name!r} is {list(alone[name].shape[1:])} for {prompt!r} alone and {list(tensor.shape[1:])} beside a "
                 "longer one; pad to max_sequence_length, and return a mask if the backbone takes one",
             )
-            demand(
-                apart(alone[name].float(), tensor[place : place + 1].float()) < CLOSE,
+            require(
+                relative_difference(alone[name].float(), tensor[place : place + 1].float()) < CLOSE,
                 f"{name!r} of {prompt!r} depends on the prompts beside it",
             )
-    demand(
+    require(
         any(not torch.equal(tensor[0], tensor[1]) for tensor in together.values()),
         "two prompts are encoded alike",
     )
@@ -102,14 +92,14 @@ def encodes_prompts(subject: ModelSubject) -> None:
 def encodes_no_prompt(subject: ModelSubject) -> None:
     """`encode_no_prompt` returns one row that can stand beside those of prompts."""
     blank, encoded = subject.family.encode_no_prompt(), subject.family.encode_prompts(PROMPTS[:1])
-    demand_same_form(blank, encoded)
+    require_same_form(blank, encoded)
 
 
-def demand_same_form(found: Condition, encoded: Condition) -> None:
-    """Demand names, shapes and dtypes of what `encode_prompts` returned."""
-    demand(found.keys() == encoded.keys(), f"it has {sorted(found)}, and encode_prompts() {sorted(encoded)}")
+def require_same_form(found: Condition, encoded: Condition) -> None:
+    """Raise `AssertionError` unless names, shapes and dtypes are those that `encode_prompts` returned."""
+    require(found.keys() == encoded.keys(), f"it has {sorted(found)}, and encode_prompts() {sorted(encoded)}")
     for name, tensor in encoded.items():
-        demand(
+        require(
             found[name].shape == tensor.shape and found[name].dtype == tensor.dtype,
             f"{name!r} is {list(found[name].shape)} ({found[name].dtype}), and of prompts {list(tensor.shape)} "
             f"({tensor.dtype})",
@@ -122,9 +112,9 @@ def sizes(subject: ModelSubject) -> None:
     family = subject.family
     for height, width in (family.default_size, subject.size):
         shape = family.latent_shape(height, width)
-        demand(len(shape) == 3, f"latent_shape() is {list(shape)}; it must be channels, height, width")
-        demand(shape[1] * width == shape[2] * height, f"{height} x {width} pixels have latents of {list(shape)}")
-    demand(family.latent_shape() == family.latent_shape(*family.default_size), "without a size, it is the default")
+        require(len(shape) == 3, f"latent_shape() is {list(shape)}; it must be channels, height, width")
+        require(shape[1] * width == shape[2] * height, f"{height} x {width} pixels have latents of {list(shape)}")
+    require(family.latent_shape() == family.latent_shape(*family.default_size), "without a size, it is the default")
     if family.size_unit > 1:
         try:
             family.latent_shape(subject.size[0] + 1, subject.size[1])
@@ -138,13 +128,13 @@ def denoises(subject: ModelSubject) -> None:
     """The teacher's denoiser returns finite x_0 in float32, of the latents' shape."""
     with advising("predict() must pass what the family's pipeline passes to its backbone"):
         x_0 = subject.denoise(subject.teacher())
-    demand(
+    require(
         x_0.shape == subject.x_t.shape,
         f"predict() returned {list(x_0.shape)} for latents {list(subject.x_t.shape)}; undo what it packs, and drop a "
         "learned variance",
     )
-    demand(x_0.dtype == torch.float32, f"x_0 is {x_0.dtype}")
-    demand(x_0.isfinite().all(), "x_0 holds NaN or infinities")
+    require(x_0.dtype == torch.float32, f"x_0 is {x_0.dtype}")
+    require(x_0.isfinite().all(), "x_0 holds NaN or infinities")
 
 
 @check("denoises")
@@ -155,8 +145,8 @@ def samples_stand_alone(subject: ModelSubject) -> None:
         denoiser = subject.teacher(rows(subject.condition, place))
         with torch.no_grad():
             alone = denoiser(subject.x_t[place : place + 1], subject.sigma[place : place + 1])
-        demand(
-            apart(alone, together[place : place + 1]) < CLOSE,
+        require(
+            relative_difference(alone, together[place : place + 1]) < CLOSE,
             "x_0 differs when a sample is denoised alone; use every sample's own sigma (not sigma[0]) and mask",
         )
 
@@ -166,14 +156,14 @@ def follows_prompt_and_level(subject: ModelSubject) -> None:
     """Other prompts and other noise levels give another x_0."""
     x_0 = subject.denoise(subject.teacher())
     swapped = subject.denoise(subject.teacher(rows(subject.condition, 1, 0)))
-    demand(not torch.equal(x_0, swapped), "x_0 does not depend on the prompt; pass the condition to the backbone")
+    require(not torch.equal(x_0, swapped), "x_0 does not depend on the prompt; pass the condition to the backbone")
     family = subject.family
 
     def raw(sigma: Tensor) -> Tensor:
         with torch.no_grad():
             return family.predict(family.roles, TEACHER, subject.x_t, sigma, subject.condition)
 
-    demand(
+    require(
         not torch.equal(raw(subject.sigma), raw(subject.sigma.flip(0))),
         "the backbone's prediction does not depend on sigma; pass it the timestep",
     )
@@ -185,8 +175,8 @@ def grid(subject: ModelSubject) -> None:
     family = subject.family
     for num_steps in (1, 2, NUM_STEPS):
         sigmas = family.student_sigmas(num_steps, None)
-        demand(len(sigmas) == num_steps, f"student_sigmas({num_steps}, None) has {len(sigmas)} levels")
-        demand(
+        require(len(sigmas) == num_steps, f"student_sigmas({num_steps}, None) has {len(sigmas)} levels")
+        require(
             all(1 >= a > b > 0 for a, b in zip(sigmas, [*sigmas[1:], 0.0][: len(sigmas)], strict=True) if b)
             and 0 < sigmas[-1] <= 1,
             f"student_sigmas({num_steps}, None) is {sigmas}; it must fall within (0, 1]",
@@ -196,7 +186,7 @@ def grid(subject: ModelSubject) -> None:
             scheduler = family.student_scheduler(num_steps, None, stochastic)
             family.set_grid(scheduler, num_steps)
             times.append(scheduler.timesteps.tolist())
-        demand(times[0] == times[1], f"the stochastic scheduler runs at {times[0]}, the deterministic at {times[1]}")
+        require(times[0] == times[1], f"the stochastic scheduler runs at {times[0]}, the deterministic at {times[1]}")
 
 
 @check("grid")
@@ -215,8 +205,8 @@ def steps_as_the_scheduler(subject: ModelSubject) -> None:
         x_0 = to_x_0(family.schedule, family.prediction, prediction, x_t, sigma)
         ours = policy.transition(x_t, x_0, steps).mean if k + 1 < NUM_STEPS else x_0
         theirs = scheduler.step(prediction, timestep, x_t).prev_sample
-        demand(
-            apart(ours, theirs) < CLOSE,
+        require(
+            relative_difference(ours, theirs) < CLOSE,
             f"step {k} (sigma {float(sigma[0]):.4g}, timestep {float(timestep):.4g}) leads elsewhere than "
             f"{type(scheduler).__name__}'s; check `schedule` and `prediction`",
         )
@@ -229,10 +219,10 @@ def decodes(subject: ModelSubject) -> None:
     latents = subject.x_t.clone().requires_grad_()
     images = subject.family.decode(latents)
     wanted = (2, 3, *subject.size)
-    demand(tuple(images.shape) == wanted, f"decode() returned {list(images.shape)}; it should be {list(wanted)}")
-    demand(images.min() >= 0 and images.max() <= 1, "images must lie in [0, 1]")
+    require(tuple(images.shape) == wanted, f"decode() returned {list(images.shape)}; it should be {list(wanted)}")
+    require(images.min() >= 0 and images.max() <= 1, "images must lie in [0, 1]")
     images.sum().backward()
-    demand(
+    require(
         latents.grad is not None and bool(latents.grad.any()),
         "no gradient reaches the latents; decode without no_grad, detach or rounding",
     )
@@ -244,12 +234,12 @@ def encodes_images(subject: ModelSubject) -> None:
     family = subject.family
     images = torch.rand(2, 3, *subject.size, generator=torch.Generator().manual_seed(0))
     latents = family.encode_images(images)
-    demand(
+    require(
         latents.shape == subject.x_t.shape,
         f"encode_images() returned {list(latents.shape)}; it should be {list(subject.x_t.shape)}",
     )
     again = family.from_vae(family.to_vae(subject.x_t))
-    demand(apart(again, subject.x_t) < CLOSE, "from_vae() does not undo to_vae()")
+    require(relative_difference(again, subject.x_t) < CLOSE, "from_vae() does not undo to_vae()")
 
 
 @check("steps_as_the_scheduler", "decodes", "encodes_images")
@@ -267,147 +257,6 @@ def guides_as_the_pipeline(subject: ModelSubject) -> Remark | None:
     return None
 
 
-def with_roles(subject: ModelSubject) -> ModelFamily:
-    """Return a fresh family with a student and a critic, whose weights are random, not as they start."""
-    family = subject.fresh()
-    family.add_roles({STUDENT: LORA, "fake": LORA})
-    generator = torch.Generator().manual_seed(1)
-    for role in (STUDENT, "fake"):
-        for parameter in family.roles.parameters_of(role).values():
-            with torch.no_grad():
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return family
-
-
-@check("denoises", "declarations")
-def roles_share_the_base(subject: ModelSubject) -> None:
-    """Adapters start as the teacher, and moving them leaves it bit for bit."""
-    before = subject.denoise(subject.teacher())
-    family = subject.fresh()
-    family.add_roles({STUDENT: LORA, "fake": LORA})
-
-    def says(role: str) -> Tensor:
-        return subject.denoise(family.denoiser(family.roles, role, subject.condition))
-
-    demand(torch.equal(says(TEACHER), before), "adding adapters changed the teacher")
-    demand(apart(says(STUDENT), before) < CLOSE, "the student does not start as the teacher")
-    family = with_roles(subject)
-    demand(torch.equal(says(TEACHER), before), "the adapters' weights reach the teacher; all layers must be PEFT's")
-    demand(not torch.equal(says(STUDENT), before), "the student's weights do not reach its output")
-
-
-def gradients(family: ModelFamily, subject: ModelSubject, order: tuple[str, ...]) -> dict[str, Tensor]:
-    """Return the gradients of two roles whose forwards ran in an order, with a teacher's in between."""
-    losses = []
-    for role in order:
-        x_0 = family.denoiser(family.roles, role, subject.condition)(subject.x_t, subject.sigma)
-        if role != TEACHER:
-            losses.append(x_0.square().mean())
-    torch.stack(losses).sum().backward()  # after all forwards, when another role is the last that was active
-    found = {}
-    for role in (STUDENT, "fake"):
-        for name, parameter in family.roles.parameters_of(role).items():
-            if parameter.grad is not None:
-                found[f"{role}.{name}"], parameter.grad = parameter.grad, None
-    return found
-
-
-@check("roles_share_the_base")
-def student_learns(subject: ModelSubject) -> None:
-    """A gradient reaches the adapters of every kind of target."""
-    family = with_roles(subject)
-    found = gradients(family, subject, (STUDENT, TEACHER))
-    demand(found, "no gradient reaches the student")
-    for target in family.lora_targets:
-        demand(
-            any(f".{target}." in name and bool(gradient.any()) for name, gradient in found.items()),
-            f"no gradient reaches the adapters on {target!r}: the backbone does not use these layers, or does so "
-            "without calling them; name them in lora_excluded",
-        )
-
-
-def inputs_of_adapters(family: ModelFamily, subject: ModelSubject, x_t: Tensor, sigma: Tensor) -> dict[str, Tensor]:
-    """Return what the student's adapted layers are fed first, by their names."""
-    modules: dict[str, nn.Module] = dict(family.backbone.named_modules())
-    names = {modules[name]: name for name in modules if isinstance(modules[name], BaseTunerLayer)}
-    fed: dict[str, Tensor] = {}
-
-    def keep(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        fed.setdefault(names[layer], inputs[0])
-
-    hooks = [layer.register_forward_pre_hook(keep) for layer in names]
-    with torch.no_grad():
-        family.denoiser(family.roles, STUDENT, subject.condition)(x_t, sigma)
-    for hook in hooks:
-        hook.remove()
-    return fed
-
-
-@check("roles_share_the_base")
-def targets_know_the_level(subject: ModelSubject) -> None:
-    """Adapters reach what tells the network its noise level: layers that are fed an embedding of it."""
-    family = with_roles(subject)
-    fed = inputs_of_adapters(family, subject, subject.x_t, subject.sigma)
-    other_state = inputs_of_adapters(family, subject, subject.x_t.flip(-1), subject.sigma)
-    other_level = inputs_of_adapters(family, subject, subject.x_t, subject.sigma / 2)
-    # One vector per sample, the same for any state and another for another level. (Tokens of the text may know the
-    # level too, in layers that are not there to tell it.)
-    told = [
-        name
-        for name, vector in fed.items()
-        if vector.numel() == len(subject.x_t) * vector.shape[-1]
-        and torch.equal(vector, other_state[name])
-        and not torch.equal(vector, other_level[name])
-    ]
-    demand(
-        told,
-        "none of the lora_targets is fed an embedding of the noise level, so adapters cannot change what a level means "
-        "to the network, and few-step students stall; add time embedders and modulation, or leave lora_targets as "
-        "ModelFamily has them",
-    )
-
-
-@check("student_learns")
-def checkpointing_changes_nothing(subject: ModelSubject) -> Remark | None:
-    """Gradient checkpointing gives the same gradients, in whatever order the roles ran."""
-    plain, saving = with_roles(subject), with_roles(subject)
-    try:
-        saving.roles.gradient_checkpointing_enable()
-    except ModelError as error:
-        return Remark("skipped", str(error))
-    for order in ((STUDENT, TEACHER, "fake"), ("fake", STUDENT, TEACHER), (TEACHER, "fake", STUDENT)):
-        wanted, found = gradients(plain, subject, order), gradients(saving, subject, order)
-        demand(wanted.keys() == found.keys(), f"other parameters have gradients when the roles run as {order}")
-        largest = max(float(gradient.abs().max()) for gradient in wanted.values())
-        worst = max(float((found[name] - wanted[name]).abs().max()) for name in wanted)
-        demand(
-            worst <= 1e-5 * largest,
-            f"gradients differ by {worst:.3g} of {largest:.3g} when the roles run as {order}; the backbone must run "
-            "its blocks through its own _gradient_checkpointing_func",
-        )
-    return None
-
-
-@check("roles_share_the_base", "agrees_with_the_pipeline")
-def exports(subject: ModelSubject) -> None:
-    """A student that is saved and loaded into a plain pipeline of its base makes the same images."""
-    family = with_roles(subject)
-    ours, base = images_of(family, STUDENT, subject.x_t), images_of(family, TEACHER, subject.x_t)
-    demand(apart(ours, base) > 10 * CLOSE, "the student's images are the teacher's")
-    with tempfile.TemporaryDirectory() as folder:
-        save_student(folder, family, StudentInfo(NUM_STEPS, None, False, 1.0, resolve_rewards("dm"), {}))
-        plain = subject.fresh().pipeline
-        scheduler = type(family.student_scheduler(NUM_STEPS, None, stochastic=False))
-        plain.scheduler = scheduler.from_pretrained(Path(folder) / "scheduler")
-        load_student(plain, folder)
-        theirs = call(family, plain, subject.x_t)
-    demand(
-        apart(ours, theirs) < CLOSE,
-        f"after save_lora() and load_student() the images differ by up to {float((ours - theirs).abs().max()):.3g}; is "
-        "the LoRA metadata (alpha) written?",
-    )
-
-
 @check("denoises")
 def features(subject: ModelSubject) -> Remark | None:
     """Features for discriminators, if there are any, are `[N, tokens, feature_width]` and differentiable."""
@@ -418,17 +267,17 @@ def features(subject: ModelSubject) -> Remark | None:
         return Remark("skipped", "the family names no features, so rewards with a head on them cannot be used")
     x_t = subject.x_t.clone().requires_grad_()
     found = family.features(family.roles, TEACHER, subject.condition)(x_t, subject.sigma)
-    demand(
+    require(
         found.ndim == 3 and len(found) == 2 and found.shape[2] == width,
         f"features are {list(found.shape)}; they should be [2, tokens, {width}]",
     )
     found.sum().backward()
-    demand(x_t.grad is not None and bool(x_t.grad.any()), "no gradient reaches x_t through the features")
+    require(x_t.grad is not None and bool(x_t.grad.any()), "no gradient reaches x_t through the features")
     for place in range(2):
         condition = rows(subject.condition, place)
         alone = family.features(family.roles, TEACHER, condition)(x_t[[place]], subject.sigma[[place]])
-        demand(
-            alone.shape == found[[place]].shape and apart(alone, found[[place]]) < CLOSE,
+        require(
+            alone.shape == found[[place]].shape and relative_difference(alone, found[[place]]) < CLOSE,
             "features of a sample differ when it is alone; override features() to take the image's tokens only, where "
             "a block returns those of the text or padding too",
         )
@@ -442,5 +291,5 @@ def example_encoding(subject: ModelSubject) -> Remark | None:
         example = subject.family.example_encoding(len(PROMPTS))
     except ModelError:
         return Remark("skipped", "the family names no example_encoding, so rdm-sdk plan cannot be used")
-    demand_same_form(example, subject.family.encode_prompts(list(PROMPTS)))
+    require_same_form(example, subject.family.encode_prompts(list(PROMPTS)))
     return None

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rdm_sdk.testing.family_checks import MODEL_CHECKS
+from rdm_sdk.testing.family_checks import TEACHER_CHECKS
 from rdm_sdk.testing.family_subject import ModelSubject
+from rdm_sdk.testing.family_training_checks import TRAINING_CHECKS
 from rdm_sdk.testing.kit import (
+    Check,
     CheckResult,
     ContractError,
     ContractWarning,
-    demand_all,
     parametrize_checks,
+    raise_problems,
     run_checks,
 )
+
+MODEL_CHECKS: list[Check] = [*TEACHER_CHECKS, *TRAINING_CHECKS]
+"""The contract of model families, in the order in which the checks run."""
 
 
 class ModelCheckError(ContractError):
@@ -26,10 +31,10 @@ class ModelCheckWarning(ContractWarning):
 
 
 def check_model(make: Callable[[], Any], *, expected_failures: Mapping[str, str] | None = None) -> list[CheckResult]:
-    """Check that A model family keeps the contract; see `MODEL_CHECKS` for what that is.
+    """Check that a model family keeps the contract; see `MODEL_CHECKS` for what that is.
 
     The kit runs the true pipeline beside the family, in float32 on the CPU: give it a tiny one, with random weights
-    that are not near zero (`rdm_sdk.testing.pipelines` shows nine).
+    that are not near zero (the SDK's `tests/helpers/tiny_pipelines.py` has nine).
 
     Args:
         make: makes a pipeline whose class has a registered family, or a family; called several times, and must give
@@ -44,7 +49,7 @@ def check_model(make: Callable[[], Any], *, expected_failures: Mapping[str, str]
         ModelError: there is no family for what `make` makes.
     """
     subject = ModelSubject(make)
-    return demand_all(
+    return raise_problems(
         MODEL_CHECKS,
         run_checks(MODEL_CHECKS, subject, "family"),
         expected_failures,

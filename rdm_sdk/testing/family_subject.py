@@ -10,19 +10,23 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from rdm_sdk.errors import ConfigError
 from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.load import load_family
-from rdm_sdk.families.roles import TEACHER
+from rdm_sdk.families.roles import STUDENT, TEACHER
 from rdm_sdk.method.sampling import FewStepPolicy, sample
 from rdm_sdk.types import Condition, Denoiser
 
 PROMPTS = ["a red fox", "two boats on a lake, at night, seen from afar"]
 NUM_STEPS = 4
 CLOSE = 1e-4
-"""Of float32 networks in other batches, or in another program."""
+"""Up to which relative difference outputs of float32 networks are equal, in other batches or in another program."""
+
+LORA = LoraConfig(r=4, lora_alpha=12)
+"""Alpha is not the rank: a format that loses it is noticed."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,22 @@ class ModelSubject:
     def family(self) -> ModelFamily:
         """A family that checks leave as it is."""
         return self.fresh()
+
+    def freshly_trained(self) -> ModelFamily:
+        """Return a fresh family with a student and a critic whose weights are random, the same ones every time."""
+        family = self.fresh()
+        family.add_roles({STUDENT: LORA, "fake": LORA})
+        generator = torch.Generator().manual_seed(1)
+        for role in (STUDENT, "fake"):
+            for parameter in family.roles.parameters_of(role).values():
+                with torch.no_grad():
+                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        return family
+
+    @cached_property
+    def trained(self) -> ModelFamily:
+        """A family with a student and a critic that checks leave as it is; adapters take long to put in."""
+        return self.freshly_trained()
 
     @cached_property
     def size(self) -> tuple[int, int]:
@@ -87,20 +107,20 @@ def rows(condition: Condition, *places: int) -> Condition:
     return {name: tensor[list(places)] for name, tensor in condition.items()}
 
 
-def apart(found: Tensor, wanted: Tensor) -> float:
+def relative_difference(found: Tensor, wanted: Tensor) -> float:
     """Return the largest difference, relative to the largest value."""
     return float(((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6)).detach())
 
 
 def compare_with_the_pipeline(subject: ModelSubject, scale: float) -> None:
-    """Demand the same images, or say where the two programs part."""
+    """Raise `AssertionError` unless the two programs make the same images; the message names where they part."""
     family, noise = subject.fresh(), subject.x_t
     with seen_by(family.backbone) as ours_saw:
         ours = images_of(family, TEACHER, noise, scale)
     family.pipeline.scheduler = family.student_scheduler(NUM_STEPS, None, stochastic=False)
     with seen_by(family.backbone) as theirs_saw:
         theirs = call(family, family.pipeline, noise, scale)
-    if apart(ours, theirs) < CLOSE:
+    if relative_difference(ours, theirs) < CLOSE:
         return
     guided = scale != 1
     parting = None if guided else first_difference(ours_saw, theirs_saw)
@@ -135,29 +155,29 @@ def first_difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -
     """Return the first argument of the backbone that differs between two runs, in words."""
     if len(ours) != len(theirs):
         return f"the backbone was called {len(ours)} times by ours and {len(theirs)} times by the pipeline"
-    for step, (own, their) in enumerate(zip(ours, theirs, strict=True)):
-        for name in sorted(own.keys() ^ their.keys()):
-            who = "we" if name in own else "the pipeline"
+    for step, (mine, their) in enumerate(zip(ours, theirs, strict=True)):
+        for name in sorted(mine.keys() ^ their.keys()):
+            who = "we" if name in mine else "the pipeline"
             return f"in step {step}, only {who} told the backbone {name!r}"
-        different = [name for name in own if not alike(own[name], their[name])]
+        different = [name for name in mine if not alike(mine[name], their[name])]
         # What a step is told of time or text explains its state's successor; the state itself comes last.
-        for name in sorted(different, key=lambda name: isinstance(own[name], Tensor) and own[name].ndim >= 4):
+        for name in sorted(different, key=lambda name: isinstance(mine[name], Tensor) and mine[name].ndim >= 4):
             state = step > 0 and len(different) == 1
             advice = " (only the state: the sign or form of what predict() returned, or the grid)" if state else ""
-            return f"in step {step}, {name!r} was {shown(own[name])} in ours and {shown(their[name])} there{advice}"
+            return f"in step {step}, {name!r} was {shown(mine[name])} in ours and {shown(their[name])} there{advice}"
     return None
 
 
-def alike(own: Any, their: Any) -> bool:
-    if isinstance(own, Tensor) and isinstance(their, Tensor):
+def alike(mine: Any, their: Any) -> bool:
+    if isinstance(mine, Tensor) and isinstance(their, Tensor):
         if their.ndim == 0 or their.numel() == 1:
-            their = their.reshape(()).expand_as(own)
-        return own.shape == their.shape and apart(own.float(), their.float()) < CLOSE
-    if isinstance(own, (list, tuple)) and isinstance(their, (list, tuple)):
-        return len(own) == len(their) and all(alike(a, b) for a, b in zip(own, their, strict=True))
-    if isinstance(own, dict) and isinstance(their, dict):
-        return own.keys() == their.keys() and all(alike(own[name], their[name]) for name in own)
-    return bool(own == their)
+            their = their.reshape(()).expand_as(mine)
+        return mine.shape == their.shape and relative_difference(mine.float(), their.float()) < CLOSE
+    if isinstance(mine, (list, tuple)) and isinstance(their, (list, tuple)):
+        return len(mine) == len(their) and all(alike(a, b) for a, b in zip(mine, their, strict=True))
+    if isinstance(mine, dict) and isinstance(their, dict):
+        return mine.keys() == their.keys() and all(alike(mine[name], their[name]) for name in mine)
+    return bool(mine == their)
 
 
 def shown(value: Any) -> str:

@@ -20,7 +20,7 @@ class ContractWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Remark:
-    """What a check has to say without failing."""
+    """What a check returns if it neither passes nor fails."""
 
     kind: str
     """"skipped" (it does not apply) or "warning"."""
@@ -77,15 +77,15 @@ def run_checks(checks: Sequence[Check], subject: object, noun: str) -> list[Chec
     """Run every check on a subject, called a "reward" or so in messages; one whose prerequisite failed is skipped."""
     results: list[CheckResult] = []
     root: dict[str, str] = {}
-    for own in checks:
-        unmet = next((root[name] for name in own.needs if name in root), None)
+    for check in checks:
+        unmet = next((root[name] for name in check.needs if name in root), None)
         if unmet is not None:
-            root[own.name] = unmet
-            results.append(CheckResult(own.name, "skipped", f"{unmet} failed, so this was not run"))
+            root[check.name] = unmet
+            results.append(CheckResult(check.name, "skipped", f"{unmet} failed, so this was not run"))
             continue
-        results.append(_outcome(own, subject, noun))
+        results.append(_outcome(check, subject, noun))
         if results[-1].status == "failed":
-            root[own.name] = own.name
+            root[check.name] = check.name
     return results
 
 
@@ -102,7 +102,7 @@ def _outcome(check: Check, subject: object, noun: str) -> CheckResult:
     return CheckResult(check.name, "warning" if remark.kind == "warning" else "skipped", remark.text)
 
 
-def demand_all(
+def raise_problems(
     checks: Sequence[Check],
     results: list[CheckResult],
     expected_failures: Mapping[str, str] | None,
@@ -161,7 +161,7 @@ def problems_of(checks: Sequence[Check], results: list[CheckResult], expected: M
     Raises:
         ValueError: a check is expected to fail that does not exist.
     """
-    known = [own.name for own in checks]
+    known = [check.name for check in checks]
     unknown = [name for name in expected if name not in known]
     if unknown:
         raise ValueError(
@@ -191,7 +191,7 @@ class advising:  # noqa: N801 - reads as a statement
             raise AssertionError(f"{text.rstrip('. ')}. {self.advice}") from error
 
 
-def demand(holds: object, message: str) -> None:
-    """An assertion that `python -O` does not remove."""
-    if not holds:
+def require(condition: object, message: str) -> None:
+    """Raise `AssertionError` unless a condition holds: an assertion that `python -O` does not remove."""
+    if not condition:
         raise AssertionError(message)

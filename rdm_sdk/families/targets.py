@@ -1,0 +1,66 @@
+"""Which layers of a network get LoRA adapters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+
+def linear_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear and two-dimensional convolution layers of a network by name, without those of adapters.
+
+    A layer that has adapters already is found under the name that it had before. Quantized layers are linear ones too.
+    """
+    return {
+        name.removesuffix(".base_layer"): module
+        for name, module in network.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and ".lora_" not in name
+    }
+
+
+def target_names(network: nn.Module, excluded: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the names of the layers of `linear_layers` that can have adapters.
+
+    Args:
+        network: the backbone, with or without adapters.
+        excluded: endings of names of layers to leave out.
+    """
+    endings = tuple(f".{ending}" for ending in excluded)
+    return tuple(
+        name
+        for name, layer in linear_layers(network).items()
+        # PEFT refuses a convolution whose groups do not divide the rank; depthwise ones have thousands.
+        if getattr(layer, "groups", 1) == 1 and not f".{name}".endswith(endings)
+    )
+
+
+def with_targets(config: LoraConfig, targets: Sequence[str], network: nn.Module) -> LoraConfig:
+    """Return a copy of a LoRA config that names the layers it is for.
+
+    Args:
+        config: as the user gave it. PEFT's "all-linear" may also be a list with that one entry, which is what command
+            lines and YAML make of it.
+        targets: names of the layers, or endings of names, for a config that names none.
+        network: the backbone.
+    """
+    copied = copy.deepcopy(config)
+    named = copied.target_modules
+    if named and not isinstance(named, str) and [name.lower() for name in named] == ["all-linear"]:
+        copied.target_modules = "all-linear"
+    if named:
+        return copied
+    copied.target_modules = list(targets)
+    if copied.init_lora_weights == "orthogonal":  # which PEFT has for linear layers alone
+        layers = linear_layers(network)
+        copied.target_modules = [n for n in copied.target_modules if not isinstance(layers.get(n), nn.Conv2d)]
+    if copied.layers_to_transform is not None:
+        # PEFT takes what is named in full whatever its index, so the indices are looked at here.
+        copied.target_modules = [
+            name for name in copied.target_modules if check_target_module_exists(copied, f"backbone.{name}")
+        ]
+        copied.layers_to_transform = copied.layers_pattern = None
+    return copied

@@ -1,0 +1,356 @@
+"""The checks of the reward contract, one function each; `reward_kit.py` runs them.
+
+A check takes a `Subject`; see `kit.Check`.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import random
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rdm_sdk.rewards.base import RewardConfig
+from rdm_sdk.rewards.evaluate import as_declared, evaluate_reward
+from rdm_sdk.rewards.resolve import resolve_rewards
+from rdm_sdk.rewards.spec import checked_model, parse_spec
+from rdm_sdk.testing.batches import copied, rows
+from rdm_sdk.testing.kit import Check, Remark, advising, collector, require
+from rdm_sdk.testing.reward_subject import Subject, assert_close, same, shown
+
+STEPS = (0.003, 0.01, 0.03)
+"""Ascent steps in units of an image's or latent's range; more than one, because 8-bit rounding swallows small ones."""
+
+
+CHECKS: list[Check] = []
+check = collector(CHECKS)
+
+
+@check()
+def returns_scores(subject: Subject) -> None:
+    """`score` returns a floating-point tensor with one entry per sample."""
+    scores = subject.raw_scores(copied(subject.batch))
+    if not isinstance(scores, Tensor):
+        raise AssertionError(f"score() returned {type(scores).__name__}; return a tensor of shape [N]")
+    count = len(subject.batch)
+    require(
+        scores.shape == (count,),
+        f"score() returned shape {list(scores.shape)} for {count} samples; return one score per sample, [{count}], "
+        "reducing over channels, height and width only",
+    )
+    require(scores.is_floating_point(), f"score() returned {scores.dtype}; return floats")
+
+
+@check("returns_scores")
+def finite_or_nan(subject: Subject) -> None:
+    """Scores are finite; NaN is kept for samples that the reward does not apply to."""
+    scores = subject.raw_scores(copied(subject.batch))
+    require(
+        not scores.isinf().any(),
+        f"scores hold infinities: {shown(scores)}; keep logarithms and divisions away from 0 (add a small number)",
+    )
+    require(
+        not scores.isnan().all(),
+        "every score is NaN; if the reward applies to none of the kit's samples, write example(self), which returns "
+        "a RewardBatch that it applies to",
+    )
+
+
+@check("finite_or_nan")
+def leaves_inputs_alone(subject: Subject) -> None:
+    """`score` changes neither images nor latents, prompts or columns."""
+    batch = copied(subject.batch)
+    before = copied(batch)
+    subject.raw_scores(batch)
+    require(
+        torch.equal(batch.latents, before.latents) and batch.prompts == before.prompts,
+        "score() changed its batch in place, which other rewards share; use x * 2 instead of x.mul_(2), sorted() "
+        "instead of list.sort()",
+    )
+    require(dict(batch.columns) == dict(before.columns), "score() changed the batch's columns in place")
+
+
+@check("leaves_inputs_alone")
+def declared_range(subject: Subject) -> Remark | None:
+    """Scores lie in the range that the capabilities declare."""
+    declared = subject.reward.capabilities.range
+    if declared is None:
+        return Remark("skipped", "no range is declared")
+    scores = subject.judge().scores
+    scores = scores[~scores.isnan()]
+    slack = 1e-5 * max([1.0, *(abs(bound) for bound in declared if abs(bound) != float("inf"))])
+    require(
+        scores.min() >= declared[0] - slack and scores.max() <= declared[1] + slack,
+        f"scores span [{scores.min():.4g}, {scores.max():.4g}], outside the declared range {list(declared)}; correct "
+        "Capabilities(range=...) or the scores",
+    )
+    return None
+
+
+@check("leaves_inputs_alone")
+def deterministic(subject: Subject) -> Remark | None:
+    """Two calls on the same batch give the same scores, unless the reward declares that it is stochastic."""
+    if subject.reward.capabilities.stochastic:
+        return Remark("skipped", "the reward is declared stochastic")
+    first, second = (subject.judge().scores for _ in range(2))
+    require(
+        same(first, second),
+        f"two calls on the same batch differ by up to {(first - second).abs().max():.3g}; put dropout in eval mode, "
+        "fix the generator, or declare Capabilities(stochastic=True)",
+    )
+    return None
+
+
+@check("leaves_inputs_alone")
+def rng_untouched(subject: Subject) -> Remark | None:
+    """`score` leaves the random states of torch, NumPy and Python alone, unless it is declared stochastic."""
+    if subject.reward.capabilities.stochastic:
+        return Remark("skipped", "the reward is declared stochastic")
+    with torch.random.fork_rng(devices=[]):
+        before = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()  # noqa: NPY002 - theirs is watched
+        evaluate_reward(subject.reward, copied(subject.batch), gradients_of=())
+        after = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()  # noqa: NPY002
+    moved = [
+        name
+        for name, same in (
+            ("torch", torch.equal(before[0], after[0])),
+            ("NumPy", before[1] == after[1]),
+            ("Python", before[2] == after[2]),
+        )
+        if not same
+    ]
+    require(
+        not moved,
+        f"score() moved the random state of {', '.join(moved)}, which changes the training run; use a "
+        "torch.Generator of your own, and never call manual_seed() in score()",
+    )
+    return None
+
+
+@check("deterministic")
+def chunk_invariant(subject: Subject) -> Remark | None:
+    """Judging a batch in chunks gives the same scores as judging it at once."""
+    if subject.reward.capabilities.stochastic:
+        return Remark("skipped", "the reward is declared stochastic")
+    advice = (
+        "a sample's score must not depend on the others in the batch (no batch means, no batch norm in training mode, "
+        "no prompts[0]); if it compares samples of one prompt, declare Capabilities(scope='group')"
+    )
+    parts = subject.judge(chunk_size=subject.chunk).scores
+    assert_close(parts, subject.judge().scores, f"in chunks of {subject.chunk}, scores", advice)
+    return None
+
+
+@check("chunk_invariant")
+def permutation_equivariant(subject: Subject) -> Remark | None:
+    """Shuffling images and prompts together shuffles the scores, and nothing else."""
+    if subject.reward.capabilities.stochastic:
+        return Remark("skipped", "the reward is declared stochastic")
+    count, group = len(subject.batch), subject.batch.group_size
+    generator = torch.Generator().manual_seed(1)
+    if subject.reward.capabilities.scope == "group":
+        groups = torch.arange(count).reshape(-1, group).flip(0)
+        order = torch.stack([row.roll(1) for row in groups]).flatten()
+    else:
+        order = torch.randperm(count, generator=generator)
+    assert_close(
+        subject.judge(rows(copied(subject.batch), order)).scores,
+        subject.judge().scores[order],
+        "with images and prompts shuffled together, scores",
+        "pair images[i] with prompts[i], and do not use a sample's position",
+    )
+    return None
+
+
+@check("deterministic")
+def follows_the_prompt(subject: Subject) -> Remark | None:
+    """Where the capabilities say that the prompt matters, other prompts give other scores (a warning if not)."""
+    if not subject.reward.capabilities.prompts:
+        return Remark("skipped", "the reward does not declare prompts=True")
+    batch = copied(subject.batch)
+    shift = batch.group_size
+    batch.prompts[:] = [*batch.prompts[shift:], *batch.prompts[:shift]]
+    if same(subject.judge(batch).scores, subject.judge().scores):
+        return Remark(
+            "warning", "the scores do not change with the prompts; declare prompts=False, or read batch.prompts"
+        )
+    return None
+
+
+@check("leaves_inputs_alone")
+def gradient_not_zero(subject: Subject) -> Remark | None:
+    """A reward that declares a gradient has one, for every sample that it applies to."""
+    if subject.reward.capabilities.gradient == "none":
+        return Remark("skipped", "the reward declares no gradient")
+    field = subject.reward.capabilities.gradient == "field"
+    advice = "compute the score in torch from batch.images, without PIL, NumPy, no_grad, detach, round or argmax"
+    with advising("field(batch) must return a RewardOutput with a gradient" if field else advice):
+        output = subject.judge(differentiate=True)
+    if output.gradient is None:
+        raise AssertionError("field() returned no gradient; return RewardOutput(scores, gradient)")
+    flat = output.gradient.flatten(1).abs().amax(1) == 0
+    require(
+        not (flat & ~output.scores.isnan()).any(),
+        f"{int(flat.sum())} of {len(flat)} samples have a gradient of zero; is something rounded, clamped or detached?",
+    )
+    return None
+
+
+@check("chunk_invariant", "gradient_not_zero")
+def gradient_chunk_invariant(subject: Subject) -> Remark | None:
+    """Gradients, too, are the same in chunks as at once."""
+    if subject.reward.capabilities.gradient == "none":
+        return Remark("skipped", "the reward declares no gradient")
+    if subject.reward.capabilities.stochastic:
+        return Remark("skipped", "the reward is declared stochastic")
+    whole, parts = (subject.judge(differentiate=True, chunk_size=size).gradient for size in (None, subject.chunk))
+    if whole is not None and parts is not None:
+        advice = "a sample's gradient must not depend on the others in the batch"
+        assert_close(parts, whole, f"in chunks of {subject.chunk}, gradients", advice, 1e-3)
+    return None
+
+
+@check("gradient_not_zero")
+def retains_no_graph(subject: Subject) -> None:
+    """Nothing keeps the images or latents (and with them a graph) alive after `score` has returned."""
+    reward = subject.reward
+    batch = copied(subject.batch)
+    leaf = batch.latents.clone()
+    judged = as_declared(reward, batch.with_latents(leaf), leaf.device)
+    leaf = judged.images if reward.capabilities.space == "pixel" else judged.latents
+    if reward.capabilities.gradient == "field":
+        judged = replace(judged, context=batch.context)
+    del batch
+    if reward.capabilities.gradient == "autograd":
+        leaf.requires_grad_()
+        reward.score(judged)
+    else:
+        subject.raw_scores(judged)
+    watched = weakref.ref(leaf)
+    del leaf, judged
+    gc.collect()
+    require(
+        watched() is None,
+        "the reward keeps the images or latents of its last call alive, so memory grows with every step; do not store "
+        "them, or tensors computed from them, on self (store .item() or .detach().clone())",
+    )
+
+
+@check("leaves_inputs_alone")
+def odd_sizes(subject: Subject) -> None:
+    """Images (or latents) of sizes that nothing divides are judged too."""
+    size = (37, 53) if subject.reward.capabilities.space == "pixel" else (5, 7)
+    batch = copied(subject.batch)
+    batch = batch.with_latents(F.interpolate(batch.latents, size=size, mode="bilinear", align_corners=False))
+    with advising("resize or pad inside score(); reshape() and view() by fixed factors need sizes that divide"):
+        subject.judge(batch)
+
+
+@check("deterministic")
+def bfloat16_input(subject: Subject) -> None:
+    """Samples in bfloat16 are judged like the same values in float32."""
+    half = copied(subject.batch)
+    half = half.with_latents(half.latents.bfloat16())
+    full = half.with_latents(half.latents.float())
+    with advising("read batch.images (or batch.latents) as the host hands them over; do not decode on your own"):
+        ours, theirs = subject.judge(half).scores, subject.judge(full).scores
+    assert_close(ours, theirs, "in bfloat16, scores", "let the host convert: it hands over Capabilities.dtype", 0.02)
+
+
+@check("deterministic")
+def device_round_trip(subject: Subject) -> None:
+    """Moving the reward to another device and back changes nothing."""
+    before = subject.judge().scores
+    if torch.cuda.is_available():
+        there = subject.judge(device="cuda").scores
+        assert_close(there, before, "on CUDA, scores", "keep modules as attributes, or override to(device)", 0.02)
+    subject.reward.to("cpu")
+    assert_close(
+        subject.judge().scores, before, "after to(device), scores", "to() must move modules, nothing else", 0.0
+    )
+
+
+@check("gradient_not_zero")
+def ascent_raises_score(subject: Subject) -> Remark | None:
+    """A small step along the gradient raises the score."""
+    if subject.reward.capabilities.gradient == "none":
+        return Remark("skipped", "the reward declares no gradient")
+    output = subject.judge(differentiate=True)
+    gradient = output.gradient if output.gradient is not None else torch.zeros(())
+    largest = gradient.abs().flatten(1).amax(1).clamp_min(torch.finfo(torch.float32).tiny)
+    direction = gradient / largest.reshape(-1, *[1] * (gradient.ndim - 1))
+    pixels = subject.reward.capabilities.space == "pixel"
+    gains = []
+    for step in STEPS:
+        moved = subject.batch.latents + step * direction
+        batch = copied(subject.batch).with_latents(moved.clamp(0, 1) if pixels else moved)
+        gains.append(float((subject.judge(batch).scores - output.scores).nanmean()))
+    require(
+        max(gains) > 0,
+        f"steps of {STEPS} along the gradient change the mean score by {', '.join(f'{gain:.3g}' for gain in gains)}; "
+        "is its sign wrong, or is it the gradient of something else?",
+    )
+    return None
+
+
+@check("leaves_inputs_alone")
+def config_round_trip(subject: Subject) -> None:
+    """The reward's options survive being stored as JSON and being written into a spec."""
+    config = subject.reward.config
+    stored = config.model_dump(mode="json")
+    with advising(
+        "options must be numbers, texts, true, false, null or lists of them, and validators must not change them"
+    ):
+        again: RewardConfig = checked_model(type(config), stored, f"reward {subject.reward.name!r}")
+        require(again == config, f"the options {config!r} came back from JSON as {again!r}")
+        term = resolve_rewards(subject.reward)[0].term
+        (parsed,) = parse_spec(str(term))
+        require(parsed == term, f"the spec {str(term)!r} parses to {parsed!r}")
+        given = parsed.options | {
+            key: value
+            for key, value in (("variant", parsed.variant), ("revision", parsed.revision))
+            if value is not None
+        }
+        written: RewardConfig = checked_model(type(config), given, f"reward {subject.reward.name!r}")
+        require(written == config, f"the options {config!r} came back from the spec {str(term)!r} as {written!r}")
+
+
+@check("returns_scores")
+def imports_without_cuda(subject: Subject) -> Remark | None:
+    """Importing the reward's module does not initialize CUDA, which would break forked workers and other devices."""
+    module = subject.reward.defined_in()
+    if module == "__main__":
+        return Remark("skipped", "the reward is defined in a script or a notebook")
+    problem = _import_problem(module)
+    require(not problem, f"{problem}; create nothing on a device at import, only in __init__ or score()")
+    return None
+
+
+@cache
+def _import_problem(module: str) -> str:
+    """Import a module in a fresh interpreter in which CUDA must stay asleep; returns what went wrong."""
+    if importlib.util.find_spec(module) is None:
+        return f"the module {module!r} cannot be found"
+    code = (
+        "import sys, torch\n"
+        "def awake(*_): raise RuntimeError('CUDA was initialized at import')\n"
+        "torch.cuda._lazy_init = torch.cuda.init = awake\n"
+        "import importlib; importlib.import_module(sys.argv[1])"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-c", code, module], capture_output=True, text=True, env=environment)
+    return (
+        ""
+        if done.returncode == 0
+        else f"importing {module!r} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+    )

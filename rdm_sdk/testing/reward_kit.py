@@ -1,0 +1,102 @@
+"""The contract kit for rewards: what every author should run, and what the SDK's own rewards have to pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rdm_sdk.errors import RewardError
+from rdm_sdk.rewards.base import Reward, RewardBatch
+from rdm_sdk.rewards.resolve import RewardFuncs, resolve_rewards
+from rdm_sdk.testing.batches import LATENT_CHANNELS, example_batch
+from rdm_sdk.testing.kit import (
+    CheckResult,
+    ContractError,
+    ContractWarning,
+    parametrize_checks,
+    raise_problems,
+    run_checks,
+)
+from rdm_sdk.testing.reward_checks import CHECKS
+from rdm_sdk.testing.reward_subject import Subject
+
+
+class RewardCheckError(ContractError):
+    """A reward does not keep its contract; the message lists every check that failed and what to do."""
+
+
+class RewardCheckWarning(ContractWarning):
+    """A reward keeps its contract, and something about it is odd."""
+
+
+def check_reward(
+    reward: RewardFuncs,
+    *,
+    batch: RewardBatch | None = None,
+    expected_failures: Mapping[str, str] | None = None,
+) -> list[CheckResult]:
+    """Check that a reward keeps the contract; see `CHECKS` for what that is.
+
+    Args:
+        reward: a `Reward`, a function, or a spec such as "acme/sharpness[radius=3]".
+        batch: samples to try it on: at least two groups of at least two samples; by default the reward's own
+            `example()`, or eight random ones (`example_batch`).
+        expected_failures: check name to reason, for what is known and accepted; such a check must fail.
+
+    Returns:
+        The result of every check.
+
+    Raises:
+        RewardCheckError: a check failed, or one that was expected to fail did not.
+    """
+    return raise_problems(
+        CHECKS,
+        run_reward_checks(reward, batch),
+        expected_failures,
+        f"{_only(reward).name!r} does not keep the reward contract",
+        RewardCheckError,
+        RewardCheckWarning,
+    )
+
+
+def run_reward_checks(reward: RewardFuncs, batch: RewardBatch | None = None) -> list[CheckResult]:
+    """Run every check and return the results; a check whose prerequisite failed is skipped."""
+    made = _only(reward)
+    if made.capabilities.head:
+        made.make_head(LATENT_CHANNELS, 0)  # as the host does, for the features of the teacher in the kit's batch
+    subject = Subject(made, batch or made.example() or example_batch(made))
+    return run_checks(CHECKS, subject, "reward")
+
+
+def parametrize_reward_checks(
+    make: Callable[[], RewardFuncs],
+    *,
+    batch: Callable[[], RewardBatch] | None = None,
+    expected_failures: Mapping[str, str] | None = None,
+) -> Any:
+    """Return a pytest decorator that runs a test once per check, as its argument `check`; call it: `check()`.
+
+    Args:
+        make: makes the reward; called once, when the first check runs.
+        batch: makes the samples, as in `check_reward`.
+        expected_failures: as in `check_reward`.
+
+    Example:
+        @parametrize_reward_checks(lambda: Sharpness(radius=3))
+        def test_contract(check):
+            check()
+    """
+    return parametrize_checks(
+        CHECKS,
+        lambda: run_reward_checks(make(), None if batch is None else batch()),
+        expected_failures,
+        RewardCheckError,
+        RewardCheckWarning,
+    )
+
+
+def _only(reward: RewardFuncs) -> Reward:
+    found = resolve_rewards(reward)
+    if len(found) != 1:
+        raise RewardError(f"one reward is checked at a time; got {', '.join(chosen.label for chosen in found)}")
+    return found[0].reward

@@ -1,0 +1,179 @@
+"""Packages of strangers: from docs/write-a-reward.md and write-a-model.md, or `rdm-sdk new-reward`; installed, used."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rdm_sdk import ConfigError
+from rdm_sdk.plugins.scaffold import new_reward
+
+DOCS = Path(__file__).parents[2] / "docs"
+Run = Callable[..., str]
+
+TRAIN = """
+from rdm_sdk import RDMConfig, RDMTrainer, digits
+args = RDMConfig(
+    output_dir="run", max_steps=1, per_device_train_batch_size=4, num_generations=2, max_sequence_length=4,
+    guidance_scale=1.0, critic_steps=1, logging_steps=1, report_to="none", use_cpu=True, save_strategy="no",
+)
+trainer = RDMTrainer(digits.teacher_path(), reward_funcs="{spec}", args=args, train_dataset=digits.prompts())
+trainer.train()
+print(sorted(key for key in trainer.state.log_history[0] if key.startswith("rewards/") and key.endswith("/mean")))
+"""
+
+
+def files_of_the_page(name: str) -> dict[str, str]:
+    """Return the files that a page tells its reader to write: a name in backquotes, a colon, and a block of code."""
+    text = (DOCS / name).read_text(encoding="utf-8")
+    found = re.findall(r"^`([\w./-]+)`:.*?\n\n```\w+\n(.*?)```", text, re.M | re.S)
+    return dict(found)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Return `run(*arguments, expect=0)`: a Python process that sees what was installed into `tmp_path/site`."""
+
+    def start(*arguments: str, expect: int = 0) -> str:
+        path = os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))
+        everything = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=everything, capture_output=True, text=True, timeout=280
+        )
+        assert done.returncode == expect, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return start
+
+
+def install(run: Run, folder: Path, site: Path) -> None:
+    """Install a distribution with pip; nothing is downloaded."""
+    quietly = ("--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
+    run("-m", "pip", "install", *quietly, "--target", str(site), str(folder))
+
+
+def test_the_page_from_an_empty_folder_to_a_run(tmp_path: Path, run: Run) -> None:
+    """The page's own files, installed with pip, are listed, checked and trained with, without touching the SDK."""
+    files = files_of_the_page("write-a-reward.md")
+    assert files.keys() == {
+        "pyproject.toml",
+        "acme_rewards/__init__.py",
+        "acme_rewards/rewards.py",
+        "tests/test_rewards.py",
+    }
+    for name, text in files.items():
+        path = tmp_path / "acme-rewards" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    install(run, tmp_path / "acme-rewards", tmp_path / "site")
+    listed = run("-m", "rdm_sdk.cli.main", "rewards", "list")
+    assert "acme/ink" in listed
+    assert "how much neighboring pixels differ" in listed
+    assert "radius  int  default 1  Distance of the compared pixels." in run(
+        "-m", "rdm_sdk.cli.main", "rewards", "info", "acme/sharpness"
+    )
+    assert "keeps the contract" in run("-m", "rdm_sdk.cli.main", "rewards", "check", "acme/sharpness[radius=2]")
+    assert "passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "acme-rewards"))
+    spec = "dm + 0.2*acme/ink + 0.1*acme/sharpness[radius=2]"
+    means = [f"rewards/{name}/mean" for name in ("acme/ink", "acme/sharpness", "dm")]
+    assert str(means) in run("-c", TRAIN.format(spec=spec))
+
+
+def test_a_new_reward_passes_its_own_tests_at_once(tmp_path: Path, run: Run) -> None:
+    """The generated distribution installs, its tests pass, and its reward can be named."""
+    folder = new_reward("acme/fine-Grain_2", tmp_path)
+    assert folder.name == "rdm-reward-acme-fine-grain-2"
+    install(run, folder, tmp_path / "site")
+    said = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder))
+    assert re.search(r"\d+ passed", said)
+    assert "failed" not in said
+    info = run("-m", "rdm_sdk.cli.main", "rewards", "info", "acme/fine-Grain_2")
+    assert "rdm_reward_acme_fine_grain_2.reward:FineGrain2" in info
+
+
+@pytest.mark.parametrize("name", ["sharpness", "acme/", "/x", "acme/a b", "acme/x/y", "ac.me/x", ""])
+def test_unusable_names_are_refused(tmp_path: Path, name: str) -> None:
+    """Nothing is written for a name that no spec could hold."""
+    with pytest.raises(ConfigError, match="write 'owner/name'"):
+        new_reward(name, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_models_example_of_the_page(tmp_path: Path) -> None:
+    """The page's class with a CLIP is made, keeps its options apart and scores."""
+    import torch
+
+    from rdm_sdk.testing import check_reward, save_tiny_clip
+
+    page = DOCS / "write-a-reward.md"
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S) if "class Score" in block]
+    names: dict[str, object] = {"__name__": __name__}
+    exec(compile(code, str(page), "exec", dont_inherit=True), names)
+    reward = names["Score"](path=str(save_tiny_clip(tmp_path)), variant="v1")
+    assert {result.status for result in check_reward(reward)} <= {"passed", "skipped"}
+    assert torch.is_tensor(reward.clip.model.logit_scale)
+
+
+def test_a_distribution_name_that_pip_takes(tmp_path: Path) -> None:
+    """No hyphen at the end, whatever the reward's name ends in."""
+    assert new_reward("acme/foo_", tmp_path).name == "rdm-reward-acme-foo"
+
+
+def test_a_keyword_is_no_class_name(tmp_path: Path) -> None:
+    """`you/true` becomes TrueReward."""
+    folder = new_reward("you/true", tmp_path)
+    assert "class TrueReward(Reward)" in (folder / "rdm_reward_you_true" / "reward.py").read_text()
+
+
+def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
+    """A second call does not overwrite what the author wrote."""
+    folder = new_reward("acme/sharpness", tmp_path)
+    (folder / "README.md").write_text("mine")
+    with pytest.raises(ConfigError, match="exists already; nothing was written"):
+        new_reward("acme/sharpness", tmp_path)
+    assert (folder / "README.md").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+FAMILY = """
+import sys, warnings
+sys.path.insert(0, "acme-models/tests")
+from test_auraflow import tiny_auraflow
+from rdm_sdk import RDMConfig, RDMTrainer
+tiny_auraflow().save_pretrained("base")
+args = RDMConfig(
+    output_dir="run", max_steps=1, per_device_train_batch_size=4, num_generations=2, max_sequence_length=16,
+    critic_steps=1, logging_steps=1, report_to="none", use_cpu=True, save_strategy="no",
+)
+trainer = RDMTrainer("base", "dm", args, ["a red fox", "two boats"])
+trainer.train()
+trainer.save_model("student")
+print(type(trainer.family).__name__, trainer.state.log_history[0]["loss"] > 0)
+"""
+
+
+def test_a_family_from_the_page_to_a_run(tmp_path: Path, run: Run) -> None:
+    """The page's own family is found by the pipeline's class, keeps the contract and trains."""
+    files = files_of_the_page("write-a-model.md")
+    assert files.keys() == {
+        "pyproject.toml",
+        "acme_models/__init__.py",
+        "acme_models/auraflow.py",
+        "tests/test_auraflow.py",
+    }
+    for name, text in files.items():
+        path = tmp_path / "acme-models" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    install(run, tmp_path / "acme-models", tmp_path / "site")
+    assert "AuraFlowPipeline" in run("-m", "rdm_sdk.cli.main", "models", "list")
+    assert "20 passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", "acme-models/tests")
+    (tmp_path / "train.py").write_text(FAMILY)
+    assert "AuraFlowFamily True" in run("train.py")
+    assert "from diffusers import AuraFlowPipeline" in (tmp_path / "student" / "README.md").read_text()

@@ -1,0 +1,104 @@
+"""The method's step in a loop that is not Trainer's: the page's own lines, and the same bits as `RDMTrainer`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor
+from transformers import Trainer, set_seed
+
+from rdm_sdk import RDMConfig, RDMTrainer, digits
+from rdm_sdk.families.load import load_family
+from rdm_sdk.rewards.resolve import resolve_rewards
+from rdm_sdk.training.judge import Judge
+from rdm_sdk.training.models import RunModels
+from rdm_sdk.training.optimizers import critic_optimizer
+from rdm_sdk.training.step import DistillationStep
+
+PAGE = Path(__file__).parents[2] / "docs" / "step.md"
+SPEC = "dm + 0.5*legibility"
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The block of `docs/step.md`, to the letter: every step reports both rewards' pulls, and the student moves."""
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(block, str(PAGE), "exec"), names)
+    printed = [line for line in capsys.readouterr().out.splitlines() if re.match(r"\d ", line)]
+    assert [line.split()[0] for line in printed] == ["0", "1", "2"]
+    assert all("'dm'" in line and "'legibility'" in line for line in printed)
+    moved = [p for n, p in names["models"].roles.parameters_of("student").items() if "lora_B" in n]
+    assert any(bool(p.any()) for p in moved)
+    assert all(bool(p.isfinite().all()) for p in moved)
+
+
+class FirstStep:
+    """Takes down what a trainer's first optimizer step starts from: its micro-batches and the random state."""
+
+    def __init__(self, trainer: RDMTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.window: list[dict[str, Any]] = []
+        self.random = torch.zeros(0)
+        plain = trainer.step.begin
+
+        def begin(window: Any, step: int) -> None:
+            self.window, self.random = list(window), torch.get_rng_state()
+            plain(window, step)
+
+        monkeypatch.setattr(trainer.step, "begin", begin)
+
+
+def step_alone(args: RDMConfig, first: FirstStep) -> dict[str, Tensor]:
+    """Return every trained weight after one step with optimizers and a loop of the test's."""
+    set_seed(args.seed)
+    family = load_family(digits.teacher_path(), torch.float32, max_sequence_length=args.max_sequence_length)
+    set_seed(args.seed)
+    lora = LoraConfig(r=16, lora_alpha=16)
+    family.add_roles({"student": lora, "fake": lora}, {}, args.steps_told)
+    models = RunModels(family, args, torch.device("cpu"))
+    step = DistillationStep(Judge(models, resolve_rewards(SPEC), args), args)
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+    student = kind([{"params": models.parameters_of("student"), "weight_decay": args.weight_decay}], **options)
+    critic = critic_optimizer(args, family.roles)
+    assert critic is not None
+    torch.set_rng_state(first.random)
+    step.begin(first.window, 0)
+    for turn in range(args.critic_steps):
+        for loss in step.critic_losses(turn):
+            loss.backward()
+        step.end_critics()
+        critic.step()
+    for position in range(len(first.window)):
+        (step.student_loss(position).loss / len(first.window)).backward()
+    step.end(1)
+    torch.nn.utils.clip_grad_norm_(models.parameters_of("student"), args.max_grad_norm)
+    student.step()
+    return weights_of(family.roles)
+
+
+def weights_of(roles: Any) -> dict[str, Tensor]:
+    return {f"{role}.{name}": p for role in ("student", "fake") for name, p in roles.parameters_of(role).items()}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_loop_of_ones_own_gives_the_trainers_bits(
+    make_trainer: Callable[..., RDMTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int
+) -> None:
+    """From the same seed, prompts and random state, one step ends with the same weights of student and critic."""
+    settings = {"max_steps": 1, "gradient_accumulation_steps": accumulation, "learning_rate": 1e-3}
+    trainer = make_trainer(tmp_path, SPEC, **settings)
+    before = {name: p.detach().clone() for name, p in weights_of(trainer.roles).items()}
+    first = FirstStep(trainer, monkeypatch)
+    trainer.train()
+    assert len(first.window) == accumulation
+    expected, got = weights_of(trainer.roles), step_alone(trainer.args, first)
+    assert expected.keys() == got.keys()
+    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+    for role in ("student", "fake"):
+        assert any(not torch.equal(before[n], p) for n, p in expected.items() if n.startswith(role))

@@ -1,0 +1,109 @@
+"""Runs that are killed or stopped go on, and end as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from rdm_sdk.training import folders
+
+STEPS = 12
+PROGRAM = """
+import sys, time, torch
+torch.set_num_threads(1)
+from rdm_sdk import RDMConfig, RDMTrainer, digits
+args = RDMConfig(
+    output_dir=sys.argv[1], max_steps=int(sys.argv[2]), per_device_train_batch_size=4, num_generations=4,
+    critic_steps=1, max_sequence_length=4, guidance_scale=1.0, num_iterations=2, learning_rate=1e-3, ema_decay=0.9,
+    save_strategy="steps", save_steps=1, save_total_limit=3,
+    logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=True,
+)
+trainer = RDMTrainer(digits.teacher_path(), "dm", args, digits.prompts())
+print("ready", flush=True)
+trainer.train(resume_from_checkpoint="latest")
+print("finished", flush=True)
+"""
+
+
+def start(folder: Path, until: str = "ready") -> subprocess.Popen[str]:
+    """Start the run, or go on with it, and return its process when it has printed a line that begins like this."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(folder), str(STEPS)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(until):
+            return process
+    raise AssertionError(process.stderr.read() if process.stderr else "")
+
+
+def finish(folder: Path) -> None:
+    """Let the run go on to its end."""
+    process = start(folder)
+    _, errors = process.communicate(timeout=250)
+    assert process.returncode == 0, errors
+
+
+def same_end(one: Path, other: Path) -> bool:
+    """Return whether two runs have ended with the same bits: weights, averages and Trainer's history."""
+    first, second = (folder / f"checkpoint-{STEPS}" for folder in (one, other))
+    a, b = (load_file(folder / "rdm_state.safetensors") for folder in (first, second))
+    equal = a.keys() == b.keys() and all(bool((a[name] == b[name]).all()) for name in a)
+    files = ("optimizer.pt", "critic_optimizer.pt", "scheduler.pt")
+    return equal and all((first / name).read_bytes() == (second / name).read_bytes() for name in files)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run that nothing has stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    finish(folder)
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_stopped_run_saves_and_goes_on(uninterrupted: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """It ends between two steps with a whole checkpoint and a line that says how to go on; the end is the same."""
+    process = start(tmp_path, "{'loss'")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGINT), errors
+    newest, skipped = folders.newest_whole(tmp_path)
+    assert newest is not None
+    assert skipped == []
+    assert f"stopped by {number.name} after optimizer step {folders.step_of(newest)}" in errors
+    assert "--resume latest" in errors
+    finish(tmp_path)
+    assert same_end(uninterrupted, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
+def test_twenty_kills(uninterrupted: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """At random moments, writing checkpoints included: every time it goes on, and the end is the same bits."""
+    moments = random.Random(0)
+    stopped = 0
+    while stopped < 20 and not (tmp_path / f"checkpoint-{STEPS}").exists():
+        process = start(tmp_path)
+        time.sleep(moments.uniform(0.0, 1.5))
+        process.send_signal(number)
+        process.communicate(timeout=100)
+        stopped += 1
+        assert folders.newest_whole(tmp_path)[1] == []
+    finish(tmp_path)
+    assert same_end(uninterrupted, tmp_path)
+    assert stopped >= 10
