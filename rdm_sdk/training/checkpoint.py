@@ -25,7 +25,7 @@ from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.training.rollouts import read_rollouts
 from rdm_sdk.training.step import DistillationStep
 
-FORMAT = 3
+FORMAT = 4
 WEIGHTS, STATE = "rdm_state.safetensors", "rdm_state.json"
 TRAINER_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 CRITIC_OPTIMIZER = "critic_optimizer.pt"
@@ -38,6 +38,9 @@ class RunState:
     fingerprint: str
     """Of the base model."""
     rewards: list[str]
+    """Their names, with all options."""
+    routes: list[str]
+    """How each of them acts on the student."""
     adapters: dict[str, str]
     """Role to the LoRA settings that its weights only mean something with."""
     forwards: dict[str, int]
@@ -60,7 +63,8 @@ def capture(step: DistillationStep, fingerprint: str) -> RunState:
     models, roles = step.models, step.models.roles
     return RunState(
         fingerprint=fingerprint,
-        rewards=[own.term.reference + own.route_note for own in step.judge.rewards],
+        rewards=[reward.term.reference for reward in step.judge.rewards],
+        routes=[reward.route for reward in step.judge.rewards],
         adapters={role: roles.describe(role) for role in roles.trainable_roles},
         forwards=dict(roles.forwards),
         costs=dict(step.monitor.spent),
@@ -202,10 +206,10 @@ def _check_same_run(folder: Path, state: RunState, own: RunState, has_ema: bool)
     """Raise `CheckpointError` if the checkpoint is of another run than `own`."""
     if state.fingerprint != own.fingerprint:
         raise CheckpointError(f"checkpoint {str(folder)!r} was made with another base model; pass the same one")
-    if state.rewards != own.rewards:
+    if (state.rewards, state.routes) != (own.rewards, own.routes):
         raise CheckpointError(
-            f"checkpoint {str(folder)!r} was made with the rewards {state.rewards}, this run has {own.rewards}; "
-            "resume with the same ones"
+            f"checkpoint {str(folder)!r} was made with the rewards {state.rewards} by the routes {state.routes}; this "
+            f"run has {own.rewards} by {own.routes}. Resume with the same rewards and reward_route"
         )
     if state.adapters != own.adapters and state.adapters.keys() == own.adapters.keys():
         role = next(role for role in own.adapters if state.adapters[role] != own.adapters[role])

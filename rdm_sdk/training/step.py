@@ -83,7 +83,7 @@ class DistillationStep:
         batches = self.rollouts.critic_samples(turn)
         for samples in batches:
             for own, role in self.judge.critics:
-                with self.judge.aside(own):
+                with self.judge.undisturbed(own):
                     loss = own.reward.training_loss(self.judge.batch(samples, trained=role))
                     yield loss / len(batches)
                 self.monitor.log(f"loss/{own.label}", loss)
@@ -125,7 +125,7 @@ class DistillationStep:
         self._has_field = signal.field is not None
         losses, pulls = self._pathwise(experience, x_0, signal, terms)
         scored = {name: term.advantage for name, term in terms.items() if term.advantage is not None}
-        if scored and self.judge.has(pathwise=False):
+        if scored and self.judge.uses_advantages:
             policy, policy_pulls = self._policy(experience, x_0, signal, scored)
             losses, pulls = losses + policy, pulls | policy_pulls
         self.monitor.pulls(pulls)
