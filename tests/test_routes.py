@@ -139,7 +139,7 @@ def test_a_wrong_exception_is_found_before_a_reward_is_loaded(
 def test_a_class_declares_what_decides_its_route(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reward by its name must not turn out to have no gradient once it is made; an object is what it is."""
     assert routes_of(Unsteady(), "gradient") == {"unsteady": "advantage"}
-    monkeypatch.setattr(registry(), "load", lambda name: Unsteady)
+    monkeypatch.setattr(type(registry()), "load", lambda _, name: Unsteady)
     (planned,) = plan_rewards("legibility")
     with pytest.raises(RewardError, match="declares gradient='autograd' as a class and gradient='none'"):
         planned.make()

@@ -6,45 +6,69 @@ import re
 from collections.abc import Mapping
 from typing import Literal, get_args
 
-from rdm_sdk.errors import ConfigError, RewardError, nearest
+from rdm_sdk.errors import ConfigError, RewardError, nearest, shown
 from rdm_sdk.rewards.base import Capabilities
+from rdm_sdk.rewards.grammar import Parser
+from rdm_sdk.rewards.spec import make_term
 
 Route = Literal["gradient", "advantage", "tilt"]
 """How a reward acts on the student: by its gradient at x_0, by advantages of its scores, or by tilting the teacher."""
 ROUTES: tuple[Route, ...] = get_args(Route)
 
 
+_WORD = re.compile(r"[^\[\]=,\s]+")
+_HINT = "Write a route, with exceptions in brackets if some reward takes another: 'tilt[ink=gradient]'"
+
+
 def parse_route(spec: str) -> tuple[Route, dict[str, Route]]:
     """Return the route of all rewards that are not named, and the routes of those that are.
 
     Raises:
-        ConfigError: it is no such spec, or a route does not exist.
+        ConfigError: it is no such spec, or a route does not exist; the message shows the problem and its column.
     """
-    match = re.fullmatch(r"\s*([^\[\]\s]+)\s*(?:\[(.+)\])?\s*", spec)
-    if match is None:
-        raise ConfigError(
-            f"reward_route={spec!r} cannot be read; write a route, with exceptions in brackets if some reward takes "
-            "another: 'tilt[ink=gradient]'"
-        )
-    route, exceptions = _known(match[1], spec), dict[str, Route]()
-    for item in match[2].split(",") if match[2] else ():
-        name, equals, exception = (part.strip() for part in item.rpartition("="))
-        if not (name and equals):
-            raise ConfigError(f"reward_route={spec!r}: {item.strip()!r} is no exception; write 'name=route'")
-        if name in exceptions:
-            raise ConfigError(f"reward_route={spec!r} names {name!r} twice")
-        exceptions[name] = _known(exception, spec)
+    parser = Parser(spec, "reward_route=", _HINT, ConfigError)
+    route = _route(parser)
+    exceptions: dict[str, Route] = {}
+    if parser.mark("["):
+        while True:
+            name, exception = _exception(parser)
+            if name in exceptions:
+                parser.fail(f"it names {shown(name, 60)} twice")
+            exceptions[name] = exception
+            if parser.mark("]"):
+                break
+            if not parser.mark(","):
+                parser.fail("expected ',' or ']' here")
+    if not parser.at_end():
+        parser.fail("expected the end here" if exceptions else "expected '[' or the end here")
     return route, exceptions
 
 
-def _known(route: str, spec: str) -> Route:
-    for known in ROUTES:
-        if route == known:
-            return known
-    raise ConfigError(
-        f"reward_route={spec!r} cannot be used: there is no route {route!r}.{nearest(route, ROUTES)} There are: "
-        f"{', '.join(ROUTES)}"
-    )
+def _exception(parser: Parser) -> tuple[str, Route]:
+    """Read "name=route"."""
+    parser.skip_space()
+    start = parser.position
+    reference = parser.reference()
+    try:
+        name = make_term(vars(reference)).reference
+    except RewardError as error:
+        parser.fail(str(error), at=start)
+    if not parser.mark("="):
+        parser.fail(f"{shown(name, 60)} is no exception; write 'name=route'")
+    return name, _route(parser)
+
+
+def _route(parser: Parser) -> Route:
+    parser.skip_space()
+    start = parser.position
+    word = parser.take(_WORD)
+    if word is None:
+        parser.fail(f"expected a route here, one of {', '.join(ROUTES)}")
+    found: Route | None = next((known for known in ROUTES if known == word), None)
+    if found is None:
+        offered = f"{nearest(word, ROUTES)} There are: {', '.join(ROUTES)}"
+        parser.fail(f"there is no route {shown(word, 60)}.{offered}", at=start)
+    return found
 
 
 def choose_routes(declared: Mapping[str, Capabilities], spec: str) -> dict[str, Route]:
@@ -64,12 +88,12 @@ def choose_routes(declared: Mapping[str, Capabilities], spec: str) -> dict[str, 
     for name, exception in exceptions.items():
         if name not in declared:
             raise RewardError(
-                f"reward_route={spec!r} names {name!r}, which is not among the rewards."
+                f"reward_route={shown(spec)} names {shown(name, 60)}, which is not among the rewards."
                 f"{nearest(name, declared)} There are: {', '.join(declared)}"
             )
         reason = _objection(declared[name], exception)
         if reason:
-            raise RewardError(f"reward_route={spec!r}: {name!r} {reason}")
+            raise RewardError(f"reward_route={shown(spec)}: {name!r} {reason}")
     return {label: exceptions.get(label) or suitable_route(one, route) for label, one in declared.items()}
 
 
