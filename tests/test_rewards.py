@@ -15,7 +15,9 @@ from rdm_sdk.rewards.resolve import resolve_rewards
 def batch(count: int = 4) -> RewardBatch:
     """Return a batch whose images are its latents, three times."""
     latents = torch.rand(count, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    return RewardBatch(latents, ["a seven"] * count, 2, lambda z: z.expand(-1, 3, -1, -1))
+    return RewardBatch(
+        latents=latents, prompts=["a seven"] * count, group_size=2, decode=lambda z: z.expand(-1, 3, -1, -1)
+    )
 
 
 @pytest.mark.parametrize("kind", ["list", "tensor", "array"])

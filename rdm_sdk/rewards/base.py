@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -93,7 +92,16 @@ class Capabilities:
             raise RewardError(f"Capabilities(range={self.range!r}) cannot be used; it must be (low, high) or None")
 
 
-@dataclass(frozen=True)
+@dataclass
+class _Decoded:
+    """What a batch has decoded so far."""
+
+    images: Tensor | None = None
+    tracked: tuple[Tensor, Tensor] | None = None
+    """Latents that require a gradient, and the images made of them, with their graph."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardBatch:
     """The samples that a reward judges, group-major."""
 
@@ -110,6 +118,7 @@ class RewardBatch:
     """The run's models, for rewards with a field of their own; others may be judged without it, in chunks."""
     weights: Tensor | None = None
     """Importance weights `[N]` of the samples where they come from a rollout of an earlier student; None is all 1."""
+    _decoded: _Decoded = field(default_factory=_Decoded, init=False, repr=False, compare=False)
 
     @classmethod
     def from_images(
@@ -140,35 +149,46 @@ class RewardBatch:
         for name, values in (columns or {}).items():
             if len(values) != len(images):
                 raise RewardError(f"column {name!r} has {len(values)} entries for {len(images)} images")
-        return cls(images.detach(), texts, group_size, lambda pixels: pixels, columns or {})
+        return cls(
+            latents=images.detach(),
+            prompts=texts,
+            group_size=group_size,
+            decode=lambda pixels: pixels,
+            columns=columns or {},
+        )
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    @cached_property
+    @property
     def images(self) -> Tensor:
         """RGB images `[N, 3, H, W]`, float in [0, 1], decoded at first use and once for all rewards."""
-        if "_decoded" in self.__dict__:
-            return self._decoded[1].detach()
-        with torch.no_grad():
-            return self.decode(self.latents)
-
-    @cached_property
-    def _decoded(self) -> tuple[Tensor, Tensor]:
-        latents = self.latents.detach().requires_grad_()
-        with torch.enable_grad():
-            return latents, self.decode(latents)
-
-    def pull_back(self, image_gradient: Tensor) -> Tensor:
-        """Carry a gradient on the images `[N, 3, H, W]` back through the decoder to the latents `[N, *x]`."""
-        latents, images = self._decoded
-        (gradient,) = torch.autograd.grad(images, latents, image_gradient, retain_graph=True)
-        return gradient
+        decoded = self._decoded
+        if decoded.images is None and decoded.tracked is not None:
+            decoded.images = decoded.tracked[1].detach()
+        if decoded.images is None:
+            with torch.no_grad():
+                decoded.images = self.decode(self.latents)
+        return decoded.images
 
     @property
     def tracked_images(self) -> Tensor:
         """The images, decoded so that `pull_back` works; `images` then takes them from here."""
-        return self._decoded[1]
+        return self._tracked()[1]
+
+    def pull_back(self, image_gradient: Tensor) -> Tensor:
+        """Carry a gradient on the images `[N, 3, H, W]` back through the decoder to the latents `[N, *x]`."""
+        latents, images = self._tracked()
+        (gradient,) = torch.autograd.grad(images, latents, image_gradient, retain_graph=True)
+        return gradient
+
+    def _tracked(self) -> tuple[Tensor, Tensor]:
+        """Return latents that require a gradient and the images made of them, decoded once."""
+        if self._decoded.tracked is None:
+            latents = self.latents.detach().requires_grad_()
+            with torch.enable_grad():
+                self._decoded.tracked = latents, self.decode(latents)
+        return self._decoded.tracked
 
     def split(self, size: int) -> Iterator[RewardBatch]:
         """Yield the batch in chunks of `size` samples, without the diffusion context (it knows the whole batch).
@@ -186,7 +206,7 @@ class RewardBatch:
     def with_images(self, images: Tensor) -> RewardBatch:
         """Return the same batch with other images (used to differentiate with respect to them)."""
         batch = replace(self)
-        batch.__dict__["images"] = images
+        batch._decoded.images = images
         return batch
 
     def with_latents(self, latents: Tensor) -> RewardBatch:

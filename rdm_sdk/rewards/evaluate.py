@@ -139,7 +139,7 @@ class _Run:
             return
         waiting = dict(self._left(self.awaited))
         # Copies, because these rewards run at the same time as the others, and a change in place has no culprit then.
-        given = {name: _copied(as_declared(reward, chunk, self.device)) for name, reward in waiting.items()}
+        given = {name: _copied(reward, as_declared(reward, chunk, self.device)) for name, reward in waiting.items()}
         future = asyncio.run_coroutine_threadsafe(_await_all(waiting, given, self.device), _event_loop())
         try:
             self._judge_plain(chunk)
@@ -222,10 +222,10 @@ async def _await_all(
     return dict(zip(rewards, await asyncio.gather(*calls, return_exceptions=True), strict=True))
 
 
-def _copied(given: RewardBatch) -> RewardBatch:
-    images = given.__dict__.get("images")
+def _copied(reward: Reward, given: RewardBatch) -> RewardBatch:
+    """Return the batch with what the reward reads copied, so that a change in place reaches no other reward."""
     copy = given.with_latents(given.latents.clone())
-    return copy if images is None else copy.with_images(images.clone())
+    return copy.with_images(given.images.clone()) if reward.capabilities.space == "pixel" else copy
 
 
 def as_declared(reward: Reward, chunk: RewardBatch, device: torch.device) -> RewardBatch:

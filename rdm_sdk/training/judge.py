@@ -86,22 +86,23 @@ class Judge:
                 blank = models.encode([None] * len(x_t))
                 return models.family.denoiser(models.roles, TEACHER, blank)(x_t, sigma)
 
-        times, critic_times = self.times(steps)
+        (min_time, max_time), critic_times = self.times(steps)
         return DiffusionContext(
-            models.family.schedule,
-            denoiser,
-            *times,
-            settings.num_draws,
-            settings.spread,
-            settings.critic_correction,
-            models.guide if models.guided else None,
-            teacher_pair,
-            models.family.features(models.roles, TEACHER, condition),
-            models.family.encode_images,
-            unprompted,
-            critic_times,
-            steps if settings.steps_told else None,
-            carries_back,
+            schedule=models.family.schedule,
+            denoiser=denoiser,
+            min_time=min_time,
+            max_time=max_time,
+            num_draws=settings.num_draws,
+            spread=settings.spread,
+            critic_correction=settings.critic_correction,
+            guide=models.guide if models.guided else None,
+            denoiser_pair=teacher_pair,
+            features=models.family.features(models.roles, TEACHER, condition),
+            encode_images=models.family.encode_images,
+            unprompted=unprompted,
+            critic_times=critic_times,
+            steps=steps if settings.steps_told else None,
+            carries_back=carries_back,
         )
 
     def times(self, steps: Tensor | None) -> tuple[Times, Times]:
@@ -122,13 +123,13 @@ class Judge:
     def batch(self, samples: Samples, trained: str | None = None) -> RewardBatch:
         """Return samples as rewards see them, with fresh renoising draws; `trained` as in `context`."""
         return RewardBatch(
-            samples.x_0,
-            samples.prompts,
-            self.settings.num_generations,
-            self.models.family.decode,
-            samples.columns,
-            self.context(samples.condition, samples.steps, trained),
-            samples.weights,
+            latents=samples.x_0,
+            prompts=samples.prompts,
+            group_size=self.settings.num_generations,
+            decode=self.models.family.decode,
+            columns=samples.columns,
+            context=self.context(samples.condition, samples.steps, trained),
+            weights=samples.weights,
         )
 
     # ---- What they return ---------------------------------------------------------------------------------------
@@ -183,7 +184,13 @@ class Judge:
         latents = [
             self.models.sample_latents(repeated[start : start + size]) for start in range(0, len(repeated), size)
         ]
-        batch = RewardBatch(torch.cat(latents), repeated, group, self.models.family.decode, entries)
+        batch = RewardBatch(
+            latents=torch.cat(latents),
+            prompts=repeated,
+            group_size=group,
+            decode=self.models.family.decode,
+            columns=entries,
+        )
         with self.models.vae_at_hand():
             return evaluate_rewards(judges, batch, chunk_size=size, gradients_of=(), **self._options).outputs
 
