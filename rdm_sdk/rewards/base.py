@@ -32,15 +32,15 @@ class Capabilities:
     space: Literal["pixel", "latent"] = "pixel"
     """Whether it reads decoded images or latents."""
     gradient: Literal["none", "autograd", "field"] = "none"
-    """"autograd": `score` is differentiable; "field": the reward computes its own gradient in `field`."""
+    """"autograd": `score` is differentiable; "field": the reward computes its gradient itself, in `field`."""
     scope: Literal["sample", "group"] = "sample"
-    """"group": a sample's score depends on the other samples of its prompt, so groups are never torn apart."""
+    """"group": a sample's score depends on the other samples of its prompt, so groups are always judged whole."""
     prompts: bool = False
     """Whether the prompt matters to the score."""
     columns: tuple[str, ...] = ()
     """Columns of the dataset that it cannot do without."""
     head: bool = False
-    """Whether that role is a module of its own, made by `make_head`, and no LoRA adapter."""
+    """Whether the role that it `trains` is a module, made by `make_head`, and no LoRA adapter."""
     range: tuple[float, float] | None = None
     """Bounds of the scores in native units, where there are any (they may be infinite)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -48,7 +48,7 @@ class Capabilities:
     stochastic: bool = False
     """Whether two calls on the same batch may differ."""
     context: bool = False
-    """Whether `score` needs the models of a training run (`batch.context`); one with a field of its own always may."""
+    """Whether `score` needs the models of a training run (`batch.context`); one with `gradient="field"` always may."""
     asynchronous: bool = False
     """Whether it is awaited (`score_async`); such rewards run at the same time as the others."""
     trains: str | None = None
@@ -115,7 +115,7 @@ class RewardBatch:
     columns: Mapping[str, list[object]] = field(default_factory=dict)
     """The dataset's other columns, N entries each."""
     context: DiffusionContext | None = None
-    """The run's models, for rewards with a field of their own; others may be judged without it, in chunks."""
+    """The run's models, for rewards that need them; others may be judged without it, in chunks."""
     weights: Tensor | None = None
     """Importance weights `[N]` of the samples where they come from a rollout of an earlier student; None is all 1."""
     _decoded: _Decoded = field(default_factory=_Decoded, init=False, repr=False, compare=False)
@@ -231,7 +231,7 @@ class RewardConfig(BaseModel):
 
 
 class Reward(ABC):
-    """A reward: higher scores are better, in the reward's own units.
+    """A reward: higher scores are better, in any units.
 
     Subclasses write `score`. One that declares `gradient="autograd"` keeps `score` differentiable with respect to
     `batch.images` (or `batch.latents`, as `space` says); the host does the differentiating, and chunks, devices,
@@ -336,7 +336,7 @@ class Reward(ABC):
 
 
 def check_class(cls: type[Reward]) -> None:
-    """Raise `RewardError` for what a subclass of `Reward` must have and has not."""
+    """Raise `RewardError` for what a subclass of `Reward` must declare or write, and does not."""
     if not isinstance(getattr(cls, "capabilities", None), Capabilities):
         raise RewardError(f"{cls.__name__} must have a class attribute capabilities = Capabilities(...)")
     if not (isinstance(cls.Config, type) and issubclass(cls.Config, RewardConfig)):
