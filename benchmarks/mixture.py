@@ -315,9 +315,8 @@ class Run:
             self.costs["critic_steps"] += 1
         with torch.no_grad():
             output = self.reward.field(self.batch(replay, x_0))
-        (term,) = normalize({"dm": output}, self.cell.group_size, self.cell.normalization, "group").values()
-        assert term.field is not None  # `dm` acts by its gradient
-        weighted = per_sample(replay.weights, term.field) * term.field
+        (field,) = normalize({"dm": output}, self.cell.group_size, self.cell.normalization).values()
+        weighted = per_sample(replay.weights, field) * field
         _update(self.optimizers["student"], pathwise_loss(x_0, weighted))
         self.costs["student_steps"] += 1
 

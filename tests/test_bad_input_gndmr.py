@@ -26,7 +26,7 @@ def brightness(images: Tensor, prompts: list[str]) -> Tensor:
     [
         ({"num_iterations": 0}, "num_iterations=0 .*at least 1"),
         ({"num_iterations": -2}, "num_iterations=-2 .*at least 1"),
-        ({"steps_per_generation": 0}, "steps_per_generation=0 .*at least 1"),
+        ({"reuse_interval": 0}, "reuse_interval=0 .*at least 1"),
         ({"num_iterations": 2, "sampler": "ode"}, "num_iterations=2 .*sampler='ode'.*random sampler"),
         ({"num_iterations": 2, "num_inference_steps": 1}, "num_iterations=2 .*num_inference_steps=1 .*two steps"),
         ({"epsilon": 0.0}, r"epsilon=0\.0 .*positive"),

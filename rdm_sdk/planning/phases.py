@@ -95,7 +95,7 @@ class Step:
         """Return the bytes of the rollouts and conditions that a step keeps, and those that wait to be used again."""
         trajectory = 2 * self.args.num_inference_steps + 1  # states, predictions, and x_0
         condition = bytes_of_all(self.rehearsal.condition(self.count).values())
-        waiting = self.args.steps_per_generation if self.reuses else 0
+        waiting = self.args.reuse_interval if self.reuses else 0
         return (1 + waiting) * self.micro_batches * (trajectory * self._latents + condition)
 
     def _critics(self, held: int) -> Iterator[Phase]:

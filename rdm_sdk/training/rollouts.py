@@ -47,7 +47,7 @@ class Rollouts:
         self.models, self.monitor, self.policy = judge.models, judge.monitor, judge.models.policy
         self.experiences: list[Experience] = []
         """What this optimizer step trains on, one per micro-batch."""
-        self.stored: deque[list[Experience]] = deque(maxlen=settings.steps_per_generation)
+        self.stored: deque[list[Experience]] = deque(maxlen=settings.reuse_interval)
         """What earlier optimizer steps left to be used again."""
         self._window: Window = []
         self._predicted: dict[int, Tensor] = {}

@@ -209,7 +209,7 @@ class RDMTrainer(Trainer):
         groups = self.args.per_device_train_batch_size // self.args.num_generations
         together = groups * self.args.world_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        reuse = self.args.num_iterations, self.args.steps_per_generation
+        reuse = self.args.num_iterations, self.args.reuse_interval
         self._sampler = GroupSampler(len(dataset), self.args.num_generations, together, seed, *reuse)
         return self._sampler
 
