@@ -253,10 +253,25 @@ class Run:
     def batch(self, replay: Replay, x_0: Tensor) -> RewardBatch:
         """Return the latest samples as the `dm` reward sees them, with fresh renoising draws."""
         cell, names = self.cell, [""] * BATCH  # `dm` knows prompts only through its denoisers
-        settings = (MIN_SIGMA, MAX_SIGMA, cell.num_draws, cell.spread, cell.critic_correction)
         denoiser, times = partial(self.denoiser, prompts=replay.prompts), (MIN_SIGMA, MAX_SIGMA)
-        context = DiffusionContext(SCHEDULE, denoiser, *settings, critic_times=times)
-        return RewardBatch(x_0.detach(), names, cell.group_size, lambda x: x, context=context, weights=replay.weights)
+        context = DiffusionContext(
+            schedule=SCHEDULE,
+            denoiser=denoiser,
+            min_time=MIN_SIGMA,
+            max_time=MAX_SIGMA,
+            num_draws=cell.num_draws,
+            spread=cell.spread,
+            critic_correction=cell.critic_correction,
+            critic_times=times,
+        )
+        return RewardBatch(
+            latents=x_0.detach(),
+            prompts=names,
+            group_size=cell.group_size,
+            decode=lambda x: x,
+            context=context,
+            weights=replay.weights,
+        )
 
     def collect(self) -> Replay:
         """Roll the student out; every batch holds the prompts in equal shares, whatever the group size."""
@@ -300,9 +315,8 @@ class Run:
             self.costs["critic_steps"] += 1
         with torch.no_grad():
             output = self.reward.field(self.batch(replay, x_0))
-        (term,) = normalize({"dm": output}, self.cell.group_size, self.cell.normalization, "group").values()
-        assert term.field is not None  # `dm` acts by its gradient
-        weighted = per_sample(replay.weights, term.field) * term.field
+        (field,) = normalize({"dm": output}, self.cell.group_size, self.cell.normalization).values()
+        weighted = per_sample(replay.weights, field) * field
         _update(self.optimizers["student"], pathwise_loss(x_0, weighted))
         self.costs["student_steps"] += 1
 

@@ -28,9 +28,13 @@ UNNAMED: dict[str, Any] = {
     "adam_beta1": 0.9,
     "adam_beta2": 0.999,
     "ema_decay": 0.0,
+    "multi_objective_aggregation": "normalize_then_sum",
 }
 """What all cells share as well and no name says: there was no choice, or it was the default, when they were run. Since
 then critics learn at all noise levels and from all steps of shared rollouts, so the runs cannot be repeated exactly."""
+
+RENAMED = {"steps_per_generation": "reuse_interval"}
+"""Settings that had another name when the cells were named, to their name today."""
 
 LORA_TARGETS = (
     r".*\.(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)|ff\.net\.0\.proj|ff\.net\.2)"
@@ -69,7 +73,8 @@ class Cell:
 
     def config(self) -> dict[str, Any]:
         """Return the settings of `RDMConfig` that make up the cell."""
-        return self._named() | {key: value for key, value in UNNAMED.items() if key not in self.settings}
+        named = {RENAMED.get(key, key): value for key, value in self._named().items()}
+        return named | {key: value for key, value in UNNAMED.items() if key not in self.settings}
 
     def _named(self) -> dict[str, Any]:
         own = {key: value for key, value in preset(self.preset).items() if key not in UNNAMED}

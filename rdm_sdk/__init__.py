@@ -27,7 +27,6 @@ _PUBLIC = {
     "ModelFamily": "rdm_sdk.families.base",
     "FlowFamily": "rdm_sdk.families.flow",
     "DDPMFamily": "rdm_sdk.families.ddpm",
-    "Scored": "rdm_sdk.rewards.scored",
     "Weighting": "rdm_sdk.training.weighting",
     "RewardStatistics": "rdm_sdk.training.weighting",
     "preset": "rdm_sdk.training.presets",
@@ -67,7 +66,6 @@ __all__ = [  # noqa: RUF022 - in the order of _PUBLIC
     "ModelFamily",
     "FlowFamily",
     "DDPMFamily",
-    "Scored",
     "Weighting",
     "RewardStatistics",
     "preset",
@@ -128,7 +126,6 @@ if TYPE_CHECKING:
     from rdm_sdk.rewards.base import Reward as Reward
     from rdm_sdk.rewards.base import RewardBatch as RewardBatch
     from rdm_sdk.rewards.base import RewardConfig as RewardConfig
-    from rdm_sdk.rewards.scored import Scored as Scored
     from rdm_sdk.rewards.scoring import score_images as score_images
     from rdm_sdk.rewards.spec import RewardTerm as RewardTerm
     from rdm_sdk.rewards.spec import parse_spec as parse_spec

@@ -5,6 +5,7 @@ Samples are group-major: the `group_size` samples of one prompt are adjacent.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -14,6 +15,12 @@ from rdm_sdk.method.noise import per_sample
 
 Normalization = Literal["group", "sample", "batch", "rms"]
 ScoreScale = Literal["group", "batch", "none"]
+EPS = 1e-4
+"""What is added to a standard deviation before it divides scores, as in TRL."""
+
+
+def _alone(sums: Tensor) -> Tensor:
+    return sums
 
 
 def _grouped(values: Tensor, group_size: int) -> Tensor:
@@ -27,12 +34,25 @@ def _grouped(values: Tensor, group_size: int) -> Tensor:
     return values.reshape(-1, group_size)
 
 
-def group_advantage(scores: Tensor, group_size: int, scale: ScoreScale = "group", eps: float = 1e-6) -> Tensor:
+def group_advantage(
+    scores: Tensor,
+    group_size: int,
+    scale: ScoreScale = "group",
+    eps: float = EPS,
+    total: Callable[[Tensor], Tensor] = _alone,
+) -> Tensor:
     """Turn scores `[N]` into advantages `[N]`: minus the group mean, over a standard deviation.
 
     A_i = (r_i - mean_group) / (std + eps), with `scale` naming whose standard deviation: the group's (GRPO, arXiv
-    2402.03300), the whole batch's (around group means), or none. NaN scores are left out of the statistics and get
-    advantage 0, as does every sample of a constant group.
+    2402.03300), that of all scores (arXiv 2508.08221), or none. NaN scores are left out of the statistics and get
+    advantage 0, as does every sample of a constant group. TRL's `GRPOTrainer` computes the same.
+
+    Args:
+        scores: float `[N]`, group-major.
+        group_size: samples per group.
+        scale: whose standard deviation.
+        eps: added to it.
+        total: adds a tensor up over the processes of a run; "batch" is over all of them.
 
     Raises:
         ValueError: `scores` is not `[N]`, or N is not a multiple of `group_size`.
@@ -49,10 +69,23 @@ def group_advantage(scores: Tensor, group_size: int, scale: ScoreScale = "group"
     if scale == "group":
         deviation = (centered.square().sum(1, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
     elif scale == "batch":
-        deviation = (centered.square().sum() / (valid.sum() - 1).clamp_min(1)).sqrt()
+        _, deviation = moments(scores, total)
     else:
         return centered.float().flatten()
     return (centered / (deviation + eps)).float().flatten()
+
+
+def moments(values: Tensor, total: Callable[[Tensor], Tensor] = _alone) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation (unbiased) of the values that are not NaN, float64 scalars; 0 of none.
+
+    `total` adds a tensor up over the processes of a run, each of which has values of its share.
+    """
+    valid = ~values.isnan()
+    present = values.double().masked_fill(~valid, 0.0)
+    count, summed = total(torch.stack([valid.sum().double(), present.sum()]))
+    mean = summed / count.clamp_min(1)
+    squares = total((present - mean).masked_fill(~valid, 0.0).square().sum())
+    return mean, (squares / (count - 1).clamp_min(1)).sqrt()
 
 
 def group_scale(magnitudes: Tensor, group_size: int, normalization: Normalization = "group") -> Tensor:

@@ -1,60 +1,35 @@
-"""From reward outputs to the student's loss: group statistics, weights and the two routes."""
+"""From reward outputs to the student's loss: group statistics, weights, and the losses of the two kinds of signals."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rdm_sdk.method.groups import Normalization, ScoreScale, group_advantage, scale_field
+from rdm_sdk.method.groups import EPS, Normalization, ScoreScale, group_advantage, moments, scale_field
 from rdm_sdk.method.importance import clip_fraction
 from rdm_sdk.method.losses import clipped_surrogate
 from rdm_sdk.method.noise import per_sample
 from rdm_sdk.types import RewardOutput
 
-Aggregation = Literal["normalize_then_sum", "sum_then_normalize"]
+Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 
 
-@dataclass(frozen=True)
-class Term:
-    """What one reward says, in units that compare with the others' and before any weight; one of the two is None."""
-
-    field: Tensor | None = None
-    """The direction in which it wants each x_0 to move, `[N, *x]`, divided by its group statistic."""
-    advantage: Tensor | None = None
-    """How much better than its group each trajectory was, `[N]`."""
-    missing: Tensor | None = None
-    """Which trajectories have no score, bool `[N]`; their advantage is 0. None is none of them."""
+# ---- Fields ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Signal:
-    """What all rewards together tell the student; a part is None where no reward takes that route."""
+def normalize(outputs: Mapping[str, RewardOutput], group_size: int, normalization: Normalization) -> dict[str, Tensor]:
+    """Return the field `[N, *x]` of every reward with a gradient, in comparable units.
 
-    field: Tensor | None
-    """The direction in which each x_0 should move, `[N, *x]`."""
-    advantage: Tensor | None
-    """How much better than its group each trajectory was, `[N]`."""
-
-
-def normalize(
-    outputs: Mapping[str, RewardOutput],
-    group_size: int,
-    normalization: Normalization,
-    scale_rewards: ScoreScale,
-    aggregation: Aggregation = "normalize_then_sum",
-) -> dict[str, Term]:
-    """Put every reward in comparable units (GNDM, arXiv 2603.28460, our reading).
-
-    A gradient is divided by a statistic of the reward's own magnitudes (for distribution matching and tilts DMD2's mean
-    |x_0 - D_real|, otherwise mean |gradient|), at the latents. A sample's own |gradient| is never that statistic: it
-    would blow up what a satisfied reward has left to say, so "sample" means "group" for rewards without magnitudes.
-    Scores become group advantages; for "sum_then_normalize" they are only centered here, and scaled after their sum.
+    It is the direction in which the reward wants each x_0 to move (GNDM, arXiv 2603.28460, our reading): its gradient,
+    divided by a statistic of the reward's magnitudes at the latents (for distribution matching and tilts DMD2's mean
+    |x_0 - D_real|, otherwise mean |gradient|). A sample's |gradient| by itself is never that statistic: it would blow
+    up what a satisfied reward has left to teach, so "sample" means "group" for rewards without magnitudes.
     """
-    terms = {}
+    fields = {}
     for name, output in outputs.items():
         if output.gradient is not None:
             magnitude, statistic = output.magnitude, normalization
@@ -62,48 +37,78 @@ def normalize(
                 magnitude = output.gradient.abs().flatten(1).mean(1)
                 statistic = "group" if normalization == "sample" else normalization
             magnitude = magnitude.masked_fill(output.scores.isnan(), torch.nan)  # not applicable: in no statistic
-            terms[name] = Term(field=scale_field(output.gradient, magnitude, group_size, statistic))
-        else:
-            scale = scale_rewards if aggregation == "normalize_then_sum" else "none"
-            advantage = group_advantage(output.scores, group_size, scale)
-            terms[name] = Term(advantage=advantage, missing=output.scores.isnan())
-    return terms
+            fields[name] = scale_field(output.gradient, magnitude, group_size, statistic)
+    return fields
 
 
-def combine(terms: Mapping[str, Term], weights: Mapping[str, float], group_size: int, scale: ScoreScale) -> Signal:
-    """Add the terms up by their weights: g = sum_k lambda_k g_k and A = sum_k lambda_k A_k.
-
-    The sum of several advantages is normalized again, by `scale`, and given the size of the weights' sum, so that
-    rewards that contradict each other do not fade and the weights still compare with those of gradients.
-    """
-    field: Tensor | None = None
-    advantages, missing = [], []
-    total = 0.0
-    for name, term in terms.items():
+def combine(fields: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor | None:
+    """Return g = sum_k lambda_k g_k `[N, *x]`, or None if no field has a weight."""
+    total: Tensor | None = None
+    for name, field in fields.items():
         weight = weights[name]
-        if weight == 0:
-            continue
-        if term.field is not None:
-            part = term.field if weight == 1 else weight * term.field
-            field = part if field is None else field + part
-        elif term.advantage is not None:
-            advantages.append(weight * term.advantage)
-            missing.append(
-                term.missing if term.missing is not None else torch.zeros_like(term.advantage, dtype=torch.bool)
-            )
-            total += abs(weight)
-    if not advantages:
-        return Signal(field, None)
-    advantage = torch.stack(advantages).sum(0)
-    if scale == "none":
-        return Signal(field, advantage)
-    advantage = advantage.masked_fill(torch.stack(missing).all(0), torch.nan)  # in no statistic
-    return Signal(field, total * group_advantage(advantage, group_size, scale))
+        if weight != 0:
+            part = field if weight == 1 else weight * field
+            total = part if total is None else total + part
+    return total
+
+
+# ---- Scores ---------------------------------------------------------------------------------------------------------
+
+
+def _alone(sums: Tensor) -> Tensor:
+    return sums
+
+
+def aggregate(
+    scores: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    group_size: int,
+    scale: ScoreScale,
+    aggregation: Aggregation,
+    total: Callable[[Tensor], Tensor] = _alone,
+) -> Tensor | None:
+    """Return the advantages `[N]` of several rewards' scores `[N]`, or None if none of them has a weight.
+
+    With L = sum_k |lambda_k|, they are L times what TRL's `GRPOTrainer` makes of scores with weights lambda_k / L:
+
+    - "sum_then_normalize": the group advantages of the weighted sum of scores, in their native units; `scale` names
+      the deviation that divides them.
+    - "normalize_then_sum" (GDPO, arXiv 2601.05242): the weighted sum of each reward's group advantages, minus the mean
+      of all such sums and over their deviation; `scale` plays no part.
+
+    TRL has no other loss beside it, so it leaves the size of the weights out. The factor L puts it back: a reward
+    alone has lambda times the advantages that it has at weight 1, and weights compare with those of fields.
+
+    Args:
+        scores: name to scores `[N]`, group-major; NaN where a reward does not apply.
+        weights: name to lambda.
+        group_size: samples per group.
+        scale: whose standard deviation.
+        aggregation: the order.
+        total: adds a tensor up over the processes of a run; statistics of the batch are over all of them.
+    """
+    counting = {name: weights[name] for name in scores if weights[name]}
+    if not counting:
+        return None
+    size = sum(abs(weight) for weight in counting.values())
+    if aggregation == "sum_then_normalize":
+        parts = {name: scores[name].double() for name in counting}
+    else:
+        parts = {
+            name: group_advantage(scores[name], group_size).double().masked_fill(scores[name].isnan(), torch.nan)
+            for name in counting
+        }
+    stacked = torch.stack([counting[name] / size * part for name, part in parts.items()])
+    summed = stacked.nansum(0).masked_fill(stacked.isnan().all(0), torch.nan)
+    if aggregation == "sum_then_normalize":
+        return size * group_advantage(summed, group_size, scale, total=total)
+    mean, deviation = moments(summed, total)
+    return size * ((summed - mean) / (deviation + EPS)).nan_to_num(0.0).float()
 
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """The surrogate of the scored route."""
+    """The surrogate of rewards that act by their scores."""
 
     loss: Tensor
     """Scalar."""
@@ -130,7 +135,7 @@ def policy_loss(
 
 
 def policy_pull(log_ratios: Tensor, x_0: Tensor, advantages: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return per scored reward the mean |A_i d log pi_i / d x_0,i| over the transitions: its pull, as a field's.
+    """Return per reward the mean |A_i d log pi_i / d x_0,i| over the transitions: its pull, as a field's.
 
     Args:
         log_ratios: summed over dimensions, `[n]`, differentiable in `x_0`.

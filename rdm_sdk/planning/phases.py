@@ -11,7 +11,7 @@ from transformers.training_args import OptimizerNames
 from rdm_sdk.families.roles import STUDENT, TEACHER
 from rdm_sdk.planning.footprint import bytes_of_all
 from rdm_sdk.planning.rehearsal import Rehearsal, Tape
-from rdm_sdk.rewards.resolve import WeightedReward, carried_back
+from rdm_sdk.rewards.resolve import RunReward, carried_back
 from rdm_sdk.training.config import RDMConfig
 
 FLOAT32 = 4
@@ -46,7 +46,7 @@ class Step:
         rewards: the run's rewards, made or declared.
     """
 
-    def __init__(self, rehearsal: Rehearsal, args: RDMConfig, rewards: Sequence[WeightedReward]) -> None:
+    def __init__(self, rehearsal: Rehearsal, args: RDMConfig, rewards: Sequence[RunReward]) -> None:
         self.rehearsal, self.args = rehearsal, args
         self.count = args.per_device_train_batch_size
         roles = rehearsal.family.roles
@@ -54,8 +54,8 @@ class Step:
         self.heads = list(roles.heads)
         self.reuses = args.num_iterations > 1
         self.micro_batches = args.gradient_accumulation_steps
-        scores_teach = any(own.weight and not own.pathwise for own in rewards)
-        self.early = [own for own in rewards if scores_teach and not own.pathwise]
+        scores_teach = any(own.weight and own.route == "advantage" for own in rewards)
+        self.early = [own for own in rewards if scores_teach and own.route == "advantage"]
         """Rewards that score finished trajectories, before there is a graph."""
         self.late = [own for own in rewards if own not in self.early]
         """Rewards that judge while the student's graph waits for them."""
@@ -78,7 +78,7 @@ class Step:
         gradients = self._gradients(STUDENT) if self.micro_batches > 1 else 0
         yield from self._judging(self.late, held + tape.kept, gradients)
         # What rewards have said by then: a gradient each, the same divided by its statistic, their sum twice.
-        said = 2 * (sum(own.pathwise for own in self.late) + 1) * self._latents
+        said = 2 * (sum(own.route != "advantage" for own in self.late) + 1) * self._latents
         yield from self._trained("the student", STUDENT, held + said, gradients)
         yield Phase("the optimizer's step", held + self._scratch(STUDENT), self._gradients(STUDENT))
 
@@ -95,7 +95,7 @@ class Step:
         """Return the bytes of the rollouts and conditions that a step keeps, and those that wait to be used again."""
         trajectory = 2 * self.args.num_inference_steps + 1  # states, predictions, and x_0
         condition = bytes_of_all(self.rehearsal.condition(self.count).values())
-        waiting = self.args.steps_per_generation if self.reuses else 0
+        waiting = self.args.reuse_interval if self.reuses else 0
         return (1 + waiting) * self.micro_batches * (trajectory * self._latents + condition)
 
     def _critics(self, held: int) -> Iterator[Phase]:
@@ -123,7 +123,7 @@ class Step:
     def _tape(self, role: str) -> Tape:
         return self.rehearsal.train(role, self.count, self._checkpointing, self.micro_batches > 1)
 
-    def _judging(self, rewards: Sequence[WeightedReward], held: int, gradients: int) -> Iterator[Phase]:
+    def _judging(self, rewards: Sequence[RunReward], held: int, gradients: int) -> Iterator[Phase]:
         """Yield how rewards judge: first those that ask the networks, then those that look at images."""
         carried = carried_back(rewards)
         if carried:  # the teacher's graph waits until all have judged, one per renoising draw
@@ -131,9 +131,9 @@ class Step:
             waiting = (self.args.num_draws - 1) * teacher.kept
             yield Phase("the teacher's pass, whose graph is kept", held + waiting + teacher.forward, gradients)
             held += self.args.num_draws * teacher.kept
-        asking = [own for own in rewards if own.reward.capabilities.needs_models]
+        asking = [own for own in rewards if own.capabilities.needs_models]
         for own in asking:
-            trains = own.reward.capabilities.trains
+            trains = own.capabilities.trains
             if trains in self.heads:
                 peak = self.rehearsal.features(self.count, self._checkpointing)
             # A reward without a critic contrasts the teacher with and without the prompt; if another reward has asked
@@ -145,9 +145,9 @@ class Step:
             if trains in self.critics:
                 peak = max(peak, self.rehearsal.predict(str(trains), self.count))
             yield Phase(f"the reward {own.label!r} asks the networks", held + peak, gradients, rewards=True)
-        looking = [own for own in rewards if own not in asking and own.reward.capabilities.space == "pixel"]
+        looking = [own for own in rewards if own not in asking and own.capabilities.space == "pixel"]
         if looking:
-            differentiated = any(own.weight and own.has_gradient for own in looking)
+            differentiated = any(own.weight and own.differentiated for own in looking)
             yield Phase(
                 f"images are decoded {'and differentiated ' if differentiated else ''}for "
                 f"{', '.join(repr(own.label) for own in looking)}",
@@ -160,10 +160,10 @@ class Step:
             backward = held - teacher.kept + teacher.backward
             yield Phase("rewards' gradients are carried back through the teacher", backward, gradients)
 
-    def _chunk(self, rewards: Sequence[WeightedReward]) -> int:
+    def _chunk(self, rewards: Sequence[RunReward]) -> int:
         """Return how many samples are judged at a time, as `evaluate_rewards` does it."""
         size = min(self.args.reward_batch_size or self.count, self.count)
-        if any(own.reward.capabilities.scope == "group" for own in rewards):
+        if any(own.capabilities.scope == "group" for own in rewards):
             size = -(-size // self.args.num_generations) * self.args.num_generations
         return size
 

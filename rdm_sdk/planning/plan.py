@@ -24,10 +24,7 @@ from rdm_sdk.planning.blueprint import blueprint
 from rdm_sdk.planning.footprint import bytes_of, bytes_of_all, count_of
 from rdm_sdk.planning.phases import Phase, Step
 from rdm_sdk.planning.rehearsal import Rehearsal
-from rdm_sdk.rewards.base import Reward
-from rdm_sdk.rewards.resolve import RewardFuncs, WeightedReward, declare_rewards
-from rdm_sdk.rewards.routes import routed
-from rdm_sdk.rewards.scored import Scored
+from rdm_sdk.rewards.resolve import PlannedReward, RewardFuncs, plan_rewards
 from rdm_sdk.training.config import RDMConfig
 from rdm_sdk.training.judge import reward_heads
 from rdm_sdk.training.validation import role_configs
@@ -129,7 +126,7 @@ class Planner:
         fake_peft_config: LoraConfig | None = None,
     ) -> MemoryPlan:
         """Return what a run takes; see `plan_memory`."""
-        rewards = routed(declare_rewards(reward_funcs, args.reward_weights), args.reward_route)
+        rewards = plan_rewards(reward_funcs, args.reward_weights, args.reward_route)
         configs = role_configs(args, rewards, peft_config, fake_peft_config)
         draft = self._draft(args, configs, rewards)
         step = Step(draft.rehearsal(args), args, rewards)
@@ -137,10 +134,10 @@ class Planner:
         return max((parts.at(phase) for phase in step.phases()), key=lambda plan: plan.total)
 
     def _draft(
-        self, args: RDMConfig, configs: Mapping[str, LoraConfig | None], rewards: Sequence[WeightedReward]
+        self, args: RDMConfig, configs: Mapping[str, LoraConfig | None], rewards: Sequence[PlannedReward]
     ) -> _Draft:
         """Return the model with a run's roles, as it was made before if it was."""
-        heads = [str(own.term) for own in rewards if own.reward.capabilities.head]
+        heads = [str(own.term) for own in rewards if own.capabilities.head]
         described = {
             role: config and describe_lora(config) + str(config.target_modules) for role, config in configs.items()
         }
@@ -159,7 +156,7 @@ class _Draft:
         self,
         family: ModelFamily,
         configs: Mapping[str, LoraConfig | None],
-        rewards: Sequence[WeightedReward],
+        rewards: Sequence[PlannedReward],
         steps_told: int,
     ) -> None:
         self.family = family
@@ -167,7 +164,11 @@ class _Draft:
         # Before the adapters come, whose layers are linear ones too and are not quantized.
         self.base_bytes = {bits: quantized_bytes(family.backbone, bits) for bits in ("none", "8bit", "4bit")}
         with torch.device("meta"):
-            family.add_roles(configs, dict(reward_heads(rewards, family, steps_told)), steps_told)
+            family.add_roles(
+                configs,
+                dict(reward_heads([own.make() for own in rewards if own.capabilities.head], family, steps_told)),
+                steps_told,
+            )
         self._rehearsals: dict[object, Rehearsal] = {}
 
     def rehearsal(self, args: RDMConfig) -> Rehearsal:
@@ -181,7 +182,7 @@ class _Draft:
 class Parts:
     """The rows of a plan."""
 
-    def __init__(self, draft: _Draft, args: RDMConfig, rewards: Sequence[WeightedReward]) -> None:
+    def __init__(self, draft: _Draft, args: RDMConfig, rewards: Sequence[PlannedReward]) -> None:
         self.draft, self.family, self.args, self.rewards = draft, draft.family, args, rewards
 
     def at(self, phase: Phase) -> MemoryPlan:
@@ -238,10 +239,10 @@ class Parts:
     def _judges(self, phase: Phase) -> Iterator[Row]:
         """Yield the rewards that have models of their own, or may have."""
         for own in self.rewards:
-            count, size = reward_size(own.reward)
+            count, size = reward_size(own)
             if count == 0:
                 continue
-            notes = ["how large it is, it does not say"] if count is None else [_dtype_of(own.reward)]
+            notes = ["how large it is, it does not say"] if count is None else [_dtype_of(own)]
             if own.term.options.get("path") is not None and count is not None:
                 notes.append("if what is at its path is as large as the published model")
             elsewhere = self.args.reward_device is not None
@@ -305,23 +306,21 @@ def optimizer_bytes(name: str, parameters: Sequence[Tensor]) -> int | None:
     return total
 
 
-def reward_size(reward: Reward) -> tuple[int | None, int | None]:
+def reward_size(reward: PlannedReward) -> tuple[int | None, int | None]:
     """Return how many parameters a reward's models hold, and how many bytes they take; None is unknown.
 
     A reward that was made is counted, one that is only declared says it (`Capabilities.parameters`).
     """
-    own = reward.wrapped if isinstance(reward, Scored) else reward
-    modules = [value for value in vars(own).values() if isinstance(value, nn.Module)]
+    modules = [value for value in vars(reward.given).values() if isinstance(value, nn.Module)] if reward.given else []
     if modules:
         return count_of(*modules), bytes_of(*modules)
-    count = own.capabilities.parameters
-    return count, None if count is None else count * getattr(torch, _dtype_of(own)).itemsize
+    count = reward.capabilities.parameters
+    return count, None if count is None else count * getattr(torch, _dtype_of(reward)).itemsize
 
 
-def _dtype_of(reward: Reward) -> str:
+def _dtype_of(reward: PlannedReward) -> str:
     """Return the dtype that a reward's weights are loaded in: rewards with pretrained models have an option for it."""
-    own = reward.wrapped if isinstance(reward, Scored) else reward
-    return str(getattr(own.config, "dtype", "float32"))
+    return str(getattr(reward.config, "dtype", "float32"))
 
 
 def _short(count: int | None) -> str:

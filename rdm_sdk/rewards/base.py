@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -33,15 +32,15 @@ class Capabilities:
     space: Literal["pixel", "latent"] = "pixel"
     """Whether it reads decoded images or latents."""
     gradient: Literal["none", "autograd", "field"] = "none"
-    """"autograd": `score` is differentiable; "field": the reward computes its own gradient in `field`."""
+    """"autograd": `score` is differentiable; "field": the reward computes its gradient itself, in `field`."""
     scope: Literal["sample", "group"] = "sample"
-    """"group": a sample's score depends on the other samples of its prompt, so groups are never torn apart."""
+    """"group": a sample's score depends on the other samples of its prompt, so groups are always judged whole."""
     prompts: bool = False
     """Whether the prompt matters to the score."""
     columns: tuple[str, ...] = ()
     """Columns of the dataset that it cannot do without."""
     head: bool = False
-    """Whether that role is a module of its own, made by `make_head`, and no LoRA adapter."""
+    """Whether the role that it `trains` is a module, made by `make_head`, and no LoRA adapter."""
     range: tuple[float, float] | None = None
     """Bounds of the scores in native units, where there are any (they may be infinite)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -49,7 +48,7 @@ class Capabilities:
     stochastic: bool = False
     """Whether two calls on the same batch may differ."""
     context: bool = False
-    """Whether `score` needs the models of a training run (`batch.context`); one with a field of its own always may."""
+    """Whether `score` needs the models of a training run (`batch.context`); one with `gradient="field"` always may."""
     asynchronous: bool = False
     """Whether it is awaited (`score_async`); such rewards run at the same time as the others."""
     trains: str | None = None
@@ -93,7 +92,16 @@ class Capabilities:
             raise RewardError(f"Capabilities(range={self.range!r}) cannot be used; it must be (low, high) or None")
 
 
-@dataclass(frozen=True)
+@dataclass
+class _Decoded:
+    """What a batch has decoded so far."""
+
+    images: Tensor | None = None
+    tracked: tuple[Tensor, Tensor] | None = None
+    """Latents that require a gradient, and the images made of them, with their graph."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardBatch:
     """The samples that a reward judges, group-major."""
 
@@ -107,9 +115,10 @@ class RewardBatch:
     columns: Mapping[str, list[object]] = field(default_factory=dict)
     """The dataset's other columns, N entries each."""
     context: DiffusionContext | None = None
-    """The run's models, for rewards with a field of their own; others may be judged without it, in chunks."""
+    """The run's models, for rewards that need them; others may be judged without it, in chunks."""
     weights: Tensor | None = None
     """Importance weights `[N]` of the samples where they come from a rollout of an earlier student; None is all 1."""
+    _decoded: _Decoded = field(default_factory=_Decoded, init=False, repr=False, compare=False)
 
     @classmethod
     def from_images(
@@ -140,35 +149,46 @@ class RewardBatch:
         for name, values in (columns or {}).items():
             if len(values) != len(images):
                 raise RewardError(f"column {name!r} has {len(values)} entries for {len(images)} images")
-        return cls(images.detach(), texts, group_size, lambda pixels: pixels, columns or {})
+        return cls(
+            latents=images.detach(),
+            prompts=texts,
+            group_size=group_size,
+            decode=lambda pixels: pixels,
+            columns=columns or {},
+        )
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    @cached_property
+    @property
     def images(self) -> Tensor:
         """RGB images `[N, 3, H, W]`, float in [0, 1], decoded at first use and once for all rewards."""
-        if "_decoded" in self.__dict__:
-            return self._decoded[1].detach()
-        with torch.no_grad():
-            return self.decode(self.latents)
-
-    @cached_property
-    def _decoded(self) -> tuple[Tensor, Tensor]:
-        latents = self.latents.detach().requires_grad_()
-        with torch.enable_grad():
-            return latents, self.decode(latents)
-
-    def pull_back(self, image_gradient: Tensor) -> Tensor:
-        """Carry a gradient on the images `[N, 3, H, W]` back through the decoder to the latents `[N, *x]`."""
-        latents, images = self._decoded
-        (gradient,) = torch.autograd.grad(images, latents, image_gradient, retain_graph=True)
-        return gradient
+        decoded = self._decoded
+        if decoded.images is None and decoded.tracked is not None:
+            decoded.images = decoded.tracked[1].detach()
+        if decoded.images is None:
+            with torch.no_grad():
+                decoded.images = self.decode(self.latents)
+        return decoded.images
 
     @property
     def tracked_images(self) -> Tensor:
         """The images, decoded so that `pull_back` works; `images` then takes them from here."""
-        return self._decoded[1]
+        return self._tracked()[1]
+
+    def pull_back(self, image_gradient: Tensor) -> Tensor:
+        """Carry a gradient on the images `[N, 3, H, W]` back through the decoder to the latents `[N, *x]`."""
+        latents, images = self._tracked()
+        (gradient,) = torch.autograd.grad(images, latents, image_gradient, retain_graph=True)
+        return gradient
+
+    def _tracked(self) -> tuple[Tensor, Tensor]:
+        """Return latents that require a gradient and the images made of them, decoded once."""
+        if self._decoded.tracked is None:
+            latents = self.latents.detach().requires_grad_()
+            with torch.enable_grad():
+                self._decoded.tracked = latents, self.decode(latents)
+        return self._decoded.tracked
 
     def split(self, size: int) -> Iterator[RewardBatch]:
         """Yield the batch in chunks of `size` samples, without the diffusion context (it knows the whole batch).
@@ -186,7 +206,7 @@ class RewardBatch:
     def with_images(self, images: Tensor) -> RewardBatch:
         """Return the same batch with other images (used to differentiate with respect to them)."""
         batch = replace(self)
-        batch.__dict__["images"] = images
+        batch._decoded.images = images
         return batch
 
     def with_latents(self, latents: Tensor) -> RewardBatch:
@@ -211,7 +231,7 @@ class RewardConfig(BaseModel):
 
 
 class Reward(ABC):
-    """A reward: higher scores are better, in the reward's own units.
+    """A reward: higher scores are better, in any units.
 
     Subclasses write `score`. One that declares `gradient="autograd"` keeps `score` differentiable with respect to
     `batch.images` (or `batch.latents`, as `space` says); the host does the differentiating, and chunks, devices,
@@ -316,7 +336,7 @@ class Reward(ABC):
 
 
 def check_class(cls: type[Reward]) -> None:
-    """Raise `RewardError` for what a subclass of `Reward` must have and has not."""
+    """Raise `RewardError` for what a subclass of `Reward` must declare or write, and does not."""
     if not isinstance(getattr(cls, "capabilities", None), Capabilities):
         raise RewardError(f"{cls.__name__} must have a class attribute capabilities = Capabilities(...)")
     if not (isinstance(cls.Config, type) and issubclass(cls.Config, RewardConfig)):

@@ -32,7 +32,7 @@ def _no_encoder(images: Tensor) -> Tensor:
     raise RewardError("this batch has no model that could encode images")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DiffusionContext:
     """The run's models for the prompts of one batch."""
 
@@ -67,7 +67,7 @@ class DiffusionContext:
     """The student's step that made each sample, int64 `[N]`, where critics are told it; None where they are not."""
     carries_back: bool = False
     """Whether the teacher's predictions keep their graph, so that `Renoised.carry_back` works."""
-    _drawn: list[tuple[Tensor, list[Renoised]]] = field(default_factory=list, repr=False, compare=False)
+    _drawn: list[tuple[Tensor, list[Renoised]]] = field(default_factory=list, init=False, repr=False, compare=False)
     """The latest samples that draws were made for, with these draws."""
 
     def draw_sigma(self, count: int, group_size: int, device: torch.device) -> Tensor:
@@ -95,8 +95,8 @@ class DiffusionContext:
         """
         if not self._drawn or self._drawn[0][0] is not x_0:
             sigmas = [self.draw_sigma(len(x_0), group_size, x_0.device) for _ in range(self.num_draws)]
-            # Without draws of its own: a cycle would keep the teacher's graph until some garbage collection.
-            context = replace(self, _drawn=[])
+            # A copy, which keeps no draws: a cycle would keep the teacher's graph until some garbage collection.
+            context = replace(self)
             self._drawn[:] = [(x_0, [Renoised(context, self.add_noise(x_0, sigma), sigma) for sigma in sigmas])]
         return self._drawn[0][1]
 
@@ -111,15 +111,16 @@ class Renoised:
         """`[N]`."""
         self._context = context
         self._seen = x_t.detach().requires_grad_() if context.carries_back else x_t  # by the teacher
-        self._said: dict[str, Tensor] = {}
+        self._predicted: dict[str, Tensor] = {}
+        """Role to its prediction of x_0; the teacher's is that with the prompt, not guided where `guide` does it."""
+        self._unprompted: Tensor | None = None
+        """The teacher's prediction without the prompt."""
 
     def x_0(self, role: str) -> Tensor:
         """Return a role's prediction of x_0 `[N, *x]`, detached; the teacher's is guided as the run says."""
         if role == TEACHER:
             return self._teacher().detach()
-        if role not in self._said:
-            self._said[role] = self._context.denoiser(role)(self.x_t, self.sigma)
-        return self._said[role]
+        return self._predict(role, self.x_t)
 
     def teacher_pair(self) -> tuple[Tensor, Tensor]:
         """Return the teacher's x_0 with and without the prompt, each `[N, *x]`, detached."""
@@ -141,24 +142,28 @@ class Renoised:
         (pulled,) = torch.autograd.grad(predicted, self._seen, vector, retain_graph=True)
         return posterior_covariance(self._context.schedule, pulled, self.sigma)
 
+    def _predict(self, role: str, x_t: Tensor) -> Tensor:
+        if role not in self._predicted:
+            self._predicted[role] = self._context.denoiser(role)(x_t, self.sigma)
+        return self._predicted[role]
+
     def _teacher(self) -> Tensor:
+        """Return the teacher's prediction of x_0, guided as the run says, with its graph where the run keeps it."""
         if self._context.guide is not None:
             return self._context.guide(self._seen, self.sigma, *self._pair())
-        if "with" in self._said:
-            return self._said["with"]
-        if TEACHER not in self._said:
-            self._said[TEACHER] = self._context.denoiser(TEACHER)(self._seen, self.sigma)
-        return self._said[TEACHER]
+        return self._predict(TEACHER, self._seen)
 
     def _pair(self) -> tuple[Tensor, Tensor]:
-        if "without" not in self._said and TEACHER in self._said and self._context.unprompted is not None:
-            self._said["with"] = self._said[TEACHER]  # `dm` has asked for it, so only the other half is missing
-            self._said["without"] = self._context.unprompted(self._seen, self.sigma)
-        if "without" not in self._said:
-            if self._context.denoiser_pair is None:
+        """Return the teacher's prediction with and without the prompt, asking for what is missing alone."""
+        context = self._context
+        if self._unprompted is None:
+            if TEACHER in self._predicted and context.unprompted is not None:
+                self._unprompted = context.unprompted(self._seen, self.sigma)
+            elif context.denoiser_pair is not None:
+                self._predicted[TEACHER], self._unprompted = context.denoiser_pair(self._seen, self.sigma)
+            else:
                 raise RewardError("this batch has no teacher without the prompt; guidance needs one")
-            self._said["with"], self._said["without"] = self._context.denoiser_pair(self._seen, self.sigma)
-        return self._said["with"], self._said["without"]
+        return self._predicted[TEACHER], self._unprompted
 
 
 def contrast(

@@ -29,7 +29,7 @@ OnError = Literal["raise", "skip"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a set of rewards says of a batch."""
+    """The scores and gradients of a batch by a set of rewards."""
 
     outputs: dict[str, RewardOutput]
     """By the names that the rewards were given; a reward that was skipped is missing."""
@@ -57,7 +57,8 @@ def evaluate_rewards(
         rewards: name to reward.
         batch: the samples, group-major.
         chunk_size: samples judged at a time, rounded up to whole groups if a reward compares within groups; None is
-            all at once. Rewards with a field of their own always see the whole batch. The result does not depend on it.
+            all at once. Rewards that need the run's models always see the whole batch. The result does not depend on
+            it.
         device: where the rewards' models run; None is where the latents are.
         offload: move the rewards' models back to the CPU afterwards.
         on_error: what an exception inside a reward does: "raise", or "skip", which leaves the reward out of the
@@ -91,7 +92,7 @@ def evaluate_rewards(
         if offload:
             for reward in rewards.values():
                 reward.to("cpu")
-    return _settled(run, rewards, batch)
+    return _finished(run, rewards, batch)
 
 
 def evaluate_reward(reward: Reward, batch: RewardBatch, **options: Any) -> RewardOutput:
@@ -137,9 +138,9 @@ class _Run:
         if not self.awaited:
             self._judge_plain(chunk)
             return
-        waiting = dict(self._left(self.awaited))
-        # Copies, because these rewards run at the same time as the others, and a change in place has no culprit then.
-        given = {name: _copied(as_declared(reward, chunk, self.device)) for name, reward in waiting.items()}
+        waiting = dict(self._remaining(self.awaited))
+        # Copies: these rewards run at the same time as the others, so nobody could tell who changed something in place.
+        given = {name: _copied(reward, as_declared(reward, chunk, self.device)) for name, reward in waiting.items()}
         future = asyncio.run_coroutine_threadsafe(_await_all(waiting, given, self.device), _event_loop())
         try:
             self._judge_plain(chunk)
@@ -156,27 +157,27 @@ class _Run:
     def judge_whole(self, batch: RewardBatch) -> None:
         """Judge the batch by the rewards that see the run's models."""
         for name, reward in self.whole.items():
-            with self._account(name):
-                self.outputs[name].append(_own_field(reward, batch, name in self.graded))
+            with self._charged_to(name):
+                self.outputs[name].append(_judged_with_models(reward, batch, name in self.graded))
 
     def _judge_plain(self, chunk: RewardBatch) -> None:
-        for name, reward in self._left(self.plain):
-            with self._account(name):
+        for name, reward in self._remaining(self.plain):
+            with self._charged_to(name):
                 if name in self.graded:
                     output = _differentiated(reward, chunk, self.device)
                 else:
                     given = as_declared(reward, chunk, self.device)
-                    with torch.no_grad(), _left_alone(reward, given):
+                    with torch.no_grad(), _unchanged(reward, given):
                         scores = reward.score(given)
                     output = RewardOutput(_checked_scores(reward, chunk, scores))
                 self.outputs[name].append(output)
 
-    def _left(self, rewards: Mapping[str, Reward]) -> list[tuple[str, Reward]]:
+    def _remaining(self, rewards: Mapping[str, Reward]) -> list[tuple[str, Reward]]:
         return [(name, reward) for name, reward in rewards.items() if name not in self.skipped]
 
     @contextmanager
-    def _account(self, name: str) -> Iterator[None]:
-        """Charge the block's time and its exceptions to a reward."""
+    def _charged_to(self, name: str) -> Iterator[None]:
+        """Add the block's time to a reward's, and let its exceptions stop or skip that reward."""
         started = _now(self.device)
         try:
             yield
@@ -185,7 +186,7 @@ class _Run:
         self.seconds[name] += _now(self.device) - started
 
     def give_up(self, name: str, error: BaseException) -> None:
-        """Skip a reward if that is the policy; the SDK's own errors say that it returned nonsense, and always stop."""
+        """Skip a reward where `on_error` allows it, or raise; a `RewardError` means a broken reward: always raised."""
         always = isinstance(error, RewardError) and not isinstance(error, InapplicableError)
         if self.on_error == "raise" or always or not isinstance(error, Exception):
             if not isinstance(error, RewardError):
@@ -196,10 +197,10 @@ class _Run:
 
 @cache
 def _event_loop() -> asyncio.AbstractEventLoop:
-    """Return the event loop of asynchronous rewards, in a thread of its own for as long as the process lives.
+    """Return the event loop of asynchronous rewards, in a separate thread for as long as the process lives.
 
-    One loop for all calls, because clients and locks that a reward keeps belong to the loop they were first used in;
-    a thread of its own, because the caller's may already run a loop (in a notebook it does).
+    There is one loop for all calls, because clients and locks that a reward keeps belong to the loop they were first
+    used in. It has a separate thread, because the caller's may already run a loop (in a notebook it does).
     """
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="rdm-sdk rewards", daemon=True).start()
@@ -222,14 +223,14 @@ async def _await_all(
     return dict(zip(rewards, await asyncio.gather(*calls, return_exceptions=True), strict=True))
 
 
-def _copied(given: RewardBatch) -> RewardBatch:
-    images = given.__dict__.get("images")
+def _copied(reward: Reward, given: RewardBatch) -> RewardBatch:
+    """Return the batch with what the reward reads copied, so that a change in place reaches no other reward."""
     copy = given.with_latents(given.latents.clone())
-    return copy if images is None else copy.with_images(images.clone())
+    return copy.with_images(given.images.clone()) if reward.capabilities.space == "pixel" else copy
 
 
 def as_declared(reward: Reward, chunk: RewardBatch, device: torch.device) -> RewardBatch:
-    """Return the chunk as the reward wants it: its dtype, on its device, without a graph, with lists of its own."""
+    """Return the chunk as the reward wants it: its dtype, on its device, without a graph, with copies of all lists."""
     dtype = getattr(torch, reward.capabilities.dtype)
     columns = {name: list(values) for name, values in chunk.columns.items()}
     images = chunk.images if reward.capabilities.space == "pixel" else None
@@ -240,7 +241,7 @@ def as_declared(reward: Reward, chunk: RewardBatch, device: torch.device) -> Rew
 
 
 @contextmanager
-def _left_alone(reward: Reward, given: RewardBatch) -> Iterator[None]:
+def _unchanged(reward: Reward, given: RewardBatch) -> Iterator[None]:
     """Raise if the block changes the images or latents in place: other rewards, and the caller, share their memory."""
     watched = given.images if reward.capabilities.space == "pixel" else given.latents
     before = watched._version
@@ -253,6 +254,7 @@ def _left_alone(reward: Reward, given: RewardBatch) -> Iterator[None]:
 
 
 def _differentiated(reward: Reward, chunk: RewardBatch, device: torch.device) -> RewardOutput:
+    """Return the scores of a chunk with their gradient with respect to its latents, for `gradient="autograd"`."""
     judged = as_declared(reward, chunk, device)
     pixels = reward.capabilities.space == "pixel"
     leaf = (judged.images if pixels else judged.latents).requires_grad_()
@@ -277,7 +279,8 @@ def _differentiated(reward: Reward, chunk: RewardBatch, device: torch.device) ->
     return RewardOutput(checked, chunk.pull_back(gradient).float() if pixels else gradient)
 
 
-def _own_field(reward: Reward, batch: RewardBatch, differentiate: bool) -> RewardOutput:
+def _judged_with_models(reward: Reward, batch: RewardBatch, differentiate: bool) -> RewardOutput:
+    """Return the field, or the scores alone, of a reward that needs the run's models."""
     output = reward.field(batch) if differentiate else RewardOutput(reward.score(batch))
     if not isinstance(output, RewardOutput):
         raise RewardError(
@@ -297,7 +300,7 @@ def _own_field(reward: Reward, batch: RewardBatch, differentiate: bool) -> Rewar
     return RewardOutput(_checked_scores(reward, batch, output.scores), output.gradient, magnitude)
 
 
-def _settled(run: _Run, rewards: Mapping[str, Reward], batch: RewardBatch) -> Evaluation:
+def _finished(run: _Run, rewards: Mapping[str, Reward], batch: RewardBatch) -> Evaluation:
     """Put the chunks together, and check what only the whole shows."""
     outputs = {}
     for name, reward in rewards.items():
@@ -354,6 +357,7 @@ def _nothing_applies(reward: Reward, batch: RewardBatch) -> RewardError:
 
 
 def _checked_scores(reward: Reward, batch: RewardBatch, scores: object) -> Tensor:
+    """Return scores as float32 `[N]` on the latents' device, after checking type, shape and that none is infinite."""
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         got = f"a tensor of {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
         if inspect.iscoroutine(scores):

@@ -9,131 +9,150 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any, TypeAlias
 
-from torch import nn
-
 from rdm_sdk.errors import RewardError, nearest
 from rdm_sdk.plugins.hookspecs import REWARD_NAME
 from rdm_sdk.plugins.registry import registry
 from rdm_sdk.rewards.base import Capabilities, Reward, RewardConfig, check_class
 from rdm_sdk.rewards.callables import as_reward
+from rdm_sdk.rewards.routes import Route, choose_routes
 from rdm_sdk.rewards.spec import RewardTerm, checked_model, label_terms, make_term, parse_spec
 
 RewardLike: TypeAlias = str | RewardTerm | Reward | Callable[..., object] | Mapping[str, Any]
 RewardFuncs: TypeAlias = RewardLike | Sequence[RewardLike | tuple[RewardLike, float]] | None
 
 
-@dataclass(frozen=True)
-class WeightedReward:
-    """One reward of a run."""
+@dataclass(frozen=True, kw_only=True)
+class RunReward:
+    """One reward of a run, made or not yet."""
 
     label: str
     """What logs call it: as short as tells it apart from the run's other rewards."""
     term: RewardTerm
-    reward: Reward
-    tilts: bool = False
-    """Whether it acts by tilting the teacher (`rewards.tilt`)."""
+    route: Route
+    """How it acts on the student."""
+    capabilities: Capabilities
+    config: RewardConfig
+    """Its options."""
 
     @property
     def weight(self) -> float:
+        """Its weight in the spec, times the factor of `reward_weights`."""
         return self.term.weight
 
     @property
-    def has_gradient(self) -> bool:
-        return self.reward.capabilities.gradient != "none"
-
-    @property
-    def pathwise(self) -> bool:
-        """Whether it acts on the student by a field at x_0; otherwise, by advantages of its scores."""
-        return self.tilts or self.has_gradient
-
-    @property
-    def route_note(self) -> str:
-        """What a checkpoint says after its name, so that no run goes on by another route."""
-        return " (tilts)" if self.tilts else "" if self.has_gradient else " (scored)"
+    def differentiated(self) -> bool:
+        """Whether its gradient is asked for: it has one, and does not act by advantages of its scores."""
+        return self.route != "advantage" and self.capabilities.gradient != "none"
 
 
-def carried_back(rewards: Sequence[WeightedReward]) -> bool:
+@dataclass(frozen=True, kw_only=True)
+class PlannedReward(RunReward):
+    """A reward whose route is decided and checked, before anything of it is loaded."""
+
+    given: Reward | None
+    """The object, if the user made it (or it is a function); None for one that is yet to be made by its name."""
+
+    def make(self) -> WeightedReward:
+        """Return the reward ready for use; loads its models.
+
+        Raises:
+            RewardError: it cannot be made, or what decided its route has changed in the making.
+        """
+        reward = load_reward(self.term) if self.given is None else self.given
+        for name in ("gradient", "trains"):
+            declared, made = getattr(self.capabilities, name), getattr(reward.capabilities, name)
+            if declared != made:
+                raise RewardError(
+                    f"reward {self.label!r} declares {name}={declared!r} as a class and {name}={made!r} once it is "
+                    "made, but routes are decided before rewards are made; declare it in the class"
+                )
+        return WeightedReward(
+            label=self.label,
+            term=self.term,
+            route=self.route,
+            capabilities=reward.capabilities,
+            config=reward.config,
+            reward=reward,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedReward(RunReward):
+    """A reward that can be evaluated."""
+
+    reward: Reward
+
+
+def carried_back(rewards: Sequence[RunReward]) -> bool:
     """Whether the gradient of some reward that counts goes back through the teacher, whose graph must then be kept."""
-    return any(own.tilts and own.weight and own.has_gradient for own in rewards)
+    return any(reward.weight and reward.route == "tilt" and reward.differentiated for reward in rewards)
 
 
 def resolve_rewards(
-    reward_funcs: RewardFuncs, weights: Sequence[float] | Mapping[str, float] | None = None
+    reward_funcs: RewardFuncs,
+    weights: Sequence[float] | Mapping[str, float] | None = None,
+    reward_route: str = "gradient",
 ) -> list[WeightedReward]:
-    """Turn `reward_funcs` into rewards with weights; None means distribution matching alone.
+    """Turn `reward_funcs` into rewards with weights and routes; None means distribution matching alone.
 
     Args:
         reward_funcs: a spec ("dm + 0.5*clip"), a `RewardTerm`, a function, a `Reward`, a mapping of one term's fields
             (`{"name": "hps", "variant": "v2.1", "weight": 0.5}`) or of terms to weights (`{"dm": 1, "clip": 0.5}`), or
             a list of these and of pairs `(one of these, weight)`.
         weights: factors on top of those above: one per reward, in order, or by the name that logs call a reward.
+        reward_route: how the rewards act, as `RDMConfig.reward_route`: "tilt[ink=gradient]".
 
     Raises:
-        RewardError: an unknown name, a malformed spec, the same reward twice, a wrong option, or weights that do not
-            fit.
+        RewardError: an unknown name, a malformed spec, the same reward twice, a wrong option, weights that do not fit,
+            or a reward that cannot take the route it is given.
+        ConfigError: a malformed `reward_route`.
     """
-    return [
-        WeightedReward(label, term, load_reward(term) if made is None else made)
-        for label, term, made in _labeled(reward_funcs, weights)
-    ]
+    return [planned.make() for planned in plan_rewards(reward_funcs, weights, reward_route)]
 
 
-def declare_rewards(
-    reward_funcs: RewardFuncs, weights: Sequence[float] | Mapping[str, float] | None = None
-) -> list[WeightedReward]:
-    """Return what `resolve_rewards` returns, with a `Declared` in the place of each reward that would have to be made.
-
-    No reward's model is loaded.
+def plan_rewards(
+    reward_funcs: RewardFuncs,
+    weights: Sequence[float] | Mapping[str, float] | None = None,
+    reward_route: str = "gradient",
+) -> list[PlannedReward]:
+    """Return what `resolve_rewards` makes its rewards of: all that can be known, and checked, without loading a model.
 
     Raises:
-        RewardError: as `resolve_rewards`, but for what only making a reward shows.
+        RewardError, ConfigError: as `resolve_rewards`, but for what only making a reward shows.
     """
-    return [
-        WeightedReward(label, term, _declared(term) if made is None else made)
-        for label, term, made in _labeled(reward_funcs, weights)
-    ]
-
-
-class Declared(Reward):
-    """A registered reward before it is made: what it declares and its options, without its models."""
-
-    capabilities = Capabilities()
-
-    def __init__(self, term: RewardTerm, capabilities: Capabilities, config: RewardConfig) -> None:
-        self.term, self.name, self.capabilities, self.config = term, term.name, capabilities, config
-
-    def make_head(self, feature_width: int, num_steps: int) -> nn.Module:
-        """Make the reward, and its head."""
-        return load_reward(self.term).make_head(feature_width, num_steps)
-
-
-_Found: TypeAlias = tuple[RewardTerm, Reward | None]
-
-
-def _labeled(
-    reward_funcs: RewardFuncs, weights: Sequence[float] | Mapping[str, float] | None
-) -> list[tuple[str, RewardTerm, Reward | None]]:
-    """Return label, term and, where the user made it, reward; all of them are known, and none is made here."""
     found = _resolve("dm" if reward_funcs is None else reward_funcs)
     if not found:
         raise RewardError("no rewards given: pass at least one, such as reward_funcs='dm'")
-    # All terms are checked before the first reward is made, because that may load a model.
     labels = label_terms([term for term, _ in found])
     if weights is not None:
         factors = _factors(labels, weights)
         found = [_scaled(item, factor) for item, factor in zip(found, factors, strict=True)]
-    for term, made in found:
-        if made is None:
-            registry().find(term.name)
-    return [(label, term, made) for label, (term, made) in zip(labels, found, strict=True)]
+    for term, given in found:
+        if given is None:
+            registry().find(term.name)  # unknown names are found before the first reward's module is imported
+    declared = [_declared(term, given) for term, given in found]
+    routes = choose_routes({label: one[0] for label, one in zip(labels, declared, strict=True)}, reward_route)
+    return [
+        PlannedReward(
+            label=label, term=term, route=routes[label], capabilities=capabilities, config=config, given=given
+        )
+        for label, (term, _), (capabilities, config, given) in zip(labels, found, declared, strict=True)
+    ]
 
 
-def _declared(term: RewardTerm) -> Reward:
-    target = registry().load(term.name)
-    if not (isinstance(target, type) and issubclass(target, Reward)):
-        return load_reward(term)  # a plain function loads nothing
-    check_class(target)
-    return Declared(term, target.capabilities, _config_of(target, term))
+def _declared(term: RewardTerm, given: Reward | None) -> tuple[Capabilities, RewardConfig, Reward | None]:
+    """Return what a reward declares, its options, and the object if there is one without loading anything."""
+    if given is None:
+        target = registry().load(term.name)
+        if isinstance(target, type) and issubclass(target, Reward):
+            check_class(target)
+            return target.capabilities, _config_of(target, term), None
+        given = load_reward(term)  # a plain function loads nothing
+    return given.capabilities, given.config, given
+
+
+_Found: TypeAlias = tuple[RewardTerm, Reward | None]
+"""A term and, if the user made it, its reward."""
 
 
 def _config_of(target: type[Reward], term: RewardTerm) -> RewardConfig:

@@ -3,99 +3,117 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from typing import Literal, get_args
 
-from rdm_sdk.errors import ConfigError, RewardError, nearest
-from rdm_sdk.rewards.resolve import RewardFuncs, WeightedReward, declare_rewards, resolve_rewards
-from rdm_sdk.rewards.scored import Scored
+from rdm_sdk.errors import ConfigError, RewardError, nearest, shown
+from rdm_sdk.rewards.base import Capabilities
+from rdm_sdk.rewards.grammar import Parser
+from rdm_sdk.rewards.spec import make_term
 
-ROUTES = ("gradient", "advantage", "tilt")
+Route = Literal["gradient", "advantage", "tilt"]
+"""How a reward acts on the student: by its gradient at x_0, by advantages of its scores, or by tilting the teacher."""
+ROUTES: tuple[Route, ...] = get_args(Route)
 
 
-def parse_route(spec: str) -> tuple[str, dict[str, str]]:
+_WORD = re.compile(r"[^\[\]=,\s]+")
+_HINT = "Write a route, with exceptions in brackets if some reward takes another: 'tilt[ink=gradient]'"
+
+
+def parse_route(spec: str) -> tuple[Route, dict[str, Route]]:
     """Return the route of all rewards that are not named, and the routes of those that are.
 
     Raises:
-        ConfigError: it is no such spec, or a route does not exist.
+        ConfigError: it is no such spec, or a route does not exist; the message shows the problem and its column.
     """
-    match = re.fullmatch(r"\s*([^\[\]\s]+)\s*(?:\[(.+)\])?\s*", spec)
-    if match is None:
-        raise ConfigError(
-            f"reward_route={spec!r} cannot be read; write a route, with exceptions in brackets if some reward takes "
-            "another: 'tilt[ink=gradient]'"
-        )
-    route, exceptions = _known(match[1], spec), {}
-    for item in match[2].split(",") if match[2] else ():
-        name, equals, own = (part.strip() for part in item.rpartition("="))
-        if not (name and equals):
-            raise ConfigError(f"reward_route={spec!r}: {item.strip()!r} is no exception; write 'name=route'")
-        if name in exceptions:
-            raise ConfigError(f"reward_route={spec!r} names {name!r} twice")
-        exceptions[name] = _known(own, spec)
+    parser = Parser(spec, "reward_route=", _HINT, ConfigError)
+    route = _route(parser)
+    exceptions: dict[str, Route] = {}
+    if parser.mark("["):
+        while True:
+            name, exception = _exception(parser)
+            if name in exceptions:
+                parser.fail(f"it names {shown(name, 60)} twice")
+            exceptions[name] = exception
+            if parser.mark("]"):
+                break
+            if not parser.mark(","):
+                parser.fail("expected ',' or ']' here")
+    if not parser.at_end():
+        parser.fail("expected the end here" if exceptions else "expected '[' or the end here")
     return route, exceptions
 
 
-def _known(route: str, spec: str) -> str:
-    if route not in ROUTES:
-        raise ConfigError(
-            f"reward_route={spec!r} cannot be used: there is no route {route!r}.{nearest(route, ROUTES)} There are: "
-            f"{', '.join(ROUTES)}"
-        )
-    return route
+def _exception(parser: Parser) -> tuple[str, Route]:
+    """Read "name=route"."""
+    parser.skip_space()
+    start = parser.position
+    reference = parser.reference()
+    try:
+        name = make_term(vars(reference)).reference
+    except RewardError as error:
+        parser.fail(str(error), at=start)
+    if not parser.mark("="):
+        parser.fail(f"{shown(name, 60)} is no exception; write 'name=route'")
+    return name, _route(parser)
 
 
-def routed(rewards: Sequence[WeightedReward], spec: str) -> list[WeightedReward]:
-    """Send every external reward, that is every one that trains no critic, down a route.
+def _route(parser: Parser) -> Route:
+    parser.skip_space()
+    start = parser.position
+    word = parser.take(_WORD)
+    if word is None:
+        parser.fail(f"expected a route here, one of {', '.join(ROUTES)}")
+    found: Route | None = next((known for known in ROUTES if known == word), None)
+    if found is None:
+        offered = f"{nearest(word, ROUTES)} There are: {', '.join(ROUTES)}"
+        parser.fail(f"there is no route {shown(word, 60)}.{offered}", at=start)
+    return found
 
-    "gradient" leaves each as it is, "advantage" takes gradients away, "tilt" lets a reward tilt the teacher unless it
-    computes its own field, which is in the teacher's terms already (`guidance`).
+
+def choose_routes(declared: Mapping[str, Capabilities], spec: str) -> dict[str, Route]:
+    """Return the route of every reward: what the spec says of it by name, or what suits it of the route of all.
+
+    The route of all is for external rewards, that is, for those that train no critic.
+
+    Args:
+        declared: label of each reward to what it declares.
+        spec: as `RDMConfig.reward_route`.
 
     Raises:
         ConfigError: the spec is malformed.
         RewardError: it names a reward that is not among these, or one that cannot go where it is sent.
     """
     route, exceptions = parse_route(spec)
-    _check(rewards, exceptions, spec)
-    return [_sent(own, exceptions.get(own.label, route)) for own in rewards]
-
-
-def load_routed(
-    reward_funcs: RewardFuncs, weights: Sequence[float] | Mapping[str, float] | None, spec: str
-) -> list[WeightedReward]:
-    """Resolve rewards and send them down their routes; a wrong spec is found before any reward's model is loaded.
-
-    Raises:
-        ConfigError, RewardError: as `routed` and `resolve_rewards`.
-    """
-    routed(declare_rewards(reward_funcs, weights), spec)
-    return routed(resolve_rewards(reward_funcs, weights), spec)
-
-
-def _sent(own: WeightedReward, route: str) -> WeightedReward:
-    declared = own.reward.capabilities
-    if declared.trains or route == "gradient":
-        return own
-    if route == "tilt":
-        return replace(own, tilts=declared.gradient != "field")
-    return replace(own, reward=Scored(own.reward)) if own.has_gradient else own
-
-
-def _check(rewards: Sequence[WeightedReward], exceptions: Mapping[str, str], spec: str) -> None:
-    known = {own.label: own for own in rewards}
-    for name, route in exceptions.items():
-        if name not in known:
+    for name, exception in exceptions.items():
+        if name not in declared:
             raise RewardError(
-                f"reward_route={spec!r} names {name!r}, which is not among the rewards.{nearest(name, known)} "
-                f"There are: {', '.join(known)}"
+                f"reward_route={shown(spec)} names {shown(name, 60)}, which is not among the rewards."
+                f"{nearest(name, declared)} There are: {', '.join(declared)}"
             )
-        own = known[name]
-        if own.reward.capabilities.trains:
-            why = "has a critic and its own way; only external rewards are sent down a route"
-        elif route == "gradient" and not own.has_gradient:
-            why = "has no gradient; its scores can act by 'advantage' or 'tilt'"
-        elif route == "tilt" and own.reward.capabilities.gradient == "field":
-            why = "computes its own field beside the teacher's, so it cannot tilt the teacher"
-        else:
-            continue
-        raise RewardError(f"reward_route={spec!r}: {name!r} {why}")
+        reason = _objection(declared[name], exception)
+        if reason:
+            raise RewardError(f"reward_route={shown(spec)}: {name!r} {reason}")
+    return {label: exceptions.get(label) or suitable_route(one, route) for label, one in declared.items()}
+
+
+def suitable_route(declared: Capabilities, wanted: Route) -> Route:
+    """Return the wanted route, or the one in its place for a reward that trains a critic or cannot take it.
+
+    A reward without a gradient acts by its scores. One that computes its own field does not tilt the teacher, because
+    its field is in the teacher's terms already (`guidance`).
+    """
+    if declared.trains or (wanted == "tilt" and declared.gradient == "field"):
+        wanted = "gradient"
+    return "advantage" if wanted == "gradient" and declared.gradient == "none" else wanted
+
+
+def _objection(declared: Capabilities, route: Route) -> str:
+    """Return why a reward cannot take a route, or an empty string if it can."""
+    if route == "tilt" and declared.trains:
+        return "has a critic and its own way; only external rewards can tilt the teacher"
+    if route == "tilt" and declared.gradient == "field":
+        return "computes its own field beside the teacher's, so it cannot tilt the teacher"
+    if route == "gradient" and declared.gradient == "none":
+        return "has no gradient; its scores can act by 'advantage' or 'tilt'"
+    return ""

@@ -40,18 +40,20 @@ def score_images(
         RewardError: an unknown reward, images that are not in [0, 1], or a reward that cannot judge finished images.
     """
     found = resolve_rewards(rewards)
-    for own in found:
-        if own.reward.capabilities.needs_models:
+    for reward in found:
+        if reward.capabilities.needs_models:
             raise RewardError(
-                f"reward {own.label!r} needs the models of a training run, so it cannot score images alone"
+                f"reward {reward.label!r} needs the models of a training run, so it cannot score images alone"
             )
-        if own.reward.capabilities.prompts and prompts is None:
-            raise RewardError(f"reward {own.label!r} reads prompts; pass one per image")
-        for column in own.reward.capabilities.columns:
+        if reward.capabilities.prompts and prompts is None:
+            raise RewardError(f"reward {reward.label!r} reads prompts; pass one per image")
+        for column in reward.capabilities.columns:
             if column not in (columns or {}):
-                raise RewardError(f"reward {own.label!r} needs a column {column!r}; pass columns={{{column!r}: [...]}}")
+                raise RewardError(
+                    f"reward {reward.label!r} needs a column {column!r}; pass columns={{{column!r}: [...]}}"
+                )
     return evaluate_rewards(
-        {own.label: own.reward for own in found},
+        {weighted.label: weighted.reward for weighted in found},
         RewardBatch.from_images(images, prompts, group_size, columns),
         chunk_size=batch_size,
         device=device,

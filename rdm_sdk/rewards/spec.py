@@ -1,19 +1,14 @@
 """The reward spec: "dm + 0.5*hps:v2.1 + 0.3*acme/sharpness[radius=3]", parsed, validated and printed.
 
-    sum     = [sign] product { sign product }
-    product = factor { "*" factor }                  numbers, and exactly one reward
-    reward  = name [":" variant] ["@" revision] ["[" [key "=" value {"," key "=" value}] "]"]
-    value   = true | false | null | number | word | "text as in JSON" | "[" list of these "]"
-
 Nothing here loads a reward, or torch.
 """
 
 from __future__ import annotations
 
-import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, NoReturn, TypeAlias, TypeVar
+from typing import Annotated, TypeAlias, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -28,8 +23,8 @@ from pydantic import (
 )
 from pydantic import ValidationError as PydanticError
 
-from rdm_sdk.errors import ConfigError, RDMError, RewardError, nearest
-from rdm_sdk.plugins.hookspecs import REWARD_NAME
+from rdm_sdk.errors import ConfigError, RDMError, RewardError, nearest, shown
+from rdm_sdk.rewards.grammar import KEY, NAME, NUMBER, PART, SIGN, Parser, show_value
 
 Scalar: TypeAlias = (
     StrictBool | StrictInt | Annotated[float, Field(strict=True, allow_inf_nan=False)] | StrictStr | None
@@ -37,11 +32,8 @@ Scalar: TypeAlias = (
 Value: TypeAlias = Scalar | tuple[Scalar, ...]
 Model = TypeVar("Model", bound=BaseModel)
 
-_KEY = r"[A-Za-z_][A-Za-z0-9_]*"
-_PART = r"[A-Za-z0-9_.][A-Za-z0-9_./-]*"
-_WORD = r"[A-Za-z0-9_./~:-]+"
-_NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
-_KEYWORDS: dict[str, Scalar] = {"true": True, "false": False, "null": None}
+_FACTOR = re.compile(r"[0-9.]+(?:[eE][+-]?[0-9]+)?")
+_HINT = "A spec is a sum of terms such as 'dm + 0.5*clip'"
 
 
 class RewardTerm(BaseModel):
@@ -61,7 +53,7 @@ class RewardTerm(BaseModel):
     @field_validator("name", "variant", "revision")
     @classmethod
     def _can_be_written(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is not None and not re.fullmatch(REWARD_NAME if info.field_name == "name" else _PART, value, re.ASCII):
+        if value is not None and not (NAME if info.field_name == "name" else PART).fullmatch(value):
             raise ValueError("it holds characters that a spec has no place for")
         return value
 
@@ -69,7 +61,7 @@ class RewardTerm(BaseModel):
     @classmethod
     def _keys_can_be_written(cls, options: dict[str, Value]) -> dict[str, Value]:
         for key in options:
-            if not re.fullmatch(_KEY, key, re.ASCII):
+            if not KEY.fullmatch(key):
                 raise ValueError(f"{key!r} is not a name that an option can have")
         return options
 
@@ -83,7 +75,7 @@ class RewardTerm(BaseModel):
         text += f":{self.variant}" if self.variant is not None else ""
         text += f"@{self.revision}" if self.revision is not None else ""
         if self.options:
-            text += "[" + ",".join(f"{key}={_show(value)}" for key, value in sorted(self.options.items())) + "]"
+            text += "[" + ",".join(f"{key}={show_value(value)}" for key, value in sorted(self.options.items())) + "]"
         return text
 
     def __str__(self) -> str:
@@ -104,7 +96,39 @@ def parse_spec(spec: str) -> list[RewardTerm]:
     Raises:
         RewardError: the spec is malformed; the message shows the problem and its column.
     """
-    return _Parser(spec).sum()
+    parser = Parser(spec, "the reward spec ", _HINT, RewardError)
+    if parser.at_end():
+        raise RewardError("the reward spec is empty; write a sum of terms such as 'dm + 0.5*clip'")
+    terms = [_product(parser, negative=parser.take(SIGN) == "-")]
+    while not parser.at_end():
+        sign = parser.take(SIGN)
+        if sign is None:
+            parser.fail("expected '+', '-' or '*' here")
+        terms.append(_product(parser, negative=sign == "-"))
+    return terms
+
+
+def _product(parser: Parser, negative: bool) -> RewardTerm:
+    weight, reference = -1.0 if negative else 1.0, None
+    start = parser.position
+    while True:
+        number = parser.take(_FACTOR)
+        if number is not None:
+            if not NUMBER.fullmatch(number):
+                parser.fail(f"{shown(number, 60)} is not a number")
+            weight *= float(number)
+        elif reference is None:
+            reference = parser.reference("a number or a reward's name")
+        else:
+            parser.fail("a product holds one reward and numbers; a second reward stands here")
+        if not parser.mark("*"):
+            break
+    if reference is None:
+        parser.fail("expected '*' and a reward after the number")
+    try:
+        return make_term(vars(reference) | {"weight": weight})
+    except RewardError as error:
+        parser.fail(str(error), at=start)
 
 
 def label_terms(terms: Sequence[RewardTerm]) -> list[str]:
@@ -118,11 +142,13 @@ def label_terms(terms: Sequence[RewardTerm]) -> list[str]:
         lambda term: term.name if term.variant is None else f"{term.name}:{term.variant}",
         lambda term: term.reference,
     ]
+    counts = [Counter(form(term) for term in terms) for form in forms]
     labels = []
     for term in terms:
-        unique = [form(term) for form in forms if [form(other) for other in terms].count(form(term)) == 1]
+        written = [form(term) for form in forms]
+        unique = [text for text, count in zip(written, counts, strict=True) if count[text] == 1]
         if not unique:
-            raise RewardError(f"two rewards have the name {term.reference!r}; give one of them another name")
+            raise RewardError(f"two rewards have the name {shown(term.reference)}; give one of them another name")
         labels.append(unique[0])
     return labels
 
@@ -144,141 +170,10 @@ def checked_model(
     for name in fields:
         if name not in known:
             offered = f"Options: {', '.join(known)}" if known else "It takes none."
-            raise error_class(f"{owner} has no option {name!r}.{nearest(str(name), known)} {offered}")
+            raise error_class(f"{owner} has no option {shown(name)}.{nearest(str(name), known)} {offered}")
     try:
         return model.model_validate(dict(fields))
     except PydanticError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise error_class(f"{owner}, option {where}: {first['msg']}; got {first['input']!r}") from error
-
-
-def _show(value: Value) -> str:
-    if isinstance(value, tuple):
-        return "[" + ",".join(_show(item) for item in value) + "]"
-    if isinstance(value, str):
-        plain = re.fullmatch(_WORD, value) and value not in _KEYWORDS and not re.match(rf"-?{_NUMBER}", value)
-        return value if plain else json.dumps(value)
-    return json.dumps(value)
-
-
-class _Parser:
-    """Recursive descent over the spec's text; every failure is a `RewardError` with a column."""
-
-    def __init__(self, text: str) -> None:
-        self.text, self.position = text, 0
-
-    def sum(self) -> list[RewardTerm]:
-        if not self.text.strip():
-            raise RewardError("the reward spec is empty; write a sum of terms such as 'dm + 0.5*clip'")
-        sign = self._take(r"[+-]")
-        terms = [self._product(sign == "-")]
-        while not self._at_end():
-            sign = self._take(r"[+-]")
-            if sign is None:
-                self._fail("expected '+', '-' or '*' here")
-            terms.append(self._product(sign == "-"))
-        return terms
-
-    def _product(self, negative: bool) -> RewardTerm:
-        weight, fields = -1.0 if negative else 1.0, None
-        start = self.position
-        while True:
-            number = self._take(r"[0-9.]+(?:[eE][+-]?[0-9]+)?")
-            if number is not None:
-                if not re.fullmatch(_NUMBER, number):
-                    self._fail(f"{number!r} is not a number")
-                weight *= float(number)
-            elif fields is None:
-                fields = self._reward()
-            else:
-                self._fail("a product holds one reward and numbers; a second reward stands here")
-            if self._take(r"\*") is None:
-                break
-        if fields is None:
-            self._fail("expected '*' and a reward after the number")
-        try:
-            return make_term(fields | {"weight": weight})
-        except RewardError as error:
-            self.position = start
-            self._fail(str(error))
-
-    def _reward(self) -> dict[str, object]:
-        name = self._take(REWARD_NAME)
-        if name is None:
-            self._fail("expected a number or a reward's name here")
-        fields: dict[str, object] = {"name": name}
-        for mark, key in ((":", "variant"), ("@", "revision")):
-            if self._take(mark, skip_space=False) is not None:
-                fields[key] = self._take(_PART, skip_space=False)
-                if fields[key] is None:
-                    self._fail(f"expected a {key} after {mark!r}")
-        if self._take(r"\[", skip_space=False) is not None:
-            fields["options"] = self._options()
-        return fields
-
-    def _options(self) -> dict[str, Value]:
-        options: dict[str, Value] = {}
-        while self._take(r"\]") is None:
-            if options and self._take(",") is None:
-                self._fail("expected ',' or ']' here")
-            key = self._take(_KEY)
-            if key is None:
-                self._fail("expected an option such as key=value here")
-            if key in options:
-                self._fail(f"the option {key!r} is given twice")
-            if self._take("=") is None:
-                self._fail(f"expected '=' after the option {key!r}")
-            options[key] = self._list() if self._take(r"\[") is not None else self._scalar()
-        return options
-
-    def _list(self) -> tuple[Scalar, ...]:
-        items: list[Scalar] = []
-        while self._take(r"\]") is None:
-            if items and self._take(",") is None:
-                self._fail("expected ',' or ']' here")
-            items.append(self._scalar())
-        return tuple(items)
-
-    def _scalar(self) -> Scalar:
-        quoted = self._take(r'"(?:[^"\\]|\\.)*"')
-        if quoted is not None:
-            try:
-                return str(json.loads(quoted))
-            except ValueError:
-                self._fail("a quoted value is written as in JSON")
-        word = self._take(_WORD)
-        if word is None:
-            self._fail("expected a value here; put texts with other characters in double quotes")
-        if word in _KEYWORDS:
-            return _KEYWORDS[word]
-        if re.fullmatch(r"-?[0-9]{1,4000}", word):  # Python reads no longer ones
-            return int(word)
-        if re.fullmatch(rf"-?{_NUMBER}", word):
-            return float(word)
-        if re.match(rf"-?{_NUMBER}", word):
-            # "1e+16" breaks at "+"; anything else that begins like a number is a text in need of quotes.
-            rest = self._take(r"\+[0-9]+", skip_space=False)
-            if rest is not None and re.fullmatch(rf"-?{_NUMBER}", word + rest):
-                return float(word + rest)
-            self._fail("a text that begins with a digit needs double quotes")
-        return word
-
-    def _at_end(self) -> bool:
-        return not self.text[self.position :].strip()
-
-    def _take(self, pattern: str, skip_space: bool = True) -> str | None:
-        """Consume and return the pattern's match at the current position, None if there is none."""
-        match = re.compile((r"\s*" if skip_space else "") + f"({pattern})", re.ASCII).match(self.text, self.position)
-        if match is None:
-            return None
-        self.position = match.end()
-        return match[1]
-
-    def _fail(self, problem: str) -> NoReturn:
-        rest = self.text[self.position :]
-        column = self.position + len(rest) - len(rest.lstrip()) + 1
-        raise RewardError(
-            f"cannot read the reward spec {self.text!r} at column {column}: {problem}. A spec is a sum of terms such "
-            "as 'dm + 0.5*clip'."
-        )
+        raise error_class(f"{owner}, option {where}: {first['msg']}; got {shown(first['input'])}") from error

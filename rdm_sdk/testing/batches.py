@@ -51,7 +51,14 @@ def example_batch(reward: Reward, height: int = 64, width: int = 64, seed: int =
         return RewardBatch.from_images(example_images(count, height, width, seed), prompts, GROUP_SIZE, columns)
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(count, LATENT_CHANNELS, height // 8, width // 8, generator=generator)
-    return RewardBatch(latents, prompts, GROUP_SIZE, _decode, columns, gaussian_context())
+    return RewardBatch(
+        latents=latents,
+        prompts=prompts,
+        group_size=GROUP_SIZE,
+        decode=_decode,
+        columns=columns,
+        context=gaussian_context(),
+    )
 
 
 def gaussian_context() -> DiffusionContext:
@@ -73,11 +80,11 @@ def gaussian_context() -> DiffusionContext:
         return denoiser("teacher")(x_t, sigma), denoiser("unprompted")(x_t, sigma)
 
     return DiffusionContext(
-        FlowSchedule(),
-        denoiser,
-        0.02,
-        0.98,
-        8,
+        schedule=FlowSchedule(),
+        denoiser=denoiser,
+        min_time=0.02,
+        max_time=0.98,
+        num_draws=8,
         denoiser_pair=pair,
         features=lambda x_t, sigma: x_t.flatten(2).transpose(1, 2),
         encode_images=_encode,

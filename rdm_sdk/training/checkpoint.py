@@ -41,6 +41,9 @@ class RunState:
 
     identity: RunIdentity
     rewards: list[str]
+    """Their names, with all options."""
+    routes: list[str]
+    """How each of them acts on the student."""
     adapters: dict[str, str]
     """Role to the LoRA settings that its weights only mean something with."""
     forwards: dict[str, int]
@@ -63,7 +66,8 @@ def capture(step: DistillationStep, identity: RunIdentity) -> RunState:
     models, roles = step.models, step.models.roles
     return RunState(
         identity=identity,
-        rewards=[own.term.reference + own.route_note for own in step.judge.rewards],
+        rewards=[reward.term.reference for reward in step.judge.rewards],
+        routes=[reward.route for reward in step.judge.rewards],
         adapters={role: roles.describe(role) for role in roles.trainable_roles},
         forwards=dict(roles.forwards),
         costs=dict(step.monitor.spent),
@@ -221,10 +225,10 @@ def _check_same_networks(folder: Path, state: RunState, own: RunState, has_ema: 
     """Raise `CheckpointError` if the checkpoint has other networks or rewards than `own`."""
     if state.identity.base != own.identity.base:
         raise CheckpointError(f"checkpoint {str(folder)!r} was made with another base model; pass the same one")
-    if state.rewards != own.rewards:
+    if (state.rewards, state.routes) != (own.rewards, own.routes):
         raise CheckpointError(
-            f"checkpoint {str(folder)!r} was made with the rewards {state.rewards}, this run has {own.rewards}; "
-            "resume with the same ones"
+            f"checkpoint {str(folder)!r} was made with the rewards {state.rewards} by the routes {state.routes}; this "
+            f"run has {own.rewards} by {own.routes}. Resume with the same rewards and reward_route"
         )
     if state.adapters != own.adapters and state.adapters.keys() == own.adapters.keys():
         role = next(role for role in own.adapters if state.adapters[role] != own.adapters[role])

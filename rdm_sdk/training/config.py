@@ -159,11 +159,18 @@ class RDMConfig(_KnownSettings):
     )
     scale_rewards: Literal["group", "batch", "none"] = field(
         default="group",
-        metadata={"help": "Whose standard deviation divides centered scores of non-differentiable rewards."},
+        metadata={
+            "help": "As in TRL, whose standard deviation divides centered scores (of a tilt, its effect): the group's, "
+            "that of all samples of the optimizer step (of a tilt, of the micro-batch), or none. True is 'group', "
+            "False is 'none'."
+        },
     )
-    multi_objective_aggregation: Literal["normalize_then_sum", "sum_then_normalize"] = field(
-        default="normalize_then_sum",
-        metadata={"help": "Whether scores of several rewards are normalized before they are weighted and summed."},
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = field(
+        default="sum_then_normalize",
+        metadata={
+            "help": "As in TRL, what comes first where several rewards act by their scores: the weighted sum, in the "
+            "scores' units, or the normalization of each in its groups, which is followed by one over the batch."
+        },
     )
     reward_route: str = field(
         default="gradient",
@@ -190,9 +197,11 @@ class RDMConfig(_KnownSettings):
 
     # ---- Rollouts used again
     num_iterations: int = field(default=1, metadata={"help": "Student updates per rollout."})
-    steps_per_generation: int = field(
+    reuse_interval: int = field(
         default=1,
-        metadata={"help": "Optimizer steps with rollouts of their own before the first of these is used again."},
+        metadata={
+            "help": "Optimizer steps from one use of a rollout to the next; in those between, others are made and used."
+        },
     )
     importance_sampling_correction: bool = field(
         default=True, metadata={"help": "Weigh samples of an earlier student by how likely they still are."}
@@ -262,10 +271,14 @@ class RDMConfig(_KnownSettings):
     )
 
     def __post_init__(self) -> None:
+        given: object = self.scale_rewards
+        if isinstance(given, bool):
+            self.scale_rewards = "group" if given else "none"
         check_rules(self)
         self._check_resolutions()
         self._check_quantization()
         self._check_sampler()
+        self._check_scaling()
         self._check_batch()
         self._check_precision()
         make_weighting(self.weighting)  # so that a typo is found here
@@ -298,6 +311,14 @@ class RDMConfig(_KnownSettings):
                 f"num_iterations={self.num_iterations} uses a rollout again by how likely its transitions still are, "
                 f"and sampler={self.sampler!r} with num_inference_steps={self.num_inference_steps} has none with a "
                 "density; use a random sampler with two steps or more, or num_iterations=1"
+            )
+
+    def _check_scaling(self) -> None:
+        if self.multi_objective_aggregation == "normalize_then_sum" and self.scale_rewards != "group":
+            raise ConfigError(
+                f"scale_rewards={self.scale_rewards!r} cannot be used with "
+                "multi_objective_aggregation='normalize_then_sum', which divides scores by their group's deviation in "
+                "any case; use scale_rewards='group', or 'sum_then_normalize'"
             )
 
     def _check_batch(self) -> None:

@@ -70,7 +70,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 class GroupSampler(Sampler[int]):
     """Indices of a shuffled epoch, each repeated `group_size` times, padded so that every batch is full.
 
-    The prompts of `steps_per_generation` optimizer steps come `num_iterations` times, one step after the other and
+    The prompts of `reuse_interval` optimizer steps come `num_iterations` times, one step after the other and
     around again, for as many uses of their rollouts. An epoch's order depends on `seed` and `epoch` alone, so that a
     resumed run sees what it would have seen.
     """
@@ -82,10 +82,10 @@ class GroupSampler(Sampler[int]):
         prompts_per_step: int,
         seed: int,
         num_iterations: int = 1,
-        steps_per_generation: int = 1,
+        reuse_interval: int = 1,
     ) -> None:
         self.num_prompts, self.group_size, self.seed = num_prompts, group_size, seed
-        self.together, self.num_iterations = prompts_per_step * steps_per_generation, num_iterations
+        self.together, self.num_iterations = prompts_per_step * reuse_interval, num_iterations
         whole = self.together if num_iterations > 1 else prompts_per_step
         self.padded = -(-num_prompts // whole) * whole
         self.epoch = 0

@@ -49,11 +49,17 @@ class Judge:
     @property
     def critics(self) -> list[tuple[WeightedReward, str]]:
         """The rewards that train a role, with the role."""
-        return [(own, role) for own in self.rewards if (role := own.reward.capabilities.trains)]
+        return [(reward, role) for reward in self.rewards if (role := reward.capabilities.trains)]
 
-    def has(self, pathwise: bool) -> bool:
-        """Whether a reward that counts acts by its gradient (or by its scores)."""
-        return any(own.weight and own.pathwise == pathwise for own in self.rewards)
+    @property
+    def uses_fields(self) -> bool:
+        """Whether a reward that counts moves x_0, by its gradient or by tilting the teacher."""
+        return any(reward.weight and reward.route != "advantage" for reward in self.rewards)
+
+    @property
+    def uses_advantages(self) -> bool:
+        """Whether a reward that counts acts by advantages of its scores."""
+        return any(reward.weight and reward.route == "advantage" for reward in self.rewards)
 
     # ---- What rewards see ---------------------------------------------------------------------------------------
 
@@ -80,22 +86,23 @@ class Judge:
                 blank = models.encode([None] * len(x_t))
                 return models.family.denoiser(models.roles, TEACHER, blank)(x_t, sigma)
 
-        times, critic_times = self.times(steps)
+        (min_time, max_time), critic_times = self.times(steps)
         return DiffusionContext(
-            models.family.schedule,
-            denoiser,
-            *times,
-            settings.num_draws,
-            settings.spread,
-            settings.critic_correction,
-            models.guide if models.guided else None,
-            teacher_pair,
-            models.family.features(models.roles, TEACHER, condition),
-            models.family.encode_images,
-            unprompted,
-            critic_times,
-            steps if settings.steps_told else None,
-            carries_back,
+            schedule=models.family.schedule,
+            denoiser=denoiser,
+            min_time=min_time,
+            max_time=max_time,
+            num_draws=settings.num_draws,
+            spread=settings.spread,
+            critic_correction=settings.critic_correction,
+            guide=models.guide if models.guided else None,
+            denoiser_pair=teacher_pair,
+            features=models.family.features(models.roles, TEACHER, condition),
+            encode_images=models.family.encode_images,
+            unprompted=unprompted,
+            critic_times=critic_times,
+            steps=steps if settings.steps_told else None,
+            carries_back=carries_back,
         )
 
     def times(self, steps: Tensor | None) -> tuple[Times, Times]:
@@ -116,45 +123,44 @@ class Judge:
     def batch(self, samples: Samples, trained: str | None = None) -> RewardBatch:
         """Return samples as rewards see them, with fresh renoising draws; `trained` as in `context`."""
         return RewardBatch(
-            samples.x_0,
-            samples.prompts,
-            self.settings.num_generations,
-            self.models.family.decode,
-            samples.columns,
-            self.context(samples.condition, samples.steps, trained),
-            samples.weights,
+            latents=samples.x_0,
+            prompts=samples.prompts,
+            group_size=self.settings.num_generations,
+            decode=self.models.family.decode,
+            columns=samples.columns,
+            context=self.context(samples.condition, samples.steps, trained),
+            weights=samples.weights,
         )
 
     # ---- What they return ---------------------------------------------------------------------------------------
 
     def judge(self, experience: Experience) -> dict[str, RewardOutput]:
         """Evaluate every reward at an experience's x_0, except those that have scored its endpoints already."""
-        left = [own for own in self.rewards if own.label not in experience.scored]
-        left = [own for own in left if own.pathwise or not self.has(pathwise=False)]
+        left = [reward for reward in self.rewards if reward.label not in experience.scored]
+        left = [reward for reward in left if reward.route != "advantage" or not self.uses_advantages]
         batch = self.batch(experience.samples)
         outputs = self.score(left, batch)
-        for own in left:
-            if own.tilts and own.weight and own.label in outputs:
-                outputs[own.label] = tilted(outputs[own.label], batch, self.settings.scale_rewards)
+        for reward in left:
+            if reward.route == "tilt" and reward.weight and reward.label in outputs:
+                outputs[reward.label] = tilted(outputs[reward.label], batch, self.settings.scale_rewards)
         return dict(experience.scored) | outputs
 
     def score_endpoints(self, endpoints: Samples) -> dict[str, RewardOutput]:
         """Evaluate the rewards that act by their scores on the student's final samples."""
-        return self.score([own for own in self.rewards if not own.pathwise], self.batch(endpoints))
+        return self.score([reward for reward in self.rewards if reward.route == "advantage"], self.batch(endpoints))
 
     def score(self, rewards: Sequence[WeightedReward], batch: RewardBatch) -> dict[str, RewardOutput]:
         """Evaluate rewards on a batch; those without weight are watched, and leave no trace in the random state."""
         outputs: dict[str, RewardOutput] = {}
         for counts in (True, False):
-            chosen = [own for own in rewards if bool(own.weight) == counts]
+            chosen = [reward for reward in rewards if bool(reward.weight) == counts]
             if chosen:
-                with self.aside(*chosen), self.models.vae_at_hand():
-                    graded = [own.label for own in chosen if counts and own.pathwise]
+                with self.undisturbed(*chosen), self.models.vae_at_hand():
                     result = evaluate_rewards(
-                        {own.label: own.reward for own in chosen},
+                        {weighted.label: weighted.reward for weighted in chosen},
                         batch,
                         chunk_size=self.settings.reward_batch_size,
-                        gradients_of=graded,
+                        gradients_of=[reward.label for reward in chosen if counts and reward.differentiated],
                         **self._options,
                     )
                 outputs |= result.outputs
@@ -178,7 +184,13 @@ class Judge:
         latents = [
             self.models.sample_latents(repeated[start : start + size]) for start in range(0, len(repeated), size)
         ]
-        batch = RewardBatch(torch.cat(latents), repeated, group, self.models.family.decode, entries)
+        batch = RewardBatch(
+            latents=torch.cat(latents),
+            prompts=repeated,
+            group_size=group,
+            decode=self.models.family.decode,
+            columns=entries,
+        )
         with self.models.vae_at_hand():
             return evaluate_rewards(judges, batch, chunk_size=size, gradients_of=(), **self._options).outputs
 
@@ -201,7 +213,7 @@ class Judge:
     @property
     def of_images(self) -> dict[str, Any]:
         """The rewards that can judge finished samples, by label."""
-        return {own.label: own.reward for own in self.rewards if not own.reward.capabilities.needs_models}
+        return {one.label: one.reward for one in self.rewards if not one.capabilities.needs_models}
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -213,9 +225,9 @@ class Judge:
         }
 
     @contextmanager
-    def aside(self, *rewards: WeightedReward) -> Iterator[None]:
+    def undisturbed(self, *rewards: WeightedReward) -> Iterator[None]:
         """Run the block without a trace in the random state if none of the rewards counts: watching changes nothing."""
-        if any(own.weight for own in rewards):
+        if any(reward.weight for reward in rewards):
             yield
             return
         with self.models.forked():
@@ -223,9 +235,9 @@ class Judge:
 
     def record(self, outputs: Mapping[str, RewardOutput]) -> None:
         """Take down what the rewards returned for a micro-batch."""
-        for own in self.rewards:
-            if own.label in outputs:
-                self.monitor.reward(own, outputs[own.label], self.settings.num_generations)
+        for reward in self.rewards:
+            if reward.label in outputs:
+                self.monitor.reward(reward, outputs[reward.label], self.settings.num_generations)
 
 
 def add_run_roles(
@@ -234,7 +246,7 @@ def add_run_roles(
     rewards: Sequence[WeightedReward],
     steps_told: int,
 ) -> None:
-    """Add to a family the roles of a run, those that are rewards' own modules among them, and warn of full copies.
+    """Add to a family the roles of a run, those that are modules of rewards among them, and warn of full copies.
 
     Args:
         configs: role to its LoRA, or to None for a full copy of the base.
@@ -255,11 +267,11 @@ def add_run_roles(
 def reward_heads(
     rewards: Sequence[WeightedReward], family: ModelFamily, steps_told: int
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the trained roles that are modules of their own, with the modules.
+    """Yield the trained roles that are modules of rewards, with the modules.
 
     `steps_told` is K, if critics are told the student's step, and 0 if not.
     """
-    for own in rewards:
-        role = own.reward.capabilities.trains
-        if role and own.reward.capabilities.head:
-            yield role, own.reward.make_head(family.feature_width, steps_told)
+    for weighted in rewards:
+        role = weighted.capabilities.trains
+        if role and weighted.capabilities.head:
+            yield role, weighted.reward.make_head(family.feature_width, steps_told)

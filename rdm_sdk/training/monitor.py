@@ -60,7 +60,7 @@ class Monitor:
         self.log(f"rewards/{name}/zero_std", zero_std_share(scores, group_size))
         if output.magnitude is not None:
             self.log(f"{name}/residual", output.magnitude.mean())
-        if not own.pathwise:
+        if own.route == "advantage":
             self.log("frac_reward_zero_std", zero_std_share(scores, group_size))
 
     def pulls(self, pulls: Mapping[str, float]) -> None:

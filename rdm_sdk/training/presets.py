@@ -40,6 +40,9 @@ _GNDM: dict[str, Value] = {
     "num_iterations": 1,
 }
 
+_EACH: dict[str, Value] = {"multi_objective_aggregation": "normalize_then_sum"}
+"""Rewards in units of their own are normalized before weights that are shares of a pull add them up."""
+
 PRESETS = {
     "dmd2": Preset(
         "distribution matching with every sample on its own (arXiv 2405.14867): the baseline of GNDM",
@@ -59,7 +62,7 @@ PRESETS = {
     "gndmr": Preset(
         "GNDM plus rewards at adaptive weights (arXiv 2603.28460, our reading); a weight is a share of dm's pull",
         "dm + 0.5*legibility",
-        _GNDM | {"reward_route": "gradient", "weighting": "balance[cold_start=20,ramp=10]"},
+        _GNDM | {"reward_route": "gradient", "weighting": "balance[cold_start=20,ramp=10]"} | _EACH,
     ),
     "tilt": Preset(
         "GNDM plus rewards that tilt the teacher (ours, docs/method.md); a weight is in deviations of the reward",

@@ -47,7 +47,7 @@ class Rollouts:
         self.models, self.monitor, self.policy = judge.models, judge.monitor, judge.models.policy
         self.experiences: list[Experience] = []
         """What this optimizer step trains on, one per micro-batch."""
-        self.stored: deque[list[Experience]] = deque(maxlen=settings.steps_per_generation)
+        self.stored: deque[list[Experience]] = deque(maxlen=settings.reuse_interval)
         """What earlier optimizer steps left to be used again."""
         self._window: Window = []
         self._predicted: dict[int, Tensor] = {}
@@ -66,7 +66,7 @@ class Rollouts:
 
     def collect(self, inputs: dict[str, Any]) -> Experience:
         """Roll the student out for a micro-batch of prompts; score the endpoints if a reward acts by its scores."""
-        if not self.judge.has(pathwise=False):
+        if not self.judge.uses_advantages:
             return self._roll_out(inputs, to_the_end=self.settings.critic_rollouts == "shared")
         experience = self._roll_out(inputs, to_the_end=True)
         endpoints = experience.samples_at(torch.full_like(experience.steps, self.policy.num_steps - 1))
@@ -78,7 +78,7 @@ class Rollouts:
         condition = self.models.encode(prompts)
         noise = torch.randn(len(prompts), *self._shape, device=self.models.device)
         # A trajectory stopped at the last step has no density, so it is of no use where only scores teach.
-        last = policy.num_steps if self.judge.has(pathwise=True) else policy.num_random_steps
+        last = policy.num_steps if self.judge.uses_fields else policy.num_random_steps
         groups = len(prompts) // settings.num_generations
         plan = plan_steps(
             draw_steps(settings.spread, groups, settings.num_generations, last, noise.device),
@@ -171,7 +171,7 @@ class Rollouts:
         x_0 = student(experience.states, self.policy.levels(experience.steps))
         if experience.use == 0:
             self._check_first_ratio(experience, x_0.detach())
-        elif not self.judge.has(pathwise=False):
+        elif not self.judge.uses_advantages:
             # No score hangs on how these trajectories ended, so the states that later uses start from are kept fresh.
             redraw(experience.rollout, x_0.detach(), experience.steps, self.policy)
         return x_0

@@ -48,7 +48,7 @@ _SCHEDULES = tuple(kind.value for kind in SchedulerType)
 # In the order in which they are checked. A key may name several settings, whose values then must fit together.
 _RULES = {
     **dict.fromkeys(
-        ("num_generations", "num_inference_steps", "num_draws", "num_iterations", "steps_per_generation"), _AT_LEAST_1
+        ("num_generations", "num_inference_steps", "num_draws", "num_iterations", "reuse_interval"), _AT_LEAST_1
     ),
     "reward_batch_size": _or_none(_AT_LEAST_1),
     "reward_device": Rule("a device such as 'cpu' or 'cuda:1'", lambda device: device is None or _is_device(device)),

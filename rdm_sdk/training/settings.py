@@ -45,7 +45,7 @@ class MethodSettings(Protocol):
 
     # Rollouts.
     num_iterations: int
-    steps_per_generation: int
+    reuse_interval: int
     critic_rollouts: Literal["shared", "fresh"]
     importance_sampling_correction: bool
     importance_sampling_cap: float

@@ -12,7 +12,7 @@ from rdm_sdk.errors import RDMError
 from rdm_sdk.families.roles import STUDENT
 from rdm_sdk.method.losses import pathwise_loss
 from rdm_sdk.method.noise import per_sample
-from rdm_sdk.method.objective import Signal, Term, combine, normalize, policy_loss, policy_pull
+from rdm_sdk.method.objective import aggregate, combine, normalize, policy_loss, policy_pull
 from rdm_sdk.method.sampling import replay_log_ratio
 from rdm_sdk.training.judge import Judge
 from rdm_sdk.training.processes import Processes
@@ -32,6 +32,16 @@ class StudentLoss:
     """What each reward returned; a reward that was skipped is missing."""
     pulls: Mapping[str, float]
     """Mean |g| of each reward's normalized, unweighted gradient at x_0."""
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """What the scores of a micro-batch's endpoints teach."""
+
+    together: Tensor | None
+    """The advantages `[N]` of all rewards at their weights; None if no weight is other than 0 for now."""
+    alone: Mapping[str, Tensor]
+    """Those that each reward would give at a weight of 1, if it were the only one."""
 
 
 class DistillationStep:
@@ -62,6 +72,7 @@ class DistillationStep:
         self.weighting = make_weighting("fixed") if weighting is None else weighting
         self.weights = weigh(self.weighting, self.targets, {}, 0)
         """What each reward weighs in this optimizer step."""
+        self._advantages: list[Advantages] = []
         self._has_field = False
         self._student_checked = False
 
@@ -72,6 +83,7 @@ class DistillationStep:
         change the two time scales.
         """
         self.rollouts.begin(window, step)
+        self._advantages = self._normalize_scores() if self.judge.uses_advantages else []
 
     # ---- Critics ------------------------------------------------------------------------------------------------
 
@@ -83,7 +95,7 @@ class DistillationStep:
         batches = self.rollouts.critic_samples(turn)
         for samples in batches:
             for own, role in self.judge.critics:
-                with self.judge.aside(own):
+                with self.judge.undisturbed(own):
                     loss = own.reward.training_loss(self.judge.batch(samples, trained=role))
                     yield loss / len(batches)
                 self.monitor.log(f"loss/{own.label}", loss)
@@ -114,22 +126,16 @@ class DistillationStep:
         settings = self.settings
         experience, x_0 = self.rollouts.replay(position)
         outputs = self.judge.judge(experience)
-        terms = normalize(
-            outputs,
-            settings.num_generations,
-            settings.normalization,
-            settings.scale_rewards,
-            settings.multi_objective_aggregation,
-        )
-        signal = combine(terms, self.weights, settings.num_generations, settings.scale_rewards)
-        self._has_field = signal.field is not None
-        losses, pulls = self._pathwise(experience, x_0, signal, terms)
-        scored = {name: term.advantage for name, term in terms.items() if term.advantage is not None}
-        if scored and self.judge.has(pathwise=False):
-            policy, policy_pulls = self._policy(experience, x_0, signal, scored)
+        fields = normalize(outputs, settings.num_generations, settings.normalization)
+        field = combine(fields, self.weights)
+        self._has_field = field is not None
+        pulls = {name: float(field.abs().mean()) for name, field in fields.items()}
+        losses = [] if field is None else [self._pathwise(experience, x_0, field)]
+        if self._advantages and experience.scored:
+            policy, policy_pulls = self._policy(experience, x_0, self._advantages[position])
             losses, pulls = losses + policy, pulls | policy_pulls
         self.monitor.pulls(pulls)
-        if not terms:
+        if not outputs:
             raise RDMError("every reward was skipped, so there is nothing to learn from; the warnings above say why")
         # Every weight may be 0 for now: a cold start without distribution matching.
         loss = torch.stack(losses).sum() if losses else 0.0 * x_0.sum()
@@ -140,27 +146,50 @@ class DistillationStep:
         self.judge.record(outputs)
         return StudentLoss(loss, outputs, pulls)
 
-    def _pathwise(
-        self, experience: Experience, x_0: Tensor, signal: Signal, terms: Mapping[str, Term]
-    ) -> tuple[list[Tensor], dict[str, float]]:
-        """Return the loss that moves x_0 `[N, *x]` along the field, if there is one, and the pull of each field."""
-        pulls = {name: float(term.field.abs().mean()) for name, term in terms.items() if term.field is not None}
-        if signal.field is None:
-            return [], pulls
+    def _pathwise(self, experience: Experience, x_0: Tensor, field: Tensor) -> Tensor:
+        """Return the loss that moves x_0 `[N, *x]` along a field."""
         weights = experience.weights
         if self.settings.matching != "mixture":
             weights = weights * self.models.policy.step_weights(experience.steps)
-        loss = pathwise_loss(x_0, per_sample(weights, signal.field) * signal.field)
+        loss = pathwise_loss(x_0, per_sample(weights, field) * field)
         self.monitor.log("loss/pathwise", loss)
-        return [loss], pulls
+        return loss
+
+    def _normalize_scores(self) -> list[Advantages]:
+        """Return the advantages of each micro-batch, from the scores of all of them and of all processes.
+
+        Every process asks for the same sums, in the same order, whatever was skipped on it.
+        """
+        settings, experiences = self.settings, self.rollouts.experiences
+        scores = {
+            reward.label: torch.cat([_scores_of(experience, reward.label) for experience in experiences])
+            for reward in self.judge.rewards
+            if reward.route == "advantage"
+        }
+
+        def advantages(weights: Mapping[str, float]) -> Tensor | None:
+            how = settings.scale_rewards, settings.multi_objective_aggregation
+            return aggregate(scores, weights, settings.num_generations, *how, self._total)
+
+        # A reward that was skipped on every process must not add to the size of the sum.
+        counts = self._total(torch.stack([(~values.isnan()).sum().double() for values in scores.values()])).tolist()
+        applies = [label for label, count in zip(scores, counts, strict=True) if count]
+        together = advantages({label: self.weights[label] if label in applies else 0.0 for label in scores})
+        single = {label: advantages({other: float(other == label) for other in scores}) for label in scores}
+        result, start = [], 0
+        for experience in experiences:
+            rows = slice(start, start := start + len(experience.weights))
+            alone = {label: each[rows] for label in experience.scored if (each := single[label]) is not None}
+            result.append(Advantages(None if together is None else together[rows], alone))
+        return result
+
+    def _total(self, sums: Tensor) -> Tensor:
+        return self.processes.reduce(sums, "sum")
 
     def _policy(
-        self, experience: Experience, x_0: Tensor, signal: Signal, scored: Mapping[str, Tensor]
+        self, experience: Experience, x_0: Tensor, advantages: Advantages
     ) -> tuple[list[Tensor], dict[str, float]]:
-        """Return the loss that makes good transitions likelier, if one counts, and the pull of each scored reward.
-
-        `scored` are the advantages `[N]` by reward.
-        """
+        """Return the loss that makes good transitions likelier, if one counts, and each reward's pull."""
         settings, policy = self.settings, self.models.policy
         rows = (experience.steps < policy.num_random_steps).nonzero()[:, 0]
         predicted, steps = x_0[rows], experience.steps[rows]
@@ -168,12 +197,12 @@ class DistillationStep:
         dimensions = x_0[0].numel()
         averaged = settings.ratio_reduction == "mean"
         joint = log_ratios * dimensions if averaged else log_ratios
-        pulls = policy_pull(joint, predicted, {name: advantage[rows] for name, advantage in scored.items()})
-        if signal.advantage is None:
+        pulls = policy_pull(joint, predicted, {name: alone[rows] for name, alone in advantages.alone.items()})
+        if advantages.together is None:
             return [], pulls
         result = policy_loss(
             log_ratios,
-            signal.advantage[rows],
+            advantages.together[rows],
             experience.weights[rows],
             settings.clip_range,
             1 if averaged else dimensions,
@@ -206,6 +235,13 @@ class DistillationStep:
             if norm == 0:
                 raise RDMError("no gradient reaches the student: are all reward weights 0, or all rewards constant?")
             self._student_checked = True
+
+
+def _scores_of(experience: Experience, label: str) -> Tensor:
+    """Return a reward's scores `[N]` of the endpoints, NaN where it was skipped."""
+    if label in experience.scored:
+        return experience.scored[label].scores
+    return torch.full_like(experience.weights, torch.nan)
 
 
 OTHERWISE = (

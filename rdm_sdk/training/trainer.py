@@ -19,8 +19,7 @@ from transformers.trainer_utils import TrainOutput
 from rdm_sdk.errors import ConfigError, DataError, RDMError
 from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import STUDENT
-from rdm_sdk.rewards.resolve import RewardFuncs
-from rdm_sdk.rewards.routes import load_routed
+from rdm_sdk.rewards.resolve import RewardFuncs, resolve_rewards
 from rdm_sdk.training import checkpoint
 from rdm_sdk.training.config import RDMConfig
 from rdm_sdk.training.data import GroupSampler, all_prompts, collate, load_prompts
@@ -84,7 +83,7 @@ class RDMTrainer(Trainer):
         check_arguments(args, optimizers)
         train_dataset = None if train_dataset is None else load_prompts(train_dataset)
         eval_dataset = None if eval_dataset is None else load_prompts(eval_dataset, "eval_dataset")
-        self.rewards = load_routed(reward_funcs, args.reward_weights, args.reward_route)
+        self.rewards = resolve_rewards(reward_funcs, args.reward_weights, args.reward_route)
         check_run(args, self.rewards, {"train_dataset": train_dataset, "eval_dataset": eval_dataset}, weighting)
         roles = role_configs(args, self.rewards, peft_config, fake_peft_config)
         self.family = load_family(
@@ -212,7 +211,7 @@ class RDMTrainer(Trainer):
         groups = self.args.per_device_train_batch_size // self.args.num_generations
         together = groups * self.args.world_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        reuse = self.args.num_iterations, self.args.steps_per_generation
+        reuse = self.args.num_iterations, self.args.reuse_interval
         self._sampler = GroupSampler(len(dataset), self.args.num_generations, together, seed, *reuse)
         return self._sampler
 

@@ -13,19 +13,19 @@ from peft import LoraConfig
 from rdm_sdk.errors import ConfigError, DataError, nearest
 from rdm_sdk.families.roles import STUDENT, TEACHER, check_lora_config
 from rdm_sdk.plugins.registry import registry
-from rdm_sdk.rewards.resolve import WeightedReward
+from rdm_sdk.rewards.resolve import RunReward
 from rdm_sdk.training.config import RDMConfig
 from rdm_sdk.training.weighting import ANCHOR, Weighting, make_weighting
 
 
-def critic_roles(rewards: Sequence[WeightedReward]) -> list[str]:
+def critic_roles(rewards: Sequence[RunReward]) -> list[str]:
     """Return the roles that the rewards train, in order, each once."""
-    return list(dict.fromkeys(own.reward.capabilities.trains for own in rewards if own.reward.capabilities.trains))
+    return list(dict.fromkeys(own.capabilities.trains for own in rewards if own.capabilities.trains))
 
 
 def role_configs(
     args: RDMConfig,
-    rewards: Sequence[WeightedReward],
+    rewards: Sequence[RunReward],
     peft_config: LoraConfig | None,
     fake_peft_config: LoraConfig | None,
 ) -> dict[str, LoraConfig | None]:
@@ -45,7 +45,7 @@ def role_configs(
             check_lora_config(lora, argument)
     student = peft_config or LoraConfig(r=16, lora_alpha=16)
     critic = fake_peft_config or student
-    heads = {own.reward.capabilities.trains for own in rewards if own.reward.capabilities.head}
+    heads = {own.capabilities.trains for own in rewards if own.capabilities.head}
     configs: dict[str, LoraConfig | None] = {STUDENT: None if args.student_weights == "full" else student}
     for role in critic_roles(rewards):
         if role not in heads:
@@ -67,7 +67,7 @@ def check_arguments(args: object, optimizers: Sequence[object]) -> None:
 
 def check_run(
     args: RDMConfig,
-    rewards: Sequence[WeightedReward],
+    rewards: Sequence[RunReward],
     datasets: Mapping[str, Dataset | None],
     weighting: Weighting | None = None,
 ) -> None:
@@ -87,17 +87,18 @@ def check_run(
             f"weighting={args.weighting!r} weighs rewards against {ANCHOR!r}, and this run has none with a weight; add "
             f"it to the rewards, such as '{ANCHOR} + 0.5*...', or use weighting='fixed'"
         )
-    scored = [own.label for own in rewards if own.weight and not own.pathwise]
+    scored = [own.label for own in rewards if own.weight and own.route == "advantage"]
     if scored and args.num_random_steps == 0:
         raise ConfigError(
             f"reward {scored[0]!r} acts through its scores, on the random steps of the sampler, and a student with "
             f"num_inference_steps={args.num_inference_steps} and sampler={args.sampler!r} has none; use more steps, a "
             "random sampler, or a reward that acts by its gradient"
         )
-    compared = [own.label for own in rewards if own.weight and not own.has_gradient]
+    compared = [own for own in rewards if own.weight and not own.differentiated]
     if compared and args.num_generations == 1:
+        why = "has no gradient" if compared[0].capabilities.gradient == "none" else "acts by its scores"
         raise ConfigError(
-            f"reward {compared[0]!r} has no gradient, so samples of one prompt are compared with each other, and "
+            f"reward {compared[0].label!r} {why}, so samples of one prompt are compared with each other, and "
             "num_generations=1 leaves nothing to compare with; use at least 2"
         )
     for role in critic_roles(rewards):
@@ -105,7 +106,7 @@ def check_run(
             raise ConfigError(f"a reward declares trains={role!r}, which is not a critic's; give its role another name")
     if critic_roles(rewards) and args.critic_steps == 0:
         raise ConfigError("critic_steps=0 would leave the critics of the rewards untrained; use at least 1")
-    grouped = [own.label for own in rewards if own.reward.capabilities.scope == "group"]
+    grouped = [own.label for own in rewards if own.capabilities.scope == "group"]
     if grouped and args.num_generations == 1:
         raise ConfigError(
             f"reward {grouped[0]!r} compares the samples of one prompt, and num_generations=1 leaves nothing to "
@@ -113,7 +114,7 @@ def check_run(
         )
     for own in rewards:
         for argument, dataset in datasets.items():
-            for column in own.reward.capabilities.columns:
+            for column in own.capabilities.columns:
                 if dataset is not None and column not in dataset.column_names:
                     raise DataError(
                         f"reward {own.label!r} needs a column {column!r}, and {argument} has none."

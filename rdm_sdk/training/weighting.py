@@ -13,9 +13,10 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from pydantic import Field
 
-from rdm_sdk.errors import CheckpointError, ConfigError, nearest
+from rdm_sdk.errors import CheckpointError, ConfigError, nearest, shown
 from rdm_sdk.rewards.base import RewardConfig
-from rdm_sdk.rewards.spec import checked_model, parse_spec
+from rdm_sdk.rewards.grammar import NAME, Parser
+from rdm_sdk.rewards.spec import checked_model
 
 ANCHOR = "dm"
 """The reward that the others are weighed against; its own weight is the one in the spec, always."""
@@ -218,15 +219,19 @@ def make_weighting(spec: str) -> Fixed:
     Raises:
         ConfigError: an unknown strategy, an unknown option, or a value that it cannot have.
     """
-    terms = parse_spec(spec)
-    term = terms[0]
-    if len(terms) != 1 or term.weight != 1.0 or term.variant or term.revision:
-        raise ConfigError(f"weighting={spec!r} must be one strategy with options, such as 'balance[decay=0.95]'")
-    if term.name not in STRATEGIES:
-        raise ConfigError(
-            f"there is no weighting {term.name!r}.{nearest(term.name, STRATEGIES)} There are: {', '.join(STRATEGIES)}; "
-            "RDMTrainer(weighting=...) takes an object of your own"
+    parser = Parser(spec, "weighting=", "It is one strategy with options, such as 'balance[decay=0.95]'", ConfigError)
+    name = parser.take(NAME)
+    if name is None:
+        parser.fail("expected the name of a strategy here")
+    if name not in STRATEGIES:
+        parser.fail(
+            f"there is no weighting {shown(name, 60)}.{nearest(name, STRATEGIES)} There are: {', '.join(STRATEGIES)}; "
+            "RDMTrainer(weighting=...) takes an object of your own",
+            at=0,
         )
-    strategy: Any = STRATEGIES[term.name]
-    made: Fixed = strategy(checked_model(strategy.Config, dict(term.options), f"weighting {term.name!r}", ConfigError))
+    options = parser.options()
+    if not parser.at_end():
+        parser.fail("expected the end here" if options else "expected '[' or the end here")
+    strategy: Any = STRATEGIES[name]
+    made: Fixed = strategy(checked_model(strategy.Config, options, f"weighting {name!r}", ConfigError))
     return made

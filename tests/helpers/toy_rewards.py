@@ -34,4 +34,10 @@ def latent_batch(decoded: list[int] | None = None, count: int = 6) -> RewardBatc
             decoded.append(len(z))
         return z.sigmoid().repeat_interleave(2, dim=-1)
 
-    return RewardBatch(latents, [f"p{i // 2}" for i in range(count)], 2, decode, {"row": list(range(count))})
+    return RewardBatch(
+        latents=latents,
+        prompts=[f"p{i // 2}" for i in range(count)],
+        group_size=2,
+        decode=decode,
+        columns={"row": list(range(count))},
+    )

@@ -35,7 +35,7 @@ from rdm_sdk.planning.phases import Phase, Step
 from rdm_sdk.planning.plan import GB, MemoryPlan, Planner, Row, optimizer_bytes, quantized_bytes
 from rdm_sdk.planning.rehearsal import Rehearsal
 from rdm_sdk.plugins.registry import registry
-from rdm_sdk.rewards.resolve import Declared, declare_rewards, resolve_rewards
+from rdm_sdk.rewards.resolve import PlannedReward, plan_rewards, resolve_rewards
 from rdm_sdk.vision.clip import CLIP_VIT_H
 
 PROMPTS = ["a handwritten one, drawn with a brush", "a handwritten two, drawn with a pencil"]
@@ -228,7 +228,7 @@ def test_gradients_and_scratch_are_where_the_trainer_has_them(folders: Path, tmp
     def phases(**changed: Any) -> dict[str, Phase]:
         args = settings(kind, family, tmp_path, **changed)
         rehearsal = Rehearsal(family, family.latent_shape(32, 64))
-        return {phase.name: phase for phase in Step(rehearsal, args, declare_rewards("dm")).phases()}
+        return {phase.name: phase for phase in Step(rehearsal, args, plan_rewards("dm")).phases()}
 
     once, twice = phases(), phases(gradient_accumulation_steps=2)
     for role, name in (("student", "the student"), ("fake", "the critic 'fake'")):
@@ -290,17 +290,18 @@ def test_a_head_is_trained_too(folders: Path, tmp_path: Path) -> None:
     assert with_head.peak == "the reward 'adversarial' asks the networks"
 
 
-def test_declared_rewards_are_what_would_be_made() -> None:
+def test_planned_rewards_are_what_would_be_made() -> None:
     """The same labels, weights and capabilities, and the same complaints, with nothing loaded."""
     spec = "dm + 0.5*legibility - 2*guidance"
-    made, declared = resolve_rewards(spec), declare_rewards(spec)
-    for one, other in zip(made, declared, strict=True):
-        assert (one.label, one.term, one.reward.capabilities) == (other.label, other.term, other.reward.capabilities)
-        assert isinstance(other.reward, Declared)
+    made, planned = resolve_rewards(spec), plan_rewards(spec)
+    for one, other in zip(made, planned, strict=True):
+        assert (one.label, one.term, one.reward.capabilities) == (other.label, other.term, other.capabilities)
+        assert isinstance(other, PlannedReward)
+        assert other.given is None
     with pytest.raises(RewardError, match=r"no option 'pth'\. Did you mean 'path'"):
-        declare_rewards("clip[pth=x]")
+        plan_rewards("clip[pth=x]")
     with pytest.raises(RewardError, match="legibilty"):
-        declare_rewards("legibilty")
+        plan_rewards("legibilty")
 
 
 CLIP_VIT_L: dict[str, Any] = {

@@ -45,8 +45,10 @@ def toy(draws: int = 3) -> tuple[Adversarial, RewardBatch]:
     def features(x_t: Tensor, sigma: Tensor) -> Tensor:
         return torch.sin(x_t.double()).flatten(2).transpose(1, 2) * (1 + sigma.double()).reshape(-1, 1, 1)
 
-    context = DiffusionContext(FlowSchedule(), no_denoiser, 0.02, 0.98, draws, features=features)
-    return reward, RewardBatch(latents, ["a"] * 4, 4, lambda x: x, context=context)
+    context = DiffusionContext(
+        schedule=FlowSchedule(), denoiser=no_denoiser, min_time=0.02, max_time=0.98, num_draws=draws, features=features
+    )
+    return reward, RewardBatch(latents=latents, prompts=["a"] * 4, group_size=4, decode=lambda x: x, context=context)
 
 
 def log_d(reward: Adversarial, batch: RewardBatch, x_0: Tensor) -> Tensor:
@@ -83,7 +85,16 @@ def test_the_gradient_is_that_of_log_d_in_the_clean_sample() -> None:
 def test_judging_leaves_no_gradient_on_the_head() -> None:
     """The student's turn: the discriminator is read, not trained."""
     reward, batch = toy()
-    evaluate_reward(reward, RewardBatch(batch.latents.float(), batch.prompts, 4, batch.decode, context=batch.context))
+    evaluate_reward(
+        reward,
+        RewardBatch(
+            latents=batch.latents.float(),
+            prompts=batch.prompts,
+            group_size=4,
+            decode=batch.decode,
+            context=batch.context,
+        ),
+    )
     head: Any = reward._head
     assert all(p.grad is None for p in head.parameters())
 
@@ -97,10 +108,24 @@ def test_the_loss_is_the_non_saturating_one() -> None:
     nn.init.constant_(head.logit.bias, 0.7)  # so that every logit is 0.7
     features = lambda x_t, sigma: x_t.flatten(2).transpose(1, 2)  # noqa: E731
     context = DiffusionContext(
-        FlowSchedule(), no_denoiser, 0.02, 0.98, 1, features=features, encode_images=lambda images: images[:, :1]
+        schedule=FlowSchedule(),
+        denoiser=no_denoiser,
+        min_time=0.02,
+        max_time=0.98,
+        num_draws=1,
+        features=features,
+        encode_images=lambda images: images[:, :1],
     )
     columns = {"image": [np.zeros((4, 4, 3), np.uint8)] * 2}
-    batch = RewardBatch(torch.zeros(2, 1, 4, 4), ["a"] * 2, 2, lambda x: x, columns, context, torch.tensor([0.5, 2.0]))
+    batch = RewardBatch(
+        latents=torch.zeros(2, 1, 4, 4),
+        prompts=["a"] * 2,
+        group_size=2,
+        decode=lambda x: x,
+        columns=columns,
+        context=context,
+        weights=torch.tensor([0.5, 2.0]),
+    )
     loss = reward.training_loss(batch)
     real, fake = np.log1p(np.exp(-0.7)), np.log1p(np.exp(0.7))
     assert loss.item() == pytest.approx(real + fake * (0.5 + 2.0) / 2, rel=1e-5)
@@ -124,24 +149,32 @@ def test_it_learns_to_tell_two_sets_apart_on_the_embedded_teacher() -> None:
         prompts = [digits.prompts()[label] for label in words[rows]]
         condition = family.encode_prompts(prompts)
         context = DiffusionContext(
-            family.schedule,
-            no_denoiser,
-            0.02,
-            0.98,
-            1,
+            schedule=family.schedule,
+            denoiser=no_denoiser,
+            min_time=0.02,
+            max_time=0.98,
+            num_draws=1,
             features=family.features(family.roles, "teacher", condition),
             encode_images=family.encode_images,
         )
         columns = {"image": [to_pil(image) for image in images[rows]]}
         spoiled = family.encode_images(images[rows] * 0.3)
-        return RewardBatch(spoiled, prompts, 1, family.decode, columns, context), family.encode_images(images[rows])
+        return RewardBatch(
+            latents=spoiled, prompts=prompts, group_size=1, decode=family.decode, columns=columns, context=context
+        ), family.encode_images(images[rows])
 
     def margin() -> float:
         fake, real = batch_of(slice(468, 500))
         with torch.no_grad():
             torch.manual_seed(3)
             on_fake = reward.score(fake)
-            judged = RewardBatch(real, fake.prompts, 1, fake.decode, context=batch_of(slice(468, 500))[0].context)
+            judged = RewardBatch(
+                latents=real,
+                prompts=fake.prompts,
+                group_size=1,
+                decode=fake.decode,
+                context=batch_of(slice(468, 500))[0].context,
+            )
             torch.manual_seed(3)
             return (reward.score(judged) - on_fake).mean().item()
 
@@ -250,6 +283,10 @@ def test_without_a_teacher_it_says_so() -> None:
     reward = Adversarial()
     with pytest.raises(RewardError, match="'adversarial' needs the models of a training run"):
         evaluate_reward(reward, RewardBatch.from_images(torch.rand(2, 3, 8, 8)))
-    context = DiffusionContext(FlowSchedule(), no_denoiser, 0.02, 0.98, 1)
+    context = DiffusionContext(schedule=FlowSchedule(), denoiser=no_denoiser, min_time=0.02, max_time=0.98, num_draws=1)
     with pytest.raises(RDMError, match="needs a teacher's features"):
-        reward.field(RewardBatch(torch.zeros(2, 1, 4, 4), ["a"] * 2, 2, lambda x: x, context=context))
+        reward.field(
+            RewardBatch(
+                latents=torch.zeros(2, 1, 4, 4), prompts=["a"] * 2, group_size=2, decode=lambda x: x, context=context
+            )
+        )

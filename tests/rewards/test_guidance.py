@@ -55,14 +55,19 @@ def judged(
         return without + scale * (with_prompt - without)
 
     context = DiffusionContext(
-        FlowSchedule(),
-        networks.denoiser,
-        *(0.02, 0.98, draws, "stratified", correct),
+        schedule=FlowSchedule(),
+        denoiser=networks.denoiser,
+        min_time=0.02,
+        max_time=0.98,
+        num_draws=draws,
+        critic_correction=correct,
         guide=None if scale == 1.0 else guide,
         denoiser_pair=networks.pair,
     )
     torch.manual_seed(7)
-    batch = RewardBatch(latents, ["a"] * 4 + ["b"] * 4, G, lambda x: x, context=context)
+    batch = RewardBatch(
+        latents=latents, prompts=["a"] * 4 + ["b"] * 4, group_size=G, decode=lambda x: x, context=context
+    )
     return evaluate_rewards(rewards, batch)  # type: ignore[arg-type]
 
 
@@ -86,8 +91,15 @@ def test_the_critics_lag_is_taken_out_of_dm() -> None:
     errors = {}
     for correct in ("none", "group"):
         networks = Networks()
-        context = DiffusionContext(FlowSchedule(), networks.denoiser, 0.02, 0.98, 1, critic_correction=correct)
-        batch = RewardBatch(latents, ["a"] * 64, 64, lambda x: x, context=context)
+        context = DiffusionContext(
+            schedule=FlowSchedule(),
+            denoiser=networks.denoiser,
+            min_time=0.02,
+            max_time=0.98,
+            num_draws=1,
+            critic_correction=correct,
+        )
+        batch = RewardBatch(latents=latents, prompts=["a"] * 64, group_size=64, decode=lambda x: x, context=context)
         gradient = evaluate_rewards({"dm": DistributionMatching()}, batch).outputs["dm"].gradient
         (draw,) = context.renoise(batch.latents, 64)
         exact = gaussian(MEANS["with"], draw.x_t, draw.sigma) - gaussian(-0.4, draw.x_t, draw.sigma)
@@ -106,11 +118,18 @@ def test_guidance_is_the_difference_of_the_teachers_two_predictions() -> None:
         evaluate_rewards(
             {"guidance": Guidance()},
             RewardBatch(
-                torch.full((400, 2, 3), value),
-                ["a"] * 400,
-                400,
-                lambda x: x,
-                context=DiffusionContext(FlowSchedule(), networks.denoiser, 0.02, 0.98, 1, denoiser_pair=networks.pair),
+                latents=torch.full((400, 2, 3), value),
+                prompts=["a"] * 400,
+                group_size=400,
+                decode=lambda x: x,
+                context=DiffusionContext(
+                    schedule=FlowSchedule(),
+                    denoiser=networks.denoiser,
+                    min_time=0.02,
+                    max_time=0.98,
+                    num_draws=1,
+                    denoiser_pair=networks.pair,
+                ),
             ),
         ).outputs["guidance"]
         for value in (1.0, 0.4)
@@ -136,9 +155,16 @@ def test_draws_are_shared(order: tuple[str, str]) -> None:
 def test_a_second_batch_gets_draws_of_its_own() -> None:
     """Draws belong to a batch: a context that meets other samples must not answer with the first ones' noise."""
     networks = Networks()
-    context = DiffusionContext(FlowSchedule(), networks.denoiser, 0.02, 0.98, 1, denoiser_pair=networks.pair)
+    context = DiffusionContext(
+        schedule=FlowSchedule(),
+        denoiser=networks.denoiser,
+        min_time=0.02,
+        max_time=0.98,
+        num_draws=1,
+        denoiser_pair=networks.pair,
+    )
     for latents in (torch.zeros(4, 2, 3), torch.full((4, 2, 3), 50.0)):
-        batch = RewardBatch(latents, ["a"] * 4, 4, lambda x: x, context=context)
+        batch = RewardBatch(latents=latents, prompts=["a"] * 4, group_size=4, decode=lambda x: x, context=context)
         evaluate_rewards({"guidance": Guidance()}, batch)
     assert len(networks.asked["pair"]) == 2
     first, second = networks.asked["pair"]
@@ -149,12 +175,19 @@ def test_a_second_batch_gets_draws_of_its_own() -> None:
 
 def test_without_a_teacher_pair_it_says_so() -> None:
     """A batch whose context cannot leave the prompt out, or none at all, gives a clear error."""
-    context = DiffusionContext(FlowSchedule(), Networks().denoiser, 0.02, 0.98, 1)
-    batch = RewardBatch(torch.zeros(4, 2, 3), ["a"] * 4, 4, lambda x: x, context=context)
+    context = DiffusionContext(
+        schedule=FlowSchedule(), denoiser=Networks().denoiser, min_time=0.02, max_time=0.98, num_draws=1
+    )
+    batch = RewardBatch(
+        latents=torch.zeros(4, 2, 3), prompts=["a"] * 4, group_size=4, decode=lambda x: x, context=context
+    )
     with pytest.raises(RewardError, match="no teacher without the prompt"):
         evaluate_rewards({"guidance": Guidance()}, batch)
     with pytest.raises(RewardError, match="'guidance' needs the models of a training run"):
-        evaluate_rewards({"guidance": Guidance()}, RewardBatch(torch.zeros(4, 2, 3), ["a"] * 4, 4, lambda x: x))
+        evaluate_rewards(
+            {"guidance": Guidance()},
+            RewardBatch(latents=torch.zeros(4, 2, 3), prompts=["a"] * 4, group_size=4, decode=lambda x: x),
+        )
 
 
 def test_the_split_costs_no_more_than_guidance(make_trainer: Make, tmp_path: Path) -> None:
@@ -179,7 +212,9 @@ def test_guidance_alone_trains_without_a_critic(make_trainer: Make, tmp_path: Pa
 
 def test_the_noise_is_standard_and_the_same_for_every_dtype() -> None:
     """Samples in bfloat16 are re-noised like the same values in float32, and x_t keeps its bits."""
-    context = DiffusionContext(FlowSchedule(), Networks().denoiser, 0.02, 0.98, 1)
+    context = DiffusionContext(
+        schedule=FlowSchedule(), denoiser=Networks().denoiser, min_time=0.02, max_time=0.98, num_draws=1
+    )
     x_0, sigma = torch.ones(64, 4, 8, 8, dtype=torch.bfloat16), torch.full((64,), 0.5)
     noised = []
     for own in (x_0, x_0.float()):

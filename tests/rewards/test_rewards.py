@@ -15,7 +15,9 @@ from rdm_sdk.rewards.resolve import resolve_rewards
 def batch(count: int = 4) -> RewardBatch:
     """Return a batch whose images are its latents, three times."""
     latents = torch.rand(count, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    return RewardBatch(latents, ["a seven"] * count, 2, lambda z: z.expand(-1, 3, -1, -1))
+    return RewardBatch(
+        latents=latents, prompts=["a seven"] * count, group_size=2, decode=lambda z: z.expand(-1, 3, -1, -1)
+    )
 
 
 @pytest.mark.parametrize("kind", ["list", "tensor", "array"])
@@ -159,9 +161,9 @@ def test_inapplicable_samples_are_in_no_statistic():
     scores = torch.tensor([1.0, float("nan"), float("nan"), float("nan")])
     gradient = torch.tensor([2.0, 0.0, 0.0, 0.0]).reshape(4, 1)
     for normalization in ("group", "sample", "batch"):
-        terms = normalize({"r": RewardOutput(scores, gradient)}, 2, normalization, "group")
-        signal = combine(terms, {"r": 1.0}, 2, "group")
-        assert signal.field.flatten().tolist() == [1.0, 0.0, 0.0, 0.0]
+        fields = normalize({"r": RewardOutput(scores, gradient)}, 2, normalization)
+        field = combine(fields, {"r": 1.0})
+        assert field.flatten().tolist() == [1.0, 0.0, 0.0, 0.0]
     assert zero_std_share(torch.tensor([1.0, float("nan"), 1.0, 2.0]), 2) == 0.5
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rdm_sdk import RewardError, RewardTerm, parse_spec
+from rdm_sdk import ConfigError, RDMError, RewardError, RewardTerm, parse_spec
+from rdm_sdk.rewards.grammar import MAX_LENGTH
 from rdm_sdk.rewards.resolve import resolve_rewards
+from rdm_sdk.rewards.routes import parse_route
 from rdm_sdk.rewards.spec import label_terms, make_term, show_spec
+from rdm_sdk.training.weighting import make_weighting
 
 WORD = st.from_regex(r"[A-Za-z][A-Za-z0-9_]{0,6}(-[A-Za-z][A-Za-z0-9_]{0,3})?", fullmatch=True)
 PART = st.from_regex(r"[A-Za-z0-9_.][A-Za-z0-9_./-]{0,8}", fullmatch=True)
@@ -188,3 +192,65 @@ def test_unusable_forms_are_refused(given, words):
     """Each mistake names itself, with the nearest match where there is one."""
     with pytest.raises(RewardError, match=words):
         resolve_rewards(given)
+
+
+# ---- Hostile texts --------------------------------------------------------------------------------------------------
+
+HOSTILE = {
+    "letters": "a",
+    "digits": "1",
+    "points": "1.",
+    "spaces": " ",
+    "hyphens": "a-",
+    "slashes": "a/",
+    "brackets": "[",
+    "opened": "a[",
+    "quotes": '"',
+    "escapes": '\\"',
+    "commas": "a,",
+    "pairs": "a=gradient,",
+    "sums": "a+",
+    "products": "2*",
+    "emptiness": "\0",
+}
+BEGINNINGS = ["", "dm[x=", 'dm[x="', "dm + ", "gradient[", "gradient[a[x=", "balance[", "balance[decay="]
+READERS = {"reward": parse_spec, "route": parse_route, "weighting": make_weighting}
+
+
+@pytest.mark.parametrize("length", [MAX_LENGTH, 1_000_000])
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("reader", READERS)
+def test_hostile_texts_are_refused_at_once(reader: str, kind: str, length: int) -> None:
+    """In less than a second, whatever they are made of, quoting little of them; as long as is read, and far longer."""
+    for beginning in BEGINNINGS:
+        text = (beginning + HOSTILE[kind] * length)[: length - 1] + "?"
+        started = time.perf_counter()
+        with pytest.raises(RDMError) as caught:
+            READERS[reader](text)
+        assert time.perf_counter() - started < 1
+        assert isinstance(caught.value, RewardError if reader == "reward" else ConfigError)
+        assert "column" in str(caught.value)
+        assert len(str(caught.value)) < 500
+
+
+def test_reading_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen times the text takes about sixteen times as long, not 256 times."""
+    monkeypatch.setattr("rdm_sdk.rewards.grammar.MAX_LENGTH", 10_000_000)
+
+    def seconds(reader: str, text: str) -> float:
+        started = time.perf_counter()
+        with pytest.raises(RDMError):
+            READERS[reader](text)
+        return time.perf_counter() - started
+
+    for reader, beginning in (("reward", "dm[x="), ("route", "gradient["), ("weighting", "balance[decay=")):
+        for part in HOSTILE.values():
+            short, long = (beginning + part * (size // len(part)) + "?" for size in (4_000, 64_000))
+            assert seconds(reader, long) < max(64 * min(seconds(reader, short) for _ in range(3)), 0.05)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_only_texts_are_read(reader: str) -> None:
+    """Another type is named."""
+    with pytest.raises(RDMError, match="5 is a int, not a text"):
+        READERS[reader](5)  # type: ignore[arg-type]

@@ -20,7 +20,6 @@ from rdm_sdk import (
     Reward,
     RewardBatch,
     RewardError,
-    Scored,
 )
 from rdm_sdk.method.groups import group_advantage
 from rdm_sdk.method.noise import FlowSchedule
@@ -51,9 +50,17 @@ def teacher(x_t: Tensor, sigma: Tensor) -> Tensor:
 def batch_of(latents: Tensor, draws: int = 1, carries_back: bool = True) -> RewardBatch:
     """Return two groups with the teacher above, and nothing else."""
     context = DiffusionContext(
-        FlowSchedule(), lambda _role: teacher, 0.1, 0.9, draws, "stratified", carries_back=carries_back
+        schedule=FlowSchedule(),
+        denoiser=lambda _role: teacher,
+        min_time=0.1,
+        max_time=0.9,
+        num_draws=draws,
+        spread="stratified",
+        carries_back=carries_back,
     )
-    return RewardBatch(latents, ["a"] * G + ["b"] * G, G, lambda x: x, context=context)
+    return RewardBatch(
+        latents=latents, prompts=["a"] * G + ["b"] * G, group_size=G, decode=lambda x: x, context=context
+    )
 
 
 @pytest.fixture
@@ -133,8 +140,15 @@ def test_a_jacobian_that_is_not_positive_explodes_nothing(latents: Tensor) -> No
         def linear(x_t: Tensor, sigma: Tensor, sign: float = sign) -> Tensor:
             return sign * x_t
 
-        context = DiffusionContext(FlowSchedule(), lambda _role, own=linear: own, 0.5, 0.500001, 1, carries_back=True)
-        batch = RewardBatch(latents, [""] * 8, G, lambda x: x, context=context)
+        context = DiffusionContext(
+            schedule=FlowSchedule(),
+            denoiser=lambda _role, own=linear: own,
+            min_time=0.5,
+            max_time=0.500001,
+            num_draws=1,
+            carries_back=True,
+        )
+        batch = RewardBatch(latents=latents, prompts=[""] * 8, group_size=G, decode=lambda x: x, context=context)
         fields.append(tilted(RewardOutput(torch.arange(8.0), torch.ones_like(latents)), batch, "group").gradient)
     torch.testing.assert_close(fields[0], -fields[1])
     assert fields[0].abs().max() < 1.0
@@ -163,8 +177,15 @@ def test_draws_are_shared_and_need_a_graph(latents: Tensor) -> None:
         asked.append(len(x_t))
         return teacher(x_t, sigma)
 
-    context = DiffusionContext(FlowSchedule(), lambda _role: counted, 0.1, 0.9, 2, carries_back=True)
-    batch = RewardBatch(latents, [""] * 8, G, lambda x: x, context=context)
+    context = DiffusionContext(
+        schedule=FlowSchedule(),
+        denoiser=lambda _role: counted,
+        min_time=0.1,
+        max_time=0.9,
+        num_draws=2,
+        carries_back=True,
+    )
+    batch = RewardBatch(latents=latents, prompts=[""] * 8, group_size=G, decode=lambda x: x, context=context)
     for draw in context.renoise(latents, G):
         assert not draw.x_0("teacher").requires_grad
     for _ in range(2):
@@ -200,7 +221,14 @@ def test_the_guided_teacher_is_the_one_that_is_tilted(latents: Tensor) -> None:
         return without + 3.0 * (with_prompt - without)
 
     context = DiffusionContext(
-        FlowSchedule(), lambda _role: teacher, 0.1, 0.9, 1, guide=guide, denoiser_pair=pair, carries_back=True
+        schedule=FlowSchedule(),
+        denoiser=lambda _role: teacher,
+        min_time=0.1,
+        max_time=0.9,
+        num_draws=1,
+        guide=guide,
+        denoiser_pair=pair,
+        carries_back=True,
     )
     (draw,) = context.renoise(latents, G)
     torch.testing.assert_close(draw.x_0("teacher"), 2.0 * draw.x_t)
@@ -317,13 +345,19 @@ class Bright(Reward):
         return batch.images.mean(dim=(1, 2, 3)).masked_fill(left_out, NAN)
 
 
-@pytest.mark.parametrize("kind", [lambda reward: reward, Scored], ids=["gradient", "scores"])
+class BrightScores(Bright):
+    """The same, without a gradient."""
+
+    capabilities = Capabilities(prompts=True)
+
+
+@pytest.mark.parametrize("kind", [Bright, BrightScores], ids=["gradient", "scores"])
 def test_rewards_may_not_apply(
-    make_trainer: Make, tmp_path: Path, losses_of: Losses, kind: Callable[[Reward], Reward]
+    make_trainer: Make, tmp_path: Path, losses_of: Losses, kind: Callable[[], Reward]
 ) -> None:
     """NaN scores of some prompts neither stop a run nor reach its loss."""
     prompts = ["the digit zero", "the digit one"]
-    trainer = run(make_trainer, tmp_path, ["dm", (kind(Bright()), 0.5)], prompts=prompts)
+    trainer = run(make_trainer, tmp_path, ["dm", (kind(), 0.5)], prompts=prompts)
     rows = losses_of(trainer)
     assert sum(row[name] for row in rows for name in row if name.endswith("/nan")) > 0
     assert all(row["loss"] == row["loss"] for row in rows)
@@ -346,5 +380,5 @@ def test_resuming(make_trainer: Make, tmp_path: Path, losses_of: Losses) -> None
     assert same(whole, resumed)
     assert losses_of(whole)[-1] == losses_of(resumed)[-1]
     other = make_trainer(tmp_path, rewards, learning_rate=2e-3, critic_steps=1, **settings)
-    with pytest.raises(CheckpointError, match=r"legibility \(tilts\)"):
+    with pytest.raises(CheckpointError, match=r"by the routes \['gradient', 'tilt', 'tilt'\]"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

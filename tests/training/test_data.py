@@ -100,7 +100,7 @@ def test_a_step_s_prompts_come_once_per_use(num_iterations: int) -> None:
 def test_steps_that_are_used_again_together(
     num_prompts: int, group_size: int, prompts_per_step: int, num_iterations: int, together: int
 ) -> None:
-    """The prompts of `steps_per_generation` steps come one step after the other, and around again for each use."""
+    """The prompts of `reuse_interval` steps come one step after the other, and around again for each use."""
     sampler = GroupSampler(num_prompts, group_size, prompts_per_step, 3, num_iterations, together)
     steps = windows(sampler, prompts_per_step)
     cycle = together * num_iterations

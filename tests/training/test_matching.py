@@ -18,7 +18,6 @@ from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.roles import StepEmbedding
 from rdm_sdk.families.sd3 import SD3Family
 from rdm_sdk.method.noise import FlowSchedule, VariancePreservingSchedule
-from rdm_sdk.method.objective import Signal
 from rdm_sdk.method.sampling import FewStepPolicy
 from rdm_sdk.rewards.dm import DistributionMatching
 from rdm_sdk.types import select_steps
@@ -322,8 +321,8 @@ def test_steps_are_weighted_where_each_is_matched_by_itself(
         seen.append(field)
         return loss(x_0, field)
 
-    def ones(terms: Any, weights: Any, *_: Any) -> Signal:
-        return Signal(torch.ones_like(terms["dm"].field), None)
+    def ones(fields: Any, weights: Any) -> Tensor:
+        return torch.ones_like(fields["dm"])
 
     monkeypatch.setattr(rdm_sdk.training.step, "pathwise_loss", watching)
     monkeypatch.setattr(rdm_sdk.training.step, "combine", ones)

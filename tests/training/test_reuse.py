@@ -53,14 +53,14 @@ def test_four_uses_make_a_quarter_of_the_rollouts(make_trainer: Make, tmp_path: 
 
 
 def test_several_rollouts_before_the_first_is_used_again(make_trainer: Make, tmp_path: Path) -> None:
-    """`steps_per_generation`: two steps with rollouts of their own, then both again."""
+    """`reuse_interval`: two steps with rollouts of their own, then both again."""
     judge = Judge()
     reward = WatchedMatching()
     trainer = make_trainer(
         tmp_path,
         [reward, (judge, 0.1)],
         num_iterations=2,
-        steps_per_generation=2,
+        reuse_interval=2,
         max_steps=4,
         min_effective_sample_size=0.0,
         **BOLD,
