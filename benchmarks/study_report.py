@@ -52,9 +52,9 @@ def mixture_lines(path: Path) -> list[str]:
     """Return the tables of the closed-form part, if it was run."""
     if not path.is_file():
         return ["Not run."]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     cells: dict[str, list[Row]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in {(row["name"], row["seed"]): row for row in rows}.values():  # a cell's last run of a seed
         cells.setdefault(row["name"], []).append(row)
 
     def of(cell: str, figure: str) -> Estimate | str:

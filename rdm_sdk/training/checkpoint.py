@@ -22,6 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from rdm_sdk.errors import CheckpointError
 from rdm_sdk.families.base import ModelFamily
+from rdm_sdk.training.models import RunModels
 from rdm_sdk.training.rollouts import read_rollouts
 from rdm_sdk.training.step import DistillationStep
 
@@ -55,9 +56,9 @@ class RunState:
     format: int = FORMAT
 
 
-def capture(step: DistillationStep, fingerprint: str) -> RunState:
-    """Return the run state of a step, on a base with this fingerprint."""
-    models, roles = step.models, step.models.roles
+def capture(step: DistillationStep, models: RunModels, fingerprint: str) -> RunState:
+    """Return the run state of a step with its models, on a base with this fingerprint."""
+    roles = models.roles
     return RunState(
         fingerprint=fingerprint,
         rewards=[own.term.reference + own.route_note for own in step.judge.rewards],
@@ -71,9 +72,8 @@ def capture(step: DistillationStep, fingerprint: str) -> RunState:
     )
 
 
-def restore(step: DistillationStep, state: RunState, rollouts: Path) -> None:
-    """Let a step go on from a checked checkpoint; `rollouts` is the file of this process's stored rollouts."""
-    models = step.models
+def restore(step: DistillationStep, models: RunModels, state: RunState, rollouts: Path) -> None:
+    """Let a step with its models go on from a checkpoint; `rollouts` is the file of this process's stored rollouts."""
     if models.ema is not None:
         models.ema.optimization_step = state.ema_steps or 0
     step.rollouts.stored.clear()

@@ -26,6 +26,7 @@ from rdm_sdk.training import checkpoint
 from rdm_sdk.training.config import RDMConfig
 from rdm_sdk.training.data import GroupSampler, all_prompts, collate, load_prompts
 from rdm_sdk.training.export import StudentInfo, move_into, non_default_settings, save_student
+from rdm_sdk.training.finished import look, score_finished
 from rdm_sdk.training.judge import Judge, add_run_roles
 from rdm_sdk.training.models import RunModels
 from rdm_sdk.training.optimizers import CriticOptimizer, critic_optimizer
@@ -249,7 +250,7 @@ class RDMTrainer(Trainer):
             raise DataError("write_images() shows the first training prompts: pass train_dataset to the trainer")
         prompts = list(dict.fromkeys(self.train_dataset[:64]["prompt"]))[:10]
         with self.models.seeded(self.args.seed):
-            images = self.judge.look(prompts)
+            images = look(self.models, self.judge, prompts)
         return image_grid(images, path, scale=max(1, 64 // images[0][1].shape[-1]))
 
     @torch.no_grad()
@@ -274,7 +275,7 @@ class RDMTrainer(Trainer):
             )
         inputs, size = collate(list(dataset)), self.args.per_device_eval_batch_size
         with self.models.seeded(self.args.seed), self.models.exported_weights():
-            outputs = self.judge.score_finished(inputs["prompts"], inputs["columns"], size)
+            outputs = score_finished(self.models, self.judge, inputs["prompts"], inputs["columns"], size)
         if not outputs:
             raise RDMError("every reward was skipped in evaluate(), so there is nothing to report")
         metrics = {
@@ -312,7 +313,7 @@ class RDMTrainer(Trainer):
                 shadow = None if self.ema is None else self.ema.shadow_params
                 with tempfile.TemporaryDirectory(dir=target, prefix=".state-") as scratch:
                     checkpoint.save_state(
-                        Path(scratch), self.family, shadow, checkpoint.capture(self.step, self.fingerprint)
+                        Path(scratch), self.family, shadow, checkpoint.capture(self.step, self.models, self.fingerprint)
                     )
                     move_into(Path(scratch), target)
         if _internal_call:  # every process has samples of its own
@@ -345,7 +346,7 @@ class RDMTrainer(Trainer):
         if resume_from_checkpoint:
             resume_from_checkpoint = checkpoint.find(resume_from_checkpoint, str(self.args.output_dir))
             stored = rollouts_path(resume_from_checkpoint, self.args.process_index)
-            own = checkpoint.capture(self.step, self.fingerprint)
+            own = checkpoint.capture(self.step, self.models, self.fingerprint)
             self.run_state = checkpoint.check(resume_from_checkpoint, own, stored)
         return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
 
@@ -354,7 +355,7 @@ class RDMTrainer(Trainer):
             raise CheckpointError("a checkpoint is loaded through train(resume_from_checkpoint=...)")
         self._load_weights(resume_from_checkpoint)
         stored = rollouts_path(resume_from_checkpoint, self.args.process_index)
-        checkpoint.restore(self.step, self.run_state, stored)
+        checkpoint.restore(self.step, self.models, self.run_state, stored)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
