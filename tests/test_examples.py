@@ -75,7 +75,7 @@ def test_demo_and_example_use_public_names_only():
 
 def test_step_floor(tmp_path):
     """The benchmark that times a training cycle against its bare passes runs, in small."""
-    script = str(ROOT / "benchmarks" / "step_floor.py")
+    script = str(ROOT / "benchmarks" / "performance" / "step_floor.py")
     done = subprocess.run(
         [sys.executable, script, "--batch", "8", "--cycles", "1"], capture_output=True, text=True, timeout=280
     )
