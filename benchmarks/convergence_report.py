@@ -10,7 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from study_statistics import estimate
+from intervals import estimate
 
 from rdm_sdk import markdown_table, teacher_steps_worth
 

@@ -16,6 +16,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,10 @@ from rdm_sdk.digits.metrics import FeatureStatistics
 
 MAX_TOKENS = 8
 LATENT_SIZE = 8
+
+Vae = Any
+Pipeline = Any
+"""`AutoencoderKL` and `StableDiffusion3Pipeline`, whose members diffusers does not declare."""
 
 
 def load_split() -> dict[str, Tensor]:
@@ -90,7 +95,7 @@ def train_classifier(data: dict[str, Tensor], steps: int) -> DigitClassifier:
     return model.eval()
 
 
-def new_vae() -> AutoencoderKL:
+def new_vae() -> Vae:
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -107,7 +112,7 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def train_vae(data: dict[str, Tensor], steps: int) -> AutoencoderKL:
+def train_vae(data: dict[str, Tensor], steps: int) -> Vae:
     torch.manual_seed(1)
     vae = new_vae().train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
@@ -139,7 +144,7 @@ def new_tokenizer() -> CLIPTokenizer:
     words = sorted({word for template in PROMPT_TEMPLATES for word in template.format("").split()} | set(DIGIT_WORDS))
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
-    merges: list[tuple[str, str]] = []
+    merges: list[Any] = []  # pairs of strings, which the tokenizer takes and does not declare
     for word in words:
         pieces = [*word[:-1], word[-1] + "</w>"]
         while len(pieces) > 1:
@@ -169,7 +174,7 @@ def muted_t5() -> tuple[T5EncoderModel, T5Tokenizer]:
     return encoder, T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)], extra_ids=0)
 
 
-def new_pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
+def new_pipeline(vae: Vae) -> Pipeline:
     tokenizer = new_tokenizer()
 
     def text_encoder() -> CLIPTextModelWithProjection:
@@ -217,7 +222,7 @@ def new_pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
     )
 
 
-def encode_prompts(pipeline: StableDiffusion3Pipeline, prompts: list[str], t5_tokens: int) -> tuple[Tensor, Tensor]:
+def encode_prompts(pipeline: Pipeline, prompts: list[str], t5_tokens: int) -> tuple[Tensor, Tensor]:
     """`pipeline.encode_prompt` with gradients for the CLIP encoders; the muted T5 gives rows of zeros."""
     hidden, pooled = [], []
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
@@ -229,7 +234,7 @@ def encode_prompts(pipeline: StableDiffusion3Pipeline, prompts: list[str], t5_to
     return embeds, torch.cat(pooled, -1)
 
 
-def train_diffusion(data: dict[str, Tensor], vae: AutoencoderKL, steps: int, out: Path) -> StableDiffusion3Pipeline:
+def train_diffusion(data: dict[str, Tensor], vae: Vae, steps: int, num_copies: int, out: Path) -> Pipeline:
     """Flow matching with 10 % empty prompts; returns the pipeline with averaged weights."""
     pipeline = new_pipeline(vae)
     modules = torch.nn.ModuleList([pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]).train()
@@ -243,9 +248,9 @@ def train_diffusion(data: dict[str, Tensor], vae: AutoencoderKL, steps: int, out
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
     images, labels = scans_to_images(data["train_scans"]), data["train_labels"].tolist()
-    # Sixteen augmented copies of every scan are encoded once, so that the loop spends its time on the transformer.
+    # Augmented copies of every scan are encoded once, so that the loop spends its time on the transformer.
     torch.manual_seed(3)
-    copies = [images] + [augment(images, degrees=6, scale=0.06, shift=0.02) for _ in range(15)]
+    copies = [images] + [augment(images, degrees=6, scale=0.06, shift=0.02) for _ in range(num_copies)]
     with torch.no_grad():
         means = torch.cat([vae.encode(copy_ * 2 - 1).latent_dist.mean for copy_ in copies])
     latents = (means - vae.config.shift_factor) * vae.config.scaling_factor
@@ -288,12 +293,13 @@ def train_diffusion(data: dict[str, Tensor], vae: AutoencoderKL, steps: int, out
     return pipeline
 
 
-def measure(out: Path, num_reference: int) -> dict[str, object]:
+def measure(out: Path, most: int) -> dict[str, object]:
     """Sample the teacher in plain diffusers; add the reference statistics of FID-SD to the evaluation file.
 
-    Reads and judges the packaged assets, so copy a new teacher there first.
+    No figure is of more than `most` images, a multiple of 250. Reads and judges the packaged assets, so copy a new
+    teacher there first.
     """
-    pipeline = StableDiffusion3Pipeline.from_pretrained(digits.teacher_path())
+    pipeline: Pipeline = StableDiffusion3Pipeline.from_pretrained(digits.teacher_path())
     pipeline.set_progress_bar_config(disable=True)
 
     def sample(num_steps: int, guidance_scale: float, count: int, seed: int) -> Tensor:
@@ -306,7 +312,7 @@ def measure(out: Path, num_reference: int) -> dict[str, object]:
     evaluation_file = out / "evaluation.safetensors"
     stored = load_file(evaluation_file)
     if "teacher_feature_count" not in stored:
-        made = feature_statistics(sample(40, GUIDANCE, num_reference, seed=1000))
+        made = feature_statistics(sample(40, GUIDANCE, most, seed=1000))
         stored["teacher_feature_total"], stored["teacher_feature_products"] = made.total, made.products
         stored["teacher_feature_count"] = torch.tensor(made.count)
         save_file(stored, evaluation_file)
@@ -316,6 +322,7 @@ def measure(out: Path, num_reference: int) -> dict[str, object]:
     train = scans_to_images(load_split()["train_scans"])
     figures: dict[str, object] = {"training digits, FID to held-out": frechet_distance(train, digits.heldout_images())}
     for num_steps, guidance_scale, count in ((40, 1.0, 2000), (4, 1.0, 10000), (40, 2.0, 2000)):
+        count = min(count, most)
         images = sample(num_steps, guidance_scale, count, seed=0)
         figures[f"{num_steps} steps, guidance {guidance_scale}"] = {
             "FID to held-out": frechet_distance(images, digits.heldout_images()),
@@ -340,18 +347,18 @@ def main() -> None:
     evaluation_file = args.out / "evaluation.safetensors"
     if not evaluation_file.exists():
         state = train_classifier(data, steps[0]).state_dict()
-        heldout = {name: data[name] for name in ("heldout_scans", "heldout_labels")}
-        save_file({f"classifier.{k}": v for k, v in state.items()} | heldout, evaluation_file)
+        kept = {name: data[name] for name in ("heldout_scans", "heldout_labels")}
+        save_file({f"classifier.{k}": v for k, v in state.items()} | kept, evaluation_file)
     if not (args.out / "vae").exists():
         train_vae(data, steps[1]).save_pretrained(args.out / "vae")
-    vae = AutoencoderKL.from_pretrained(args.out / "vae")
+    vae: Vae = AutoencoderKL.from_pretrained(args.out / "vae")
     classifier = DigitClassifier().eval()
     state = load_file(evaluation_file)
     classifier.load_state_dict({k[11:]: v for k, v in state.items() if k.startswith("classifier.")})
     heldout = scans_to_images(data["heldout_scans"])
     with torch.no_grad():
         decoded = (vae.decode(vae.encode(heldout * 2 - 1).latent_dist.mean).sample / 2 + 0.5).clamp(0, 1)
-        figures = {
+        figures: dict[str, object] = {
             "classifier_heldout_accuracy": accuracy(classifier, heldout, data["heldout_labels"]),
             "classifier_heldout_legibility": classifier.legibility(heldout, data["heldout_labels"]).mean().item(),
             "vae_heldout_rmse_of_255": 255 * F.mse_loss(decoded, heldout).sqrt().item(),
@@ -359,7 +366,7 @@ def main() -> None:
         }
     print(json.dumps(figures, indent=2), flush=True)
     if not (args.out / "teacher").exists():
-        pipeline = train_diffusion(data, vae, steps[2], args.out)
+        pipeline = train_diffusion(data, vae, steps[2], 1 if args.smoke else 15, args.out)
         # Half precision for the large parts, which diffusers loads as float32 by default; transformers would keep the
         # text encoders in the dtype they are stored in.
         pipeline.transformer.half()

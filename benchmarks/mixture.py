@@ -1,14 +1,14 @@
 """Distribution matching on a teacher in closed form, where the student's true KL divergence can be measured.
 
-    OMP_NUM_THREADS=1 python benchmarks/mixture.py --out benchmarks/results    # every cell, five seeds: 15 minutes
+    OMP_NUM_THREADS=1 python benchmarks/mixture.py --out benchmarks/results    # every cell, five seeds: 30 minutes
     python benchmarks/mixture.py --only dmd2 gndm                              # some cells
     python benchmarks/mixture.py --smoke                                       # half a minute, to see that it runs
 
 The teacher is a Gaussian mixture per prompt, with its exact posterior mean as the denoiser; student and critic are
-small networks that start as its approximation. A step is the trainer's (`RDMTrainer.training_step`): its rollouts, its
-`dm` reward, its group statistics; only the model and the optimizers' plumbing are this file's. Cells compare at equal
-teacher forwards. Each run is one line of `<out>/mixture.jsonl`, written as it ends; runs that are there are not
-repeated. The recipe (critic steps, critic rate, decay of both rates, budget) was chosen on `dmd2` alone.
+small networks that start as its approximation. The step is the package's (`DistillationStep`): only the networks and
+their optimizers are this file's. Cells compare at equal teacher forwards. Each run is one line of
+`<out>/mixture.jsonl`, written as it ends; a run that is there with the same settings is not repeated. The recipe
+(critic steps, critic rate, decay of both rates, budget) was chosen on `dmd2` alone.
 """
 
 from __future__ import annotations
@@ -19,109 +19,48 @@ import json
 import math
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from gaussian_mixture import DIMENSIONS, PROMPTS, SCHEDULE, floor, make_teacher, quality
+from mixture_cells import BATCH, COMMON, Cell, all_cells
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rdm_sdk.method.draws import Spread, draw_steps, draw_uniform
-from rdm_sdk.method.groups import Normalization
-from rdm_sdk.method.importance import effective_sample_size, truncated_weights
-from rdm_sdk.method.losses import pathwise_loss
+from rdm_sdk import RDMConfig, RDMError, RewardError
+from rdm_sdk.method.draws import draw_uniform
 from rdm_sdk.method.matching import denoising_loss
-from rdm_sdk.method.noise import FlowSchedule, add_noise, per_sample, to_x_0
-from rdm_sdk.method.objective import normalize
-from rdm_sdk.method.sampling import FewStepPolicy, StudentOf, plan_steps, redraw, rollout, sample, state_log_ratio
-from rdm_sdk.rewards.base import RewardBatch
+from rdm_sdk.method.noise import add_noise, to_x_0
+from rdm_sdk.method.sampling import FewStepPolicy, sample
 from rdm_sdk.rewards.context import TEACHER, DiffusionContext
-from rdm_sdk.rewards.dm import DistributionMatching
-from rdm_sdk.types import Denoiser, Rollout, select_steps
+from rdm_sdk.rewards.resolve import resolve_rewards
+from rdm_sdk.training.judge import Judge
+from rdm_sdk.training.step import DistillationStep
+from rdm_sdk.types import Condition, Denoiser
 
-DIMENSIONS, PROMPTS, MODES = 8, 4, 2
-WIDTH, BATCH, PRETRAINING_RATE = 64, 64, 3e-3
-MIN_SIGMA, MAX_SIGMA = 0.02, 0.98  # RDMConfig's defaults, like the next line's
-IMPORTANCE_CAP, MIN_EFFECTIVE_SHARE, MAX_GRAD_NORM = 2.0, 0.5, 1.0
-BUDGET = 10_240
-"""Teacher forwards of a run: 160 student steps of one draw."""
-COSTS = ("teacher_forwards", "rollouts", "student_forwards", "critic_steps", "student_steps")
+WIDTH, PRETRAINING_RATE, MAX_GRAD_NORM = 64, 3e-3, 1.0
 CURVE_POINTS = 6
-SAMPLES_PER_PROMPT = 1000
-NEIGHBOR = 4
-SCHEDULE, CPU = FlowSchedule(), torch.device("cpu")
+CPU = torch.device("cpu")
 POLICY = FewStepPolicy(SCHEDULE, (1.0, 0.75, 0.5, 0.25))
 
 
 @dataclass(frozen=True)
-class MixtureCell:
-    """One setting of the method; the defaults are the preset `dmd2`."""
+class Size:
+    """How long runs are."""
 
-    name: str
-    normalization: Normalization = "sample"
-    spread: Spread = "free"
-    step_spread: Spread | None = None  # None is `spread`, as in the trainer
-    critic_correction: Literal["group", "others", "none"] = "none"
-    group_size: int = 1  # G
-    num_draws: int = 1  # M; a step costs M teacher forwards per sample, so steps fall by M
-    learning_rate: float = 2e-3
-    critic_learning_rate: float = 3e-3
-    critic_steps: int = 5
-    num_iterations: int = 1  # student updates per rollout
-    importance_sampling_correction: bool = True
+    teacher_forwards: int = 10_240
+    """160 student steps of one draw."""
+    samples_per_prompt: int = 1000
+    pretraining: int = 1500
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """A mixture of K isotropic Gaussians for each of P prompts, in D dimensions.
-
-    Methods take points `[N, D]`, their prompts (int64 `[N]`) and noise levels `[N]`; level 0 is the data.
-    """
-
-    weights: Tensor  # [P, K], each row summing to 1
-    means: Tensor  # [P, K, D]
-    stds: Tensor  # [P, K]
-
-    def sample(self, prompts: Tensor) -> Tensor:
-        """Draw clean points `[N, D]` for prompts `[N]`."""
-        mode = torch.multinomial(self.weights[prompts], 1)[:, 0]
-        return self.means[prompts, mode] + self.stds[prompts, mode, None] * torch.randn(len(prompts), DIMENSIONS)
-
-    def _joint(self, x_t: Tensor, prompts: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log(weight_k N(x_t; noised mode k)) and variances `[N, K]`, and residuals `[N, K, D]`."""
-        alpha = SCHEDULE.alpha(sigma)[:, None]
-        variance = (alpha * self.stds[prompts]).square() + sigma[:, None].square()
-        residual = x_t[:, None] - alpha[:, :, None] * self.means[prompts]
-        exponent = residual.square().sum(2) / variance + x_t.shape[1] * (2 * torch.pi * variance).log()
-        return self.weights[prompts].log() - 0.5 * exponent, variance, residual
-
-    def log_prob(self, x_0: Tensor, prompts: Tensor) -> Tensor:
-        """Return the log-density of clean points, `[N]`."""
-        return self._joint(x_0, prompts, torch.zeros(len(x_0)))[0].logsumexp(1)
-
-    def denoise(self, x_t: Tensor, prompts: Tensor, sigma: Tensor) -> Tensor:
-        """Return the posterior mean E[x_0 | x_t] `[N, D]`."""
-        joint, variance, residual = self._joint(x_t, prompts, sigma)
-        gain = SCHEDULE.alpha(sigma)[:, None] * self.stds[prompts].square() / variance
-        return (joint.softmax(1)[:, :, None] * (self.means[prompts] + gain[:, :, None] * residual)).sum(1)
-
-    def mode_masses(self, x_0: Tensor, prompts: Tensor) -> Tensor:
-        """Return the share of each prompt's points in each mode `[P, K]`, by posterior responsibility."""
-        responsibility = self._joint(x_0, prompts, torch.zeros(len(x_0)))[0].softmax(1)
-        return torch.stack([responsibility[prompts == p].mean(0) for p in range(len(self.weights))])
-
-
-@cache
-def make_teacher() -> Teacher:
-    """Return the study's teacher, the same for every run: uneven masses and widths, about unit variance."""
-    generator = torch.Generator().manual_seed(0)
-    means = torch.randn(PROMPTS, MODES, DIMENSIONS, generator=generator)
-    weights = torch.tensor([0.7, 0.3]).expand(PROMPTS, MODES)
-    stds = torch.tensor([0.3, 0.4, 0.5, 0.7])[:, None].expand(PROMPTS, MODES)  # prompts differ in their scale
-    return Teacher(weights, means, stds)
+SMOKE = Size(BATCH * 2 * CURVE_POINTS, 100, 100)
 
 
 class Network(nn.Module):
@@ -141,276 +80,177 @@ class Network(nn.Module):
 
 
 @cache
-def pretrained(seed: int, steps: int = 1500) -> Network:
+def pretrained(seed: int, steps: int) -> Network:
     """Return a network trained to denoise teacher samples; student and critic start as copies of it."""
     torch.manual_seed(seed)
-    network, teacher, batch = Network(), make_teacher(), 512
-    optimizer = _adam(network)
+    network, teacher, batch, lowest = Network(), make_teacher(), 512, RDMConfig.min_time
+    optimizer = torch.optim.Adam(network.parameters(), lr=PRETRAINING_RATE, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         prompts = torch.randint(PROMPTS, (batch,))
-        x_0, sigma = teacher.sample(prompts), MIN_SIGMA + (1 - MIN_SIGMA) * draw_uniform("stratified", batch, 1, CPU)
+        x_0, sigma = teacher.sample(prompts), lowest + (1 - lowest) * draw_uniform("stratified", batch, 1, CPU)
         denoised = network(add_noise(SCHEDULE, x_0, torch.randn_like(x_0), sigma), prompts, sigma)
-        _update(optimizer, denoising_loss(SCHEDULE, x_0, denoised, sigma).mean())
+        denoising_loss(SCHEDULE, x_0, denoised, sigma).mean().backward()
+        update(optimizer)
         scheduler.step()
     return network
 
 
-def _adam(network: nn.Module) -> torch.optim.Adam:
-    return torch.optim.Adam(network.parameters(), lr=PRETRAINING_RATE, fused=True)
-
-
-def _update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    optimizer.zero_grad()
-    loss.backward()
+def update(optimizer: torch.optim.Optimizer) -> None:
+    """Clip the gradients, step, and forget them."""
     nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], MAX_GRAD_NORM)
     optimizer.step()
+    optimizer.zero_grad()
 
 
-def divergence(x_0: Tensor, prompts: Tensor) -> float:
-    """Estimate KL(student || teacher) in nats from samples `[N, D]` of prompts `[N]`, averaged over prompts.
+class MixtureModels:
+    """Student and critic as small networks, beside the teacher in closed form: `rdm_sdk.training.models.Models`.
 
-    The cross-entropy is the mean of the exact teacher log-density; the entropy is the k-nearest-neighbor estimate of
-    Kozachenko and Leonenko (1987) in the form of Kraskov et al. (arXiv cond-mat/0305641, eq. 20), with k = `NEIGHBOR`:
-    H = psi(N) - psi(k) + log V_D + D mean log rho_k. It is the estimator of Wang, Kulkarni and Verdu (2009) with the
-    second density known. Its bias at zero divergence is measured by `floor()` on teacher samples.
+    Prompts are "0", "1", ...
     """
-    volume = 0.5 * DIMENSIONS * math.log(math.pi) - math.lgamma(0.5 * DIMENSIONS + 1)
-    total = 0.0
-    for p in range(PROMPTS):
-        own = x_0[prompts == p].double()
-        distance = torch.cdist(own, own, compute_mode="donot_use_mm_for_euclid_dist")
-        radius = distance.topk(NEIGHBOR + 1, largest=False).values[:, -1].clamp_min(1e-12)  # the first is the point
-        count, k = (torch.tensor(float(n), dtype=torch.float64) for n in (len(own), NEIGHBOR))
-        entropy = count.digamma() - k.digamma() + volume + DIMENSIONS * radius.log().mean()
-        cross = -make_teacher().log_prob(own.float(), torch.full((len(own),), p)).double().mean()
-        total += float(cross - entropy) / PROMPTS
-    return total
 
+    policy, device = POLICY, CPU
 
-def quality(x_0: Tensor, prompts: Tensor) -> dict[str, float]:
-    """Return the estimated KL and the total variation between the mode masses of samples and teacher."""
-    teacher = make_teacher()
-    missed = 0.5 * (teacher.mode_masses(x_0, prompts) - teacher.weights).abs().sum(1).mean()
-    return {"kl": divergence(x_0, prompts), "mode_tv": float(missed)}
+    def __init__(self, start: Network) -> None:
+        self.networks = {role: copy.deepcopy(start) for role in ("student", "fake")}
+        self.forwards: Counter[str] = Counter()
+        """Evaluations by role, in samples."""
 
+    def encode(self, prompts: Sequence[str | None]) -> Condition:
+        return {"prompt": torch.tensor([int(str(prompt)) for prompt in prompts])}
 
-@cache
-def floor(seed: int = 0, per_prompt: int = SAMPLES_PER_PROMPT) -> dict[str, float]:
-    """Return what `quality` says of the teacher's own samples."""
-    torch.manual_seed(seed)
-    prompts = torch.arange(PROMPTS).repeat_interleave(per_prompt)
-    return quality(make_teacher().sample(prompts), prompts)
+    def parameters_of(self, role: str) -> list[nn.Parameter]:
+        return list(self.networks[role].parameters())
 
-
-def student_quality(student: Network, per_prompt: int) -> dict[str, float]:
-    """Judge the student's samples from the same noise every time, without a trace in the random state."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(12345)
-        prompts = torch.arange(PROMPTS).repeat_interleave(per_prompt)
-        x_0 = sample(lambda x_t, sigma: student(x_t, prompts, sigma), torch.randn(len(prompts), DIMENSIONS), POLICY)
-        return quality(x_0, prompts)
-
-
-@dataclass(frozen=True)
-class Replay:
-    """A rollout in one of its uses: `types.Experience` without what only whole models need."""
-
-    prompts: Tensor  # int64 [N], group-major
-    rollout: Rollout
-    plan: Tensor  # the step k that each sample is trained at in each use, int64 [num_iterations, N]
-    use: int
-    weights: Tensor  # importance weights of this use's states, [N]; exactly 1 in the first use
-
-
-class Run:
-    """One student in training; the methods are those of `RDMTrainer`, for one micro-batch per step."""
-
-    def __init__(self, cell: MixtureCell, start: Network) -> None:
-        self.cell = cell
-        self.networks = {"student": copy.deepcopy(start), "fake": copy.deepcopy(start)}
-        self.optimizers = {role: _adam(network) for role, network in self.networks.items()}  # `decay` sets the rates
-        self.reward = DistributionMatching()
-        self.replay: Replay | None = None
-        self.costs = Counter(dict.fromkeys(COSTS, 0))
-        self.effective_shares: list[float] = []
-
-    def denoiser(self, role: str, prompts: Tensor) -> Denoiser:
-        """Return a role's denoiser for prompts `[N]`; it counts its evaluations."""
+    def denoiser(self, role: str, condition: Condition, steps: Tensor | None = None) -> Denoiser:
+        evaluate = make_teacher().denoise if role == TEACHER else self.networks[role]
 
         def denoise(x_t: Tensor, sigma: Tensor) -> Tensor:
-            if role == TEACHER:
-                self.costs["teacher_forwards"] += len(x_t)
-                return make_teacher().denoise(x_t, prompts, sigma)
-            self.costs["student_forwards"] += len(x_t) if role == "student" else 0
-            return torch.as_tensor(self.networks[role](x_t, prompts, sigma))
+            self.forwards[role] += len(x_t)
+            return torch.as_tensor(evaluate(x_t, condition["prompt"], sigma))
 
         return denoise
 
-    def student_of(self, prompts: Tensor) -> StudentOf:
-        return lambda rows: self.denoiser("student", prompts[rows])
+    def step_shape(self, step: int) -> tuple[int, ...]:
+        return (DIMENSIONS,)
 
-    def batch(self, replay: Replay, x_0: Tensor) -> RewardBatch:
-        """Return the latest samples as the `dm` reward sees them, with fresh renoising draws."""
-        cell, names = self.cell, [""] * BATCH  # `dm` knows prompts only through its denoisers
-        denoiser, times = partial(self.denoiser, prompts=replay.prompts), (MIN_SIGMA, MAX_SIGMA)
-        context = DiffusionContext(
-            schedule=SCHEDULE,
-            denoiser=denoiser,
-            min_time=MIN_SIGMA,
-            max_time=MAX_SIGMA,
-            num_draws=cell.num_draws,
-            spread=cell.spread,
-            critic_correction=cell.critic_correction,
-            critic_times=times,
-        )
-        return RewardBatch(
-            latents=x_0.detach(),
-            prompts=names,
-            group_size=cell.group_size,
-            decode=lambda x: x,
-            context=context,
-            weights=replay.weights,
-        )
+    def to_images(self, latents: Tensor) -> Tensor:
+        raise RewardError("points of a mixture are no images; use rewards of latents")
 
-    def collect(self) -> Replay:
-        """Roll the student out; every batch holds the prompts in equal shares, whatever the group size."""
-        cell, groups = self.cell, BATCH // self.cell.group_size
-        prompts = (torch.arange(groups) % PROMPTS).repeat_interleave(cell.group_size)
-        first = draw_steps(cell.step_spread or cell.spread, groups, cell.group_size, POLICY.num_steps, CPU)
-        plan = plan_steps(first, cell.num_iterations, POLICY.num_steps)
-        done = rollout(self.student_of(prompts), torch.randn(BATCH, DIMENSIONS), plan[0] + 1, POLICY)
-        self.costs["rollouts"] += BATCH
-        return Replay(prompts, done, plan, 0, torch.ones(BATCH))
+    def vae_at_hand(self) -> nullcontext[None]:
+        return nullcontext()
 
-    def reuse(self) -> Replay | None:
-        """Return the stored rollout for one more use, or None if it is used up or too stale."""
-        own = self.replay
-        if own is None or own.use + 1 >= self.cell.num_iterations:
-            return None
-        own = replace(own, use=own.use + 1)
-        if not self.cell.importance_sampling_correction:
-            return own
-        ratios = state_log_ratio(self.student_of(own.prompts), own.rollout, own.plan[own.use], POLICY, "sum")
-        self.effective_shares.append(float(effective_sample_size(ratios.exp())) / BATCH)
-        if not self.effective_shares[-1] >= MIN_EFFECTIVE_SHARE:
-            return None
-        return replace(own, weights=truncated_weights(ratios, IMPORTANCE_CAP))
+    def complete(self, context: DiffusionContext, condition: Condition) -> DiffusionContext:
+        return context
 
-    def decay(self, share: float) -> None:
-        """Set both learning rates to a share of the cell's."""
-        self.optimizers["student"].param_groups[0]["lr"] = share * self.cell.learning_rate
-        self.optimizers["fake"].param_groups[0]["lr"] = share * self.cell.critic_learning_rate
-
-    def step(self) -> None:
-        """Roll out or reuse, train the critic on the student's samples as they are now, and update the student."""
-        replay = self.replay = self.reuse() or self.collect()
-        steps = replay.plan[replay.use]
-        student = self.denoiser("student", replay.prompts)
-        x_0 = student(select_steps(replay.rollout.states, steps), POLICY.levels(steps))
-        if replay.use:
-            redraw(replay.rollout, x_0.detach(), steps, POLICY)
-        for _ in range(self.cell.critic_steps):
-            _update(self.optimizers["fake"], self.reward.training_loss(self.batch(replay, x_0)))
-            self.costs["critic_steps"] += 1
-        with torch.no_grad():
-            output = self.reward.field(self.batch(replay, x_0))
-        (field,) = normalize({"dm": output}, self.cell.group_size, self.cell.normalization).values()
-        weighted = per_sample(replay.weights, field) * field
-        _update(self.optimizers["student"], pathwise_loss(x_0, weighted))
-        self.costs["student_steps"] += 1
+    def quality(self, per_prompt: int) -> dict[str, float]:
+        """Judge the student's samples from the same noise every time, without a trace in the random state."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(12345)
+            prompts = torch.arange(PROMPTS).repeat_interleave(per_prompt)
+            student = self.networks["student"]
+            noise = torch.randn(len(prompts), DIMENSIONS)
+            return quality(sample(lambda x_t, sigma: student(x_t, prompts, sigma), noise, POLICY), prompts)
 
 
-def run_cell(
-    cell: MixtureCell, seed: int, teacher_forwards: int = BUDGET, per_prompt: int = SAMPLES_PER_PROMPT
-) -> dict[str, object]:
+class Run:
+    """One student in training; every batch holds the prompts in equal shares, whatever the group size."""
+
+    def __init__(self, cell: Cell, models: MixtureModels, num_steps: int) -> None:
+        quiet: dict[str, Any] = {"use_cpu": True, "report_to": "none"}
+        settings, self.num_steps = RDMConfig(**quiet, **(COMMON | cell.settings)), num_steps
+        steps = copy.copy(settings)
+        steps.spread = cell.step_spread or settings.spread
+        # Noise levels are the judge's matter, trained steps the rollouts'.
+        self.step = DistillationStep(Judge(models, resolve_rewards("dm"), settings), steps)
+        self.rates = {"student": cell.content["learning_rate"], "fake": cell.content["critic_learning_rate"]}
+        self.critic_steps = settings.critic_steps
+        self.optimizers = {role: torch.optim.Adam(models.parameters_of(role), fused=True) for role in self.rates}
+        groups = BATCH // settings.num_generations
+        self.prompts = [str(group % PROMPTS) for group in range(groups) for _ in range(settings.num_generations)]
+
+    def train_step(self, number: int) -> None:
+        """Take one step of `num_steps`; both learning rates fall linearly to 0."""
+        step = self.step
+        for role, optimizer in self.optimizers.items():
+            optimizer.param_groups[0]["lr"] = (1 - number / self.num_steps) * self.rates[role]
+        step.begin([{"prompts": self.prompts, "columns": {}}], number)
+        for turn in range(self.critic_steps):
+            for loss in step.critic_losses(turn):
+                loss.backward()
+            step.end_critics()
+            update(self.optimizers["fake"])
+        step.student_loss(0).loss.backward()
+        step.end(number + 1)
+        update(self.optimizers["student"])
+
+
+def run_cell(cell: Cell, seed: int, size: Size) -> dict[str, object]:
     """Train one cell on a budget of teacher forwards and return its costs and quality.
 
-    `curve` holds `CURVE_POINTS` records over the run, the first from before training; `kl` and `mode_tv` are the last
-    one's, `best_kl` the curve's lowest after the start. They are None once the student's samples are not finite.
+    `curve` holds up to `CURVE_POINTS` records over the run, the first from before training; `kl` and `mode_tv` are the
+    last one's, `best_kl` the curve's lowest after the start. A run that breaks off says why in `stopped`, and has no
+    `kl`.
     """
-    lowest = floor(seed, per_prompt)["kl"]
-    start = pretrained(seed)
+    models = MixtureModels(pretrained(seed, size.pretraining))
+    num_steps = size.teacher_forwards // (BATCH * cell.settings.get("num_draws", 1))
     torch.manual_seed(1000 + seed)
-    run, started = Run(cell, start), time.perf_counter()
-    num_steps = teacher_forwards // (BATCH * cell.num_draws)
+    run, started, stopped = Run(cell, models, num_steps), time.perf_counter(), ""
     marks = {round(num_steps * i / (CURVE_POINTS - 1)) for i in range(1, CURVE_POINTS)}
-    curve: list[dict[str, float | None]] = [{"student_steps": 0, **student_quality(start, per_prompt)}]
-    for i in range(1, num_steps + 1):
-        run.decay(1 - (i - 1) / num_steps)
-        run.step()
-        if i in marks:
-            found = student_quality(run.networks["student"], per_prompt)
-            finite = math.isfinite(found["kl"])
-            curve.append({"student_steps": i, **{k: v if finite else None for k, v in found.items()}})
-    known, shares = [point["kl"] for point in curve[1:] if point["kl"] is not None], run.effective_shares
-    result = asdict(cell) | {"seed": seed, "budget": teacher_forwards, "floor_kl": lowest, "start_kl": curve[0]["kl"]}
-    result |= {"kl": curve[-1]["kl"], "best_kl": min(known, default=None), "mode_tv": curve[-1]["mode_tv"]}
-    result |= dict(run.costs) | {"effective_share": sum(shares) / len(shares) if shares else None, "curve": curve}
-    return result | {"seconds": round(time.perf_counter() - started, 2)}
+    curve = [{"student_steps": 0, **models.quality(size.samples_per_prompt)}]
+    for number in range(num_steps):
+        try:
+            run.train_step(number)
+        except RDMError as error:  # weights or losses that are no longer finite
+            stopped = str(error)
+            break
+        if number + 1 in marks:
+            curve.append({"student_steps": number + 1, **models.quality(size.samples_per_prompt)})
+    known = [point["kl"] for point in curve[1:] if math.isfinite(point["kl"])]
+    last: dict[str, Any] = {} if stopped or not math.isfinite(curve[-1]["kl"]) else curve[-1]
+    spent = run.step.monitor.spent
+    return {
+        "name": cell.name,
+        "seed": seed,
+        "budget": size.teacher_forwards,
+        "settings": cell.content,
+        "floor_kl": floor(seed, size.samples_per_prompt)["kl"],
+        "start_kl": curve[0]["kl"],
+        **{figure: last.get(figure) for figure in ("kl", "mode_tv")},
+        "best_kl": min(known, default=None),
+        **{f"{role}_forwards": models.forwards[role] for role in ("teacher", "student", "fake")},
+        "rollouts": spent["rollouts"],
+        "critic_steps": spent["critic_steps"],
+        "effective_share": run.step.monitor.averages().get("ratio/ess"),
+        "curve": curve,
+        "stopped": stopped,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
 
 
-RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
-DMD2 = MixtureCell("dmd2")
-STRATIFIED = replace(DMD2, name="stratified", spread="stratified", group_size=8)
-GNDM = replace(STRATIFIED, name="gndm", critic_correction="others")
-WHOLE = replace(GNDM, name="gndm_whole", critic_correction="group")
-SHARED = replace(STRATIFIED, name="shared", spread="shared")
-GNDM_SHARED = replace(GNDM, name="gndm_shared", spread="shared")
-SWEPT = (DMD2, STRATIFIED, GNDM, WHOLE, SHARED, GNDM_SHARED)
-ONE_STEP = replace(GNDM, name="gndm_one_step", step_spread="shared")  # is it the step or the level that one shares?
-FREE = replace(DMD2, name="free", group_size=8)
-SHORT = {"num_draws": "M", "group_size": "G", "learning_rate": "lr", "num_iterations": "uses", "critic_steps": "critic"}
-
-
-def _named(base: MixtureCell, **fields: Any) -> MixtureCell:
-    """Return a cell that differs from `base` in some fields, named after their values."""
-    suffix = "_".join(f"{SHORT.get(field, '')}{value}" for field, value in fields.items())
-    return replace(base, name=f"{base.name}_{suffix}", **fields)
-
-
-CELLS_A = [
-    # Draws and correction apart: free draws without it are `dmd2`, stratified ones `stratified`.
-    *(*SWEPT, _named(GNDM, spread="free")),
-    # Group statistics, beside DMD2's free draws and beside everything of GNDM.
-    *(_named(base, normalization=n) for base in (FREE, GNDM) for n in ("group", "batch", "rms")),
-    *(_named(base, normalization="group", learning_rate=rate) for base in (FREE, GNDM) for rate in (4e-3, 8e-3)),
-    *(_named(base, num_draws=m) for base in (DMD2, GNDM) for m in (2, 4)),
-    *(_named(GNDM, group_size=g) for g in (1, 4, 16)),
-    *(_named(ONE_STEP, learning_rate=rate) for rate in (2e-3, 8e-3, 1.6e-2)),
-    *(_named(base, critic_steps=1) for base in SWEPT),  # a critic that lags: the correction's case
-    *(_named(base, learning_rate=rate) for base in SWEPT for rate in RATES if rate != 2e-3),
-]
-"""Question a: what GNDM's parts are worth, and at which learning rate each variant breaks."""
-CELLS_C = [
-    _named(base, num_iterations=uses)
-    for base in (STRATIFIED, replace(STRATIFIED, name="unweighted", importance_sampling_correction=False))
-    for uses in (2, 4, 8)
-]
-"""Question c: student updates per rollout, with and without importance weights; one update is `stratified`."""
-CELLS = CELLS_A + CELLS_C
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the raw results, none where there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/study"), help="folder of mixture.jsonl")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    names = [cell.name for cell in CELLS]
-    parser.add_argument("--only", nargs="+", metavar="NAME", default=names, choices=names, help="cells; all by default")
+    cells = {cell.name: cell for cell in all_cells()}
+    parser.add_argument("--only", nargs="+", metavar="NAME", default=list(cells), choices=cells, help="cells")
     parser.add_argument("--smoke", action="store_true", help="one seed, a few steps, few samples")
     options = parser.parse_args()
-    cells = [cell for cell in CELLS if cell.name in options.only]
-    smoke = (BATCH * 2 * CURVE_POINTS, 100)
-    seeds, size = (options.seeds[:1], smoke) if options.smoke else (options.seeds, (BUDGET, SAMPLES_PER_PROMPT))
+    seeds, size = (options.seeds[:1], SMOKE) if options.smoke else (options.seeds, Size())
     torch.set_num_threads(1)  # small tensors: more threads only cost
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "mixture.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    done = {(row["name"], row["seed"], row["budget"]) for row in rows}
+    done = [(row["seed"], row["budget"], row["name"], row.get("settings")) for row in read_rows(path)]
     # Seeds outside, so that a pretrained network serves all cells and a part of the study compares all of them.
-    todo = [(cell, seed) for seed in seeds for cell in cells if (cell.name, seed, size[0]) not in done]
+    todo = [(cells[name], seed) for seed in seeds for name in options.only]
+    todo = [(own, seed) for own, seed in todo if (seed, size.teacher_forwards, own.name, own.content) not in done]
     for cell, seed in (progress := tqdm(todo)):
-        row = run_cell(cell, seed, *size)
+        row = run_cell(cell, seed, size)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         progress.set_postfix_str(f"{cell.name}: {row['kl']}")

@@ -24,6 +24,7 @@ from rdm_sdk.errors import CheckpointError
 from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.training.folders import newest_whole, verify
 from rdm_sdk.training.identity import RunIdentity, check_same_run
+from rdm_sdk.training.models import RunModels
 from rdm_sdk.training.rollouts import read_rollouts
 from rdm_sdk.training.step import DistillationStep
 
@@ -61,9 +62,9 @@ class RunState:
     format: int = FORMAT
 
 
-def capture(step: DistillationStep, identity: RunIdentity) -> RunState:
-    """Return the run state of a step."""
-    models, roles = step.models, step.models.roles
+def capture(step: DistillationStep, models: RunModels, identity: RunIdentity) -> RunState:
+    """Return the run state of a step with its models."""
+    roles = models.roles
     return RunState(
         identity=identity,
         rewards=[reward.term.reference for reward in step.judge.rewards],
@@ -78,9 +79,8 @@ def capture(step: DistillationStep, identity: RunIdentity) -> RunState:
     )
 
 
-def restore(step: DistillationStep, state: RunState, rollouts: Path) -> None:
-    """Let a step go on from a checked checkpoint; `rollouts` is the file of this process's stored rollouts."""
-    models = step.models
+def restore(step: DistillationStep, models: RunModels, state: RunState, rollouts: Path) -> None:
+    """Let a step with its models go on from a checkpoint; `rollouts` is the file of this process's stored rollouts."""
     if models.ema is not None:
         models.ema.optimization_step = state.ema_steps or 0
     step.rollouts.stored.clear()

@@ -12,13 +12,13 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from rdm_sdk.families.base import ModelFamily
-from rdm_sdk.families.roles import STUDENT, TEACHER
+from rdm_sdk.families.roles import TEACHER
 from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.context import DiffusionContext, Times
 from rdm_sdk.rewards.evaluate import evaluate_rewards
 from rdm_sdk.rewards.resolve import WeightedReward, carried_back
 from rdm_sdk.rewards.tilt import tilted
-from rdm_sdk.training.models import RunModels
+from rdm_sdk.training.models import Models, forked
 from rdm_sdk.training.monitor import Monitor
 from rdm_sdk.training.settings import MethodSettings
 from rdm_sdk.types import Condition, Denoiser, Experience, RewardOutput, Samples
@@ -38,7 +38,7 @@ class Judge:
 
     def __init__(
         self,
-        models: RunModels,
+        models: Models,
         rewards: Sequence[WeightedReward],
         settings: MethodSettings,
         monitor: Monitor | None = None,
@@ -77,33 +77,20 @@ class Judge:
             made = models.denoiser(role, condition, steps)
             return made if role == trained or (role == TEACHER and carries_back) else torch.no_grad()(made)
 
-        def teacher_pair(x_t: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.set_grad_enabled(carries_back):
-                return models.teacher_pair(condition)(x_t, sigma)
-
-        def unprompted(x_t: Tensor, sigma: Tensor) -> Tensor:
-            with torch.no_grad():
-                blank = models.encode([None] * len(x_t))
-                return models.family.denoiser(models.roles, TEACHER, blank)(x_t, sigma)
-
         (min_time, max_time), critic_times = self.times(steps)
-        return DiffusionContext(
-            schedule=models.family.schedule,
+        context = DiffusionContext(
+            schedule=models.policy.schedule,
             denoiser=denoiser,
             min_time=min_time,
             max_time=max_time,
             num_draws=settings.num_draws,
             spread=settings.spread,
             critic_correction=settings.critic_correction,
-            guide=models.guide if models.guided else None,
-            denoiser_pair=teacher_pair,
-            features=models.family.features(models.roles, TEACHER, condition),
-            encode_images=models.family.encode_images,
-            unprompted=unprompted,
             critic_times=critic_times,
             steps=steps if settings.steps_told else None,
             carries_back=carries_back,
         )
+        return models.complete(context, condition)
 
     def times(self, steps: Tensor | None) -> tuple[Times, Times]:
         """Return between which times samples are re-noised for the student's update, and for the critics'.
@@ -126,7 +113,7 @@ class Judge:
             latents=samples.x_0,
             prompts=samples.prompts,
             group_size=self.settings.num_generations,
-            decode=self.models.family.decode,
+            decode=self.models.to_images,
             columns=samples.columns,
             context=self.context(samples.condition, samples.steps, trained),
             weights=samples.weights,
@@ -161,54 +148,12 @@ class Judge:
                         batch,
                         chunk_size=self.settings.reward_batch_size,
                         gradients_of=[reward.label for reward in chosen if counts and reward.differentiated],
-                        **self._options,
+                        **self.options,
                     )
                 outputs |= result.outputs
                 self.monitor.spent["reward_calls"] += len(result.outputs) * len(batch)
                 self.monitor.evaluation(result, skips=self.settings.reward_on_error == "skip")
         return outputs
-
-    def score_finished(
-        self, prompts: Sequence[str], columns: Mapping[str, list[object]], size: int
-    ) -> dict[str, RewardOutput]:
-        """Sample the student for prompts, one each, and score the samples by every reward that needs no models.
-
-        Where a reward compares within groups, every prompt (and its columns) is repeated for a group. `size` samples
-        are made and judged at a time.
-        """
-        judges = self.of_images
-        in_groups = any(reward.capabilities.scope == "group" for reward in judges.values())
-        group = self.settings.num_generations if in_groups else 1
-        repeated = [prompt for prompt in prompts for _ in range(group)]
-        entries = {name: [value for value in values for _ in range(group)] for name, values in columns.items()}
-        latents = [
-            self.models.sample_latents(repeated[start : start + size]) for start in range(0, len(repeated), size)
-        ]
-        batch = RewardBatch(
-            latents=torch.cat(latents),
-            prompts=repeated,
-            group_size=group,
-            decode=self.models.family.decode,
-            columns=entries,
-        )
-        with self.models.vae_at_hand():
-            return evaluate_rewards(judges, batch, chunk_size=size, gradients_of=(), **self._options).outputs
-
-    def look(self, prompts: Sequence[str]) -> list[tuple[str, Tensor]]:
-        """Return rows of pictures with labels: student x_0, and what teacher and critics make of it at sigma 0.6.
-
-        A row holds the prompts' images `[N, 3, H, W]` in [0, 1].
-        """
-        models = self.models
-        latents = models.sample_latents(prompts)
-        sigma = torch.full((len(latents),), 0.6, device=latents.device)
-        last = torch.full((len(prompts),), models.policy.num_steps - 1, device=latents.device)
-        context = self.context(models.encode(prompts), last)
-        x_t = context.add_noise(latents, sigma)
-        critics = [role for role in models.roles.denoising_roles if role != STUDENT]
-        labels = ["student x_0", *(f"{role} x_0\nfrom sigma 0.6" for role in (TEACHER, *critics))]
-        rows = [latents, *(context.denoiser(role)(x_t, sigma) for role in (TEACHER, *critics))]
-        return list(zip(labels, models.decode(rows), strict=True))
 
     @property
     def of_images(self) -> dict[str, Any]:
@@ -216,7 +161,8 @@ class Judge:
         return {one.label: one.reward for one in self.rewards if not one.capabilities.needs_models}
 
     @property
-    def _options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
+        """How the settings let `evaluate_rewards` run."""
         settings = self.settings
         return {
             "device": settings.reward_device,
@@ -230,7 +176,7 @@ class Judge:
         if any(reward.weight for reward in rewards):
             yield
             return
-        with self.models.forked():
+        with forked(self.models.device):
             yield
 
     def record(self, outputs: Mapping[str, RewardOutput]) -> None:

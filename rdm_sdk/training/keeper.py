@@ -20,6 +20,7 @@ from rdm_sdk.training import checkpoint, folders
 from rdm_sdk.training.config import RDMConfig
 from rdm_sdk.training.export import move_into
 from rdm_sdk.training.identity import RunIdentity, prompts_digest, run_settings
+from rdm_sdk.training.models import RunModels
 from rdm_sdk.training.rollouts import rollouts_path
 from rdm_sdk.training.step import DistillationStep
 
@@ -31,18 +32,24 @@ class RunKeeper:
 
     Args:
         args: the run's settings.
-        step: what is kept: its networks, rollouts, weighting and counters.
+        step: what is kept: its rollouts, weighting and counters.
+        models: and its networks.
         dataset: the run's prompts.
         wait: returns when all processes have called it.
     """
 
     def __init__(
-        self, args: RDMConfig, step: DistillationStep, dataset: Dataset | None, wait: Callable[[], None]
+        self,
+        args: RDMConfig,
+        step: DistillationStep,
+        models: RunModels,
+        dataset: Dataset | None,
+        wait: Callable[[], None],
     ) -> None:
-        self.args, self.step, self.wait = args, step, wait
+        self.args, self.step, self.models, self.wait = args, step, models, wait
         self.identity = RunIdentity(
             uuid.uuid4().hex,
-            step.models.family.fingerprint(),
+            models.family.fingerprint(),
             prompts_digest(dataset),
             step.processes.count,
             run_settings(args),
@@ -65,7 +72,7 @@ class RunKeeper:
         self.wait()
         folder, self._found = checkpoint.find(wanted, self.output_dir), None
         if folder is not None:
-            mine = checkpoint.capture(self.step, self.identity)
+            mine = checkpoint.capture(self.step, self.models, self.identity)
             self._found = checkpoint.check(folder, mine, rollouts_path(folder, self.args.process_index))
             self.identity = replace(self.identity, run=self._found.identity.run)
         if self.args.save_strategy != SaveStrategy.NO:
@@ -77,12 +84,11 @@ class RunKeeper:
         if self._found is None:
             raise CheckpointError("a checkpoint is loaded through train(resume_from_checkpoint=...)")
         self.load_weights(folder)
-        checkpoint.restore(self.step, self._found, rollouts_path(folder, self.args.process_index))
+        checkpoint.restore(self.step, self.models, self._found, rollouts_path(folder, self.args.process_index))
 
     def load_weights(self, folder: str) -> None:
         """Put the weights and the moving average of a checkpoint in place."""
-        models = self.step.models
-        models.load_average(checkpoint.load_weights(folder, models.family), folder)
+        self.models.load_average(checkpoint.load_weights(folder, self.models.family), folder)
 
     def finished(self, folder: Path) -> TrainerState | None:
         """Return the state of a checkpoint that is of the run's last step; None where steps are left."""
@@ -111,11 +117,10 @@ class RunKeeper:
 
     def write_state(self, target: Path) -> None:
         """Write what a checkpoint keeps beside the export and Trainer's own files; each process its own rollouts."""
-        models = self.step.models
         if self.args.should_save:
-            shadow = None if models.ema is None else models.ema.shadow_params
+            shadow = None if self.models.ema is None else self.models.ema.shadow_params
             with tempfile.TemporaryDirectory(dir=target, prefix=".state-") as scratch:
-                state = checkpoint.capture(self.step, self.identity)
-                checkpoint.save_state(Path(scratch), models.family, shadow, state)
+                state = checkpoint.capture(self.step, self.models, self.identity)
+                checkpoint.save_state(Path(scratch), self.models.family, shadow, state)
                 move_into(Path(scratch), target)
         self.step.rollouts.save(rollouts_path(target, self.args.process_index))

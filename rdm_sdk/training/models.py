@@ -1,11 +1,13 @@
-"""The networks of a run: one model family with its roles, the student's sampler, prompts, guidance, moving average."""
+"""The networks of a run: what the step asks of them, and a model family that answers it."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
+from typing import Protocol
 
 import psutil
 import torch
@@ -18,14 +20,71 @@ from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.placement import Offload, drop_text_encoders, slice_vae, tile_vae
 from rdm_sdk.families.roles import STUDENT, TEACHER
 from rdm_sdk.method.noise import FlowSchedule
-from rdm_sdk.method.sampling import FewStepPolicy, StudentOf, sample, sample_each_step
+from rdm_sdk.method.sampling import FewStepPolicy, sample, sample_each_step
+from rdm_sdk.rewards.context import DiffusionContext
 from rdm_sdk.training.data import PromptCache
 from rdm_sdk.training.settings import MethodSettings
-from rdm_sdk.types import Condition, Denoiser, select
+from rdm_sdk.types import Condition, Denoiser
+
+
+class Models(Protocol):
+    """What `Judge`, `Rollouts` and `DistillationStep` ask of networks.
+
+    `RunModels` answers for a pipeline; denoisers in closed form can too.
+    """
+
+    @property
+    def policy(self) -> FewStepPolicy:
+        """The student's sampler; its noise schedule is that of all denoisers."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where samples are made."""
+        ...
+
+    @property
+    def encode(self) -> Callable[[Sequence[str | None]], Condition]:
+        """Prompts to what denoisers are told of them; None is the prompt that says nothing."""
+        ...
+
+    def parameters_of(self, role: str) -> list[nn.Parameter]:
+        """Return the trained parameters of a role."""
+        ...
+
+    def denoiser(self, role: str, condition: Condition, steps: Tensor | None = None) -> Denoiser:
+        """Return the denoiser of a role ("teacher", "student", "fake", ...) for a condition.
+
+        `steps` (int64 `[N]`) are the student's that made the samples, for critics that are told them.
+        """
+        ...
+
+    def step_shape(self, step: int) -> tuple[int, ...]:
+        """Return the shape of the latents of an optimizer step (from 0), the same on all processes."""
+        ...
+
+    def to_images(self, latents: Tensor) -> Tensor:
+        """Return what rewards of images see of latents `[N, *x]`, differentiable in them."""
+        ...
+
+    def vae_at_hand(self) -> AbstractContextManager[None]:
+        """Return a context inside which `to_images` is called and differentiated."""
+        ...
+
+    def complete(self, context: DiffusionContext, condition: Condition) -> DiffusionContext:
+        """Return a context with all that model-aware rewards can ask beside the denoisers, as far as it exists."""
+        ...
+
+
+@contextmanager
+def forked(device: torch.device) -> Iterator[None]:
+    """Put the random state of the CPU and of a device back after the block."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
 
 
 class RunModels:
-    """A family with its roles on a device, as the settings say.
+    """A family with its roles on a device, the student's sampler, prompts, guidance and moving average: `Models`.
 
     Args:
         family: with the roles added that are trained.
@@ -129,10 +188,6 @@ class RunModels:
         pair = self.teacher_pair(condition)
         return lambda x_t, sigma: self.guide(x_t, sigma, *pair(x_t, sigma))
 
-    def student_of(self, condition: Condition) -> StudentOf:
-        """Return the student's denoiser by rows of a condition."""
-        return lambda rows: self.denoiser(STUDENT, select(condition, rows))
-
     def guide(self, x_t: Tensor, sigma: Tensor, with_prompt: Tensor, without: Tensor) -> Tensor:
         """Return the guided x_0 `[N, *x]` of the teacher's two predictions."""
         return self.family.guide(x_t, sigma, with_prompt, without, self.settings.guidance_scale)
@@ -141,6 +196,30 @@ class RunModels:
         """Return `(x_t, sigma) -> (x_0 with the prompt, x_0 without)` of the teacher, from one pass."""
         count = next(iter(condition.values())).shape[0]
         return self.family.denoiser_pair(self.roles, TEACHER, condition, self.encode([None] * count))
+
+    def complete(self, context: DiffusionContext, condition: Condition) -> DiffusionContext:
+        """Return a context with guidance, the teacher's features and without a prompt, and an encoder of images.
+
+        The teacher's graph is kept, to x_t, where the context carries gradients back through it.
+        """
+
+        def teacher_pair(x_t: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.set_grad_enabled(context.carries_back):
+                return self.teacher_pair(condition)(x_t, sigma)
+
+        @torch.no_grad()
+        def unprompted(x_t: Tensor, sigma: Tensor) -> Tensor:
+            blank = self.encode([None] * len(x_t))
+            return self.family.denoiser(self.roles, TEACHER, blank)(x_t, sigma)
+
+        return replace(
+            context,
+            guide=self.guide if self.guided else None,
+            denoiser_pair=teacher_pair,
+            features=self.family.features(self.roles, TEACHER, condition),
+            encode_images=self.family.encode_images,
+            unprompted=unprompted,
+        )
 
     # ---- Samples ------------------------------------------------------------------------------------------------
 
@@ -161,10 +240,14 @@ class RunModels:
         student = self.denoiser(STUDENT, self.encode(prompts))
         return list(sample_each_step(student, self._initial_noise(len(prompts)), self.policy.inference()))
 
+    def to_images(self, latents: Tensor) -> Tensor:
+        """Return the images `[N, 3, H, W]` in [0, 1] of latents `[N, *x]`, differentiable in them."""
+        return self.family.decode(latents)
+
     def decode(self, latents: Sequence[Tensor]) -> list[Tensor]:
         """Return the images `[N, 3, H, W]` in [0, 1] of several batches of latents `[N, *x]`."""
         with self.vae_at_hand():
-            return [self.family.decode(some) for some in latents]
+            return [self.to_images(some) for some in latents]
 
     def _initial_noise(self, count: int) -> Tensor:
         return torch.randn(count, *self.latent_shapes[0], device=self.device)
@@ -177,17 +260,11 @@ class RunModels:
             if seed is None:
                 yield
             else:
-                with self.forked():
+                with forked(self.device):
                     torch.manual_seed(seed)
                     yield
         finally:
             self.roles.forwards = forwards
-
-    @contextmanager
-    def forked(self) -> Iterator[None]:
-        """Put the random state back after the block."""
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            yield
 
     # ---- Moving average -----------------------------------------------------------------------------------------
 

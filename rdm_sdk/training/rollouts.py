@@ -19,11 +19,11 @@ from rdm_sdk.errors import RDMError
 from rdm_sdk.families.roles import STUDENT
 from rdm_sdk.method.draws import draw_steps
 from rdm_sdk.method.importance import truncated_weights
-from rdm_sdk.method.sampling import plan_steps, redraw, replay_log_ratio, rollout, state_log_ratio
+from rdm_sdk.method.sampling import StudentOf, plan_steps, redraw, replay_log_ratio, rollout, state_log_ratio
 from rdm_sdk.training.judge import Judge
 from rdm_sdk.training.processes import Processes
 from rdm_sdk.training.settings import MethodSettings
-from rdm_sdk.types import Experience, RewardOutput, Rollout, Samples, select_steps
+from rdm_sdk.types import Condition, Experience, RewardOutput, Rollout, Samples, select, select_steps
 
 Window = Sequence[dict[str, Any]]
 """The micro-batches of an optimizer step: `{"prompts": [...], "columns": {name: [...]}}`, prompts group-major."""
@@ -86,11 +86,15 @@ class Rollouts:
             last,
         )
         depths = torch.full_like(plan[0], policy.num_steps) if to_the_end else plan[0] + 1
-        done = rollout(self.models.student_of(condition), noise, depths, policy)
+        done = rollout(self._student_of(condition), noise, depths, policy)
         self.monitor.spent["rollouts"] += len(prompts)
         weights = torch.ones(len(prompts), device=noise.device)
         x_0 = select_steps(done.x_0, plan[0])
         return Experience(prompts, inputs["columns"], condition, done, plan, 0, x_0, weights, {})
+
+    def _student_of(self, condition: Condition) -> StudentOf:
+        """Return the student's denoiser by rows of a condition."""
+        return lambda rows: self.models.denoiser(STUDENT, select(condition, rows))
 
     # ---- Using again --------------------------------------------------------------------------------------------
 
@@ -108,7 +112,7 @@ class Rollouts:
             condition = self.models.encode(kept.prompts)
             again = replace(kept, use=kept.use + 1, columns=batch["columns"], condition=condition)
             if settings.importance_sampling_correction:
-                student, steps = self.models.student_of(condition), again.steps
+                student, steps = self._student_of(condition), again.steps
                 log_ratios.append(state_log_ratio(student, again.rollout, steps, self.policy, settings.ratio_reduction))
                 again = replace(again, weights=truncated_weights(log_ratios[-1], settings.importance_sampling_cap))
             experiences.append(again)

@@ -24,6 +24,7 @@ from rdm_sdk.training import checkpoint
 from rdm_sdk.training.config import RDMConfig
 from rdm_sdk.training.data import GroupSampler, all_prompts, collate, load_prompts
 from rdm_sdk.training.export import save_student, student_info
+from rdm_sdk.training.finished import look, score_finished
 from rdm_sdk.training.interrupt import SaveOnSignal
 from rdm_sdk.training.judge import Judge, add_run_roles
 from rdm_sdk.training.keeper import RunKeeper
@@ -128,7 +129,7 @@ class RDMTrainer(Trainer):
         self.judge = Judge(self.models, self.rewards, args)
         self.monitor, self.weighting = self.judge.monitor, weighting
         self.step = DistillationStep(self.judge, args, weighting, self._processes())
-        self.keeper = RunKeeper(args, self.step, self.train_dataset, self.accelerator.wait_for_everyone)
+        self.keeper = RunKeeper(args, self.step, self.models, self.train_dataset, self.accelerator.wait_for_everyone)
 
     def _processes(self) -> Processes:
         return Processes(
@@ -250,7 +251,7 @@ class RDMTrainer(Trainer):
             raise DataError("write_images() shows the first training prompts: pass train_dataset to the trainer")
         prompts = list(dict.fromkeys(self.train_dataset[:64]["prompt"]))[:10]
         with self.models.seeded(self.args.seed):
-            images = self.judge.look(prompts)
+            images = look(self.models, self.judge, prompts)
         return image_grid(images, path, scale=max(1, 64 // images[0][1].shape[-1]))
 
     @torch.no_grad()
@@ -275,7 +276,7 @@ class RDMTrainer(Trainer):
             )
         inputs, size = collate(list(dataset)), self.args.per_device_eval_batch_size
         with self.models.seeded(self.args.seed), self.models.exported_weights():
-            outputs = self.judge.score_finished(inputs["prompts"], inputs["columns"], size)
+            outputs = score_finished(self.models, self.judge, inputs["prompts"], inputs["columns"], size)
         if not outputs:
             raise RDMError("every reward was skipped in evaluate(), so there is nothing to report")
         metrics = {

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STUDY = ROOT / "benchmarks" / "study.py"
+STUDY = ROOT / "benchmarks" / "study" / "study.py"
 
 
 def study(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,9 +1,10 @@
 """The study: GNDM against DMD2, GNDMR against DMDR, importance sampling, and rewards of the model itself.
 
-    python benchmarks/study.py run                  # all cells, five seeds, two processes; hours; resumable
-    python benchmarks/study.py run --only gndm "dmd2*" --seeds 5 6 7 8 9 10 11 12 13 14     # to confirm a comparison
-    python benchmarks/study.py report               # docs/study.md and its plots, from the raw results
-    python benchmarks/study.py run --smoke --out build/study && python benchmarks/study.py report --out build/study
+    python benchmarks/study/study.py run                  # all cells, five seeds, two processes; hours; resumable
+    python benchmarks/study/study.py run --only gndm "dmd2*" --seeds 5 6 7 8 9      # to confirm a comparison
+    python benchmarks/study/study.py report               # docs/study.md and its plots, from the raw results
+    python benchmarks/study/study.py run --smoke --out build/study                  # a minute, to see that it runs
+    python benchmarks/study/study.py report --out build/study
 
 Every run trains one student on the embedded teacher and judges 1,000 of its samples, made from the same noise for all
 cells of a seed. Raw results go to `<out>/runs.jsonl`, a line as each run ends; a run that is already there with the
@@ -16,6 +17,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import warnings
@@ -27,7 +29,10 @@ from typing import Any
 from study_cells import LORA_TARGETS, SEEDS, Cell, all_cells
 from tqdm import tqdm
 
-RESULTS = Path(__file__).parent / "results"
+BENCHMARKS = Path(__file__).parents[1]
+RESULTS = BENCHMARKS / "results"
+if str(BENCHMARKS) not in sys.path:
+    sys.path.append(str(BENCHMARKS))  # for what the benchmarks share; a script sees its own folder alone
 SMOKE = ("dmd2", "gndm", "4 uses", "balance, ink against jpeg 0.1 and 3")
 
 
@@ -50,7 +55,7 @@ def run(cell: Cell, seed: int, num_samples: int, max_steps: int | None = None) -
     if max_steps is not None:
         settings["max_steps"] = max_steps
     with tempfile.TemporaryDirectory() as folder:
-        quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 4}
+        quiet: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 4}
         trainer = RDMTrainer(
             digits.teacher_path(),
             [(named_reward(name), weight) for name, weight in cell.rewards],

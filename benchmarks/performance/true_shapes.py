@@ -129,11 +129,37 @@ PIPELINES: dict[str, Parts] = {
     },
 }
 """Pipelines by their classes: components with library, class and config."""
+_NARROW: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 32}
+_SHALLOW: dict[str, Any] = {"num_attention_heads": 2, "num_hidden_layers": 1}
+TINY: dict[str, dict[str, dict[str, Any]]] = {
+    "StableDiffusion3Pipeline": {
+        "text_encoder": _NARROW | _SHALLOW,
+        "text_encoder_2": _NARROW | _SHALLOW,
+        "transformer": {
+            "attention_head_dim": 32,
+            "caption_projection_dim": 64,
+            "joint_attention_dim": 64,
+            "num_attention_heads": 2,
+            "num_layers": 1,
+            "pooled_projection_dim": 64,
+        },
+        "vae": {"block_out_channels": [32, 32, 32, 32], "layers_per_block": 1},
+    },
+}
+"""What of the configs is smaller where nothing but that a program runs is to be seen."""
 
 
-def write_configs(folder: Path, kind: str, **without: None) -> str:
-    """Write the configs of a pipeline, as the hub has them, but for the parts named `without`; return the folder."""
-    parts = {name: own for name, own in PIPELINES[kind].items() if name not in without}
+def write_configs(folder: Path, kind: str, tiny: bool = False, **without: None) -> str:
+    """Write the configs of a pipeline, as the hub has them, but for the parts named `without`; return the folder.
+
+    Those of `tiny` ones have a layer of everything, and narrow ones.
+    """
+    smaller = TINY[kind] if tiny else {}
+    parts = {
+        name: (named, config | smaller.get(name, {}))
+        for name, (named, config) in PIPELINES[kind].items()
+        if name not in without
+    }
     index: dict[str, Any] = {"_class_name": kind, **{name: named for name, (named, _) in parts.items()}}
     index |= {
         f"tokenizer{name.removeprefix('text_encoder')}": ["transformers", "CLIPTokenizer"]

@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from study_cells import KINDS, METHODS, RATES, front_cells, sweep_cell
 from study_statistics import Results, Row
 
@@ -82,7 +83,7 @@ def picture(name: str) -> str:
     return f"study_{name.replace(' ', '_')}.png"
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

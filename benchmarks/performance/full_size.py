@@ -1,9 +1,10 @@
 """Memory and time of a training step at the shapes of published models, with random weights, on one GPU.
 
-    python benchmarks/full_size.py --out build/full_size.jsonl              # all runs; resumable
-    python benchmarks/full_size.py --out build/full_size.jsonl --only "sd3*"
-    python benchmarks/full_size.py --without_cudnn_attention --out build/without.jsonl
-    python benchmarks/full_size.py --table benchmarks/results/full_size.jsonl      # as Markdown
+    python benchmarks/performance/full_size.py --out build/full_size.jsonl              # all runs; resumable
+    python benchmarks/performance/full_size.py --out build/full_size.jsonl --only "sd3*"
+    python benchmarks/performance/full_size.py --without_cudnn_attention --out build/without.jsonl
+    python benchmarks/performance/full_size.py --table benchmarks/results/full_size.jsonl      # as Markdown
+    python benchmarks/performance/full_size.py --smoke --out build/smoke.jsonl   # seconds, to see that it runs
 
 Every run takes three optimizer steps (the first warms up and is not timed), and says beside what it took: what
 `rdm-sdk plan` had said of its memory, and how long the bare passes of such a step take. The bare passes are timed on
@@ -19,7 +20,7 @@ import gc
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
@@ -77,9 +78,10 @@ class Run:
     brightness: float = 0.0
     """Weight of the pixel reward beside `dm`."""
 
-    def config(self, folder: str) -> RDMConfig:
-        """Return the settings of the run."""
-        return RDMConfig(output_dir=folder, **(COMMON | LARGE | self.settings))
+    def config(self, folder: str, device: str) -> RDMConfig:
+        """Return the settings of the run on a device."""
+        settings: dict[str, Any] = {"use_cpu": device == "cpu"} | COMMON | LARGE | self.settings
+        return RDMConfig(output_dir=folder, **settings)
 
     def rewards(self) -> Any:
         """Return what is maximized."""
@@ -103,6 +105,7 @@ RUNS = [
     Run("sdxl, batch 8, 5 critic steps", "sdxl", {"critic_steps": 5}),
 ]
 """The most telling ones first."""
+SMOKE = Run("sd3, tiny", "sd3", {"height": 64, "width": 64, "reward_batch_size": 1}, 0.1)
 
 
 class Times(TrainerCallback):
@@ -121,10 +124,10 @@ class Times(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.begin)
 
 
-def shapes_of(folder: Path, family: str) -> str:
+def shapes_of(folder: Path, family: str, tiny: bool = False) -> str:
     """Write the configs of a family that runs name; return their folder."""
     kind, without = FAMILIES[family]
-    return write_configs(folder / family, kind, **without)
+    return write_configs(folder / family, kind, tiny, **without)
 
 
 @cache
@@ -136,7 +139,7 @@ def planner_of(configs: str) -> Planner:
 def measure(run: Run, configs: str, device: str = "cuda") -> dict[str, Any]:
     """Plan a run of the model in the folder `configs`, do it, and time the bare passes of its steps."""
     with tempfile.TemporaryDirectory() as folder:
-        args = run.config(folder)
+        args = run.config(folder, device)
         plan = planner_of(configs).plan(args, run.rewards())
         base = random_family(configs, device)
         _start_counting()
@@ -256,25 +259,32 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/full_size.jsonl"))
     parser.add_argument("--only", nargs="+", default=["*"], help="names of runs, with wildcards")
     parser.add_argument("--without_cudnn_attention", action="store_true", help="let PyTorch take another kernel")
+    parser.add_argument("--smoke", action="store_true", help="one run at tiny shapes, with or without a GPU")
     parser.add_argument("--table", type=Path, help="print the results in this file, and run nothing")
     options = parser.parse_args()
     if options.table:
         print(table([json.loads(line) for line in options.table.read_text().splitlines()]))
         return
-    if not torch.cuda.is_available():
-        parser.error("these runs need a CUDA device")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not options.smoke:
+        parser.error("these runs need a CUDA device; --smoke does not")
     if options.without_cudnn_attention:
         torch.backends.cuda.enable_cudnn_sdp(False)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    there = options.out.read_text().splitlines() if options.out.exists() else []
+    runs = [run for run in RUNS if any(fnmatchcase(run.name, pattern) for pattern in options.only)]
+    run_all([SMOKE] if options.smoke else runs, options.out, device)
+
+
+def run_all(runs: Sequence[Run], out: Path, device: str) -> None:
+    """Do the runs that are not in the file of results yet, and add each to it as it ends."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    there = out.read_text().splitlines() if out.exists() else []
     done = {json.loads(line)["run"] for line in there}
     with tempfile.TemporaryDirectory() as folder:
-        configs = {family: shapes_of(Path(folder), family) for family in FAMILIES}
-        for run in RUNS:
-            if run.name not in done and any(fnmatchcase(run.name, pattern) for pattern in options.only):
+        for run in runs:
+            if run.name not in done:
                 begin = time.perf_counter()
-                result = measure(run, configs[run.family])
-                with options.out.open("a") as file:
+                result = measure(run, shapes_of(Path(folder), run.family, tiny=run is SMOKE), device)
+                with out.open("a") as file:
                     file.write(json.dumps(result) + "\n")
                 print(f"{table([result]).splitlines()[-1]} in {time.perf_counter() - begin:.0f} s", flush=True)
 

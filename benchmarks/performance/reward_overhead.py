@@ -1,7 +1,9 @@
 """What evaluating a reward costs beside the bare model call.
 
-    OMP_NUM_THREADS=1 python benchmarks/reward_overhead.py              # CLIP ViT-B/16 shapes, batch 32, random weights
-    python benchmarks/reward_overhead.py --model ViT-L-14 --size 1024   # CLIPScore's own shapes
+    OMP_NUM_THREADS=1 python benchmarks/performance/reward_overhead.py              # ViT-B/16 shapes, batch 32
+    python benchmarks/performance/reward_overhead.py --model ViT-L-14 --size 1024   # CLIPScore's own shapes
+
+The weights are random.
 
 Bare: the CLIP image tower on preprocessed pixels and the cosines with ready prompt embeddings, with back-propagation to
 the pixels where a gradient is asked for. Evaluation: `evaluate_rewards` on images of `--size`: decoding, preprocessing,
@@ -55,9 +57,10 @@ def random_clip(name: str) -> ClipReward:
     return reward
 
 
-def seconds_of(work: Callable[[], object]) -> float:
+def seconds_of(work: Callable[[bool], object], differentiate: bool) -> float:
+    """Return how long work takes, with or without the gradient."""
     started = time.perf_counter()
-    work()
+    work(differentiate)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - started
@@ -92,10 +95,7 @@ def main() -> None:
     rows = []
     for differentiate in (False, True):
         bare(differentiate), evaluated(differentiate)
-        turns = [
-            (seconds_of(lambda d=differentiate: bare(d)), seconds_of(lambda d=differentiate: evaluated(d)))
-            for _ in range(options.turns)
-        ]
+        turns = [(seconds_of(bare, differentiate), seconds_of(evaluated, differentiate)) for _ in range(options.turns)]
         model, own = (min(column) for column in zip(*turns, strict=True))
         rows.append(("scores and gradient" if differentiate else "scores", model, own, own / model))
         print(rows[-1], flush=True)

@@ -6,10 +6,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from intervals import Estimate, estimate
 from study_cells import CONFIRMING_SEEDS, FRESH, METHODS, RATES, SEEDS, SETTINGS, all_cells, long_cell, sweep_cell
 from study_fronts import front_confirmation_lines, front_lines, gain, reward_table
 from study_plots import picture, plot_fronts, plot_reuse, plot_sweep
-from study_statistics import Estimate, Results, Row, compare, estimate
+from study_statistics import Results, Row, compare
 
 from rdm_sdk import markdown_table
 
@@ -52,9 +53,9 @@ def mixture_lines(path: Path) -> list[str]:
     """Return the tables of the closed-form part, if it was run."""
     if not path.is_file():
         return ["Not run."]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     cells: dict[str, list[Row]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in {(row["name"], row["seed"]): row for row in rows}.values():  # a cell's last run of a seed
         cells.setdefault(row["name"], []).append(row)
 
     def of(cell: str, figure: str) -> Estimate | str:
@@ -107,7 +108,7 @@ def sweep_lines(results: Results) -> list[str]:
             cells = [sweep_cell(method, rate), sweep_cell("dmd2", rate)]
             if method != "dmd2" and all(map(results.has, cells)):
                 text.append(f"- At one rate: {compare(results, *cells)}.")
-    compared = (
+    compared: tuple[str, ...] = (
         "dmd2, lr 0.0008",
         "gndm, lr 0.0008",
         "dmd2",
@@ -167,7 +168,7 @@ def write_report(out: Path, page: Path | None) -> Path:
     from study import RESULTS, read_runs
 
     if page is None:
-        page = Path(__file__).parents[1] / "docs" / "study.md" if out == RESULTS else out / "study.md"
+        page = Path(__file__).parents[2] / "docs" / "study.md" if out == RESULTS else out / "study.md"
     rows = read_runs(out / "runs.jsonl")
     results, fresh, both = (
         Results(r for r in rows if r["seed"] in seeds)

@@ -1,45 +1,15 @@
-"""The study's raw rows by cell, and what many seeds say: means with 95 % intervals, ratios. For its page."""
+"""The study's raw rows by cell, and how two cells compare. For its page."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from scipy.stats import t as student_t
+from intervals import Estimate, estimate, ratio
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds with its 95 % interval (Student's t)."""
-
-    mean: float
-    half_width: float
-    count: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4g} ± {self.half_width:.2g}"
-
-    @property
-    def low(self) -> float:
-        return self.mean - self.half_width
-
-    @property
-    def high(self) -> float:
-        return self.mean + self.half_width
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    """Return mean and 95 % interval; one value alone has an unknown, so infinite, one."""
-    count = len(values)
-    if count < 2:
-        return Estimate(values[0], float("inf"), count)
-    half_width = student_t.ppf(0.975, count - 1) * statistics.stdev(values) / count**0.5
-    return Estimate(statistics.mean(values), float(half_width), count)
 
 
 class Results:
@@ -70,23 +40,11 @@ class Results:
         return estimate([read(row) for row in self.rows[cell]])
 
     def cost(self, cell: str, name: str) -> float:
-        return statistics.mean(row["costs"].get(f"cost/{name}", 0) for row in self.rows[cell])
+        return statistics.mean(float(row["costs"].get(f"cost/{name}", 0)) for row in self.rows[cell])
 
     def total_forwards(self, cell: str) -> float:
         """Return all network evaluations of a run, in samples: student, critic and teacher."""
         return sum(self.cost(cell, f"{role}_forwards") for role in ("student", "fake", "teacher"))
-
-
-def interval(values: Sequence[float]) -> str:
-    """Return a mean with its 95 % interval, as text; one value has none."""
-    own = estimate(values)
-    return f"{own.mean:.2f} [{own.low:.2f}, {own.high:.2f}]"
-
-
-def ratio(logs: Sequence[float]) -> str:
-    """Return the geometric mean of ratios, from their logarithms, with its 95 % interval."""
-    own = estimate(logs)
-    return f"{math.exp(own.mean):.3f} [{math.exp(own.low):.3f}, {math.exp(own.high):.3f}]"
 
 
 def compare(results: Results, better: str, worse: str, figure: str = "FID-SD") -> str:

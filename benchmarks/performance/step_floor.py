@@ -1,6 +1,6 @@
 """Time a full training cycle against the bare forwards and backwards that it has to do, in one run.
 
-    OMP_NUM_THREADS=1 python benchmarks/step_floor.py --batch 64 --cycles 10
+    OMP_NUM_THREADS=1 python benchmarks/performance/step_floor.py --batch 64 --cycles 10
 
 The floor calls the transformer directly, with the same adapters, batch sizes and number of passes as one cycle: the
 rollout to its end, `critic_steps` critic forwards and backwards, teacher and critic forwards, and the student's forward
@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -69,11 +70,11 @@ class Alternate(TrainerCallback):
         self.floors: list[float] = []
         self.begin = 0.0
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.floor()
         self.begin = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         middle = time.perf_counter()
         self.cycles.append(middle - self.begin)
         self.floor()

@@ -7,9 +7,10 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from itertools import permutations
 
+from intervals import Estimate, estimate, interval, ratio
 from study_cells import KINDS, SETTINGS, front_cells
 from study_plots import picture
-from study_statistics import Estimate, Results, Row, estimate, interval, ratio
+from study_statistics import Results, Row
 
 from rdm_sdk import markdown_table
 
@@ -109,7 +110,7 @@ def equal_lines(results: Results, setting: str, baseline: str, kinds: Iterable[s
         best = reward_for_cost(ours, distance)
         return None if best is None else best - reward
 
-    text = []
+    text: list[str] = []
     for what, compare_at, show in (("reward", at_equal_reward, ratio), ("FID-SD", at_equal_distance, interval)):
         lines = []
         for point, cell in enumerate(front_cells(baseline, setting), start=1):
@@ -117,9 +118,9 @@ def equal_lines(results: Results, setting: str, baseline: str, kinds: Iterable[s
             for ours in fronts.values():
                 seeds = sorted(theirs.keys() & ours.keys())
                 compared = [compare_at(ours[seed], *theirs[seed][point]) for seed in seeds]
-                found = [value for value in compared if value is not None]
-                reached = f"{len(found)} of {len(seeds)} seeds reach it"
-                line.append(f"{show(found)}, {reached}" if len(found) > 1 else reached)
+                known = [value for value in compared if value is not None]
+                reached = f"{len(known)} of {len(seeds)} seeds reach it"
+                line.append(f"{show(known)}, {reached}" if len(known) > 1 else reached)
             lines.append(line)
         text += [markdown_table((f"at the {what} of", *fronts), lines), ""]
     return text

@@ -1,0 +1,52 @@
+"""What a run's student makes when it samples to the end: how rewards score it, and what networks make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from rdm_sdk.families.roles import STUDENT, TEACHER
+from rdm_sdk.rewards.base import RewardBatch
+from rdm_sdk.rewards.evaluate import evaluate_rewards
+from rdm_sdk.training.judge import Judge
+from rdm_sdk.training.models import RunModels
+from rdm_sdk.types import RewardOutput
+
+
+def score_finished(
+    models: RunModels, judge: Judge, prompts: Sequence[str], columns: Mapping[str, list[object]], size: int
+) -> dict[str, RewardOutput]:
+    """Sample the student for prompts, one each, and score the samples by every reward that needs no models.
+
+    Where a reward compares within groups, every prompt (and its columns) is repeated for a group. `size` samples
+    are made and judged at a time.
+    """
+    rewards = judge.of_images
+    in_groups = any(reward.capabilities.scope == "group" for reward in rewards.values())
+    group = judge.settings.num_generations if in_groups else 1
+    repeated = [prompt for prompt in prompts for _ in range(group)]
+    entries = {name: [value for value in values for _ in range(group)] for name, values in columns.items()}
+    latents = [models.sample_latents(repeated[start : start + size]) for start in range(0, len(repeated), size)]
+    batch = RewardBatch(
+        latents=torch.cat(latents), prompts=repeated, group_size=group, decode=models.to_images, columns=entries
+    )
+    with models.vae_at_hand():
+        return evaluate_rewards(rewards, batch, chunk_size=size, gradients_of=(), **judge.options).outputs
+
+
+def look(models: RunModels, judge: Judge, prompts: Sequence[str]) -> list[tuple[str, Tensor]]:
+    """Return rows of pictures with labels: student x_0, and what teacher and critics make of it at sigma 0.6.
+
+    A row holds the prompts' images `[N, 3, H, W]` in [0, 1].
+    """
+    latents = models.sample_latents(prompts)
+    sigma = torch.full((len(latents),), 0.6, device=latents.device)
+    last = torch.full((len(prompts),), models.policy.num_steps - 1, device=latents.device)
+    context = judge.context(models.encode(prompts), last)
+    x_t = context.add_noise(latents, sigma)
+    critics = [role for role in models.roles.denoising_roles if role != STUDENT]
+    labels = ["student x_0", *(f"{role} x_0\nfrom sigma 0.6" for role in (TEACHER, *critics))]
+    rows = [latents, *(context.denoiser(role)(x_t, sigma) for role in (TEACHER, *critics))]
+    return list(zip(labels, models.decode(rows), strict=True))

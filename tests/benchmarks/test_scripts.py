@@ -1,0 +1,165 @@
+"""Every script under `benchmarks/` and `examples/` runs, in a small form."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TESTS = Path(__file__).parent
+FILES = sorted(path for folder in ("benchmarks", "examples") for path in (ROOT / folder).rglob("*.py"))
+SCRIPTS = [path for path in FILES if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_has_a_test(script: Path) -> None:
+    """A script is run by the function of its name here, or has a file of tests of its own."""
+    here = f"test_{script.stem}" in globals()
+    elsewhere = [path for path in TESTS.rglob(f"test_{script.stem}.py") if f"{script.stem}" in path.read_text()]
+    assert here or elsewhere, f"{script.relative_to(ROOT)} is run by no test: add test_{script.stem} to this file"
+
+
+def test_every_other_file_is_imported_by_one() -> None:
+    """What is no script is a part of one, so that no file is forgotten when what it imports changes."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in FILES)
+    others = [path.stem for path in FILES if path not in SCRIPTS]
+    assert others
+    assert [name for name in others if not re.search(rf"^\s*(from|import) {name}\b", text, re.M)] == []
+
+
+def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> Any:
+    """Run a script's `main` with arguments; returns its module."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+    module = importlib.import_module(name)
+    module.main()
+    return module
+
+
+def start(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a script, by its path from the root, as a user does."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, script, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_quickstart(tmp_path: Path) -> None:
+    """The example trains, saves and samples."""
+    start("examples/quickstart.py", "--output", tmp_path, "--steps", "2")
+    assert (tmp_path / "student.png").is_file()
+    assert (tmp_path / "student" / "peft" / "adapter_config.json").is_file()
+
+
+def test_step_floor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A training cycle is timed against its bare passes."""
+    run(monkeypatch, "step_floor", "--batch", 8, "--cycles", 1)
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["ratio"] > 0.5
+
+
+def test_reward_overhead(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A reward is timed against its bare model call, with and without the gradient."""
+    run(monkeypatch, "reward_overhead", "--model", "ViT-B-32", "--batch", 1, "--size", 64, "--turns", 1)
+    table = capsys.readouterr().out
+    for text in ("| ViT-B-32, batch 1, 64 px", "| scores ", "| scores and gradient "):
+        assert text in table
+
+
+def test_full_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--smoke` needs no GPU: a tiny model's step is planned, done and timed; a second call finds it done."""
+    out = tmp_path / "rows.jsonl"
+    module = run(monkeypatch, "full_size", "--smoke", "--out", out)
+    (row,) = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert row["run"] == "sd3, tiny"
+    # Rollouts of all four steps, two passes of the teacher and one of the critic; the rest is learned from.
+    assert row["bare_s"] == pytest.approx(7 * row["evaluation_s"] + 2 * row["learning_s"])
+    assert "| sd3, tiny |" in capsys.readouterr().out.replace("  ", "")
+    module.main()
+    assert len(out.read_text(encoding="utf-8").splitlines()) == 1
+
+
+def test_full_size_asks_for_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without `--smoke`, a machine without a GPU is told so before anything is built."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "full_size")
+    assert "CUDA" in capsys.readouterr().err
+
+
+def test_reward_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward set is trained, judged and put into the table; a second call finds it done."""
+    arguments = ("--smoke", "--specs", "dm + 0.1*jpeg", "--out", tmp_path)
+    module = run(monkeypatch, "reward_study", *arguments)
+    rows = (tmp_path / "runs.jsonl").read_text(encoding="utf-8")
+    assert json.loads(rows)["steps"] == 2
+    assert "| dm + 0.1*jpeg | 1 " in (tmp_path / "table.md").read_text(encoding="utf-8")
+    module.main()
+    assert (tmp_path / "runs.jsonl").read_text(encoding="utf-8") == rows
+
+
+def test_digits_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classifier, VAE and teacher are trained and saved as a pipeline; a second call trains none of them again."""
+    module = run(monkeypatch, "digits_teacher", "--smoke", "--out", tmp_path)
+    figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
+    assert 0 <= figures["classifier_heldout_accuracy"] <= 1
+    assert figures["vae_heldout_rmse_of_255"] > 0
+    assert (tmp_path / "teacher" / "model_index.json").is_file()
+    for stage in ("train_classifier", "train_vae", "train_diffusion"):
+        monkeypatch.setattr(module, stage, None)
+    module.main()
+
+
+@pytest.mark.slow
+def test_digits_teacher_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--measure` judges the packaged teacher, and keeps the statistics of its samples."""
+    run(monkeypatch, "digits_teacher", "--smoke", "--measure", "--out", tmp_path)
+    figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))["samples"]
+    assert figures["40 steps, guidance 1.0"]["legibility"] > 0.9
+
+
+def test_convergence(tmp_path: Path) -> None:
+    """The runs write a line per measurement."""
+    out = tmp_path / "rows.jsonl"
+    start("benchmarks/convergence.py", "run", "--smoke", "--only", "demo", "dmd2", "--seeds", "0", "--out", out)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {(row["cell"], row["update"]) for row in rows} == {
+        (f"smoke {c}", u) for c in ("demo", "dmd2") for u in (1, 2)
+    }
+    assert all(len(row["FID-SD"]) == 4 and min(row["FID-SD"]) > 0 for row in rows)
+
+
+def test_the_convergence_page_is_written_from_rows(tmp_path: Path) -> None:
+    """Tables of the teacher, of where runs end and of drift, and a plot; a student is worth teacher steps."""
+    from convergence_report import write_report
+
+    teacher = [
+        {"cell": "teacher", "seed": seed, "steps": steps, "FID-SD": distance + seed, "FID to real digits": 30.0}
+        | {"diversity": 0.14, "legibility": 1.0}
+        for seed in (0, 1)
+        for steps, distance in ((4, 18.0), (8, 8.0))
+    ]
+    costs = {f"cost/{role}_forwards": 1e6 for role in ("student", "fake", "teacher")}
+    runs = [
+        {"cell": "demo", "seed": seed, "update": update, "last": update == 100, "FID-SD": [20.0, last + seed]}
+        | {"diversity": 0.15, "legibility": 0.99, "costs": costs, "cpu_seconds": 60.0}
+        for seed in (0, 1)
+        for update, last in ((50, 10.0), (100, 12.0))
+    ]
+    write_report([*teacher, *runs], tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "What to do with it" in page
+    assert (tmp_path / "convergence_runs.png").stat().st_size > 0
+    (end,) = [line for line in page.splitlines() if line.startswith("| demo | 2 ")]
+    # Means over both seeds: 20 and 12.5 after the two evaluations; the teacher's 18.5 and 8.5 are 4 and 8 steps.
+    assert "20, 12.5" in end.replace("  ", " ")
+    assert " 6.1 " in end or " 6 " in end
+    rises = [line for line in page.splitlines() if line.startswith("| demo |") and line.rstrip(" |").endswith("%")]
+    assert [line.split("|")[-2].strip() for line in rises] == ["20%", "18%"]
