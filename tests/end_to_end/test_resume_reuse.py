@@ -13,6 +13,7 @@ import torch
 from digit_runs import brightness, pictures
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sealing import seal
 from torch import Tensor
 
 from rdm_sdk import CheckpointError, RDMTrainer
@@ -168,6 +169,9 @@ def test_rollouts_that_are_missing_or_damaged_are_refused(
     damage(folder / ROLLOUTS)
     trainer = make_trainer(tmp_path / "run", num_iterations=3)
     monkeypatch.setattr(trainer, "training_step", lambda *_: pytest.fail("a step was taken"))
+    with pytest.raises(CheckpointError, match=r"checkpoint-1'.*(changed|missing)"):
+        trainer.train(resume_from_checkpoint=str(folder))
+    seal(folder)
     with pytest.raises(CheckpointError, match=r"checkpoint-1'.*(damaged|missing)"):
         trainer.train(resume_from_checkpoint=str(folder))
 

@@ -13,6 +13,7 @@ import pytest
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from sealing import seal
 
 from rdm_sdk import (
     CheckpointError,
@@ -20,8 +21,6 @@ from rdm_sdk import (
     RDMTrainer,
     digits,
 )
-from rdm_sdk.training import folders
-from rdm_sdk.training.folders import MANIFEST
 
 Make = Callable[..., RDMTrainer]
 
@@ -38,13 +37,6 @@ def whole_checkpoint(make_trainer: Make, tmp_path_factory: pytest.TempPathFactor
 def damaged(whole_checkpoint: Path, tmp_path: Path) -> Path:
     """Return a copy of the checkpoint, to be damaged."""
     return Path(shutil.copytree(whole_checkpoint, tmp_path / "checkpoint-1"))
-
-
-def seal(checkpoint: Path) -> None:
-    """Write the manifest anew, as if the checkpoint had been written as it is now."""
-    run = json.loads((checkpoint / MANIFEST).read_text())["run"]
-    (checkpoint / MANIFEST).unlink()
-    folders._seal(checkpoint, run, 1)
 
 
 def resume(make_trainer: Make, tmp_path: Path, checkpoint: Path, rewards: str = "dm", **settings: Any) -> None:

@@ -1,0 +1,15 @@
+"""Checkpoints that were damaged before their manifest was written, so that it does not tell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rdm_sdk.training import folders
+
+
+def seal(checkpoint: Path, step: int = 1) -> None:
+    """Write a checkpoint's manifest anew, as if it had been written as it is now."""
+    run = json.loads((checkpoint / folders.MANIFEST).read_text())["run"]
+    (checkpoint / folders.MANIFEST).unlink()
+    folders._seal(checkpoint, run, step)
