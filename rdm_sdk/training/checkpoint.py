@@ -93,8 +93,9 @@ def find(resume_from_checkpoint: str | bool, output_dir: str) -> str:
         CheckpointError: there is none.
     """
     if not isinstance(resume_from_checkpoint, bool):
+        _check_is_checkpoint(Path(resume_from_checkpoint))
         return resume_from_checkpoint
-    latest: str | None = get_last_checkpoint(output_dir)
+    latest: str | None = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
     if latest is None:
         raise CheckpointError(f"cannot resume: there is no checkpoint in {output_dir!r}")
     return latest
@@ -161,8 +162,8 @@ DAMAGED = (
 """What reading a damaged file can raise."""
 
 
-def _check_complete(folder: Path, own: RunState) -> None:
-    """Raise `CheckpointError` unless the folder has the files of a checkpoint."""
+def _check_is_checkpoint(folder: Path) -> None:
+    """Raise `CheckpointError` unless the folder is there and a run of this SDK has begun to write a checkpoint."""
     if not folder.is_dir():
         raise CheckpointError(f"cannot resume: there is no folder {str(folder)!r}")
     if not (folder / STATE).is_file():
@@ -170,6 +171,11 @@ def _check_complete(folder: Path, own: RunState) -> None:
             f"cannot resume from {str(folder)!r}: it has no {STATE}, so it is no checkpoint of this SDK. Pass a "
             "folder named checkpoint-N from the output folder of an earlier run."
         )
+
+
+def _check_complete(folder: Path, own: RunState) -> None:
+    """Raise `CheckpointError` unless the folder has the files of a checkpoint."""
+    _check_is_checkpoint(folder)
     critics = [CRITIC_OPTIMIZER] if len(own.adapters) > 1 else []
     missing = [name for name in (*TRAINER_FILES, *critics, WEIGHTS) if not (folder / name).is_file()]
     if missing:
