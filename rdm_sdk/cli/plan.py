@@ -26,7 +26,7 @@ class PlanArguments:
 def run(arguments: Sequence[str]) -> int:
     """Print the plan, and what would help where it does not fit; return the exit status."""
     from rdm_sdk.cli.run import parse_run
-    from rdm_sdk.planning.advice import Run, advise
+    from rdm_sdk.planning.advice import Run, advise, show_advice
     from rdm_sdk.planning.plan import GB, Planner
 
     # A run on a GPU is planned, and there need be none here: the settings are checked as those of a CPU.
@@ -43,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
     if plan.total <= memory:
         print(f"\nfits into {memory / GB:.2f} GB")
         return 0
-    print(f"\ndoes not fit into {memory / GB:.2f} GB; {advise(run, int(memory))}")
+    print(f"\ndoes not fit into {memory / GB:.2f} GB; {show_advice(advise(run, int(memory)))}")
     return 1
 
 

@@ -20,6 +20,7 @@ from rdm_sdk.rewards.resolve import WeightedReward, carried_back
 from rdm_sdk.rewards.tilt import tilted
 from rdm_sdk.training.models import RunModels
 from rdm_sdk.training.monitor import Monitor
+from rdm_sdk.training.order import acts, judged_at_endpoints, judged_at_replay
 from rdm_sdk.training.settings import MethodSettings
 from rdm_sdk.types import Condition, Denoiser, Experience, RewardOutput, Samples
 
@@ -53,7 +54,7 @@ class Judge:
 
     def has(self, pathwise: bool) -> bool:
         """Whether a reward that counts acts by its gradient (or by its scores)."""
-        return any(own.weight and own.pathwise == pathwise for own in self.rewards)
+        return acts(self.rewards, pathwise)
 
     # ---- What rewards see ---------------------------------------------------------------------------------------
 
@@ -129,8 +130,7 @@ class Judge:
 
     def judge(self, experience: Experience) -> dict[str, RewardOutput]:
         """Evaluate every reward at an experience's x_0, except those that have scored its endpoints already."""
-        left = [own for own in self.rewards if own.label not in experience.scored]
-        left = [own for own in left if own.pathwise or not self.has(pathwise=False)]
+        left = [own for own in judged_at_replay(self.rewards) if own.label not in experience.scored]
         batch = self.batch(experience.samples)
         outputs = self.score(left, batch)
         for own in left:
@@ -140,7 +140,7 @@ class Judge:
 
     def score_endpoints(self, endpoints: Samples) -> dict[str, RewardOutput]:
         """Evaluate the rewards that act by their scores on the student's final samples."""
-        return self.score([own for own in self.rewards if not own.pathwise], self.batch(endpoints))
+        return self.score(judged_at_endpoints(self.rewards), self.batch(endpoints))
 
     def score(self, rewards: Sequence[WeightedReward], batch: RewardBatch) -> dict[str, RewardOutput]:
         """Evaluate rewards on a batch; those without weight are watched, and leave no trace in the random state."""
