@@ -8,11 +8,11 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import yaml
 from peft import LoraConfig
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from rdm_sdk import digits
 from rdm_sdk.cli.console import Parser, one_line
@@ -164,7 +164,7 @@ class _RunParser(Parser, HfArgumentParser):
         actions = {action.dest: action for action in reversed(self._actions)}
         hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
         return {
-            name: _converted(actions[name], value, "list" in str(get_args(hints[name])) + str(hints[name]))
+            name: _converted(actions[name], value, takes_list="list[" in str(hints[name]))
             for name, value in content.items()
         }
 
@@ -178,21 +178,30 @@ def _converted(action: argparse.Action, value: Any, takes_list: bool) -> Any:
     return [_one(action, value)] if action.nargs == "+" else _one(action, value)
 
 
+_WANTED: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    string_to_bool: "true or false",
+}
+
+
 def _one(action: argparse.Action, value: Any) -> Any:
+    """Return a single value of YAML as the flag of an action would have it."""
+    kind: Any = action.type
     choices: Any = action.choices
+    if get_origin(kind) is dict and isinstance(value, dict):
+        return value
     if isinstance(value, bool) and choices and "no" in choices:
         value = "yes" if value else "no"  # YAML reads a bare `no` as false
-    kind: Any = action.type
-    is_flag = kind not in (int, float, str) and choices is None
-    wanted = "true or false" if is_flag else {int: "a whole number", float: "a number", str: "a text"}.get(kind, "")
     try:
         made = kind(json.dumps(value) if isinstance(value, (bool, dict)) else str(value))
         fits = value is not None and not isinstance(value, list) and (choices is None or made in choices)
     except (ValueError, argparse.ArgumentTypeError):
         fits = False
     if not fits:
-        meant = "" if choices is None else nearest(str(value), map(str, choices))
-        wanted = wanted if choices is None else f"one of {', '.join(map(str, choices))}"
+        wanted = f"one of {', '.join(map(str, choices))}" if choices else _WANTED.get(kind, "what its flag takes")
+        meant = nearest(str(value), map(str, choices or ()))
         raise ConfigError(f"{action.dest}={value!r} cannot be used; it must be {wanted}{meant and '.' + meant}")
     return made
 
