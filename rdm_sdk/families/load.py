@@ -54,7 +54,7 @@ def load_family(model: object, dtype: torch.dtype, quantization: Quantization = 
     if isinstance(model, ModelFamily):
         _check_weights(model.pipeline)
         return model
-    pipeline: Any = _load_pipeline(str(model), dtype, quantization) if named else model
+    pipeline: Any = load_pipeline(str(model), dtype, quantization) if named else model
     family = family_class(type(pipeline).__name__)
     _check_weights(pipeline)
     return family(pipeline, **options)
@@ -81,7 +81,8 @@ def _check_weights(pipeline: Any) -> None:
             check_finite(part, f"base model's {name}")
 
 
-def _load_pipeline(source: str, dtype: torch.dtype, quantization: Quantization) -> Any:
+def load_pipeline(source: str, dtype: torch.dtype, quantization: Quantization = "none") -> Any:
+    """Return the pipeline that a hub id or a path names, its VAE in float32; raises as `load_family`."""
     from diffusers import DiffusionPipeline
 
     place = str(find_folder(source) or source)

@@ -41,9 +41,11 @@ def blueprint(model: object, dtype: torch.dtype, **options: Any) -> ModelFamily:
             f"{type(model).__name__}"
         )
     folder = find_folder(str(model)) or _download_configs(str(model))
-    index = _read(folder / "model_index.json")
+    with _explained(f"read {str(folder / 'model_index.json')!r}", "Is it a whole pipeline's?"):
+        index: dict[str, Any] = dict(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
     family = family_class(str(index.get("_class_name")))
-    with _explained(folder), torch.no_grad():
+    hint = "Is every component's config.json there, and are diffusers and transformers new enough for them?"
+    with _explained(f"build the pipeline in {str(folder)!r} from its configs", hint), torch.no_grad():
         import diffusers
 
         kind: Any = getattr(diffusers, index["_class_name"])
@@ -108,31 +110,16 @@ def _cast_what_is_saved(module: nn.Module, dtype: torch.dtype) -> None:
 def _download_configs(repository: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    try:
+    what = f"reach the hub for the configs of {repository!r}"
+    hint = "Pass a hub id you have access to, check the connection, or pass the path of a local folder."
+    with _explained(what, hint):
         return Path(snapshot_download(repository, allow_patterns=list(CONFIGS)))
-    except Exception as error:
-        raise ModelError(
-            f"cannot reach the hub for the configs of {repository!r}: {type(error).__name__}: {error}. Pass a hub id "
-            "you have access to, check the connection, or pass the path of a local folder."
-        ) from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {str(path)!r}: {type(error).__name__}: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{str(path)!r} must be a JSON object; got a {type(content).__name__}")
-    return content
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def _explained(what: str, hint: str) -> Iterator[None]:
+    """Turn whatever happens in the block into a `ModelError`."""
     try:
         yield
     except Exception as error:
-        raise ModelError(
-            f"cannot build the pipeline in {str(folder)!r} from its configs: {type(error).__name__}: {error}. Is every "
-            "component's config.json there, and are diffusers and transformers new enough for them?"
-        ) from error
+        raise ModelError(f"cannot {what}: {type(error).__name__}: {error}. {hint}") from error

@@ -11,8 +11,10 @@ from transformers.training_args import OptimizerNames
 from rdm_sdk.families.roles import STUDENT, TEACHER
 from rdm_sdk.planning.footprint import bytes_of_all
 from rdm_sdk.planning.rehearsal import Rehearsal, Tape
+from rdm_sdk.rewards.evaluate import samples_at_a_time
 from rdm_sdk.rewards.resolve import RunReward, carried_back
 from rdm_sdk.training.config import RDMConfig
+from rdm_sdk.training.order import is_guided, judged_at_endpoints, judged_at_replay, steps_stored
 
 FLOAT32 = 4
 """Bytes."""
@@ -47,18 +49,14 @@ class Step:
     """
 
     def __init__(self, rehearsal: Rehearsal, args: RDMConfig, rewards: Sequence[RunReward]) -> None:
-        self.rehearsal, self.args = rehearsal, args
-        self.count = args.per_device_train_batch_size
-        roles = rehearsal.family.roles
-        self.critics = [role for role in roles.denoising_roles if role != STUDENT]
-        self.heads = list(roles.heads)
-        self.reuses = args.num_iterations > 1
-        self.micro_batches = args.gradient_accumulation_steps
-        scores_teach = any(own.weight and own.route == "advantage" for own in rewards)
-        self.early = [own for own in rewards if scores_teach and own.route == "advantage"]
-        """Rewards that score finished trajectories, before there is a graph."""
-        self.late = [own for own in rewards if own not in self.early]
-        """Rewards that judge while the student's graph waits for them."""
+        self.rehearsal, self.args, self.rewards = rehearsal, args, rewards
+        self.count, self.micro_batches = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        self.roles = rehearsal.family.roles
+        self.critics = [role for role in self.roles.denoising_roles if role != STUDENT]
+        self.checkpointing = bool(args.activation_checkpointing)
+        self.guided = is_guided(rehearsal.family, args.guidance_scale)
+        self.latents = self.count * prod(rehearsal.shape) * FLOAT32
+        """Bytes of a micro-batch's latents."""
 
     def phases(self) -> Iterator[Phase]:
         """Yield the phases of which one holds the most."""
@@ -68,50 +66,41 @@ class Step:
         if args.text_encoders == "offload":
             yield Phase("encoding prompts", held, encoders=True)
         yield Phase("rolling the student out", held + self.rehearsal.predict(STUDENT, self.count))
-        yield from self._judging(self.early, held, 0)
+        yield from self._judging(judged_at_endpoints(self.rewards), held, 0)
         tape = self._tape(STUDENT)
         # When rollouts are used again, the graphs of all micro-batches wait while the critics learn.
-        waiting = tape.kept * self.micro_batches if self.reuses else 0
+        waiting = tape.kept * self.micro_batches if steps_stored(args) else 0
         yield from self._critics(held + waiting)
         held += max(waiting - tape.kept, 0)
         # From the second micro-batch on, the gradients of those before are there.
         gradients = self._gradients(STUDENT) if self.micro_batches > 1 else 0
-        yield from self._judging(self.late, held + tape.kept, gradients)
-        # What rewards have said by then: a gradient each, the same divided by its statistic, their sum twice.
-        said = 2 * (sum(own.route != "advantage" for own in self.late) + 1) * self._latents
-        yield from self._trained("the student", STUDENT, held + said, gradients)
+        late = judged_at_replay(self.rewards)
+        yield from self._judging(late, held + tape.kept, gradients)
+        # What rewards have returned by then: a gradient each, the same divided by its statistic, their sum twice.
+        returned = 2 * (sum(reward.route != "advantage" for reward in late) + 1) * self.latents
+        yield from self._trained("the student", STUDENT, held + returned, gradients)
         yield Phase("the optimizer's step", held + self._scratch(STUDENT), self._gradients(STUDENT))
-
-    @property
-    def _checkpointing(self) -> bool:
-        return bool(self.args.activation_checkpointing)
-
-    @property
-    def _latents(self) -> int:
-        """Bytes of a micro-batch's latents."""
-        return self.count * prod(self.rehearsal.shape) * FLOAT32
 
     def _samples_held(self) -> int:
         """Return the bytes of the rollouts and conditions that a step keeps, and those that wait to be used again."""
         trajectory = 2 * self.args.num_inference_steps + 1  # states, predictions, and x_0
         condition = bytes_of_all(self.rehearsal.condition(self.count).values())
-        waiting = self.args.reuse_interval if self.reuses else 0
-        return (1 + waiting) * self.micro_batches * (trajectory * self._latents + condition)
+        return (1 + steps_stored(self.args)) * self.micro_batches * (trajectory * self.latents + condition)
 
     def _critics(self, held: int) -> Iterator[Phase]:
         """Yield the updates of the critics; their gradients are there together until the optimizer's step."""
-        everyone = self._gradients(*self.critics, *self.heads)
+        trained = [*self.critics, *self.roles.heads]
+        everyone = self._gradients(*trained)
         there = everyone if self.micro_batches > 1 else 0
         for role in self.critics:
             yield from self._trained(f"the critic {role!r}", role, held, there)
             there += 0 if self.micro_batches > 1 else self._gradients(role)
-        for role in self.heads:  # on the features of real images and of samples
+        for role in self.roles.heads:  # on the features of real images and of samples
             images = self.rehearsal.encode(self.count, self.args.vae_slicing, self.args.vae_tiling)
             yield Phase(f"real images are encoded for {role!r}", held + images, there, vae=True)
             yield Phase(f"training {role!r}", held + self.rehearsal.predict(TEACHER, self.count), there)
         if everyone:
-            scratch = self._scratch(*self.critics, *self.heads)
-            yield Phase("the critics' optimizer step", held + scratch, everyone)
+            yield Phase("the critics' optimizer step", held + self._scratch(*trained), everyone)
 
     def _trained(self, who: str, role: str, held: int, there: int) -> Iterator[Phase]:
         """Yield a role's forward and backward pass, beside gradients that are `there` before."""
@@ -121,37 +110,27 @@ class Step:
         yield Phase(f"the backward pass of {who}", held + tape.backward - new, there + new)
 
     def _tape(self, role: str) -> Tape:
-        return self.rehearsal.train(role, self.count, self._checkpointing, self.micro_batches > 1)
+        return self.rehearsal.train(role, self.count, self.checkpointing, self.micro_batches > 1)
 
     def _judging(self, rewards: Sequence[RunReward], held: int, gradients: int) -> Iterator[Phase]:
         """Yield how rewards judge: first those that ask the networks, then those that look at images."""
         carried = carried_back(rewards)
         if carried:  # the teacher's graph waits until all have judged, one per renoising draw
-            teacher = self.rehearsal.carry_back(self.count, self._checkpointing, self._guided)
+            teacher = self.rehearsal.carry_back(self.count, self.checkpointing, self.guided)
             waiting = (self.args.num_draws - 1) * teacher.kept
             yield Phase("the teacher's pass, whose graph is kept", held + waiting + teacher.forward, gradients)
             held += self.args.num_draws * teacher.kept
-        asking = [own for own in rewards if own.capabilities.needs_models]
-        for own in asking:
-            trains = own.capabilities.trains
-            if trains in self.heads:
-                peak = self.rehearsal.features(self.count, self._checkpointing)
-            # A reward without a critic contrasts the teacher with and without the prompt; if another reward has asked
-            # for the one already, the other comes from a pass of its own.
-            elif self._guided or (trains is None and own is asking[0]):
-                peak = self.rehearsal.predict_pair(self.count)
-            else:
-                peak = self.rehearsal.predict(TEACHER, self.count)
-            if trains in self.critics:
-                peak = max(peak, self.rehearsal.predict(str(trains), self.count))
-            yield Phase(f"the reward {own.label!r} asks the networks", held + peak, gradients, rewards=True)
-        looking = [own for own in rewards if own not in asking and own.capabilities.space == "pixel"]
+        asking = [reward for reward in rewards if reward.capabilities.needs_models]
+        for reward in asking:
+            peak = self._asking(reward, first=reward is asking[0])
+            yield Phase(f"the reward {reward.label!r} asks the networks", held + peak, gradients, rewards=True)
+        looking = [one for one in rewards if one not in asking and one.capabilities.space == "pixel"]
         if looking:
-            differentiated = any(own.weight and own.differentiated for own in looking)
+            differentiated = any(reward.weight and reward.differentiated for reward in looking)
             yield Phase(
                 f"images are decoded {'and differentiated ' if differentiated else ''}for "
-                f"{', '.join(repr(own.label) for own in looking)}",
-                held + self._decode(self._chunk(rewards), differentiated),
+                f"{', '.join(repr(reward.label) for reward in looking)}",
+                held + self._decoding(rewards, differentiated),
                 gradients,
                 vae=True,
                 rewards=True,
@@ -160,25 +139,26 @@ class Step:
             backward = held - teacher.kept + teacher.backward
             yield Phase("rewards' gradients are carried back through the teacher", backward, gradients)
 
-    def _chunk(self, rewards: Sequence[RunReward]) -> int:
-        """Return how many samples are judged at a time, as `evaluate_rewards` does it."""
-        size = min(self.args.reward_batch_size or self.count, self.count)
-        if any(own.capabilities.scope == "group" for own in rewards):
-            size = -(-size // self.args.num_generations) * self.args.num_generations
-        return size
+    def _asking(self, reward: RunReward, first: bool) -> int:
+        """Return the peak of what a reward asks the networks; `first` of all that ask."""
+        trains = reward.capabilities.trains
+        if str(trains) in self.roles.heads:
+            return self.rehearsal.features(self.count, self.checkpointing)
+        # A reward without a critic contrasts the teacher with and without the prompt; if another reward has asked for
+        # the one already, the other comes from a pass of its own.
+        both = self.guided or (trains is None and first)
+        teacher = self.rehearsal.predict_pair(self.count) if both else self.rehearsal.predict(TEACHER, self.count)
+        return max(teacher, self.rehearsal.predict(str(trains), self.count) if trains in self.critics else 0)
 
-    @property
-    def _guided(self) -> bool:
-        return self.rehearsal.family.guidance == "classifier-free" and self.args.guidance_scale != 1.0
-
-    def _decode(self, count: int, differentiated: bool) -> int:
-        slicing, tiling = self.args.vae_slicing, self.args.vae_tiling
-        if differentiated:
-            return self.rehearsal.decode_to_differentiate(count, slicing, tiling).peak
-        return self.rehearsal.decode(count, slicing, tiling)
+    def _decoding(self, rewards: Sequence[RunReward], differentiated: bool) -> int:
+        """Return the peak of decoding as many samples as are judged at a time."""
+        args, capabilities = self.args, [reward.capabilities for reward in rewards]
+        count = samples_at_a_time(capabilities, self.count, args.num_generations, args.reward_batch_size)
+        decoded = min(count, self.count), args.vae_slicing, args.vae_tiling
+        return self.rehearsal.differentiate(*decoded).peak if differentiated else self.rehearsal.decode(*decoded)
 
     def _gradients(self, *roles: str) -> int:
-        return sum(bytes_of_all(self.rehearsal.family.roles.parameters_of(role).values()) for role in roles)
+        return sum(bytes_of_all(self.roles.parameters_of(role).values()) for role in roles)
 
     def _scratch(self, *roles: str) -> int:
         """Return what the optimizer's step makes and lets go of: one more copy of the gradients, unless it is fused."""

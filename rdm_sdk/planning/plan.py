@@ -27,7 +27,8 @@ from rdm_sdk.planning.rehearsal import Rehearsal
 from rdm_sdk.rewards.resolve import PlannedReward, RewardFuncs, plan_rewards
 from rdm_sdk.training.config import RDMConfig
 from rdm_sdk.training.judge import reward_heads
-from rdm_sdk.training.validation import role_configs
+from rdm_sdk.training.models import check_fits
+from rdm_sdk.training.validation import check_run, role_configs
 
 GB = 2**30
 """Bytes in what is printed as a GB, as graphics cards have them."""
@@ -108,15 +109,11 @@ def plan_memory(
 
 
 class Planner:
-    """Plans runs of one model; what was measured for one is not measured again for the next.
-
-    Args:
-        model: a hub id or a local path.
-    """
+    """Plans runs of one model (a hub id or a local path); what was measured for one is not measured for the next."""
 
     def __init__(self, model: object) -> None:
         self.model = model
-        self._drafts: dict[object, _Draft] = {}
+        self._drafts: dict[str, Draft] = {}
 
     def plan(
         self,
@@ -127,48 +124,41 @@ class Planner:
     ) -> MemoryPlan:
         """Return what a run takes; see `plan_memory`."""
         rewards = plan_rewards(reward_funcs, args.reward_weights, args.reward_route)
-        configs = role_configs(args, rewards, peft_config, fake_peft_config)
-        draft = self._draft(args, configs, rewards)
-        step = Step(draft.rehearsal(args), args, rewards)
-        parts = Parts(draft, args, rewards)
-        return max((parts.at(phase) for phase in step.phases()), key=lambda plan: plan.total)
+        check_run(args, rewards, {})
+        draft = self._draft(args, role_configs(args, rewards, peft_config, fake_peft_config), rewards)
+        check_fits(draft.family, args)
+        phases = Step(draft.rehearsal(args), args, rewards).phases()
+        plans = (MemoryPlan(tuple(_rows(draft, args, rewards, phase)), phase.name) for phase in phases)
+        return max(plans, key=lambda plan: plan.total)
 
     def _draft(
         self, args: RDMConfig, configs: Mapping[str, LoraConfig | None], rewards: Sequence[PlannedReward]
-    ) -> _Draft:
+    ) -> Draft:
         """Return the model with a run's roles, as it was made before if it was."""
         heads = [str(own.term) for own in rewards if own.capabilities.head]
-        described = {
-            role: config and describe_lora(config) + str(config.target_modules) for role, config in configs.items()
-        }
-        key = str((args.bf16, args.max_sequence_length, described, heads, args.steps_told))
+        loras = {role: lora and describe_lora(lora) + str(lora.target_modules) for role, lora in configs.items()}
+        key = str((args.bf16, args.max_sequence_length, loras, heads, args.steps_told))
         if key not in self._drafts:
             dtype = torch.bfloat16 if args.bf16 else torch.float32
-            family = blueprint(self.model, dtype, max_sequence_length=args.max_sequence_length)
-            self._drafts[key] = _Draft(family, configs, rewards, args.steps_told)
+            draft = Draft(blueprint(self.model, dtype, max_sequence_length=args.max_sequence_length))
+            with torch.device("meta"):
+                made = dict(
+                    reward_heads(
+                        [own.make() for own in rewards if own.capabilities.head], draft.family, args.steps_told
+                    )
+                )
+                draft.family.add_roles(configs, made, args.steps_told)
+            self._drafts[key] = draft
         return self._drafts[key]
 
 
-class _Draft:
-    """A model with its roles, on the meta device."""
+class Draft:
+    """A model on the meta device, measured before its roles come: LoRA layers are linear too, and are not quantized."""
 
-    def __init__(
-        self,
-        family: ModelFamily,
-        configs: Mapping[str, LoraConfig | None],
-        rewards: Sequence[PlannedReward],
-        steps_told: int,
-    ) -> None:
+    def __init__(self, family: ModelFamily) -> None:
         self.family = family
         self.base_parameters = count_of(family.backbone)
-        # Before the adapters come, whose layers are linear ones too and are not quantized.
         self.base_bytes = {bits: quantized_bytes(family.backbone, bits) for bits in ("none", "8bit", "4bit")}
-        with torch.device("meta"):
-            family.add_roles(
-                configs,
-                dict(reward_heads([own.make() for own in rewards if own.capabilities.head], family, steps_told)),
-                steps_told,
-            )
         self._rehearsals: dict[object, Rehearsal] = {}
 
     def rehearsal(self, args: RDMConfig) -> Rehearsal:
@@ -179,78 +169,60 @@ class _Draft:
         return self._rehearsals[shape]
 
 
-class Parts:
-    """The rows of a plan."""
+def _rows(draft: Draft, args: RDMConfig, rewards: Sequence[PlannedReward], phase: Phase) -> Iterator[Row]:
+    """Yield what each part of a run takes in a phase."""
+    family, roles = draft.family, draft.family.roles
+    dtype = str(family.backbone.dtype).removeprefix("torch.")
+    kind = dtype if args.quantization == "none" else f"linear layers in {args.quantization}, the rest in {dtype}"
+    yield Row("base", draft.base_parameters, draft.base_bytes[args.quantization], f"{family.component}, {kind}, frozen")
+    trained: list[Tensor] = []
+    for role in roles.trainable_roles:
+        parameters = list(roles.parameters_of(role).values())
+        kind = "head" if role in roles.heads else roles.describe(role)
+        kind = f"LoRA, {kind}" if role in roles.denoising_roles and role not in roles.copies else kind
+        yield Row(role, sum(map(Tensor.numel, parameters)), bytes_of_all(parameters), f"{kind}, float32")
+        trained += parameters
+    optimizer = OptimizerNames(args.optim).value
+    states = optimizer_bytes(optimizer, trained)
+    yield Row("optimizer", None, states if phase.trained or states is None else 0, optimizer)
+    if args.ema_decay:
+        average = bytes_of_all(roles.parameters_of(STUDENT).values()) if phase.trained else 0
+        yield Row("moving average", None, average, "of the student, float32")
+    yield from _frozen(family, args, phase)
+    yield from _judges(args, rewards, phase)
+    yield Row("gradients", None, phase.gradients, "" if phase.gradients else "none at the peak")
+    yield Row("activations", None, phase.activations, "what the peak keeps and makes")
 
-    def __init__(self, draft: _Draft, args: RDMConfig, rewards: Sequence[PlannedReward]) -> None:
-        self.draft, self.family, self.args, self.rewards = draft, draft.family, args, rewards
 
-    def at(self, phase: Phase) -> MemoryPlan:
-        """Return the plan of a run whose peak is in a phase."""
-        rows = [self._base(), *self._roles(), *self._states(phase), *self._frozen(phase), *self._judges(phase)]
-        rows.append(Row("gradients", None, phase.gradients, "" if phase.gradients else "none at the peak"))
-        rows.append(Row("activations", None, phase.activations, "what the peak keeps and makes"))
-        return MemoryPlan(tuple(rows), phase.name)
+def _frozen(family: ModelFamily, args: RDMConfig, phase: Phase) -> Iterator[Row]:
+    """Yield the pipeline's parts beside the backbone."""
+    parts, encoders = family.frozen_parts(), family.text_encoders()
+    vae = parts["vae"]
+    here = phase.vae or not args.vae_offload
+    yield Row("VAE", count_of(vae), bytes_of(vae) * here, "float32" + ("" if here else ", on the CPU at the peak"))
+    if encoders:
+        here = phase.encoders or args.text_encoders == "keep"
+        away = "gone" if args.text_encoders == "drop" else "on the CPU"
+        note = ", ".join(encoders) + ("" if here else f", {away} at the peak")
+        yield Row("text encoders", count_of(*encoders.values()), bytes_of(*encoders.values()) * here, note)
+    others = {name: part for name, part in parts.items() if name not in encoders and part is not vae}
+    if others:
+        yield Row("other parts", count_of(*others.values()), bytes_of(*others.values()), ", ".join(others))
 
-    def _base(self) -> Row:
-        args = self.args
-        dtype = str(self.family.backbone.dtype).removeprefix("torch.")
-        kind = dtype if args.quantization == "none" else f"linear layers in {args.quantization}, the rest in {dtype}"
-        size = self.draft.base_bytes[args.quantization]
-        return Row("base", self.draft.base_parameters, size, f"{self.family.component}, {kind}, frozen")
 
-    def _roles(self) -> Iterator[Row]:
-        roles = self.family.roles
-        for role in roles.trainable_roles:
-            parameters = roles.parameters_of(role).values()
-            kind = "head" if role in roles.heads else roles.describe(role)
-            if role in roles.denoising_roles and role not in roles.copies:
-                kind = f"LoRA, {kind}"
-            count = sum(parameter.numel() for parameter in parameters)
-            yield Row(role, count, bytes_of_all(parameters), f"{kind}, float32")
-
-    def _states(self, phase: Phase) -> Iterator[Row]:
-        """Yield the optimizer's states, and the moving average."""
-        roles, args = self.family.roles, self.args
-        trained = [parameter for role in roles.trainable_roles for parameter in roles.parameters_of(role).values()]
-        name = OptimizerNames(args.optim).value
-        size = optimizer_bytes(name, trained)
-        yield Row("optimizer", None, size if phase.trained or size is None else 0, name)
-        if args.ema_decay:
-            average = bytes_of_all(roles.parameters_of(STUDENT).values()) if phase.trained else 0
-            yield Row("moving average", None, average, "of the student, float32")
-
-    def _frozen(self, phase: Phase) -> Iterator[Row]:
-        """Yield the pipeline's other parts."""
-        args, parts, encoders = self.args, self.family.frozen_parts(), self.family.text_encoders()
-        vae = parts["vae"]
-        here = phase.vae or not args.vae_offload
-        note = "float32" if here else "float32, on the CPU at the peak"
-        yield Row("VAE", count_of(vae), bytes_of(vae) if here else 0, note)
-        if encoders:
-            here = phase.encoders or args.text_encoders == "keep"
-            away = {"offload": "on the CPU at the peak", "drop": "gone at the peak"}
-            note = ", ".join(encoders) + ("" if here else f", {away[args.text_encoders]}")
-            yield Row("text encoders", count_of(*encoders.values()), bytes_of(*encoders.values()) if here else 0, note)
-        others = {name: part for name, part in parts.items() if name not in encoders and part is not vae}
-        if others:
-            yield Row("other parts", count_of(*others.values()), bytes_of(*others.values()), ", ".join(others))
-
-    def _judges(self, phase: Phase) -> Iterator[Row]:
-        """Yield the rewards that have models of their own, or may have."""
-        for own in self.rewards:
-            count, size = reward_size(own)
-            if count == 0:
-                continue
-            notes = ["how large it is, it does not say"] if count is None else [_dtype_of(own)]
-            if own.term.options.get("path") is not None and count is not None:
-                notes.append("if what is at its path is as large as the published model")
-            elsewhere = self.args.reward_device is not None
-            waits = self.args.reward_offload and not phase.rewards
-            if elsewhere or waits:
-                size = 0
-                notes.append(f"on {self.args.reward_device}" if elsewhere else "on the CPU at the peak")
-            yield Row(f"reward {own.label}", count, size, ", ".join(notes))
+def _judges(args: RDMConfig, rewards: Sequence[PlannedReward], phase: Phase) -> Iterator[Row]:
+    """Yield the rewards that have models of their own, or may have."""
+    for own in rewards:
+        count, size = reward_size(own)
+        if count == 0:
+            continue
+        notes = ["how large it is, it does not say"] if count is None else [_dtype_of(own)]
+        if own.term.options.get("path") is not None and count is not None:
+            notes.append("if what is at its path is as large as the published model")
+        if args.reward_device is not None or (args.reward_offload and not phase.rewards):
+            size = 0
+            notes.append("on the CPU at the peak" if args.reward_device is None else f"on {args.reward_device}")
+        yield Row(f"reward {own.label}", count, size, ", ".join(notes))
 
 
 def quantized_bytes(module: nn.Module, quantization: str) -> int:
@@ -272,18 +244,10 @@ def quantized_bytes(module: nn.Module, quantization: str) -> int:
 
 
 OPTIMIZERS: dict[str, tuple[int, bool]] = {
-    "adamw_torch": (2, False),
-    "adamw_torch_fused": (2, False),
-    "paged_adamw_32bit": (2, False),
-    "adamw_bnb_8bit": (2, True),
-    "adamw_8bit": (2, True),
-    "paged_adamw_8bit": (2, True),
-    "lion_32bit": (1, False),
-    "paged_lion_32bit": (1, False),
-    "lion_8bit": (1, True),
-    "paged_lion_8bit": (1, True),
-    "adagrad": (1, False),
-    "rmsprop": (1, False),
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"), (2, False)),
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"), (2, True)),
+    **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "adagrad", "rmsprop"), (1, False)),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit"), (1, True)),
     "sgd": (0, False),
 }
 """Optimizers of `TrainingArguments.optim`: how many states they keep per parameter, and whether in 8 bits."""
@@ -325,9 +289,7 @@ def _dtype_of(reward: PlannedReward) -> str:
 
 def _short(count: int | None) -> str:
     """Return a number of parameters as people write it, "2.03 B"."""
-    if count is None:
-        return ""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
+        if count is not None and count >= size:
             return f"{count / size:.3g} {unit}"
-    return str(count)
+    return "" if count is None else str(count)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial, wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,6 @@ from rdm_sdk.families.placement import slice_vae, tile_vae
 from rdm_sdk.families.roles import TEACHER
 from rdm_sdk.planning.footprint import LikeCuda, Meter
 from rdm_sdk.types import Condition, Denoiser
-
-Given = ParamSpec("Given")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -38,27 +35,10 @@ class Tape:
         return max(self.forward, self.backward)
 
 
-def _once(
-    run: Callable[Concatenate[Rehearsal, Given], Result],
-) -> Callable[Concatenate[Rehearsal, Given], Result]:
-    """Let a method remember what it found for the same arguments."""
-
-    @wraps(run)
-    def remembered(self: Rehearsal, /, *args: Given.args, **kwargs: Given.kwargs) -> Result:
-        key = run.__name__, args, tuple(sorted(kwargs.items()))
-        if key not in self._found:
-            self._found[key] = run(self, *args, **kwargs)
-        found: Result = self._found[key]
-        return found
-
-    return remembered
-
-
 class Rehearsal:
-    """Runs a family's backbone and VAE on the meta device, as a training step does.
+    """Runs a family's backbone and VAE on the meta device, as a training step does; the same pass is run once.
 
-    Attention and autocast are those of a CUDA device (`LikeCuda`); prompts are as long as they can be. The same pass is
-    run once.
+    Attention and autocast are those of a CUDA device (`LikeCuda`); prompts are as long as they can be.
 
     Args:
         family: a `blueprint` with its roles.
@@ -70,7 +50,8 @@ class Rehearsal:
         self.family, self.shape = family, tuple(shape)
         self._mode = LikeCuda(autocast)
         self._running = TEACHER
-        self._found: dict[Any, Any] = {}
+        for name in ("predict", "predict_pair", "train", "features", "carry_back", "decode", "differentiate", "encode"):
+            setattr(self, name, cache(getattr(self, name)))
 
     def condition(self, count: int) -> Condition:
         """Return the condition of `count` prompts, `[count, ...]`."""
@@ -81,24 +62,16 @@ class Rehearsal:
 
     # ---- The backbone's passes, in bytes ------------------------------------------------------------------------
 
-    @_once
     def predict(self, role: str, count: int) -> int:
         """Return the peak of one pass of a role for `count` samples, without gradients."""
-        condition, (x_t, sigma) = self.condition(count), self._samples(count)
-        with self._mode, (meter := Meter()), torch.no_grad():
-            self._denoiser(role, condition)(x_t, sigma)
-        return meter.peak
+        condition, x_t, sigma = self._inputs(count)
+        return _peak(self._mode, lambda: self._denoiser(role, condition)(x_t, sigma))
 
-    @_once
     def predict_pair(self, count: int) -> int:
         """Return the peak of the teacher's pass for `count` samples with and without their prompts."""
-        condition, (x_t, sigma) = self.condition(count), self._samples(count)
-        with self._mode, (meter := Meter()), torch.no_grad():
-            unconditional = self.condition(count)
-            self.family.denoiser_pair(self._network, TEACHER, condition, unconditional)(x_t, sigma)
-        return meter.peak
+        condition, x_t, sigma = self._inputs(count)
+        return _peak(self._mode, lambda: self._pair(condition, count)(x_t, sigma))
 
-    @_once
     def train(self, role: str, count: int, checkpointing: bool, accumulates: bool = False) -> Tape:
         """Return what a pass with gradients takes for a role that is trained.
 
@@ -108,88 +81,84 @@ class Rehearsal:
             checkpointing: whether blocks are run again in the backward pass.
             accumulates: whether the role's gradients are there already, from a pass before; they are not counted.
         """
-        condition, (x_t, sigma) = self.condition(count), self._samples(count)
-        with self._blocks_run_again(checkpointing), self._mode, (meter := Meter()):
-            for _ in range(2 if accumulates else 1):
-                there = meter.peak = meter.live
-                x_0 = self._denoiser(role, condition)(x_t, sigma)
-                forward, kept = meter.peak, meter.live
-                loss = (x_0 - x_t).square().mean()
-                meter.peak = meter.live
-                del x_0
-                torch.autograd.backward(loss)
-                del loss
+        condition, x_t, sigma = self._inputs(count)
+        with self._blocks_run_again(checkpointing):
+            tape = _tape(
+                self._mode,
+                lambda: self._denoiser(role, condition)(x_t, sigma),
+                lambda held: torch.autograd.backward((held.pop() - x_t).square().mean()),
+                2 if accumulates else 1,
+            )
         for parameter in self.family.roles.parameters_of(role).values():
             parameter.grad = None
-        return Tape(kept - there, forward - there, meter.peak - there)
+        return tape
 
-    @_once
     def features(self, count: int, checkpointing: bool) -> int:
         """Return the peak of the teacher's features for `count` samples and of their gradient in x_t."""
-        condition, (x_t, sigma) = self.condition(count), self._samples(count)
-        with self._blocks_run_again(checkpointing), self._mode, (meter := Meter()):
-            found = self.family.features(self._network, TEACHER, condition)(x_t.requires_grad_(), sigma)
-            torch.autograd.grad(found.sum(), x_t)
-        return meter.peak
+        condition, x_t, sigma = self._inputs(count)
+        features = self.family.features(self._network, TEACHER, condition)
+        with self._blocks_run_again(checkpointing):
+            found = lambda: features(x_t.requires_grad_(), sigma)  # noqa: E731 - a pass beside others of its kind
+            return _tape(self._mode, found, lambda held: torch.autograd.grad(held[0].sum(), x_t)).peak
 
-    @_once
     def carry_back(self, count: int, checkpointing: bool, guided: bool) -> Tape:
         """Return what the teacher's pass takes for `count` samples where a gradient is carried back to x_t."""
-        condition, (x_t, sigma) = self.condition(count), self._samples(count)
+        condition, x_t, sigma = self._inputs(count)
         x_t.requires_grad_()
-        with self._blocks_run_again(checkpointing), self._mode, (meter := Meter()):
+
+        def predict() -> Tensor:
             if guided:
-                pair = self.family.denoiser_pair(self._network, TEACHER, condition, self.condition(count))
-                x_0 = torch.stack(pair(x_t, sigma)).sum(0)
-            else:
-                x_0 = self.family.denoiser(self._network, TEACHER, condition)(x_t, sigma)
-            forward, kept = meter.peak, meter.live
-            meter.peak = meter.live
-            torch.autograd.grad(x_0, x_t, torch.ones_like(x_0), retain_graph=True)  # other rewards follow
-        return Tape(kept, forward, meter.peak)
+                return torch.stack(self._pair(condition, count)(x_t, sigma)).sum(0)
+            return self.family.denoiser(self._network, TEACHER, condition)(x_t, sigma)
+
+        def carry(held: list[Tensor]) -> None:  # other rewards follow, so the graph stays
+            torch.autograd.grad(held[0], x_t, torch.ones_like(held[0]), retain_graph=True)
+
+        with self._blocks_run_again(checkpointing):
+            return _tape(self._mode, predict, carry)
 
     # ---- The VAE's, in bytes ------------------------------------------------------------------------------------
 
-    @_once
     def decode(self, count: int, slicing: bool, tiling: bool) -> int:
         """Return the peak of decoding `count` latents, without gradients."""
-        latents = self._samples(count)[0]
-        with self._vae_in_parts(slicing, tiling), LikeCuda(), (meter := Meter()), torch.no_grad():
-            self.family.decode(latents)
-        return meter.peak
+        latents = self._latents(count)
+        with self._vae_in_parts(slicing, tiling):
+            return _peak(LikeCuda(), lambda: self.family.decode(latents))
 
-    @_once
-    def decode_to_differentiate(self, count: int, slicing: bool, tiling: bool) -> Tape:
+    def differentiate(self, count: int, slicing: bool, tiling: bool) -> Tape:
         """Return what decoding `count` latents takes whose images rewards differentiate."""
-        latents = self._samples(count)[0].requires_grad_()
-        with self._vae_in_parts(slicing, tiling), LikeCuda(), (meter := Meter()):
-            images = self.family.decode(latents)
-            forward, kept = meter.peak, meter.live
-            meter.peak = meter.live
-            torch.autograd.grad(images, latents, torch.empty_like(images))
-        return Tape(kept, forward, meter.peak)
+        latents = self._latents(count).requires_grad_()
+        with self._vae_in_parts(slicing, tiling):
+            return _tape(
+                LikeCuda(),
+                lambda: self.family.decode(latents),
+                lambda held: torch.autograd.grad(held[0], latents, torch.empty_like(held[0])),
+            )
 
-    @_once
     def encode(self, count: int, slicing: bool, tiling: bool) -> int:
         """Return the peak of encoding `count` images."""
-        with self._vae_in_parts(slicing, tiling), LikeCuda(), torch.no_grad():
-            images = self.family.decode(self._samples(count)[0])
-            with (meter := Meter()):
-                self.family.encode_images(images)
-        return meter.peak
+        with self._vae_in_parts(slicing, tiling):
+            with LikeCuda(), torch.no_grad():
+                images = self.family.decode(self._latents(count))
+            return _peak(LikeCuda(), lambda: self.family.encode_images(images))
 
     # ---- How they are run ---------------------------------------------------------------------------------------
 
-    def _samples(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return x_t `[count, *x]` and noise levels `[count]`."""
-        device = self.family.device
-        return torch.zeros(count, *self.shape, device=device), torch.full((count,), 0.5, device=device)
+    def _latents(self, count: int) -> Tensor:
+        return torch.zeros(count, *self.shape, device=self.family.device)
+
+    def _inputs(self, count: int) -> tuple[Condition, Tensor, Tensor]:
+        """Return a condition, x_t `[count, *x]` and noise levels `[count]`."""
+        return self.condition(count), self._latents(count), torch.full((count,), 0.5, device=self.family.device)
 
     def _denoiser(self, role: str, condition: Condition) -> Denoiser:
         """Return a role's denoiser; a critic that is told the student's step is told it."""
         count = next(iter(condition.values())).shape[0]
         steps = torch.zeros(count, dtype=torch.long, device=self.family.device)
         return self.family.denoiser(self._network, role, self.family.roles.tell(role, condition, steps))
+
+    def _pair(self, condition: Condition, count: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        return self.family.denoiser_pair(self._network, TEACHER, condition, self.condition(count))
 
     def _network(self, role: str, **inputs: Any) -> Tensor:
         """Run the backbone as `Roles` does, but for its autocast, which knows no meta device."""
@@ -201,20 +170,17 @@ class Rehearsal:
 
     @contextmanager
     def _blocks_run_again(self, checkpointing: bool) -> Iterator[None]:
-        """Switch gradient checkpointing on for the block.
-
-        Raises:
-            ModelError: the backbone has none.
-        """
+        """Switch gradient checkpointing on for the block; raises `ModelError` if the backbone has none."""
         if not checkpointing:
             yield
             return
         roles = self.family.roles
         roles.gradient_checkpointing_enable()
         networks: list[Any] = [roles.backbone, *roles.copies.values()]
-        run = partial(checkpoint, use_reentrant=False, context_fn=self._checkpoint_contexts)
         for network in networks:
-            network.enable_gradient_checkpointing(run)
+            network.enable_gradient_checkpointing(
+                partial(checkpoint, use_reentrant=False, context_fn=self._checkpoint_contexts)
+            )
         try:
             yield
         finally:
@@ -232,11 +198,7 @@ class Rehearsal:
 
     @contextmanager
     def _vae_in_parts(self, slicing: bool, tiling: bool) -> Iterator[None]:
-        """Switch the VAE's slicing and tiling on for the block.
-
-        Raises:
-            ConfigError: the VAE does not have it.
-        """
+        """Switch the VAE's slicing and tiling on for the block; raises `ConfigError` if it does not have it."""
         vae = self.family.pipeline.vae
         if slicing:
             slice_vae(self.family)
@@ -249,3 +211,28 @@ class Rehearsal:
                 vae.disable_slicing()
             if tiling:
                 vae.disable_tiling()
+
+
+def _peak(mode: LikeCuda, run: Callable[[], object]) -> int:
+    """Return the most bytes that are alive at once while `run` makes them, without gradients."""
+    with mode, (meter := Meter()), torch.no_grad():
+        run()
+    return meter.peak
+
+
+def _tape(
+    mode: LikeCuda, forward: Callable[[], Tensor], backward: Callable[[list[Tensor]], object], times: int = 1
+) -> Tape:
+    """Return what a forward and a backward pass take, the last of `times` of them.
+
+    `backward` gets the output in a list, out of which it can take it, so that nothing else holds it.
+    """
+    with mode, (meter := Meter()):
+        for _ in range(times):
+            there = meter.peak = meter.live
+            held = [forward()]
+            kept, most = meter.live, meter.peak
+            meter.peak = meter.live
+            backward(held)
+            held.clear()
+    return Tape(kept - there, most - there, meter.peak - there)

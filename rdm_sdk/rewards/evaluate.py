@@ -10,7 +10,7 @@ import asyncio
 import inspect
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rdm_sdk.errors import ConfigError, RewardError
 from rdm_sdk.method.noise import per_sample
-from rdm_sdk.rewards.base import Reward, RewardBatch
+from rdm_sdk.rewards.base import Capabilities, Reward, RewardBatch
 from rdm_sdk.types import RewardOutput
 
 OnError = Literal["raise", "skip"]
@@ -81,7 +81,8 @@ def evaluate_rewards(
         on_error,
         {name for name, reward in rewards.items() if reward.capabilities.gradient != "none"} & wanted,
     )
-    size = _chunk_size(rewards, batch, chunk_size)
+    capabilities = [reward.capabilities for reward in rewards.values()]
+    size = samples_at_a_time(capabilities, len(batch), batch.group_size, chunk_size)
     try:
         for reward in rewards.values():
             reward.to(run.device)
@@ -103,14 +104,12 @@ def evaluate_reward(reward: Reward, batch: RewardBatch, **options: Any) -> Rewar
     return result.outputs[reward.name]
 
 
-def _chunk_size(rewards: Mapping[str, Reward], batch: RewardBatch, wanted: int | None) -> int:
-    """Return how many samples to judge at a time: whole groups where a reward compares within them."""
-    size = len(batch) if wanted is None else wanted
+def samples_at_a_time(rewards: Iterable[Capabilities], count: int, group_size: int, wanted: int | None) -> int:
+    """Return how many of `count` samples are judged at a time: whole groups where a reward compares within them."""
+    size = count if wanted is None else wanted
     if size < 1:
         raise RewardError(f"chunk_size must be at least 1 or None; got {wanted}")
-    if any(reward.capabilities.scope == "group" for reward in rewards.values()):
-        size = -(-size // batch.group_size) * batch.group_size
-    return size
+    return -(-size // group_size) * group_size if any(reward.scope == "group" for reward in rewards) else size
 
 
 class _Run:

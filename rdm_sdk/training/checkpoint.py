@@ -93,6 +93,12 @@ def restore(step: DistillationStep, models: RunModels, state: RunState, rollouts
     step.weighting.load_state_dict(state.weighting)
 
 
+def chosen(wanted: str | Path | bool | None) -> str | Path | bool:
+    """Return what `resume_from_checkpoint` means: a folder, True for the newest whole checkpoint, or False for none."""
+    words = {"true": True, "latest": True, "false": False, "none": False}
+    return words.get(str(wanted).lower(), wanted or False)
+
+
 def find(wanted: str | Path | bool | None, output_dir: Path) -> Path | None:
     """Return the checkpoint to resume from, verified; None where the run starts afresh.
 
@@ -104,9 +110,10 @@ def find(wanted: str | Path | bool | None, output_dir: Path) -> Path | None:
     Raises:
         CheckpointError: the folder is no whole checkpoint, or none of those in the output folder is.
     """
-    if wanted is None or wanted is False:
+    wanted = chosen(wanted)
+    if wanted is False:
         return None
-    if wanted is not True and wanted != "latest":
+    if wanted is not True:
         verify(Path(wanted))
         return Path(wanted)
     folder, skipped = newest_whole(output_dir)
@@ -184,8 +191,8 @@ DAMAGED = (
 """What reading a damaged file can raise."""
 
 
-def _check_complete(folder: Path, own: RunState) -> None:
-    """Raise `CheckpointError` unless the folder has the files of a checkpoint."""
+def _check_is_checkpoint(folder: Path) -> None:
+    """Raise `CheckpointError` unless the folder is there and a run of this SDK has begun to write a checkpoint."""
     if not folder.is_dir():
         raise CheckpointError(f"cannot resume: there is no folder {str(folder)!r}")
     if not (folder / STATE).is_file():
@@ -193,6 +200,11 @@ def _check_complete(folder: Path, own: RunState) -> None:
             f"cannot resume from {str(folder)!r}: it has no {STATE}, so it is no checkpoint of this SDK. Pass a "
             "folder named checkpoint-N from the output folder of an earlier run."
         )
+
+
+def _check_complete(folder: Path, own: RunState) -> None:
+    """Raise `CheckpointError` unless the folder has the files of a checkpoint."""
+    _check_is_checkpoint(folder)
     critics = [CRITIC_OPTIMIZER] if len(own.adapters) > 1 else []
     missing = [name for name in (*TRAINER_FILES, *critics, WEIGHTS) if not (folder / name).is_file()]
     if missing:

@@ -21,13 +21,16 @@ def load_prompts(source: object, argument: str = "train_dataset") -> Dataset:
     A text file holds one prompt per line; blank lines are skipped.
 
     Raises:
-        DataError: no prompts, an empty prompt, no `prompt` column, or a missing file.
+        DataError: no prompts, an empty prompt, no `prompt` column, or a file that is missing or no text.
     """
     if isinstance(source, (str, Path)):
         path = Path(source).expanduser()
         if not path.is_file():
             raise DataError(f"{argument}: there is no text file at {str(source)!r}; write one prompt per line")
-        lines = path.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{argument}: {str(source)!r} is no text in UTF-8: {error}") from error
         source = [line.strip() for line in lines if line.strip()]
     if isinstance(source, Sequence):
         _check_texts(source, argument)

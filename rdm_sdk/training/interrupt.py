@@ -69,11 +69,11 @@ class SaveOnSignal(TrainerCallback):
         saved = args.save_strategy != SaveStrategy.NO and not args.save_only_model
         message = f"stopped by {signal.Signals(self.caught).name} after optimizer step {state.global_step}" + (
             f"; checkpoint-{state.global_step} is in {str(args.output_dir)!r}: go on with "
-            "train(resume_from_checkpoint=True), or 'rdm-sdk train ... --resume latest'"
+            "train(resume_from_checkpoint=True), or add --resume_from_checkpoint latest to the same command"
             if saved
             else ", and nothing was saved, because save_strategy='no' or save_only_model=True"
         )
-        logger.warning(message)
         if self.caught == signal.SIGINT:
             raise KeyboardInterrupt(message)
+        logger.warning(message)
         raise SystemExit(128 + self.caught)

@@ -20,6 +20,7 @@ from rdm_sdk.rewards.resolve import WeightedReward, carried_back
 from rdm_sdk.rewards.tilt import tilted
 from rdm_sdk.training.models import Models, forked
 from rdm_sdk.training.monitor import Monitor
+from rdm_sdk.training.order import judged_at_endpoints, judged_at_replay, uses_advantages, uses_fields
 from rdm_sdk.training.settings import MethodSettings
 from rdm_sdk.types import Condition, Denoiser, Experience, RewardOutput, Samples
 
@@ -54,12 +55,12 @@ class Judge:
     @property
     def uses_fields(self) -> bool:
         """Whether a reward that counts moves x_0, by its gradient or by tilting the teacher."""
-        return any(reward.weight and reward.route != "advantage" for reward in self.rewards)
+        return uses_fields(self.rewards)
 
     @property
     def uses_advantages(self) -> bool:
         """Whether a reward that counts acts by advantages of its scores."""
-        return any(reward.weight and reward.route == "advantage" for reward in self.rewards)
+        return uses_advantages(self.rewards)
 
     # ---- What rewards see ---------------------------------------------------------------------------------------
 
@@ -123,8 +124,7 @@ class Judge:
 
     def judge(self, experience: Experience) -> dict[str, RewardOutput]:
         """Evaluate every reward at an experience's x_0, except those that have scored its endpoints already."""
-        left = [reward for reward in self.rewards if reward.label not in experience.scored]
-        left = [reward for reward in left if reward.route != "advantage" or not self.uses_advantages]
+        left = [reward for reward in judged_at_replay(self.rewards) if reward.label not in experience.scored]
         batch = self.batch(experience.samples)
         outputs = self.score(left, batch)
         for reward in left:
@@ -134,7 +134,7 @@ class Judge:
 
     def score_endpoints(self, endpoints: Samples) -> dict[str, RewardOutput]:
         """Evaluate the rewards that act by their scores on the student's final samples."""
-        return self.score([reward for reward in self.rewards if reward.route == "advantage"], self.batch(endpoints))
+        return self.score(judged_at_endpoints(self.rewards), self.batch(endpoints))
 
     def score(self, rewards: Sequence[WeightedReward], batch: RewardBatch) -> dict[str, RewardOutput]:
         """Evaluate rewards on a batch; those without weight are watched, and leave no trace in the random state."""

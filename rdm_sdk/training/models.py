@@ -23,6 +23,7 @@ from rdm_sdk.method.noise import FlowSchedule
 from rdm_sdk.method.sampling import FewStepPolicy, sample, sample_each_step
 from rdm_sdk.rewards.context import DiffusionContext
 from rdm_sdk.training.data import PromptCache
+from rdm_sdk.training.order import is_guided
 from rdm_sdk.training.settings import MethodSettings
 from rdm_sdk.types import Condition, Denoiser
 
@@ -97,16 +98,7 @@ class RunModels:
 
     def __init__(self, family: ModelFamily, settings: MethodSettings, device: torch.device) -> None:
         self.family, self.roles, self.settings, self.device = family, family.roles, settings, device
-        if family.guidance == "none" and settings.guidance_scale != 1.0:
-            raise ConfigError(
-                f"guidance_scale={settings.guidance_scale}: {family.base_name!r} was distilled without guidance, and "
-                "its pipeline takes none; set guidance_scale=1"
-            )
-        if settings.sampler == "sde" and not isinstance(family.schedule, FlowSchedule):
-            raise ConfigError(
-                f"sampler='sde' is derived for rectified flows, and {family.base_name!r} is none; use 'cps' or "
-                "'renoise'"
-            )
+        check_fits(family, settings)
         self.latent_shapes = [family.latent_shape(*size) for size in settings.sizes]
         self.shift = family.base_shift(self.latent_shapes[0]) if settings.shift is None else settings.shift
         sigmas = tuple(family.student_sigmas(settings.num_inference_steps, self.shift))
@@ -176,7 +168,7 @@ class RunModels:
     @property
     def guided(self) -> bool:
         """Whether the teacher's predictions with and without the prompt are combined to guided ones."""
-        return self.family.guidance == "classifier-free" and self.settings.guidance_scale != 1.0
+        return is_guided(self.family, self.settings.guidance_scale)
 
     def denoiser(self, role: str, condition: Condition, steps: Tensor | None = None) -> Denoiser:
         """Return a role's denoiser for a condition; the teacher's is guided as the settings say.
@@ -307,3 +299,16 @@ class RunModels:
             )
         for position, average in enumerate(self.ema.shadow_params):
             average.copy_(shadow[position])
+
+
+def check_fits(family: ModelFamily, settings: MethodSettings) -> None:
+    """Raise `ConfigError` if guidance or sampler do not fit a family."""
+    if family.guidance == "none" and settings.guidance_scale != 1.0:
+        raise ConfigError(
+            f"guidance_scale={settings.guidance_scale}: {family.base_name!r} was distilled without guidance, and "
+            "its pipeline takes none; set guidance_scale=1"
+        )
+    if settings.sampler == "sde" and not isinstance(family.schedule, FlowSchedule):
+        raise ConfigError(
+            f"sampler='sde' is derived for rectified flows, and {family.base_name!r} is none; use 'cps' or 'renoise'"
+        )

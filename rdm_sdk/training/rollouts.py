@@ -21,6 +21,7 @@ from rdm_sdk.method.draws import draw_steps
 from rdm_sdk.method.importance import truncated_weights
 from rdm_sdk.method.sampling import StudentOf, plan_steps, redraw, replay_log_ratio, rollout, state_log_ratio
 from rdm_sdk.training.judge import Judge
+from rdm_sdk.training.order import steps_stored
 from rdm_sdk.training.processes import Processes
 from rdm_sdk.training.settings import MethodSettings
 from rdm_sdk.types import Condition, Experience, RewardOutput, Rollout, Samples, select, select_steps
@@ -47,7 +48,7 @@ class Rollouts:
         self.models, self.monitor, self.policy = judge.models, judge.monitor, judge.models.policy
         self.experiences: list[Experience] = []
         """What this optimizer step trains on, one per micro-batch."""
-        self.stored: deque[list[Experience]] = deque(maxlen=settings.reuse_interval)
+        self.stored: deque[list[Experience]] = deque(maxlen=steps_stored(settings))
         """What earlier optimizer steps left to be used again."""
         self._window: Window = []
         self._predicted: dict[int, Tensor] = {}
@@ -127,7 +128,7 @@ class Rollouts:
 
     def _take(self, prompts: list[list[str]]) -> list[Experience] | None:
         """Return and remove the stored rollouts of an optimizer step's prompts, None unless all processes have some."""
-        if self.settings.num_iterations == 1:
+        if not steps_stored(self.settings):
             return None
         at = next((i for i, kept in enumerate(self.stored) if [one.prompts for one in kept] == prompts), None)
         # Processes have different prompts; where one cannot go on, none does, or they would wait for each other.

@@ -48,8 +48,15 @@ _SCHEDULES = tuple(kind.value for kind in SchedulerType)
 # In the order in which they are checked. A key may name several settings, whose values then must fit together.
 _RULES = {
     **dict.fromkeys(
-        ("num_generations", "num_inference_steps", "num_draws", "num_iterations", "reuse_interval"), _AT_LEAST_1
+        (
+            *("num_generations", "num_inference_steps", "num_draws", "num_iterations", "reuse_interval"),
+            *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+        ),
+        _AT_LEAST_1,
     ),
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), _AT_LEAST_0),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), _BELOW_1),
+    "seed": Rule("a whole number from 0 to 2^32 - 1", lambda seed: 0 <= seed < 2**32),
     "reward_batch_size": _or_none(_AT_LEAST_1),
     "reward_device": Rule("a device such as 'cpu' or 'cuda:1'", lambda device: device is None or _is_device(device)),
     **dict.fromkeys(("critic_steps", "log_images", "critic_max_grad_norm"), _AT_LEAST_0),

@@ -9,6 +9,9 @@ from pathlib import Path
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import Trainer
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.training_args import OptimizerNames
 
 from rdm_sdk.errors import ConfigError, DataError, nearest
 from rdm_sdk.families.roles import STUDENT, TEACHER, check_lora_config
@@ -54,7 +57,7 @@ def role_configs(
 
 
 def check_arguments(args: object, optimizers: Sequence[object]) -> None:
-    """Raise `ConfigError` for settings of another class, and for optimizers."""
+    """Raise `ConfigError` for settings of another class or that cannot work on this machine, and for optimizers."""
     if not isinstance(args, RDMConfig):
         raise ConfigError(f"args must be an RDMConfig; got {type(args).__name__}")
     if tuple(optimizers) != (None, None):
@@ -63,6 +66,16 @@ def check_arguments(args: object, optimizers: Sequence[object]) -> None:
             "that no optimizer made before could hold them. Set optim, learning_rate, lr_scheduler_type and their "
             "critic_* in RDMConfig, or override create_optimizer()"
         )
+    check_writable(str(args.output_dir), "output_dir")
+    for name in args.report_to or ():
+        if name in INTEGRATION_TO_CALLBACK and name not in (*get_available_reporting_integrations(), "flyte"):
+            raise ConfigError(
+                f"report_to={name!r} needs its package, which is not installed; install it or leave it out"
+            )
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"optim={OptimizerNames(args.optim).value!r} cannot be used here: {error}") from error
 
 
 def check_run(
@@ -72,7 +85,7 @@ def check_run(
     weighting: Weighting | None = None,
 ) -> None:
     """Raise `ConfigError` or `DataError` for what cannot work together, before the base is loaded."""
-    check_output_dir(str(args.output_dir))
+    _check_trackers(args)
     if not any(own.weight for own in rewards):
         raise ConfigError("every reward has weight 0, so nothing would be learned; give one a weight other than 0")
     if weighting is not None and (isinstance(weighting, type) or not isinstance(weighting, Weighting)):
@@ -147,11 +160,22 @@ def check_same_plugins(num_processes: int) -> None:
             )
 
 
-def check_output_dir(output_dir: str) -> None:
-    """Create the output folder and raise `ConfigError` if it cannot be written to."""
+def check_writable(folder: str, argument: str) -> None:
+    """Raise `ConfigError` if a folder cannot be written to, or could not be made; nothing is made here."""
+    path = Path(folder).absolute()
+    there = next(place for place in (path, *path.parents) if place.exists())
     try:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise ConfigError(f"output_dir={output_dir!r} cannot be written to: {error}") from error
+        raise ConfigError(f"{argument}={folder!r} cannot be written to: {error}") from error
+
+
+def _check_trackers(args: RDMConfig) -> None:
+    """Raise `ConfigError` if `report_to` names a tracker that transformers does not know."""
+    for name in args.report_to or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ConfigError(
+                f"report_to={name!r}: there is no such tracker.{nearest(name, INTEGRATION_TO_CALLBACK)} There are: "
+                f"{', '.join(INTEGRATION_TO_CALLBACK)}, and 'none'"
+            )

@@ -1,5 +1,7 @@
 """The command line, as a user types it."""
 
+import re
+
 import pytest
 import yaml
 from PIL import Image
@@ -44,30 +46,111 @@ def test_train_then_sample(run_file, tmp_path, capsys):
     assert "wrote" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (
-            ["train", "--model", "digits", "--learning_rte", "1e-4"],
-            "unknown setting 'learning_rte'. Did you mean 'learning_rate'?",
-        ),
-        (["train", "--config", "no/such.yaml"], "there is no file 'no/such.yaml'"),
-        (["train", "--model", "some/model"], "--prompts is missing"),
-        (["sample", "--model", "digits", "--student", "nowhere", "--prompt", "x"], "there is no folder nowhere"),
-        (["demo", "--samples", "7"], "--samples must be a multiple of 10"),
-    ],
-)
-def test_mistakes_are_one_line_and_status_2(arguments, said, capsys, tmp_path, monkeypatch):
-    """A mistake on the command line is one clear line on standard error, before anything is trained."""
-    monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert said in error
-    assert error.count("\n") == 1
+class Seen:
+    """What `rdm-sdk train` gives the trainer, in whose place it stands."""
+
+    def __init__(self, monkeypatch):
+        monkeypatch.setattr("rdm_sdk.training.trainer.RDMTrainer", self)
+        self.stop = False
+
+    def __call__(self, model, reward_funcs, args, train_dataset, **loras):
+        self.model, self.rewards, self.args, self.prompts, self.loras = model, reward_funcs, args, train_dataset, loras
+        return self
+
+    def train(self, resume_from_checkpoint):
+        self.checkpoint = resume_from_checkpoint
+        if self.stop:
+            raise KeyboardInterrupt
+
+    def save_model(self, target):
+        self.target = target
 
 
-def test_unknown_key_in_the_file_is_named(run_file, capsys):
-    """A misspelt key in the YAML file names its nearest match."""
-    run_file.write_text(run_file.read_text() + "num_generation: 4\n")
-    assert main(["train", "--config", str(run_file)]) == 2
-    assert "unknown setting 'num_generation'. Did you mean 'num_generations'?" in capsys.readouterr().err
+@pytest.fixture
+def seen(monkeypatch):
+    return Seen(monkeypatch)
+
+
+def checkpoint_in(folder):
+    """Make what `find` takes for a checkpoint."""
+    made = folder / "checkpoint-3"
+    made.mkdir(parents=True)
+    (made / "rdm_state.json").write_text("{}")
+    return str(made)
+
+
+@pytest.mark.parametrize("style", ["--config {}", "--config={}"])
+def test_a_file_and_flags_are_the_same_settings(style, run_file, seen, tmp_path):
+    """The file may follow a space or an equals sign; flags win, and may be written in all the ways that help prints."""
+    flags = "--lora-r 8 --output-dir out --no_importance_sampling_correction --resolutions 32x32 64x64"
+    assert main(["train", *style.format(run_file).split(), *flags.split(), "--lora_target_modules=all-linear"]) == 0
+    assert (seen.args.num_generations, seen.args.max_steps, seen.args.guidance_scale) == (4, 5, 1.0)
+    assert (seen.args.output_dir, seen.args.importance_sampling_correction) == ("out", False)
+    assert seen.args.resolutions == ["32x32", "64x64"]
+    lora = seen.loras["peft_config"]
+    assert (lora.r, lora.target_modules) == (8, {"all-linear"})
+    assert seen.rewards == "dm"
+    assert len(seen.prompts) == 10
+
+
+def test_values_of_a_file_are_what_their_flags_would_be(tmp_path, seen):
+    """Numbers that YAML reads as texts, a bare `no`, words where lists are taken, and mappings."""
+    lines = ["model: digits", "learning_rate: 1e-5", "save_strategy: no", "resolutions: 32x32", "use_cpu: true"]
+    lines += ["lr_scheduler_kwargs: {num_cycles: 2}", "reward_weights: [2]", "report_to: [none]", "prompts: null"]
+    (tmp_path / "run.yaml").write_text("\n".join(lines))
+    assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 0
+    args = seen.args
+    assert (args.learning_rate, args.save_strategy.value, args.resolutions) == (1e-5, "no", ["32x32"])
+    assert (args.lr_scheduler_kwargs, args.reward_weights, args.report_to) == ({"num_cycles": 2}, [2.0], [])
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_help_prints_nothing_that_is_refused(command, capsys):
+    """Every spelling that `--help` shows is one that the parser takes."""
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    shown = set(re.findall(r"(?<![\w-])--[\w-]+", capsys.readouterr().out.partition("options:")[2]))
+    assert {"--lora-r", "--no_importance_sampling_correction", "--config"} <= shown
+    for flag in sorted(shown - {"--help"}):
+        main([command, "--model", "./nowhere", flag, "none"])
+        refused = capsys.readouterr().err
+        assert "unknown setting" not in refused, flag
+        assert "unrecognized arguments" not in refused, flag
+
+
+@pytest.mark.parametrize("student", ["lora", "full"])
+@pytest.mark.parametrize("critic", ["lora", "full"])
+def test_full_weights_have_no_adapters(student, critic, seen):
+    """The trainer gets a LoRA for what has adapters, and none for what is trained in full."""
+    flags = ["--model", "digits", "--use_cpu", "--student_weights", student, "--critic_weights", critic]
+    assert main(["train", *flags]) == 0
+    ranks = {name: lora and lora.r for name, lora in seen.loras.items()}
+    rank = {"lora": 16, "full": None}
+    assert ranks == {"peft_config": rank[student], "fake_peft_config": rank[critic]}
+
+
+@pytest.mark.parametrize("given", ["latest", "true", "checkpoint", "in the file"])
+def test_a_run_is_resumed(given, seen, run_file, tmp_path):
+    """By the name that transformers has for it, as a flag or in the file."""
+    folder = checkpoint_in(tmp_path / "run")
+    if given == "in the file":
+        run_file.write_text(run_file.read_text() + "resume_from_checkpoint: true\n")
+    name = {"checkpoint": folder, "in the file": None}.get(given, given)
+    flags = [] if name is None else ["--resume_from_checkpoint", name]
+    assert main(["train", "--config", str(run_file), *flags]) == 0
+    assert seen.checkpoint == folder
+    assert main(["train", "--config", str(run_file), "--resume_from_checkpoint", "false"]) == 0
+    assert seen.checkpoint is None
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_stopping_is_one_line_that_says_how_to_go_on(saved, seen, run_file, tmp_path, capsys):
+    """Ctrl-C: status 130, and no traceback."""
+    folder = checkpoint_in(tmp_path / "run") if saved else None
+    seen.stop = True
+    assert main(["train", "--config", str(run_file)]) == 130
+    printed = capsys.readouterr().err.strip()
+    assert printed.count("\n") == 0
+    wanted = f"to go on from {folder}, add --resume_from_checkpoint latest" if saved else "before the first checkpoint"
+    assert wanted in printed

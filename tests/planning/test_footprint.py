@@ -217,7 +217,7 @@ def test_passes_take_what_they_take_for_real(kind: str, folders: Path) -> None:
         assert (carried.kept, carried.forward) == (real_carried.kept, real_carried.forward)
         assert carried.backward == pytest.approx(real_carried.backward, rel=0.05)
     assert planned.decode(count, False, False) == real.decode(count, False, False)
-    graded, real_graded = (own.decode_to_differentiate(count, False, False) for own in (planned, real))
+    graded, real_graded = (own.differentiate(count, False, False) for own in (planned, real))
     # Sana's VAE multiplies matrices whose layout its CPU convolutions choose.
     tolerance = 0.05 if kind == "SanaPipeline" else 0
     assert graded.kept == pytest.approx(real_graded.kept, rel=tolerance, abs=0)

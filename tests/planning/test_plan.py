@@ -28,7 +28,7 @@ from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.load import load_family
 from rdm_sdk.planning import blueprint as blueprints
 from rdm_sdk.planning import footprint
-from rdm_sdk.planning.advice import Run, Switch, advise
+from rdm_sdk.planning.advice import Run, Switch, advise, show_advice
 from rdm_sdk.planning.blueprint import CONFIGS, blueprint
 from rdm_sdk.planning.footprint import Meter, bytes_of, count_of
 from rdm_sdk.planning.phases import Phase, Step
@@ -484,37 +484,42 @@ def advised_run(folders: Path, tmp_path: Path, **changed: Any) -> Run:
     return Run(Planner(configs), args, "dm + 0.5*legibility", LoraConfig(r=16, lora_alpha=16))
 
 
-def test_advice_fits_when_it_is_followed(folders: Path, tmp_path: Path) -> None:
-    """Each switch is planned alone, the largest first; together they fit, in a plan made afresh as well."""
+def test_advice_is_what_the_switched_run_takes(folders: Path, tmp_path: Path) -> None:
+    """Each switch is planned alone, the largest first; a plan made afresh has the same total."""
     run = advised_run(folders, tmp_path)
     before = run.plan().total
-    advice = advise(run, int(0.5 * before))
-    savings = [saved for _, saved in advice.alone]
-    assert savings == sorted(savings, reverse=True)
-    for switch, saved in advice.alone:
-        assert before - run.plan(switch).total == saved > 0
-    assert advice.fits
-    fresh = advised_run(folders, tmp_path)
-    assert fresh.plan(*advice.together).total == advice.plan.total <= 0.5 * before
-    # Nothing more than needed: without the last of them it would not fit.
-    assert fresh.plan(*advice.together[:-1]).total > 0.5 * before
-    touched = [name for switch in advice.together for name in switch.touches]
-    assert len(touched) == len(set(touched))
+    memory = int(0.6 * before)
+    savings = advise(run, memory)
+    assert [one.saved for one in savings] == sorted((one.saved for one in savings), reverse=True)
+    assert {one.fits for one in savings} == {True, False}
+    for one in savings:
+        fresh = advised_run(folders, tmp_path).switched(one.switch).plan()
+        assert before - fresh.total == one.saved > 0
+        assert one.fits == (fresh.total <= memory)
+    assert run.plan().total == before  # the run itself is as it was
+    lines = show_advice(savings).splitlines()[1:]
+    assert [line.split("  ")[1] for line in lines] == [str(one.switch) for one in savings]
+    assert [line.endswith("GB, then it fits") for line in lines] == [one.fits for one in savings]
 
 
-def test_advice_says_when_nothing_helps(folders: Path, tmp_path: Path) -> None:
-    """All that helps, the batch down to one group, and still too much."""
-    advice = advise(advised_run(folders, tmp_path, per_device_train_batch_size=8), 1000)
-    assert not advice.fits
-    assert "which is still too much; take a larger device" in str(advice)
-    assert {"per_device_train_batch_size": 2} in [dict(switch.settings) for switch in advice.together]
+def test_advice_says_when_nothing_helps() -> None:
+    """A run with nothing to switch on."""
+    assert "take a larger device, or smaller images" in show_advice([])
 
 
 def test_switches_are_written_as_flags() -> None:
     """As on the command line."""
-    assert str(Switch({"text_encoders": "drop", "vae_offload": True})) == "--text_encoders drop --vae_offload"
-    assert str(Switch({"per_device_train_batch_size": 4})) == "--batch 4"
-    assert str(Switch(rank=8)) == "--lora_r 8"
+    assert str(Switch("text_encoders", "drop")) == "--text_encoders drop"
+    assert str(Switch("vae_offload", True)) == "--vae_offload"
+    assert str(Switch("lora_r", 8)) == "--lora_r 8"
+
+
+def test_a_batch_is_halved_in_whole_groups(folders: Path, tmp_path: Path) -> None:
+    """Of three groups of two, one is left; one group is not halved."""
+    for size, half in ((6, 2), (8, 4), (2, None)):
+        run = advised_run(folders, tmp_path, per_device_train_batch_size=size)
+        sizes = [switch.value for switch in run.switches() if switch.name == "per_device_train_batch_size"]
+        assert sizes == ([] if half is None else [half])
 
 
 def test_switches_that_are_on_are_not_offered(folders: Path, tmp_path: Path) -> None:
@@ -541,7 +546,7 @@ SMALL = ["--num_generations", "2", "--max_sequence_length", "4"]
 
 def test_the_digits_can_be_planned(capsys: pytest.CaptureFixture[str]) -> None:
     """One line per part, and exit status 0 where it fits."""
-    assert main(["plan", "--model", "digits", "--batch", "4", *SMALL, "--memory", "1"]) == 0
+    assert main(["plan", "--model", "digits", "--per_device_train_batch_size", "4", *SMALL, "--memory", "1"]) == 0
     printed = capsys.readouterr().out
     rows = ("base", "student", "fake", "optimizer", "VAE", "text encoders", "gradients", "activations", "total")
     for row in rows:
@@ -552,33 +557,48 @@ def test_the_digits_can_be_planned(capsys: pytest.CaptureFixture[str]) -> None:
 def test_too_little_memory_is_said_before_loading(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit status 1 and advice; there are no weights to load; the flags that are advised lead to exit status 0."""
     configs = str(folders / "configs" / "FluxPipeline")
-    command = ["plan", "--model", configs, "--batch", "8", *SMALL, "--height", "64", "--width", "64"]
-    command += ["--memory", "0.005", "--rewards", "dm + 0.5*legibility"]
-    assert main(command) == 1
+    command = [
+        "plan",
+        "--model",
+        configs,
+        "--per_device_train_batch_size",
+        "8",
+        *SMALL,
+        "--height",
+        "64",
+        "--width",
+        "64",
+    ]
+    command += ["--rewards", "dm + 0.5*legibility"]
+    memory = ["--memory", "0.015"]
+    assert main([*command, *memory]) == 1
     printed = capsys.readouterr().out
     assert "does not fit into 0.01 GB; what each of these would save by itself:" in printed
-    assert re.search(r"^  --activation_checkpointing +\d+\.\d\d GB$", printed, re.MULTILINE)
-    together = re.search(r"together, (.*) leaves", printed)
-    assert together is not None
-    flags = together[1].split()
-    command[4] = flags.pop(flags.index("--batch") + 1) if "--batch" in flags else command[4]
-    assert main([*command, *(flag for flag in flags if flag != "--batch")]) == 0
+    flags = re.findall(r"^  (--.*?)  +\d+\.\d\d GB, then it fits$", printed, re.MULTILINE)
+    assert "--activation_checkpointing" in " ".join(flags)
+    for advised in flags:
+        assert main([*command, *memory, *advised.split()]) == 0, advised
+    others = re.findall(r"^  (--.*?)  +\d+\.\d\d GB$", printed, re.MULTILINE)
+    assert main([*command, *memory, *others[-1].split()]) == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--model", "./nowhere", "--batch", "8"], "there is no such folder"),
-        (["--model", "{empty}", "--batch", "8"], "the folder has no model_index.json"),
-        (["--model", "{video}", "--batch", "8"], "WanPipeline is not supported"),
-        (["--model", "{broken}", "--batch", "8"], "cannot build the pipeline in"),
-        (["--model", "{torn}", "--batch", "8"], "cannot read"),
-        (["--model", "digits", "--batch", "6", "--num_generations", "4"], "must be a multiple of num_generations=4"),
-        (["--model", "digits", "--batch", "8", "--memory", "0"], "--memory must be a positive number of GB; got 0.0"),
-        (["--model", "digits", "--batch", "8", "--lora_r", "0"], "--lora_r must be at least 1; got 0"),
-        (["--model", "digits", "--batch", "8", "--rewards", "dm + klip"], "klip"),
-        (["--model", "digits", "--batch", "8", "--optim", "adamm"], "adamm is not a valid OptimizerNames"),
-        (["--model", "digits", "--batch", "8", "--height", "33", "--width", "32"], "positive multiples of 8"),
+        (["--model", "./nowhere"], "there is no such folder"),
+        (["--model", "{empty}"], "the folder has no model_index.json"),
+        (["--model", "{video}"], "WanPipeline is not supported"),
+        (["--model", "{broken}"], "cannot build the pipeline in"),
+        (["--model", "{torn}"], "cannot read"),
+        (
+            ["--model", "digits", "--per_device_train_batch_size", "6", "--num_generations", "4"],
+            "must be a multiple of num_generations=4",
+        ),
+        (["--model", "digits", "--memory", "0"], "--memory must be a positive number of GB; got 0.0"),
+        (["--model", "digits", "--lora_r", "0"], "--lora_r must be at least 1; got 0"),
+        (["--model", "digits", "--rewards", "dm + klip"], "klip"),
+        (["--model", "digits", "--optim", "adamm"], "invalid choice: 'adamm'"),
+        (["--model", "digits", "--height", "33", "--width", "32"], "positive multiples of 8"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(

@@ -85,7 +85,7 @@ def test_a_stopped_run_saves_and_goes_on(uninterrupted: Path, tmp_path: Path, nu
     assert newest is not None
     assert skipped == []
     assert f"stopped by {number.name} after optimizer step {folders.step_of(newest)}" in errors
-    assert "--resume latest" in errors
+    assert "--resume_from_checkpoint latest" in errors
     finish(tmp_path)
     assert same_end(uninterrupted, tmp_path)
 

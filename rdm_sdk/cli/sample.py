@@ -1,0 +1,58 @@
+"""`rdm-sdk sample`: sample a trained student with plain diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rdm_sdk.cli.console import SEED, Parser, check_folder, one_line, whole_number
+from rdm_sdk.errors import ConfigError
+
+HELP = "sample a trained student with plain diffusers"
+_CALL = ("num_inference_steps", "max_sequence_length", "height", "width")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Write a picture of samples."""
+    parser = Parser(prog="rdm-sdk sample", description=HELP)
+    parser.add_argument("--model", required=True, help="the base that the student was trained on ('digits' works too)")
+    parser.add_argument("--student", type=Path, required=True, help="the folder that training saved")
+    parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    for name in _CALL:
+        parser.add_argument(f"--{name}", type=whole_number(1), default=None, help="as the student was trained")
+    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--output", type=Path, default=Path("sample.png"), help="the PNG that is written")
+    options = parser.parse_args(arguments)
+    if not options.student.is_dir():
+        raise ConfigError(f"--student: there is no folder {options.student}; give the one that training saved")
+    if options.output.is_dir():
+        raise ConfigError(f"--output: {options.output} is a folder; give the name of a picture")
+    check_folder("--output", options.output.parent)
+    given = {name: value for name in _CALL if (value := getattr(options, name)) is not None}
+    print(f"wrote {_draw(options.model, options.student, options.prompt, options.seed, given, options.output)}")
+    return 0
+
+
+def _draw(model: str, student: Path, prompts: Sequence[str], seed: int, given: dict[str, Any], output: Path) -> Path:
+    import torch
+
+    from rdm_sdk.cli.run import base_path
+    from rdm_sdk.families.load import load_pipeline
+    from rdm_sdk.training.export import CALL, load_student
+    from rdm_sdk.training.pictures import image_grid
+
+    if not (student / CALL).is_file():
+        raise ConfigError(
+            f"--student: {student} has no {CALL}, so it is no student; give the folder that training saved"
+        )
+    pipeline = load_pipeline(base_path(model), torch.float32)
+    call = load_student(pipeline, student) | given
+    if torch.cuda.is_available():
+        pipeline.to("cuda")
+    torch.manual_seed(seed)
+    try:
+        images = pipeline(prompt=list(prompts), output_type="pt", **call).images
+    except (ValueError, TypeError) as error:  # what the pipeline does not take
+        raise ConfigError(f"{type(pipeline).__name__} cannot be called so: {one_line(error)}") from error
+    return image_grid([("", images)], output)
