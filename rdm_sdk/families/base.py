@@ -56,13 +56,14 @@ class ModelFamily(ABC):
     max_sequence_length: int = 0
     """Tokens per prompt in this run."""
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
         missing = [name for name in (self.component, *self.required) if getattr(pipeline, name, None) is None]
         if missing:
             raise ModelError(
                 f"this {type(pipeline).__name__} has no {' and no '.join(missing)}, which training needs; load the "
                 f"pipeline without {', '.join(f'{name}=None' for name in missing)}"
             )
+        self.max_sequence_length = self.call_length if max_sequence_length is None else max_sequence_length
         self.pipeline = pipeline
         self.backbone: Any = getattr(pipeline, self.component)
         dtype = self.backbone.dtype

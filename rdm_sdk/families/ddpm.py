@@ -77,8 +77,8 @@ class DDPMFamily(ModelFamily):
         ModelError: its scheduler has no training steps to follow, or another kind of prediction.
     """
 
-    def __init__(self, pipeline: Any) -> None:
-        super().__init__(pipeline)
+    def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
+        super().__init__(pipeline, max_sequence_length)
         scheduler = pipeline.scheduler
         kind = scheduler.config.get("prediction_type")
         if not hasattr(scheduler, "alphas_cumprod") or kind not in PREDICTIONS:

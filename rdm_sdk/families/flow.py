@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rdm_sdk.errors import ModelError
 from rdm_sdk.families.base import ModelFamily
+from rdm_sdk.families.blocks import middle
 from rdm_sdk.method.noise import FlowSchedule
 
 
@@ -27,8 +28,8 @@ class FlowFamily(ModelFamily):
     schedulers: tuple[str, ...] = ("FlowMatchEulerDiscreteScheduler",)
     """Classes of the schedulers that the family's pipelines come with."""
 
-    def __init__(self, pipeline: Any) -> None:
-        super().__init__(pipeline)
+    def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
+        super().__init__(pipeline, max_sequence_length)
         if type(pipeline.scheduler).__name__ not in self.schedulers:
             raise ModelError(
                 f"{type(pipeline).__name__} needs a {' or '.join(self.schedulers)}; got "
@@ -69,8 +70,7 @@ class FlowFamily(ModelFamily):
         blocks: Any = getattr(self.backbone, "transformer_blocks", None)
         if blocks is None:
             return super().feature_block()
-        middle: nn.Module = blocks[(len(blocks) - 1) // 2]
-        return middle
+        return middle(blocks)
 
     @property
     def feature_width(self) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rdm_sdk.errors import ConfigError
 from rdm_sdk.families.base import Network
+from rdm_sdk.families.blocks import middle
 from rdm_sdk.families.flow import PackedFlowFamily, unpack
 from rdm_sdk.types import Condition
 
@@ -28,8 +29,7 @@ class TwoStreamFamily(PackedFlowFamily):
     call_length = 512
 
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
-        super().__init__(pipeline)
-        self.max_sequence_length = self.call_length if max_sequence_length is None else max_sequence_length
+        super().__init__(pipeline, max_sequence_length)
         if not 1 <= self.max_sequence_length <= self.longest_text:
             raise ConfigError(
                 f"max_sequence_length={max_sequence_length} is not between 1 and {self.longest_text}, which "
@@ -62,8 +62,7 @@ class TwoStreamFamily(PackedFlowFamily):
 
     def feature_block(self) -> nn.Module:
         blocks = [*self.backbone.transformer_blocks, *self.backbone.single_transformer_blocks]
-        middle: nn.Module = blocks[(len(blocks) - 1) // 2]
-        return middle
+        return middle(blocks)
 
 
 class FluxFamily(TwoStreamFamily):

@@ -14,6 +14,7 @@ from torch import nn
 from rdm_sdk.errors import ConfigError, ModelError
 from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.roles import check_finite
+from rdm_sdk.files import looks_local
 from rdm_sdk.plugins.registry import registry
 
 Quantization = Literal["none", "8bit", "4bit"]
@@ -66,9 +67,8 @@ def find_folder(source: str) -> Path | None:
     Raises:
         ModelError: there is no such folder, or no pipeline in it.
     """
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
     path = Path(source).expanduser()
-    if looks_local and not path.is_dir():
+    if looks_local(source) and not path.is_dir():
         raise ModelError(f"no base model at {source!r}: there is no such folder")
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise ModelError(f"no base model at {source!r}: the folder has no model_index.json, so it is no pipeline")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rdm_sdk.errors import ConfigError, ModelError
 from rdm_sdk.families.base import ModelFamily, Network
+from rdm_sdk.families.blocks import middle
 from rdm_sdk.families.ddpm import DDPMFamily
 from rdm_sdk.types import Condition
 
@@ -34,8 +35,7 @@ class MaskedTextFamily(ModelFamily):
     """The pipeline's call takes multiples of this, whatever the VAE and the patches need."""
 
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
-        super().__init__(pipeline)
-        self.max_sequence_length = self.call_length if max_sequence_length is None else max_sequence_length
+        super().__init__(pipeline, max_sequence_length)
         if self.max_sequence_length <= self.tokens_besides:
             raise ConfigError(
                 f"max_sequence_length={max_sequence_length} leaves no token to a prompt: {self.tokens_besides} of them "
@@ -137,5 +137,4 @@ class PixArtFamily(MaskedTextFamily, DDPMFamily):
 
     def feature_block(self) -> nn.Module:
         blocks: Any = self.backbone.transformer_blocks
-        middle: nn.Module = blocks[(len(blocks) - 1) // 2]
-        return middle
+        return middle(blocks)

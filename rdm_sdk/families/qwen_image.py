@@ -34,8 +34,7 @@ class QwenImageFamily(PackedFlowFamily):
     call_length = 512
 
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
-        super().__init__(pipeline)
-        self.max_sequence_length = self.call_length if max_sequence_length is None else max_sequence_length
+        super().__init__(pipeline, max_sequence_length)
         if not 1 <= self.max_sequence_length <= 1024:
             raise ConfigError(f"max_sequence_length={max_sequence_length} must be 1 to 1024 for {self.base_name!r}")
         if self.backbone.config.guidance_embeds:

@@ -26,8 +26,7 @@ class SD3Family(FlowFamily):
     call_length = 256
 
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
-        super().__init__(pipeline)
-        self.max_sequence_length = self.call_length if max_sequence_length is None else max_sequence_length
+        super().__init__(pipeline, max_sequence_length)
         # The last block returns the image alone, so nothing asks what its text tokens attend to.
         self.lora_excluded = (f"transformer_blocks.{len(self.backbone.transformer_blocks) - 1}.attn.add_q_proj",)
 

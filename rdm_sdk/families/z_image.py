@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rdm_sdk.errors import ConfigError
 from rdm_sdk.families.base import Network
+from rdm_sdk.families.blocks import middle
 from rdm_sdk.families.flow import PackedFlowFamily
 from rdm_sdk.types import Condition
 
@@ -31,8 +32,7 @@ class ZImageFamily(PackedFlowFamily):
     call_length = 512
 
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
-        super().__init__(pipeline)
-        self.max_sequence_length = self.call_length if max_sequence_length is None else max_sequence_length
+        super().__init__(pipeline, max_sequence_length)
         # Texts are padded to multiples of 32, take the places from 1 on, and the image stands at the next.
         most = (self.backbone.axes_lens[0] - 2) // 32 * 32
         if not 1 <= self.max_sequence_length <= most:
@@ -95,8 +95,7 @@ class ZImageFamily(PackedFlowFamily):
 
     def feature_block(self) -> nn.Module:
         blocks: Any = self.backbone.layers
-        middle: nn.Module = blocks[(len(blocks) - 1) // 2]
-        return middle
+        return middle(blocks)
 
     @property
     def feature_width(self) -> int:

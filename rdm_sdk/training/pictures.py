@@ -9,6 +9,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from rdm_sdk.files import replacing
+
 
 def to_uint8(images: Tensor) -> Tensor:
     """Convert RGB images `[N, 3, H, W]` in [0, 1] to uint8 `[N, H, W, 3]`."""
@@ -36,10 +38,8 @@ def image_grid(rows: Sequence[tuple[str, Tensor]], path: str | Path, scale: int 
             tile = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(tile, (label_width + c * (width + gap), top))
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    canvas.save(temporary, format="PNG")
-    temporary.replace(path)
+    with replacing(path) as staged:
+        canvas.save(staged, format="PNG")
     return path
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rdm_sdk.errors import RDMError
 from rdm_sdk.families.roles import STUDENT
+from rdm_sdk.files import replacing
 from rdm_sdk.method.draws import draw_steps
 from rdm_sdk.method.importance import truncated_weights
 from rdm_sdk.method.sampling import StudentOf, plan_steps, redraw, replay_log_ratio, rollout, state_log_ratio
@@ -239,10 +240,8 @@ def write_rollouts(path: Path, stored: Sequence[Sequence[Experience]]) -> None:
         "scored": json.dumps([list(own.scored) for own in experiences]),
         "sizes": json.dumps([len(together) for together in stored]),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(path.name + ".tmp")
-    save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, staged, metadata)
-    staged.replace(path)
+    with replacing(path) as staged:
+        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, staged, metadata)
 
 
 def read_rollouts(path: Path, device: torch.device) -> list[list[Experience]]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rdm_sdk.errors import RewardError, nearest
+from rdm_sdk.files import looks_local
 from rdm_sdk.rewards.base import RewardConfig
 
 
@@ -31,11 +32,6 @@ class PretrainedConfig(RewardConfig):
     def torch_dtype(self) -> torch.dtype:
         found: torch.dtype = getattr(torch, self.dtype)
         return found
-
-
-def looks_local(source: str) -> bool:
-    """Whether a source must be a path: it exists, or no hub id is written like it."""
-    return Path(source).expanduser().exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
 
 
 def expanded(source: str) -> str:

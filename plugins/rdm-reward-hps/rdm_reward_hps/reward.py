@@ -12,6 +12,7 @@ from typing import Any, Literal
 from huggingface_hub.errors import EntryNotFoundError
 
 from rdm_sdk import RewardError
+from rdm_sdk.files import looks_local
 from rdm_sdk.rewards.base import RewardConfig
 from rdm_sdk.vision import (
     CLIP_VIT_H,
@@ -23,7 +24,6 @@ from rdm_sdk.vision import (
     load_clip,
     read_tensors,
 )
-from rdm_sdk.vision.weights import looks_local
 
 Variant = Literal["v2", "v2.1"]
 

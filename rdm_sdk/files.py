@@ -1,0 +1,25 @@
+"""Paths, as users name them and as files are written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def looks_local(source: str) -> bool:
+    """Whether a source of weights must be a path: it exists, or no hub id is written like it (`owner/name`)."""
+    exists = Path(source).expanduser().exists()
+    return exists or source.startswith((".", "/", "~")) or source.count("/") != 1 or "\\" in source
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a place beside `path` to write to; what is written takes the place of `path` once the block is through.
+
+    So no one ever finds half of a file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(path.name + ".tmp")
+    yield staged
+    staged.replace(path)
