@@ -56,7 +56,7 @@ class Cell:
     """Updates between two measurements."""
     settings: dict[str, Any] = field(default_factory=dict)
     rank: int = RANK
-    """Of student and critic, where they are LoRA adapters; 0 means that neither is."""
+    """LoRA rank of student and critic, where they are LoRA adapters; 0 means that neither is."""
 
     def digest(self) -> str:
         """Return a hash of all that the cell's runs depend on, so that changed settings are run again."""

@@ -131,15 +131,15 @@ class Setting:
 
     rewards: tuple[str, ...]
     weights: tuple[tuple[float, ...], ...]
-    """Of gradients and advantages."""
+    """Weights of gradients and advantages."""
     shares: tuple[tuple[float, ...], ...]
     """For `balance`: of dm's pull, chosen in single-seed pilots to raise the rewards about as far as the weights do."""
     tilts: tuple[tuple[float, ...], ...]
-    """Of tilts after a cold start, in deviations of the reward; chosen in pilots and on seeds 0 to 4 for that end."""
+    """Weights of tilts after a cold start, in deviations of the reward; chosen in pilots and on seeds 0 to 4."""
     early_tilts: tuple[tuple[float, ...], ...]
-    """Of tilts from the first step on; chosen in pilots."""
+    """Weights of tilts from the first step on; chosen in pilots."""
     mixed: tuple[tuple[float, ...], ...] = ()
-    """Of a gradient for `ink` beside a tilt, from the first step on; chosen in pilots."""
+    """Weights of a gradient for `ink` beside a tilt, from the first step on; chosen in pilots."""
 
 
 SETTINGS = {

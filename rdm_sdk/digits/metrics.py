@@ -121,10 +121,10 @@ def diversity(images: Tensor, prompts: Sequence[str]) -> float:
     rows: dict[str, list[int]] = {}
     for row, prompt in enumerate(prompts):
         rows.setdefault(prompt, []).append(row)
-    lonely = next((prompt for prompt, own in rows.items() if len(own) < 2), None)
+    lonely = next((prompt for prompt, places in rows.items() if len(places) < 2), None)
     if lonely is not None:
         raise DataError(f"diversity compares images of the same prompt, and {lonely!r} has one; give two or more each")
-    return torch.stack([images[own].float().std(0).mean() for own in rows.values()]).mean().item()
+    return torch.stack([images[places].float().std(0).mean() for places in rows.values()]).mean().item()
 
 
 def teacher_steps_worth(distance: float, teacher: Mapping[int, float]) -> str:

@@ -109,7 +109,7 @@ class Roles(nn.Module):
         """Network evaluations so far, in samples, per role."""
         self._role = TEACHER
         self._names: list[str] = []
-        """Of the roles that can denoise, in the order in which they were added."""
+        """Names of the roles that can denoise, in the order in which they were added."""
         self.copies = nn.ModuleDict()
         """Roles that are full copies of the backbone."""
         self.heads = nn.ModuleDict()
@@ -143,10 +143,10 @@ class Roles(nn.Module):
         self._names.append(name)
         self._layers = [module for module in self.backbone.modules() if isinstance(module, BaseTunerLayer)]
         self._places[name] = [
-            (f"{path}.{own}", module, own)
+            (f"{path}.{leaf}", module, leaf)
             for path, module in self.backbone.named_modules()
-            for own, _ in module.named_parameters(recurse=False)
-            if f".{name}." in f"{path}.{own}."
+            for leaf, _ in module.named_parameters(recurse=False)
+            if f".{name}." in f"{path}.{leaf}."
         ]
         for role in self._names:  # adding an adapter freezes the ones before it
             for parameter in self.parameters_of(role).values():
@@ -197,12 +197,12 @@ class Roles(nn.Module):
     def parameters_of(self, role: str) -> dict[str, nn.Parameter]:
         """Return a role's parameters by name, those of its step embedding included."""
         told = {f"{TOLD}{name}": parameter for name, parameter in self.embedding_parameters_of(role).items()}
-        own = self._own_module(role)
-        if own is not None:
-            return dict(own.named_parameters()) | told
+        network = self._own_module(role)
+        if network is not None:
+            return dict(network.named_parameters()) | told
         if role not in self._names:
             raise ConfigError(f"no role {role!r}; there are {', '.join([TEACHER, *self.trainable_roles])}")
-        return {name: getattr(module, own) for name, module, own in self._places[role]} | told
+        return {name: getattr(module, leaf) for name, module, leaf in self._places[role]} | told
 
     def embedding_parameters_of(self, role: str) -> dict[str, nn.Parameter]:
         """Return the parameters of a role's step embedding by name; none where it is told no step."""
@@ -210,9 +210,9 @@ class Roles(nn.Module):
 
     def role_state_dict(self, role: str) -> dict[str, Tensor]:
         """Return a role's weights (an adapter's with PEFT's names), detached and on CPU."""
-        own = self._own_module(role)
-        if own is not None:
-            state: dict[str, Tensor] = own.state_dict()
+        network = self._own_module(role)
+        if network is not None:
+            state: dict[str, Tensor] = network.state_dict()
         else:
             state = get_peft_model_state_dict(self.backbone, adapter_name=role)
         state = state | {f"{TOLD}{name}": tensor for name, tensor in self.embedding_parameters_of(role).items()}
@@ -220,18 +220,18 @@ class Roles(nn.Module):
 
     def load_role_state_dict(self, role: str, state: dict[str, Tensor]) -> None:
         """Load what `role_state_dict` returned; raises `ModelError` unless names and shapes agree exactly."""
-        own = self.role_state_dict(role)
-        if own.keys() != state.keys():
-            odd = sorted(own.keys() ^ state.keys())
+        present = self.role_state_dict(role)
+        if present.keys() != state.keys():
+            odd = sorted(present.keys() ^ state.keys())
             raise ModelError(
                 f"weights for role {role!r} do not fit: {len(odd)} names differ, first {odd[0]!r}; "
                 "was the run started with other LoRA targets or another base model?"
             )
         for name, tensor in state.items():
-            if own[name].shape != tensor.shape:
+            if present[name].shape != tensor.shape:
                 raise ModelError(
                     f"weights for role {role!r} do not fit: {name} has shape {list(tensor.shape)}, this run's has "
-                    f"{list(own[name].shape)}; was the run started with another LoRA rank?"
+                    f"{list(present[name].shape)}; was the run started with another LoRA rank?"
                 )
         told = {name.removeprefix(TOLD): tensor for name, tensor in state.items() if name.startswith(TOLD)}
         if told:

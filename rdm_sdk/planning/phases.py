@@ -28,7 +28,7 @@ class Phase:
     activations: int = 0
     """Samples, conditions, graphs and passing results."""
     gradients: int = 0
-    """Of parameters."""
+    """Bytes of the gradients of parameters."""
     vae: bool = False
     """Whether a VAE that waits on the CPU is on the device."""
     encoders: bool = False

@@ -135,7 +135,7 @@ class Planner:
         self, args: RDMConfig, configs: Mapping[str, LoraConfig | None], rewards: Sequence[PlannedReward]
     ) -> Draft:
         """Return the model with a run's roles, as it was made before if it was."""
-        heads = [str(own.term) for own in rewards if own.capabilities.head]
+        heads = [str(reward.term) for reward in rewards if reward.capabilities.head]
         loras = {role: lora and describe_lora(lora) + str(lora.target_modules) for role, lora in configs.items()}
         key = str((args.bf16, args.max_sequence_length, loras, heads, args.steps_told))
         if key not in self._drafts:
@@ -144,7 +144,7 @@ class Planner:
             with torch.device("meta"):
                 made = dict(
                     reward_heads(
-                        [own.make() for own in rewards if own.capabilities.head], draft.family, args.steps_told
+                        [reward.make() for reward in rewards if reward.capabilities.head], draft.family, args.steps_told
                     )
                 )
                 draft.family.add_roles(configs, made, args.steps_told)
@@ -212,17 +212,17 @@ def _frozen(family: ModelFamily, args: RDMConfig, phase: Phase) -> Iterator[Row]
 
 def _judges(args: RDMConfig, rewards: Sequence[PlannedReward], phase: Phase) -> Iterator[Row]:
     """Yield the rewards that have models of their own, or may have."""
-    for own in rewards:
-        count, size = reward_size(own)
+    for reward in rewards:
+        count, size = reward_size(reward)
         if count == 0:
             continue
-        notes = ["how large it is, it does not say"] if count is None else [_dtype_of(own)]
-        if own.term.options.get("path") is not None and count is not None:
+        notes = ["how large it is, it does not say"] if count is None else [_dtype_of(reward)]
+        if reward.term.options.get("path") is not None and count is not None:
             notes.append("if what is at its path is as large as the published model")
         if args.reward_device is not None or (args.reward_offload and not phase.rewards):
             size = 0
             notes.append("on the CPU at the peak" if args.reward_device is None else f"on {args.reward_device}")
-        yield Row(f"reward {own.label}", count, size, ", ".join(notes))
+        yield Row(f"reward {reward.label}", count, size, ", ".join(notes))
 
 
 def quantized_bytes(module: nn.Module, quantization: str) -> int:

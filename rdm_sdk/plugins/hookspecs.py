@@ -10,8 +10,8 @@ PROJECT = "rdm_sdk"
 """pluggy's project name, and the entry-point group that plugins are found by."""
 
 CONTRACT_VERSION = 1
-"""Of the contracts of rewards and model families; a plugin says which one it was written for, and one from the future
-is refused by name."""
+"""Version of the contracts of rewards and model families. A plugin says which one it was written for; one from the
+future is refused by name."""
 
 # A hyphen before a letter is part of the name; any other is the minus of a reward spec.
 _WORD = r"[A-Za-z](?:[A-Za-z0-9_]|-(?=[A-Za-z]))*"

@@ -44,7 +44,7 @@ class Capabilities:
     range: tuple[float, float] | None = None
     """Bounds of the scores in native units, where there are any (they may be infinite)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the images or latents that it is given."""
+    """The dtype of the images or latents that it is given."""
     stochastic: bool = False
     """Whether two calls on the same batch may differ."""
     context: bool = False

@@ -17,7 +17,7 @@ from rdm_sdk.types import Denoiser
 PROMPTS = ("a red fox in the snow", "two boats at night", "an old wooden chair", "a bowl of green apples")
 GROUP_SIZE = 2
 LATENT_CHANNELS = 4
-"""Of the made-up latents, and so the width of the made-up teacher's features."""
+"""Channels of the made-up latents, and so the width of the made-up teacher's features."""
 
 
 def example_images(count: int, height: int = 64, width: int = 64, seed: int = 0) -> Tensor:

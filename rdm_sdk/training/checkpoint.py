@@ -140,8 +140,8 @@ def save_state(directory: Path, family: ModelFamily, ema: list[Tensor] | None, s
     (directory / STATE).write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
 
 
-def check(directory: str | Path, own: RunState, rollouts: Path) -> RunState:
-    """Return the run state of a checkpoint after checking that it is whole and belongs to the run whose state is `own`.
+def check(directory: str | Path, mine: RunState, rollouts: Path) -> RunState:
+    """Return the run state of a checkpoint that can be read and belongs to the run whose state is `mine`.
 
     `rollouts` is the file of this process's stored rollouts, which must be there if the run has any.
 
@@ -150,7 +150,7 @@ def check(directory: str | Path, own: RunState, rollouts: Path) -> RunState:
             other rewards, or with (without) a moving average.
     """
     folder = Path(directory)
-    _check_complete(folder, own)
+    _check_complete(folder, mine)
     try:
         state = _read(folder, rollouts)
         with safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -160,8 +160,8 @@ def check(directory: str | Path, own: RunState, rollouts: Path) -> RunState:
             f"cannot resume from {str(folder)!r}: it is damaged ({type(error).__name__}: {error}). Use an earlier "
             "checkpoint."
         ) from error
-    _check_same_networks(folder, state, own, has_ema)
-    for change in check_same_run(state.identity, own.identity, str(folder), state.stored_rollouts):
+    _check_same_networks(folder, state, mine, has_ema)
+    for change in check_same_run(state.identity, mine.identity, str(folder), state.stored_rollouts):
         logger.warning(f"resuming with another {change}")
     return state
 
@@ -202,10 +202,10 @@ def _check_is_checkpoint(folder: Path) -> None:
         )
 
 
-def _check_complete(folder: Path, own: RunState) -> None:
+def _check_complete(folder: Path, mine: RunState) -> None:
     """Raise `CheckpointError` unless the folder has the files of a checkpoint."""
     _check_is_checkpoint(folder)
-    critics = [CRITIC_OPTIMIZER] if len(own.adapters) > 1 else []
+    critics = [CRITIC_OPTIMIZER] if len(mine.adapters) > 1 else []
     missing = [name for name in (*TRAINER_FILES, *critics, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
@@ -233,23 +233,23 @@ def _read(folder: Path, rollouts: Path) -> RunState:
     return state
 
 
-def _check_same_networks(folder: Path, state: RunState, own: RunState, has_ema: bool) -> None:
-    """Raise `CheckpointError` if the checkpoint has other networks or rewards than `own`."""
-    if state.identity.base != own.identity.base:
+def _check_same_networks(folder: Path, state: RunState, mine: RunState, has_ema: bool) -> None:
+    """Raise `CheckpointError` if the checkpoint has other networks or rewards than `mine`."""
+    if state.identity.base != mine.identity.base:
         raise CheckpointError(f"checkpoint {str(folder)!r} was made with another base model; pass the same one")
-    if (state.rewards, state.routes) != (own.rewards, own.routes):
+    if (state.rewards, state.routes) != (mine.rewards, mine.routes):
         raise CheckpointError(
             f"checkpoint {str(folder)!r} was made with the rewards {state.rewards} by the routes {state.routes}; this "
-            f"run has {own.rewards} by {own.routes}. Resume with the same rewards and reward_route"
+            f"run has {mine.rewards} by {mine.routes}. Resume with the same rewards and reward_route"
         )
-    if state.adapters != own.adapters and state.adapters.keys() == own.adapters.keys():
-        role = next(role for role in own.adapters if state.adapters[role] != own.adapters[role])
+    if state.adapters != mine.adapters and state.adapters.keys() == mine.adapters.keys():
+        role = next(role for role in mine.adapters if state.adapters[role] != mine.adapters[role])
         raise CheckpointError(
             f"weights of checkpoint {str(folder)!r} do not fit: its {role!r} has {state.adapters[role]}, this run's "
-            f"{own.adapters[role]}; resume with the same ones (weights trained with another LoRA rank or alpha mean "
+            f"{mine.adapters[role]}; resume with the same ones (weights trained with another LoRA rank or alpha mean "
             "something else)"
         )
-    if has_ema != (own.ema_steps is not None):
+    if has_ema != (mine.ema_steps is not None):
         raise CheckpointError(
             f"checkpoint {str(folder)!r} was made {'with' if has_ema else 'without'} a moving average of the "
             f"student; set ema_decay {'above 0' if has_ema else 'to 0'} to resume from it"
@@ -261,6 +261,6 @@ def load_weights(directory: str | Path, family: ModelFamily) -> dict[int, Tensor
     tensors = load_file(Path(directory) / WEIGHTS)
     for role in family.roles.trainable_roles:
         prefix = f"{role}."
-        own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        family.roles.load_role_state_dict(role, own)
+        mine = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        family.roles.load_role_state_dict(role, mine)
     return {int(name.removeprefix("ema.")): t for name, t in tensors.items() if name.startswith("ema.")}

@@ -365,8 +365,8 @@ class RDMConfig(_KnownSettings):
 
 
 CLIP_RANGES = {"sum": 0.2, "mean": 1e-4}
-"""Of PPO for true ratios (arXiv 1707.06347), and of Flow-GRPO for averaged ones (arXiv 2505.05470), whose logarithms
-are smaller by the number of dimensions."""
+"""PPO's for true ratios (arXiv 1707.06347), and Flow-GRPO's for averaged ones (arXiv 2505.05470), whose logarithms are
+smaller by the number of dimensions."""
 
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:

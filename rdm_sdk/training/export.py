@@ -39,7 +39,7 @@ class StudentInfo:
     stochastic: bool
     """Whether its sampler re-noises."""
     guidance_scale: float
-    """Of the training run."""
+    """The training run's."""
     rewards: Sequence[WeightedReward]
     settings: Mapping[str, object]
     """The settings that differ from the defaults, for the model card."""
@@ -147,8 +147,8 @@ def move_into(staged: Path, target: Path) -> None:
 
 def model_card(family: ModelFamily, info: StudentInfo) -> str:
     """Return the model card: base, method, rewards, settings, and the code that samples the student."""
-    rewards = show_spec([own.term for own in info.rewards])
-    origins = ", ".join(dict.fromkeys(str(own.reward.provenance()["origin"]) for own in info.rewards))
+    rewards = show_spec([reward.term for reward in info.rewards])
+    origins = ", ".join(dict.fromkeys(str(reward.reward.provenance()["origin"]) for reward in info.rewards))
     full = STUDENT in family.roles.copies
     pipeline = type(family.pipeline).__name__
     scheduler = type(family.student_scheduler(info.num_steps, info.shift, info.stochastic)).__name__

@@ -48,9 +48,9 @@ class Monitor:
         for name, error in result.skipped.items():
             logger.warning("reward %r was skipped: %s: %s", name, type(error).__name__, error)
 
-    def reward(self, own: WeightedReward, output: RewardOutput, group_size: int) -> None:
+    def reward(self, judged: WeightedReward, output: RewardOutput, group_size: int) -> None:
         """Take down what a reward said of a micro-batch."""
-        scores, name = output.scores, own.label
+        scores, name = output.scores, judged.label
         valid = scores[~scores.isnan()]
         mean = valid.mean().item()
         self._scores[name].append(mean)
@@ -60,7 +60,7 @@ class Monitor:
         self.log(f"rewards/{name}/zero_std", zero_std_share(scores, group_size))
         if output.magnitude is not None:
             self.log(f"{name}/residual", output.magnitude.mean())
-        if own.route == "advantage":
+        if judged.route == "advantage":
             self.log("frac_reward_zero_std", zero_std_share(scores, group_size))
 
     def pulls(self, pulls: Mapping[str, float]) -> None:

@@ -26,13 +26,13 @@ CRITIC_RATE = 2.0
 
 def critic_settings(args: RDMConfig) -> RDMConfig:
     """Return the settings with the critics' optimizer in the student's place."""
-    own = copy.copy(args)
-    own.learning_rate = CRITIC_RATE * args.learning_rate
+    settings = copy.copy(args)
+    settings.learning_rate = CRITIC_RATE * args.learning_rate
     for name in ("learning_rate", "adam_beta1", "adam_beta2", "weight_decay", "lr_scheduler_type"):
         value = getattr(args, f"critic_{name}")
         if value is not None:
-            setattr(own, name, value)
-    return own
+            setattr(settings, name, value)
+    return settings
 
 
 class CriticOptimizer:
@@ -59,12 +59,12 @@ class CriticOptimizer:
 
     def begin(self, num_training_steps: int) -> None:
         """Start the schedule of a run of so many optimizer steps of the student."""
-        own = self.settings
-        options: Any = own.lr_scheduler_kwargs
+        settings = self.settings
+        options: Any = settings.lr_scheduler_kwargs
         self.schedule = get_scheduler(
-            own.lr_scheduler_type,
+            settings.lr_scheduler_type,
             self.optimizer,
-            own.get_warmup_steps(num_training_steps),
+            settings.get_warmup_steps(num_training_steps),
             num_training_steps,
             options,
         )

@@ -100,8 +100,8 @@ def find_preset(name: str) -> Preset:
 
 def show_preset(name: str) -> str:
     """Return a preset as YAML for `rdm-sdk train --config`."""
-    own = find_preset(name)
-    lines = [f"# {name}: {own.summary}", f"rewards: {own.rewards}"]
-    for key, value in own.settings.items():
+    found = find_preset(name)
+    lines = [f"# {name}: {found.summary}", f"rewards: {found.rewards}"]
+    for key, value in found.settings.items():
         lines.append(f"{key}: {str(value).lower() if isinstance(value, bool) else value}")
     return "\n".join(lines)

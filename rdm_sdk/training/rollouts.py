@@ -226,18 +226,18 @@ def write_rollouts(path: Path, stored: Sequence[Sequence[Experience]]) -> None:
 
     Nothing to write, no file.
     """
-    experiences = [own for together in stored for own in together]
+    experiences = [one for together in stored for one in together]
     if not experiences:
         return
     tensors: dict[str, Tensor] = {}
-    for i, own in enumerate(experiences):
-        tensors |= {f"{i}.{name}": getattr(own, name) for name in _FIELDS}
-        tensors |= {f"{i}.rollout.{name}": getattr(own.rollout, name) for name in _TRAJECTORY}
-        tensors |= {f"{i}.scored.{name}": output.scores for name, output in own.scored.items()}
+    for i, one in enumerate(experiences):
+        tensors |= {f"{i}.{name}": getattr(one, name) for name in _FIELDS}
+        tensors |= {f"{i}.rollout.{name}": getattr(one.rollout, name) for name in _TRAJECTORY}
+        tensors |= {f"{i}.scored.{name}": output.scores for name, output in one.scored.items()}
     metadata = {
-        "prompts": json.dumps([own.prompts for own in experiences]),
-        "uses": json.dumps([own.use for own in experiences]),
-        "scored": json.dumps([list(own.scored) for own in experiences]),
+        "prompts": json.dumps([one.prompts for one in experiences]),
+        "uses": json.dumps([one.use for one in experiences]),
+        "scored": json.dumps([list(one.scored) for one in experiences]),
         "sizes": json.dumps([len(together) for together in stored]),
     }
     with replacing(path) as staged:

@@ -68,7 +68,7 @@ class DistillationStep:
         self.monitor = judge.monitor
         self.processes = Processes() if processes is None else processes
         self.rollouts = Rollouts(judge, settings, self.processes)
-        self.targets = {own.label: own.weight for own in judge.rewards}
+        self.targets = {reward.label: reward.weight for reward in judge.rewards}
         self.weighting = make_weighting("fixed") if weighting is None else weighting
         self.weights = weigh(self.weighting, self.targets, {}, 0)
         """What each reward weighs in this optimizer step."""
@@ -94,11 +94,11 @@ class DistillationStep:
         """
         batches = self.rollouts.critic_samples(turn)
         for samples in batches:
-            for own, role in self.judge.critics:
-                with self.judge.undisturbed(own):
-                    loss = own.reward.training_loss(self.judge.batch(samples, trained=role))
+            for reward, role in self.judge.critics:
+                with self.judge.undisturbed(reward):
+                    loss = reward.reward.training_loss(self.judge.batch(samples, trained=role))
                     yield loss / len(batches)
-                self.monitor.log(f"loss/{own.label}", loss)
+                self.monitor.log(f"loss/{reward.label}", loss)
 
     def end_critics(self) -> None:
         """Average and clip the critics' gradients, before their optimizer steps.
@@ -106,13 +106,13 @@ class DistillationStep:
         Raises:
             RDMError: a gradient is not finite.
         """
-        for own, role in self.judge.critics:
+        for reward, role in self.judge.critics:
             parameters = self.models.parameters_of(role)
             self.processes.average_gradients(parameters)
             norm = nn.utils.clip_grad_norm_(parameters, self.settings.critic_max_grad_norm or torch.inf)
             if not bool(norm.isfinite()):
                 raise RDMError(f"the critic's gradient norm is {norm.item()}; lower critic_learning_rate. {OTHERWISE}")
-            self.monitor.log(f"{own.label}/critic_grad_norm", norm)
+            self.monitor.log(f"{reward.label}/critic_grad_norm", norm)
         self.monitor.spent["critic_steps"] += bool(self.judge.critics)
 
     # ---- Student ------------------------------------------------------------------------------------------------

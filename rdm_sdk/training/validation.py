@@ -23,7 +23,7 @@ from rdm_sdk.training.weighting import ANCHOR, Weighting, make_weighting
 
 def critic_roles(rewards: Sequence[RunReward]) -> list[str]:
     """Return the roles that the rewards train, in order, each once."""
-    return list(dict.fromkeys(own.capabilities.trains for own in rewards if own.capabilities.trains))
+    return list(dict.fromkeys(reward.capabilities.trains for reward in rewards if reward.capabilities.trains))
 
 
 def role_configs(
@@ -48,7 +48,7 @@ def role_configs(
             check_lora_config(lora, argument)
     student = peft_config or LoraConfig(r=16, lora_alpha=16)
     critic = fake_peft_config or student
-    heads = {own.capabilities.trains for own in rewards if own.capabilities.head}
+    heads = {reward.capabilities.trains for reward in rewards if reward.capabilities.head}
     configs: dict[str, LoraConfig | None] = {STUDENT: None if args.student_weights == "full" else student}
     for role in critic_roles(rewards):
         if role not in heads:
@@ -86,7 +86,7 @@ def check_run(
 ) -> None:
     """Raise `ConfigError` or `DataError` for what cannot work together, before the base is loaded."""
     _check_trackers(args)
-    if not any(own.weight for own in rewards):
+    if not any(reward.weight for reward in rewards):
         raise ConfigError("every reward has weight 0, so nothing would be learned; give one a weight other than 0")
     if weighting is not None and (isinstance(weighting, type) or not isinstance(weighting, Weighting)):
         raise ConfigError(
@@ -100,14 +100,14 @@ def check_run(
             f"weighting={args.weighting!r} weighs rewards against {ANCHOR!r}, and this run has none with a weight; add "
             f"it to the rewards, such as '{ANCHOR} + 0.5*...', or use weighting='fixed'"
         )
-    scored = [own.label for own in rewards if own.weight and own.route == "advantage"]
+    scored = [reward.label for reward in rewards if reward.weight and reward.route == "advantage"]
     if scored and args.num_random_steps == 0:
         raise ConfigError(
             f"reward {scored[0]!r} acts through its scores, on the random steps of the sampler, and a student with "
             f"num_inference_steps={args.num_inference_steps} and sampler={args.sampler!r} has none; use more steps, a "
             "random sampler, or a reward that acts by its gradient"
         )
-    compared = [own for own in rewards if own.weight and not own.differentiated]
+    compared = [reward for reward in rewards if reward.weight and not reward.differentiated]
     if compared and args.num_generations == 1:
         why = "has no gradient" if compared[0].capabilities.gradient == "none" else "acts by its scores"
         raise ConfigError(
@@ -119,18 +119,18 @@ def check_run(
             raise ConfigError(f"a reward declares trains={role!r}, which is not a critic's; give its role another name")
     if critic_roles(rewards) and args.critic_steps == 0:
         raise ConfigError("critic_steps=0 would leave the critics of the rewards untrained; use at least 1")
-    grouped = [own.label for own in rewards if own.capabilities.scope == "group"]
+    grouped = [reward.label for reward in rewards if reward.capabilities.scope == "group"]
     if grouped and args.num_generations == 1:
         raise ConfigError(
             f"reward {grouped[0]!r} compares the samples of one prompt, and num_generations=1 leaves nothing to "
             "compare with; use at least 2"
         )
-    for own in rewards:
+    for reward in rewards:
         for argument, dataset in datasets.items():
-            for column in own.capabilities.columns:
+            for column in reward.capabilities.columns:
                 if dataset is not None and column not in dataset.column_names:
                     raise DataError(
-                        f"reward {own.label!r} needs a column {column!r}, and {argument} has none."
+                        f"reward {reward.label!r} needs a column {column!r}, and {argument} has none."
                         f"{nearest(column, dataset.column_names)} It has: {', '.join(dataset.column_names)}"
                     )
 

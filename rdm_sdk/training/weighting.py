@@ -111,7 +111,7 @@ class BalanceConfig(FixedConfig):
     """Options of `balance`."""
 
     decay: float = Field(default=0.9, ge=0, lt=1)
-    """Of the moving averages of the pulls."""
+    """Decay of the moving averages of the pulls."""
     max_weight: float = Field(default=100.0, gt=0)
     """No weight grows beyond this."""
 
@@ -132,9 +132,9 @@ class Balance(Fixed):
         anchor = abs(targets[ANCHOR]) * self._state.get(f"pull/{ANCHOR}", 0.0)
         scales = {}
         for name, target in others.items():
-            own = self._state.get(f"pull/{name}", 0.0)
+            pull = self._state.get(f"pull/{name}", 0.0)
             # A reward that does not pull yet (all its groups constant) has no share to give.
-            scales[name] = min(anchor / own, self.config.max_weight / abs(target)) if own > 0 else 0.0
+            scales[name] = min(anchor / pull, self.config.max_weight / abs(target)) if pull > 0 else 0.0
         return scales
 
 

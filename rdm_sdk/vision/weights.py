@@ -24,9 +24,9 @@ class PretrainedConfig(RewardConfig):
     path: str | None = None
     """A hub id or a local path to load from, instead of the reward's own hub id."""
     revision: str | None = None
-    """Of the hub repository: a branch, a tag or a commit."""
+    """Revision of the hub repository: a branch, a tag or a commit."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the model's weights; preprocessing and scores are float32 in any case."""
+    """Dtype of the model's weights; preprocessing and scores are float32 in any case."""
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -149,8 +149,8 @@ def load_checked(module: nn.Module, tensors: Mapping[str, Tensor], what: str) ->
     Raises:
         RewardError: names are missing or too many, or shapes differ; the first few of each are named.
     """
-    own = module.state_dict()
-    missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    expected = module.state_dict()
+    missing, surplus = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or surplus:
         hint = nearest(missing[0], surplus) if missing else ""
         raise RewardError(
@@ -158,10 +158,10 @@ def load_checked(module: nn.Module, tensors: Mapping[str, Tensor], what: str) ->
             f"is it another model's?{hint}"
         )
     for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
+        if tensor.shape != expected[name].shape:
             raise RewardError(
                 f"the checkpoint of {what} does not fit: {name!r} has shape {list(tensor.shape)}, expected "
-                f"{list(own[name].shape)}; is it another model's?"
+                f"{list(expected[name].shape)}; is it another model's?"
             )
     module.load_state_dict(dict(tensors))
 

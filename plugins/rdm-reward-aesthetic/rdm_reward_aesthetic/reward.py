@@ -37,11 +37,11 @@ class AestheticScore(Reward):
         path: str | None = None
         """The head: a local file, or a folder or hub id that holds it under its original name. v1 needs it."""
         revision: str | None = None
-        """Of the head's hub repository."""
+        """Revision of the head's hub repository."""
         clip_path: str = CLIP_HUB
         """A hub id or local folder with the CLIP that the head was trained on, in `transformers` format."""
         clip_revision: str | None = None
-        """Of the CLIP's hub repository."""
+        """Revision of the CLIP's hub repository."""
 
     name = "aesthetic"
     capabilities = Capabilities(space="pixel", gradient="autograd", parameters=428_544_482)

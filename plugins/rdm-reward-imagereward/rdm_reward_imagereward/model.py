@@ -42,7 +42,7 @@ BLIP_LARGE: dict[str, dict[str, Any]] = {
 """BLIP-L as ImageReward has it, in the terms of `transformers.BlipConfig`."""
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-"""Of the raw scores, as published with the weights; the score is standardized by them."""
+"""Mean and deviation of the raw scores, as published with the weights; the score is standardized by them."""
 
 _HEAD_WIDTHS = (1024, 128, 64, 16, 1)
 _HEAD_LAYERS = ("0", "2", "4", "6", "7")  # those between are dropout

@@ -9,7 +9,7 @@ from rdm_sdk import Capabilities, Reward, RewardBatch, RewardConfig
 from rdm_sdk.vision import ImageTransform, PretrainedConfig, find_file
 
 MAX_TOKENS = 35
-"""Of a prompt with [CLS] and [SEP]; the model was trained on prompts cut and padded to this length."""
+"""Tokens of a prompt with [CLS] and [SEP]; the model was trained on prompts cut and padded to this length."""
 
 
 class ImageReward(Reward):

@@ -31,7 +31,7 @@ class VlmJudge(Reward):
 
     class Config(PretrainedConfig):
         dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-        """Of the model's weights; scores come in steps of up to .03 in bfloat16."""
+        """Dtype of the model's weights; scores come in steps of up to .03 in bfloat16."""
         question: str = 'Does this figure show "{prompt}"? Please answer yes or no.'
         """What the model is asked; {prompt} stands for the prompt."""
         batch_size: int = Field(default=8, ge=1)
