@@ -32,7 +32,7 @@ class RewardError(RDMError):
     """A reward that is unknown, misused or returned something unusable."""
 
 
-def said(error: BaseException) -> str:
+def described(error: BaseException) -> str:
     """Return an exception as "Type: message (file.py, line 12)", the place being where it was raised.
 
     Of long messages, such as those that hold a printed network, the two ends are kept.

@@ -16,7 +16,7 @@ from typing import Any
 import pluggy
 
 from rdm_sdk._version import __version__
-from rdm_sdk.errors import nearest, said
+from rdm_sdk.errors import described, nearest
 from rdm_sdk.plugins import hookspecs
 from rdm_sdk.plugins.records import BUILTIN, KNOWN_PLUGINS, Entry, Plugin, normalized
 
@@ -49,7 +49,7 @@ def _load(plugin: Plugin, load: Any) -> None:
     try:
         module = load()
     except (Exception, SystemExit) as error:
-        plugin.fail(f"it cannot be imported: {said(error)}", error)
+        plugin.fail(f"it cannot be imported: {described(error)}", error)
         return
     try:
         manager.register(module, plugin.key)
@@ -81,7 +81,7 @@ def _load(plugin: Plugin, load: Any) -> None:
         try:
             getattr(manager.hook, hook)(register=register)
         except Exception as error:
-            plugin.fail(f"its hook {hook} raised {said(error)}", error)
+            plugin.fail(f"its hook {hook} raised {described(error)}", error)
 
 
 def _explain(error: pluggy.PluginValidationError, known: list[str]) -> str:

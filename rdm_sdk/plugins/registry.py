@@ -15,7 +15,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from rdm_sdk.errors import ConfigError, ModelError, RDMError, RewardError, nearest, said
+from rdm_sdk.errors import ConfigError, ModelError, RDMError, RewardError, described, nearest
 from rdm_sdk.plugins import hookspecs
 from rdm_sdk.plugins.loading import distribution_of, load_plugins
 from rdm_sdk.plugins.records import BUILTIN, KNOWN_PLUGINS, Entry, Plugin, normalized
@@ -160,7 +160,7 @@ def _imported(entry: Entry, what: str, kind: type[RDMError]) -> Any:
         return getattr(import_module(module), attribute)
     except Exception as error:
         raise kind(
-            f"{what} of {entry.distribution} cannot be imported from {entry.target!r}: {said(error)}. Repair or "
+            f"{what} of {entry.distribution} cannot be imported from {entry.target!r}: {described(error)}. Repair or "
             f"upgrade {entry.distribution}."
         ) from error
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from rdm_sdk.errors import RDMError, said
+from rdm_sdk.errors import RDMError, described
 
 
 class ContractError(AssertionError):
@@ -95,7 +95,7 @@ def _outcome(check: Check, subject: object, noun: str) -> CheckResult:
     except AssertionError as error:
         return CheckResult(check.name, "failed", str(error), error.__cause__)
     except Exception as error:
-        message = f"the {noun} raised {said(error)}. It promises: {check.promise}"
+        message = f"the {noun} raised {described(error)}. It promises: {check.promise}"
         return CheckResult(check.name, "failed", message, error)
     if remark is None:
         return CheckResult(check.name, "passed", "")
@@ -187,7 +187,7 @@ class advising:  # noqa: N801 - reads as a statement
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, AssertionError):
-            text = str(error) if isinstance(error, RDMError) else said(error)
+            text = str(error) if isinstance(error, RDMError) else described(error)
             raise AssertionError(f"{text.rstrip('. ')}. {self.advice}") from error
 
 
