@@ -12,7 +12,8 @@ from typing import Any, get_origin, get_type_hints
 
 import yaml
 from peft import LoraConfig
-from transformers.hf_argparser import HfArgumentParser, string_to_bool
+from transformers.hf_argparser import string_to_bool
+from trl.scripts.utils import TrlParser
 
 from rdm_sdk import digits
 from rdm_sdk.cli.console import Parser, one_line
@@ -150,8 +151,8 @@ def _made(kind: Any, values: Mapping[str, Any]) -> Any:
         raise ConfigError(one_line(error)) from error
 
 
-class _RunParser(Parser, HfArgumentParser):
-    """A flag for every field of some dataclasses, and their values from YAML."""
+class _RunParser(Parser, TrlParser):
+    """TRL's parser of flags and YAML, with values of YAML checked as those of flags are."""
 
     def converted(self, content: Mapping[str, Any]) -> dict[str, Any]:
         """Return settings of a YAML file as their flags would have them.
