@@ -1,8 +1,8 @@
 """Distribution matching on a teacher in closed form, where the student's true KL divergence can be measured.
 
-    OMP_NUM_THREADS=1 python benchmarks/mixture.py --out benchmarks/results    # every cell, five seeds: 30 minutes
+    OMP_NUM_THREADS=1 python benchmarks/mixture.py --out benchmarks/results    # every cell, five seeds; resumable
     python benchmarks/mixture.py --only dmd2 gndm                              # some cells
-    python benchmarks/mixture.py --smoke                                       # half a minute, to see that it runs
+    python benchmarks/mixture.py --smoke                                       # one short run each, to see that it runs
 
 The teacher is a Gaussian mixture per prompt, with its exact posterior mean as the denoiser; student and critic are
 small networks that start as its approximation. The step is the package's (`DistillationStep`): only the networks and

@@ -3,7 +3,7 @@
     python benchmarks/study/study.py run                  # all cells, five seeds, two processes; hours; resumable
     python benchmarks/study/study.py run --only gndm "dmd2*" --seeds 5 6 7 8 9      # to confirm a comparison
     python benchmarks/study/study.py report               # docs/study.md and its plots, from the raw results
-    python benchmarks/study/study.py run --smoke --out build/study                  # a minute, to see that it runs
+    python benchmarks/study/study.py run --smoke --out build/study                  # to see that it runs
     python benchmarks/study/study.py report --out build/study
 
 Every run trains one student on the embedded teacher and judges 1,000 of its samples, made from the same noise for all
