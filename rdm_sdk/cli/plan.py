@@ -25,7 +25,7 @@ class PlanArguments:
 
 def run(arguments: Sequence[str]) -> int:
     """Print the plan, and what would help where it does not fit; return the exit status."""
-    from rdm_sdk.cli.run import parse_run
+    from rdm_sdk.cli.run_arguments import parse_run
     from rdm_sdk.planning.advice import Run, advise, show_advice
     from rdm_sdk.planning.plan import GB, Planner
 

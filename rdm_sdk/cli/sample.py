@@ -37,7 +37,7 @@ def run(arguments: Sequence[str]) -> int:
 def _draw(model: str, student: Path, prompts: Sequence[str], seed: int, given: dict[str, Any], output: Path) -> Path:
     import torch
 
-    from rdm_sdk.cli.run import base_path
+    from rdm_sdk.cli.run_arguments import base_path
     from rdm_sdk.families.load import load_pipeline
     from rdm_sdk.training.export import CALL, load_student
     from rdm_sdk.training.pictures import image_grid

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rdm_sdk.errors import CheckpointError, ConfigError
+from rdm_sdk.errors import ConfigError
 
 if TYPE_CHECKING:
     from rdm_sdk.training.config import RDMConfig
@@ -16,7 +16,7 @@ HELP = "train a student: --config run.yaml and any setting as a flag; 'train --h
 
 def run(arguments: Sequence[str]) -> int:
     """Train, and save the student."""
-    from rdm_sdk.cli.run import parse_run
+    from rdm_sdk.cli.run_arguments import parse_run
     from rdm_sdk.training.trainer import RDMTrainer
     from rdm_sdk.training.validation import check_writable
 
@@ -43,16 +43,17 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _check_checkpoint(config: RDMConfig) -> None:
-    """Raise `CheckpointError` if `resume_from_checkpoint` names a folder that does not exist."""
+    """Raise `CheckpointError` if `resume_from_checkpoint` names a folder that is no checkpoint."""
     from rdm_sdk.training.checkpoint import chosen
+    from rdm_sdk.training.checkpoint_folders import read_manifest
 
     folder = chosen(config.resume_from_checkpoint)
-    if isinstance(folder, str) and not Path(folder).is_dir():
-        raise CheckpointError(f"cannot resume: there is no folder {folder!r}")
+    if not isinstance(folder, bool):
+        read_manifest(Path(folder))
 
 
 def _how_to_go_on(config: RDMConfig) -> str:
-    from rdm_sdk.training.folders import checkpoints_in
+    from rdm_sdk.training.checkpoint_folders import checkpoints_in
 
     found = checkpoints_in(Path(str(config.output_dir)))
     if not found:

@@ -14,7 +14,7 @@ from rdm_sdk.planning.rehearsal import Rehearsal, Tape
 from rdm_sdk.rewards.evaluate import samples_at_a_time
 from rdm_sdk.rewards.resolve import RunReward, carried_back
 from rdm_sdk.training.config import RDMConfig
-from rdm_sdk.training.order import is_guided, judged_at_endpoints, judged_at_replay, steps_stored
+from rdm_sdk.training.step_rules import is_guided, judged_at_endpoints, judged_at_replay, steps_stored
 
 FLOAT32 = 4
 """Bytes."""

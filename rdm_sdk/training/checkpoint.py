@@ -1,8 +1,8 @@
 """Training state beyond what Trainer saves: the roles' weights, the moving average and the counters.
 
 A checkpoint folder is an export (see `export.py`) plus Trainer's own files plus `rdm_state.safetensors`,
-`rdm_state.json` and, where there are critics, `critic_optimizer.pt`; `folders.py` says when it is whole. On resume all
-of it is checked before anything is loaded.
+`rdm_state.json` and, where there are critics, `critic_optimizer.pt`; `checkpoint_folders.py` says when it is whole. On
+resume all of it is checked before anything is loaded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rdm_sdk.errors import CheckpointError
 from rdm_sdk.families.base import ModelFamily
-from rdm_sdk.training.folders import newest_whole, verify
+from rdm_sdk.training.checkpoint_folders import newest_whole, verify
 from rdm_sdk.training.identity import RunIdentity, check_same_run
 from rdm_sdk.training.models import RunModels
 from rdm_sdk.training.rollouts import read_rollouts

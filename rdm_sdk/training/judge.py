@@ -18,10 +18,10 @@ from rdm_sdk.rewards.context import DiffusionContext, Times
 from rdm_sdk.rewards.evaluate import evaluate_rewards
 from rdm_sdk.rewards.resolve import WeightedReward, carried_back
 from rdm_sdk.rewards.tilt import tilted
+from rdm_sdk.training.method_settings import MethodSettings
 from rdm_sdk.training.models import Models, forked
 from rdm_sdk.training.monitor import Monitor
-from rdm_sdk.training.order import judged_at_endpoints, judged_at_replay, uses_advantages, uses_fields
-from rdm_sdk.training.settings import MethodSettings
+from rdm_sdk.training.step_rules import judged_at_endpoints, judged_at_replay, uses_advantages, uses_fields
 from rdm_sdk.types import Condition, Denoiser, Experience, RewardOutput, Samples
 
 logger = logging.getLogger(__name__)

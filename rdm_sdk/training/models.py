@@ -23,8 +23,8 @@ from rdm_sdk.method.noise import FlowSchedule
 from rdm_sdk.method.sampling import FewStepPolicy, sample, sample_each_step
 from rdm_sdk.rewards.context import DiffusionContext
 from rdm_sdk.training.data import PromptCache
-from rdm_sdk.training.order import is_guided
-from rdm_sdk.training.settings import MethodSettings
+from rdm_sdk.training.method_settings import MethodSettings
+from rdm_sdk.training.step_rules import is_guided
 from rdm_sdk.types import Condition, Denoiser
 
 

@@ -22,9 +22,9 @@ from rdm_sdk.method.draws import draw_steps
 from rdm_sdk.method.importance import truncated_weights
 from rdm_sdk.method.sampling import StudentOf, plan_steps, redraw, replay_log_ratio, rollout, state_log_ratio
 from rdm_sdk.training.judge import Judge
-from rdm_sdk.training.order import steps_stored
+from rdm_sdk.training.method_settings import MethodSettings
 from rdm_sdk.training.processes import Processes
-from rdm_sdk.training.settings import MethodSettings
+from rdm_sdk.training.step_rules import steps_stored
 from rdm_sdk.types import Condition, Experience, RewardOutput, Rollout, Samples, select, select_steps
 
 Window = Sequence[dict[str, Any]]

@@ -15,9 +15,9 @@ from rdm_sdk.method.noise import per_sample
 from rdm_sdk.method.objective import aggregate, combine, normalize, policy_loss, policy_pull
 from rdm_sdk.method.sampling import replay_log_ratio
 from rdm_sdk.training.judge import Judge
+from rdm_sdk.training.method_settings import MethodSettings
 from rdm_sdk.training.processes import Processes
 from rdm_sdk.training.rollouts import Rollouts, Window
-from rdm_sdk.training.settings import MethodSettings
 from rdm_sdk.training.weighting import Weighting, make_weighting, weigh
 from rdm_sdk.types import Experience, RewardOutput
 

@@ -27,11 +27,11 @@ from rdm_sdk.training.export import save_student, student_info
 from rdm_sdk.training.finished import look, score_finished
 from rdm_sdk.training.interrupt import SaveOnSignal
 from rdm_sdk.training.judge import Judge, add_run_roles
-from rdm_sdk.training.keeper import RunKeeper
 from rdm_sdk.training.models import RunModels
 from rdm_sdk.training.optimizers import CriticOptimizer, critic_optimizer, restart_rates
 from rdm_sdk.training.pictures import image_grid
 from rdm_sdk.training.processes import Processes
+from rdm_sdk.training.run_keeper import RunKeeper
 from rdm_sdk.training.step import DistillationStep
 from rdm_sdk.training.validation import check_arguments, check_hosted, check_run, check_same_plugins, role_configs
 from rdm_sdk.training.weighting import Weighting, make_weighting

@@ -7,6 +7,8 @@ import yaml
 from PIL import Image
 
 from rdm_sdk.cli.main import main
+from rdm_sdk.training.checkpoint import chosen
+from rdm_sdk.training.checkpoint_folders import MANIFEST, Manifest
 
 
 @pytest.fixture
@@ -57,8 +59,8 @@ class Seen:
         self.model, self.rewards, self.args, self.prompts, self.loras = model, reward_funcs, args, train_dataset, loras
         return self
 
-    def train(self, resume_from_checkpoint):
-        self.checkpoint = resume_from_checkpoint
+    def train(self):
+        self.checkpoint = chosen(self.args.resume_from_checkpoint)
         if self.stop:
             raise KeyboardInterrupt
 
@@ -72,10 +74,10 @@ def seen(monkeypatch):
 
 
 def checkpoint_in(folder):
-    """Make what `find` takes for a checkpoint."""
+    """Make what looks like a checkpoint."""
     made = folder / "checkpoint-3"
     made.mkdir(parents=True)
-    (made / "rdm_state.json").write_text("{}")
+    (made / MANIFEST).write_text(Manifest("a run", 3, {}).text())
     return str(made)
 
 
@@ -139,9 +141,9 @@ def test_a_run_is_resumed(given, seen, run_file, tmp_path):
     name = {"checkpoint": folder, "in the file": None}.get(given, given)
     flags = [] if name is None else ["--resume_from_checkpoint", name]
     assert main(["train", "--config", str(run_file), *flags]) == 0
-    assert seen.checkpoint == folder
+    assert seen.checkpoint == (folder if given == "checkpoint" else True)
     assert main(["train", "--config", str(run_file), "--resume_from_checkpoint", "false"]) == 0
-    assert seen.checkpoint is None
+    assert seen.checkpoint is False
 
 
 @pytest.mark.parametrize("saved", [True, False])

@@ -11,7 +11,7 @@ import yaml
 
 from rdm_sdk import RDMConfig, digits
 from rdm_sdk.cli.main import main
-from rdm_sdk.cli.run import RunArguments, parse_run
+from rdm_sdk.cli.run_arguments import RunArguments, parse_run
 from rdm_sdk.planning.plan import MemoryPlan, Planner
 
 FIELDS = {s.name: s for kind in (RunArguments, RDMConfig) for s in dataclasses.fields(kind) if s.init}

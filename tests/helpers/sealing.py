@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rdm_sdk.training import folders
+from rdm_sdk.training import checkpoint_folders
 
 
 def seal(checkpoint: Path, step: int = 1) -> None:
     """Write a checkpoint's manifest anew, as if it had been written as it is now."""
-    run = json.loads((checkpoint / folders.MANIFEST).read_text())["run"]
-    (checkpoint / folders.MANIFEST).unlink()
-    folders._seal(checkpoint, run, step)
+    run = json.loads((checkpoint / checkpoint_folders.MANIFEST).read_text())["run"]
+    (checkpoint / checkpoint_folders.MANIFEST).unlink()
+    checkpoint_folders._seal(checkpoint, run, step)

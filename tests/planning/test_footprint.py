@@ -258,7 +258,7 @@ def test_what_is_kept_is_what_autograd_saves(kind: str, folders: Path) -> None:
     real, _ = prepared(load_family(folders / kind, torch.float32))
     family = real.family
     known = {t.untyped_storage()._cdata for t in (*family.backbone.parameters(), *family.backbone.buffers())}
-    condition, (x_t, sigma) = real.condition(count), real._samples(count)
+    condition, x_t, sigma = real._inputs(count)
     known |= {t.untyped_storage()._cdata for t in (x_t, sigma, *condition.values())}
     saved: dict[int, int] = {}
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rdm_sdk import CheckpointError, RDMTrainer
-from rdm_sdk.training import folders
+from rdm_sdk.training import checkpoint_folders
 
 Make = Callable[..., RDMTrainer]
 SAVING = {"save_strategy": "steps", "save_steps": 1, "ema_decay": 0.9}
@@ -57,9 +57,15 @@ DAMAGES: dict[str, Callable[[Path, Path], object]] = {
 def test_every_damage_to_every_file_is_seen(copied: Path) -> None:
     """The latest whole checkpoint is then the one before, and the reason names the folder."""
     newest, before = copied / "checkpoint-2", copied / "checkpoint-1"
-    assert folders.newest_whole(copied) == (newest, [])
+    assert checkpoint_folders.newest_whole(copied) == (newest, [])
     names = files_of(newest)
-    assert {"rng_state.pth", "optimizer.pt", "critic_optimizer.pt", "trainer_state.json", folders.MANIFEST} <= {*names}
+    assert {
+        "rng_state.pth",
+        "optimizer.pt",
+        "critic_optimizer.pt",
+        "trainer_state.json",
+        checkpoint_folders.MANIFEST,
+    } <= {*names}
     unseen = []
     for name in names:
         good = (newest / name).read_bytes()
@@ -67,12 +73,12 @@ def test_every_damage_to_every_file_is_seen(copied: Path) -> None:
             apply(newest / name, before / name)
             if (newest / name).exists() and (newest / name).read_bytes() == good:
                 continue  # the same in both steps, such as the scheduler's settings
-            found, skipped = folders.newest_whole(copied)
+            found, skipped = checkpoint_folders.newest_whole(copied)
             if found != before or "checkpoint-2" not in skipped[0]:
                 unseen.append((name, damage))
             (newest / name).write_bytes(good)
     assert unseen == []
-    assert folders.newest_whole(copied) == (newest, [])
+    assert checkpoint_folders.newest_whole(copied) == (newest, [])
 
 
 def test_the_newest_whole_checkpoint_is_taken(
@@ -93,8 +99,8 @@ def test_the_newest_whole_checkpoint_is_taken(
     assert "checkpoint-2': optimizer.pt changed" in said
     assert "going on from" in said
     assert not list(copied.glob(".*"))
-    assert folders.newest_whole(copied)[0] == copied / "checkpoint-3"
-    folders.verify(copied / "checkpoint-2")  # written anew in the place of the damaged one
+    assert checkpoint_folders.newest_whole(copied)[0] == copied / "checkpoint-3"
+    checkpoint_folders.verify(copied / "checkpoint-2")  # written anew in the place of the damaged one
 
 
 @pytest.mark.usefixtures("no_training")
@@ -178,6 +184,6 @@ def test_a_failed_write_leaves_what_stood(make_trainer: Make, copied: Path, monk
     monkeypatch.setattr(trainer, "_save_rng_state", full)
     with pytest.raises(CheckpointError, match=r"checkpoint-3 could not be written.*No space left.*make room"):
         trainer.train(resume_from_checkpoint=True)
-    assert folders.newest_whole(copied) == (copied / "checkpoint-2", [])
+    assert checkpoint_folders.newest_whole(copied) == (copied / "checkpoint-2", [])
     assert not list(copied.glob(".*"))
     assert all((copied / "checkpoint-2" / name).read_bytes() == content for name, content in kept.items())

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from rdm_sdk.training import folders
+from rdm_sdk.training import checkpoint_folders
 
 STEPS = 12
 PROGRAM = """
@@ -81,10 +81,10 @@ def test_a_stopped_run_saves_and_goes_on(uninterrupted: Path, tmp_path: Path, nu
     process.send_signal(number)
     _, errors = process.communicate(timeout=100)
     assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGINT), errors
-    newest, skipped = folders.newest_whole(tmp_path)
+    newest, skipped = checkpoint_folders.newest_whole(tmp_path)
     assert newest is not None
     assert skipped == []
-    assert f"stopped by {number.name} after optimizer step {folders.step_of(newest)}" in errors
+    assert f"stopped by {number.name} after optimizer step {checkpoint_folders.step_of(newest)}" in errors
     assert "--resume_from_checkpoint latest" in errors
     finish(tmp_path)
     assert same_end(uninterrupted, tmp_path)
@@ -103,7 +103,7 @@ def test_twenty_kills(uninterrupted: Path, tmp_path: Path, number: signal.Signal
         process.send_signal(number)
         process.communicate(timeout=100)
         stopped += 1
-        assert folders.newest_whole(tmp_path)[1] == []
+        assert checkpoint_folders.newest_whole(tmp_path)[1] == []
     finish(tmp_path)
     assert same_end(uninterrupted, tmp_path)
     assert stopped >= 10

@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
 from rdm_sdk.errors import CheckpointError
-from rdm_sdk.training import checkpoint, folders
+from rdm_sdk.training import checkpoint, checkpoint_folders
 from rdm_sdk.training.config import RDMConfig
 from rdm_sdk.training.export import move_into
 from rdm_sdk.training.identity import RunIdentity, prompts_digest, run_settings
@@ -68,7 +68,7 @@ class RunKeeper:
                 another run.
         """
         if self.args.should_save:
-            folders.clean(self.output_dir)
+            checkpoint_folders.clean(self.output_dir)
         self.wait()
         folder, self._found = checkpoint.find(wanted, self.output_dir), None
         if folder is not None:
@@ -76,7 +76,7 @@ class RunKeeper:
             self._found = checkpoint.check(folder, mine, rollouts_path(folder, self.args.process_index))
             self.identity = replace(self.identity, run=self._found.identity.run)
         if self.args.save_strategy != SaveStrategy.NO:
-            folders.refuse_other_runs(self.output_dir, self.identity.run)
+            checkpoint_folders.refuse_other_runs(self.output_dir, self.identity.run)
         return folder
 
     def restore(self, folder: str) -> None:
@@ -107,13 +107,15 @@ class RunKeeper:
         Older checkpoints that are too many go then.
         """
         step, save = state.global_step, self.args.should_save
-        with folders.writing(output_dir, step, self.identity.run, save, self.wait) as folder:
+        with checkpoint_folders.writing(output_dir, step, self.identity.run, save, self.wait) as folder:
             yield folder
             if state.best_global_step == step and save:
                 state.best_model_checkpoint = str(output_dir / f"checkpoint-{step}")  # where it will be
                 state.save_to_json(str(folder / f"checkpoint-{step}" / TRAINER_STATE_NAME))
         if save:
-            folders.rotate(output_dir, self.identity.run, self.args.save_total_limit, [state.best_model_checkpoint])
+            checkpoint_folders.rotate(
+                output_dir, self.identity.run, self.args.save_total_limit, [state.best_model_checkpoint]
+            )
 
     def write_state(self, target: Path) -> None:
         """Write what a checkpoint keeps beside the export and Trainer's own files; each process its own rollouts."""

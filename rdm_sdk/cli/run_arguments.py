@@ -12,7 +12,6 @@ from typing import Any, get_origin, get_type_hints
 
 import yaml
 from peft import LoraConfig
-from transformers.hf_argparser import string_to_bool
 from trl.scripts.utils import TrlParser
 
 from rdm_sdk import digits
@@ -179,12 +178,8 @@ def _converted(action: argparse.Action, value: Any, takes_list: bool) -> Any:
     return [_one(action, value)] if action.nargs == "+" else _one(action, value)
 
 
-_WANTED: dict[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    string_to_bool: "true or false",
-}
+_WANTED = {"int": "a whole number", "float": "a number", "str": "a text", "string_to_bool": "true or false"}
+"""What a flag takes, by the name of the function that reads it."""
 
 
 def _one(action: argparse.Action, value: Any) -> Any:
@@ -201,7 +196,11 @@ def _one(action: argparse.Action, value: Any) -> Any:
     except (ValueError, argparse.ArgumentTypeError):
         fits = False
     if not fits:
-        wanted = f"one of {', '.join(map(str, choices))}" if choices else _WANTED.get(kind, "what its flag takes")
+        wanted = (
+            f"one of {', '.join(map(str, choices))}"
+            if choices
+            else _WANTED.get(getattr(kind, "__name__", ""), "what its flag takes")
+        )
         meant = nearest(str(value), map(str, choices or ()))
         raise ConfigError(f"{action.dest}={value!r} cannot be used; it must be {wanted}{meant and '.' + meant}")
     return made

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.rewards.resolve import RunReward
-from rdm_sdk.training.settings import MethodSettings
+from rdm_sdk.training.method_settings import MethodSettings
 
 SomeReward = TypeVar("SomeReward", bound=RunReward)
 

@@ -158,7 +158,7 @@ def verify(folder: Path) -> Manifest:
     Raises:
         CheckpointError: a file is missing, was changed, or does not belong here.
     """
-    manifest = _read(folder)
+    manifest = read_manifest(folder)
     if step_of(folder) >= 0 and step_of(folder) != manifest.step:
         raise _damaged(folder, f"it was written as checkpoint-{manifest.step}")
     found = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
@@ -201,12 +201,17 @@ def refuse_other_runs(output_dir: Path, run: str) -> None:
 
 def _manifest_or_none(folder: Path) -> Manifest | None:
     try:
-        return _read(folder)
+        return read_manifest(folder)
     except CheckpointError:
         return None
 
 
-def _read(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
+    """Return a checkpoint's manifest, without looking at the files that it names.
+
+    Raises:
+        CheckpointError: the folder has none that is intact, so it is no whole checkpoint.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"cannot resume: there is no folder {str(folder)!r}")
     path = folder / MANIFEST
