@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 from peft import LoraConfig
@@ -163,17 +163,16 @@ class _RunParser(Parser, TrlParser):
         check_known([str(key) for key in content], names)
         actions = {action.dest: action for action in reversed(self._actions)}
         hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
-        return {
-            name: _converted(actions[name], value, takes_list="list[" in str(hints[name]))
-            for name, value in content.items()
-        }
+        return {name: _converted(actions[name], value, str(hints[name])) for name, value in content.items()}
 
 
-def _converted(action: argparse.Action, value: Any, takes_list: bool) -> Any:
-    """Return a value of YAML as the flag of an action would have it."""
+def _converted(action: argparse.Action, value: Any, hint: str) -> Any:
+    """Return a value of YAML as the flag of an action would have it; `hint` is the setting's type."""
     if value is None and action.default is None:
         return None
-    if isinstance(value, list) and takes_list:
+    if isinstance(value, dict) and "dict[" in hint and action.type is not str:
+        return value  # where the type is str, the flag reads JSON, and so does the setting
+    if isinstance(value, list) and "list[" in hint:
         return [_one(action, part) for part in value]
     return [_one(action, value)] if action.nargs == "+" else _one(action, value)
 
@@ -186,8 +185,6 @@ def _one(action: argparse.Action, value: Any) -> Any:
     """Return a single value of YAML as the flag of an action would have it."""
     kind: Any = action.type
     choices: Any = action.choices
-    if get_origin(kind) is dict and isinstance(value, dict):
-        return value
     if isinstance(value, bool) and choices and "no" in choices:
         value = "yes" if value else "no"  # YAML reads a bare `no` as false
     try:
