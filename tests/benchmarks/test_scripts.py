@@ -105,6 +105,7 @@ def test_reward_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "runs.jsonl").read_text(encoding="utf-8") == rows
 
 
+@pytest.mark.slow
 def test_digits_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Classifier, VAE and teacher are trained and saved as a pipeline; a second call trains none of them again."""
     module = run(monkeypatch, "digits_teacher", "--smoke", "--out", tmp_path)
@@ -125,6 +126,7 @@ def test_digits_teacher_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert figures["40 steps, guidance 1.0"]["legibility"] > 0.9
 
 
+@pytest.mark.slow
 def test_convergence(tmp_path: Path) -> None:
     """The runs write a line per measurement."""
     out = tmp_path / "rows.jsonl"

@@ -32,6 +32,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_smoke_runs_every_kind_of_cell_for_two_seeds(smoke: Path) -> None:
     """A line per run, with costs; all cells of the smoke study spend the same teacher forwards."""
     rows = [json.loads(line) for line in (smoke / "runs.jsonl").read_text().splitlines()]
@@ -42,6 +43,7 @@ def test_smoke_runs_every_kind_of_cell_for_two_seeds(smoke: Path) -> None:
     assert all(row["FID-SD"] > 0 and 0 < row["legibility"] <= 1 for row in rows)
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_run_again(smoke: Path) -> None:
     """The study resumes: a second call finds all runs done and adds none."""
     before = (smoke / "runs.jsonl").read_text()
@@ -49,6 +51,7 @@ def test_what_is_there_is_not_run_again(smoke: Path) -> None:
     assert (smoke / "runs.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_what_lacks_a_later_figure_is_run_again(smoke: Path, tmp_path: Path) -> None:
     """`--complete` runs only the rows without it, and the new ones are the same to the bit but for it."""
     rows = [json.loads(line) for line in (smoke / "runs.jsonl").read_text().splitlines()]
@@ -65,6 +68,7 @@ def test_what_lacks_a_later_figure_is_run_again(smoke: Path, tmp_path: Path) -> 
     }
 
 
+@pytest.mark.slow
 def test_the_page_regenerates_from_the_raw_results(smoke: Path) -> None:
     """One command writes the page with its tables and plots."""
     result = study("report", "--out", str(smoke))

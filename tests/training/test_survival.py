@@ -74,7 +74,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=lambda number: number.name
+)
 def test_a_stopped_run_saves_and_goes_on(uninterrupted: Path, tmp_path: Path, number: signal.Signals) -> None:
     """It ends between two steps with a whole checkpoint and a line that says how to go on; the end is the same."""
     process = start(tmp_path, "{'loss'")
