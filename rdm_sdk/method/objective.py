@@ -103,7 +103,7 @@ def aggregate(
     if aggregation == "sum_then_normalize":
         return size * group_advantage(summed, group_size, scale, total=total)
     mean, deviation = moments(summed, total)
-    return size * ((summed - mean) / (deviation + EPS)).nan_to_num(0.0).float()
+    return size * ((summed - mean) / (deviation + EPS)).masked_fill(summed.isnan(), 0.0).float()
 
 
 @dataclass(frozen=True)

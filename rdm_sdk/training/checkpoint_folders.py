@@ -24,7 +24,6 @@ from rdm_sdk.errors import CheckpointError
 MANIFEST = "rdm_manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STAGED, _REPLACED = ".writing-", ".replaced-"
-_CHUNK = 2**20
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,8 @@ def clean(output_dir: Path) -> None:
 def rotate(output_dir: Path, run: str, limit: int | None, keep: Sequence[str | None]) -> None:
     """Remove a run's oldest checkpoints beyond `limit` (None or 0: none), but for those to `keep` and the newest.
 
-    Call it after a checkpoint has been published: the newest is whole then.
+    `keep` holds paths or names. The one just written is to be among them: after a run was taken back to an earlier
+    checkpoint, it is not the newest by its number.
     """
     if not limit:
         return
@@ -165,7 +165,10 @@ def verify(folder: Path) -> Manifest:
     missing = sorted(manifest.files.keys() - found.keys())
     if missing:
         raise _damaged(folder, f"{', '.join(missing)} missing")
-    changed = [name for name, digest in manifest.files.items() if _hash(found[name]) != digest]
+    try:
+        changed = [name for name, digest in manifest.files.items() if _hash(found[name]) != digest]
+    except OSError as error:
+        raise _damaged(folder, f"it cannot be read ({error})") from error
     if changed:
         raise _damaged(folder, f"{', '.join(sorted(changed))} changed since it was written")
     return manifest
@@ -241,14 +244,8 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-    except OSError as error:
-        return f"unreadable: {error}"
-    return digest.hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
+from rdm_sdk.training.checkpoint_folders import MANIFEST
 from rdm_sdk.training.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -53,7 +55,7 @@ class SaveOnSignal(TrainerCallback):
         if number:
             self.caught = number
             control.should_training_stop = True
-            control.should_save = args.save_strategy != SaveStrategy.NO
+            control.should_save |= args.save_strategy != SaveStrategy.NO
 
     def restore(self) -> None:
         """Give the signals back to whoever had them."""
@@ -66,12 +68,13 @@ class SaveOnSignal(TrainerCallback):
         self.restore()
         if self.caught is None:
             return
-        saved = args.save_strategy != SaveStrategy.NO and not args.save_only_model
+        name = f"checkpoint-{state.global_step}"
+        saved = (Path(str(args.output_dir)) / name / MANIFEST).is_file() and not args.save_only_model
         message = f"stopped by {signal.Signals(self.caught).name} after optimizer step {state.global_step}" + (
-            f"; checkpoint-{state.global_step} is in {str(args.output_dir)!r}: go on with "
+            f"; {name} is in {str(args.output_dir)!r}: go on with "
             "train(resume_from_checkpoint=True), or add --resume_from_checkpoint latest to the same command"
             if saved
-            else ", and nothing was saved, because save_strategy='no' or save_only_model=True"
+            else ", of which there is no checkpoint to go on from; save_strategy and save_only_model say when there is"
         )
         if self.caught == signal.SIGINT:
             raise KeyboardInterrupt(message)

@@ -112,7 +112,7 @@ def restart_rates(args: RDMConfig, optimizer: Any, schedule: Any, factors: Seque
     Args:
         args: the run's settings, as the optimizer sees them.
         optimizer: with its state restored.
-        schedule: its schedule, restored too: where it stands, it stays.
+        schedule: of the settings too, restored as far as where it stands: it may have another length or shape now.
         factors: of the learning rate, per group of parameters.
 
     Raises:
@@ -125,9 +125,9 @@ def restart_rates(args: RDMConfig, optimizer: Any, schedule: Any, factors: Seque
     for group in groups:
         group.update({name: value for name, value in options.items() if name in group})
     rates = [args.learning_rate * factor for factor, _ in zip(factors, groups, strict=False)]
-    if rates == [group.get("initial_lr", group["lr"]) for group in groups]:
-        return
     if not isinstance(schedule, LambdaLR):
+        if rates == [group.get("initial_lr", args.learning_rate) for group in groups]:
+            return
         raise CheckpointError(
             f"the learning rate cannot change when a run with lr_scheduler_type={args.lr_scheduler_type!r} is resumed"
         )

@@ -113,9 +113,8 @@ class RunKeeper:
                 state.best_model_checkpoint = str(output_dir / f"checkpoint-{step}")  # where it will be
                 state.save_to_json(str(folder / f"checkpoint-{step}" / TRAINER_STATE_NAME))
         if save:
-            checkpoint_folders.rotate(
-                output_dir, self.identity.run, self.args.save_total_limit, [state.best_model_checkpoint]
-            )
+            keep = [state.best_model_checkpoint, f"checkpoint-{step}"]
+            checkpoint_folders.rotate(output_dir, self.identity.run, self.args.save_total_limit, keep)
 
     def write_state(self, target: Path) -> None:
         """Write what a checkpoint keeps beside the export and Trainer's own files; each process its own rollouts."""

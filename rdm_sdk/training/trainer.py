@@ -341,12 +341,13 @@ class RDMTrainer(Trainer):
         self.interrupt.watch()
         try:
             folder = self.keeper.begin(wanted)
-            done = None if folder is None else self.keeper.finished(folder)
-            if done is not None:
-                self.state = done
+            state = None if folder is None else self.keeper.finished(folder)
+            if state is None:
+                result = super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
+            else:
+                self.state = state
                 self.keeper.restore(str(folder))
-                return TrainOutput(done.global_step, 0.0, {})
-            result = super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
+                result = TrainOutput(state.global_step, 0.0, {})
         finally:
             self.interrupt.restore()
         self.interrupt.leave(self.args, self.state)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback, TrainerControl
 
 from rdm_sdk import CheckpointError, RDMTrainer
 from rdm_sdk.training import checkpoint_folders
@@ -152,6 +153,20 @@ def test_the_oldest_go_and_the_newest_stays(make_trainer: Make, tmp_path: Path) 
         "checkpoint-3",
         "checkpoint-9",
     ]
+
+
+def test_what_was_just_written_stays_when_a_run_was_taken_back(make_trainer: Make, tmp_path: Path) -> None:
+    """It is not the newest by its number then, and would be among the oldest of those that are too many."""
+    make_trainer(tmp_path, max_steps=4, **SAVING).train()
+    back = make_trainer(tmp_path, max_steps=4, save_total_limit=2, **SAVING)
+
+    class Stop(TrainerCallback):
+        def on_save(self, args: object, state: object, control: TrainerControl, **_: object) -> None:
+            control.should_training_stop = True
+
+    back.add_callback(Stop())
+    back.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
 
 
 def test_the_best_is_named_where_it_stands(make_trainer: Make, tmp_path: Path) -> None:

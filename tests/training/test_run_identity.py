@@ -82,3 +82,19 @@ def test_other_rates_count_and_are_told(make_trainer: Make, run: Path, caplog: p
     assert (group["betas"], group["weight_decay"]) == ((0.0, 0.9), 0.01)
     for change in ("learning_rate: 0.0001 -> 0.0003", "critic_learning_rate: None -> 0.0005", "max_steps: 1 -> 4"):
         assert f"resuming with another {change}" in caplog.text
+
+
+def test_a_longer_run_has_its_own_schedule_at_once(make_trainer: Make, run: Path) -> None:
+    """With `max_steps` alone changed, the next step's rate is the longer schedule's, not what the shorter ended at."""
+    trainer = make_trainer(run, max_steps=4)
+    rates: list[float] = []
+    step = trainer.training_step
+
+    def watched(*args: Any) -> Any:
+        assert trainer.critic_optimizer is not None
+        rates.extend([trainer.optimizer.param_groups[0]["lr"], trainer.critic_optimizer.learning_rate])
+        return step(*args)
+
+    trainer.training_step = watched
+    trainer.train(resume_from_checkpoint=True)
+    assert rates[:2] == pytest.approx([0.75 * 1e-4, 0.75 * 2e-4])
