@@ -82,6 +82,17 @@ def test_every_damage_to_every_file_is_seen(copied: Path) -> None:
     assert checkpoint_folders.newest_whole(copied) == (newest, [])
 
 
+def test_no_bit_of_a_manifest_goes_unnoticed(copied: Path) -> None:
+    """Not even of the run's id or of a space, which no file's hash depends on."""
+    manifest = copied / "checkpoint-2" / checkpoint_folders.MANIFEST
+    good = manifest.read_bytes()
+    assert checkpoint_folders.read_manifest(manifest.parent).step == 2
+    for place in range(len(good)):
+        manifest.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        with pytest.raises(CheckpointError, match="checkpoint-2"):
+            checkpoint_folders.read_manifest(manifest.parent)
+
+
 def test_the_newest_whole_checkpoint_is_taken(
     make_trainer: Make, copied: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
