@@ -143,15 +143,6 @@ def test_counting_modules() -> None:
 # ---- The passes of the nine families ----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with every family's tiny pipeline in a folder of its own."""
-    root = tmp_path_factory.mktemp("tiny")
-    for name, make in TINY_PIPELINES.items():
-        make().save_pretrained(root / name)
-    return root
-
-
 by_family = pytest.mark.parametrize("kind", sorted(TINY_PIPELINES))
 
 
