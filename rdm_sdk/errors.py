@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -55,3 +55,21 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the closest known name, or an empty string when none is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def check_texts(texts: object, name: str, error_class: type[RDMError]) -> list[str]:
+    """Return `texts` as a list, or raise if it is no list of texts; a single text is none, though it can be iterated.
+
+    Args:
+        texts: what was given.
+        name: the argument's name, for the message.
+        error_class: what is raised.
+    """
+    if isinstance(texts, str):
+        raise error_class(f"{name} must be a list of texts; got the single text {shown(texts, 60)}. Write [{name}]")
+    if not isinstance(texts, Sequence) or not texts:
+        raise error_class(f"{name} must be a list of one or more texts; got {shown(texts, 60)}")
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise error_class(f"{name}, row {row}: must be a text; got {shown(text, 60)}")
+    return list(texts)

@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Errors of the SDK and of the file system are printed in one line: status 2. Ctrl-C is status 130.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if "" not in sys.path:
+        sys.path.append("")  # a reward's place, module:function, may be a file here; nothing installed is shadowed
     parser = Parser(prog="rdm-sdk", description=str(rdm_sdk.__doc__).splitlines()[0])
     parser.add_argument("--version", action="version", version=f"rdm-sdk {rdm_sdk.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")

@@ -39,6 +39,10 @@ class Registry:
     models: Mapping[str, Entry]
     """The model families that can be had, by the class of their pipelines."""
 
+    def knows(self, name: str) -> bool:
+        """Whether a reward's name is registered, claimed twice, or known to be a plugin's that is not installed."""
+        return name in self.rewards or name in self.contested or name in KNOWN_PLUGINS
+
     def find(self, name: str) -> Entry:
         """Return the entry of a reward.
 
@@ -70,7 +74,8 @@ class Registry:
         known = sorted({*self.rewards, *KNOWN_PLUGINS})
         raise RewardError(
             f"unknown reward {name!r}.{nearest(name, known)}{_missing_spaces(name, self.rewards)} "
-            f"Known rewards: {', '.join(sorted(self.rewards))}{_suspects(broken)}"
+            f"Known rewards: {', '.join(sorted(self.rewards))}{_suspects(broken)}. A function of your own is named "
+            "by its place, module:function."
         )
 
     def load(self, name: str) -> Any:

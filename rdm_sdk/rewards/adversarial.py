@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -14,6 +12,7 @@ from torch.nn import functional as F
 
 from rdm_sdk.errors import DataError
 from rdm_sdk.rewards.base import Capabilities, Reward, RewardBatch, RewardConfig
+from rdm_sdk.rewards.images import read_images
 from rdm_sdk.types import RewardOutput
 
 
@@ -97,11 +96,12 @@ class Adversarial(Reward):
 
     def training_loss(self, batch: RewardBatch) -> Tensor:
         context = batch.require_context(self.name)
-        real = context.encode_images(read_images(batch.columns[self.config.column], self.config.column))
+        name = self.config.column
+        real = context.encode_images(read_images(batch.columns[name], f"column {name!r}", DataError))
         real = real.to(batch.latents.device, torch.float32)
         if real.shape != batch.latents.shape:
             raise DataError(
-                f"column {self.config.column!r}: its images encode to {list(real.shape[1:])}, the run's samples are "
+                f"column {name!r}: its images encode to {list(real.shape[1:])}, the run's samples are "
                 f"{list(batch.latents.shape[1:])}; resize the images to the run's height and width"
             )
         sigma = context.draw_critic_sigma(len(real), real.device)
@@ -114,32 +114,3 @@ class Adversarial(Reward):
         if context.features is None or self._head is None:
             raise DataError(f"reward {self.name!r} needs a teacher's features, and this batch has none")
         return cast("Tensor", self._head(context.features(x_t, sigma), context.steps))
-
-
-def read_images(column: Sequence[object], name: str) -> Tensor:
-    """Return a column's pictures as RGB images `[N, 3, H, W]`, float in [0, 1].
-
-    Raises:
-        DataError: an entry is no picture, or they differ in size.
-    """
-    images = []
-    for row, entry in enumerate(column):
-        given: Any = entry.convert("RGB") if hasattr(entry, "convert") else entry
-        try:
-            picture = given if isinstance(given, Tensor) else torch.as_tensor(np.array(given))
-        except (TypeError, ValueError):  # texts, None, ragged lists
-            picture = torch.empty(0)
-        if not picture.is_floating_point() and picture.ndim == 3 and picture.shape[2] == 3:
-            picture = picture.permute(2, 0, 1) / 255  # 8-bit; a data set's plain column gives wider integers
-        if not (picture.is_floating_point() and picture.ndim == 3 and picture.shape[0] == 3):
-            raise DataError(
-                f"column {name!r}, row {row}: a picture is a PIL image, an 8-bit array [H, W, 3] or floats [3, H, W] "
-                f"in [0, 1]; got {type(entry).__name__} of shape {list(picture.shape)} and type {picture.dtype}"
-            )
-        images.append(picture.float())
-    if len({image.shape for image in images}) != 1:
-        raise DataError(f"column {name!r}: its pictures differ in size; resize them to the run's height and width")
-    batch = torch.stack(images)
-    if not bool((batch.amin() >= 0) & (batch.amax() <= 1)):
-        raise DataError(f"column {name!r}: floats must lie in [0, 1]; got [{batch.amin():.4g}, {batch.amax():.4g}]")
-    return batch

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from rdm_sdk._version import __version__
-from rdm_sdk.errors import RewardError, nearest
+from rdm_sdk.errors import RewardError, check_texts, nearest
 from rdm_sdk.rewards.context import DiffusionContext
 from rdm_sdk.rewards.spec import checked_model
 from rdm_sdk.types import RewardOutput
@@ -23,6 +23,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "scope": ("sample", "group"),
     "dtype": ("float32", "bfloat16", "float16"),
 }
+
+RESERVED_COLUMNS = ("images", "prompts")
+"""What functions are given beside the columns, so that no column can be called so."""
 
 
 @dataclass(frozen=True)
@@ -141,12 +144,18 @@ class RewardBatch:
                 f"images must lie in [0, 1]; they span [{images.amin():.4g}, {images.amax():.4g}]. Divide 8-bit images "
                 "by 255, map [-1, 1] by x / 2 + 0.5"
             )
-        texts = [""] * len(images) if prompts is None else list(prompts)
+        texts = [""] * len(images) if prompts is None else check_texts(prompts, "prompts", RewardError)
         if not len(images) or group_size < 1:
             raise RewardError(f"there must be at least one image, in groups of at least one; got {len(images)} images")
         if len(texts) != len(images) or len(images) % group_size:
             raise RewardError(f"{len(images)} images do not go with {len(texts)} prompts in groups of {group_size}")
         for name, values in (columns or {}).items():
+            entries: object = values  # type checkers believe the annotation
+            if name in RESERVED_COLUMNS or isinstance(entries, str):
+                raise RewardError(
+                    f"column {name!r} cannot be used: columns are lists with one entry per image, and not called "
+                    f"{' or '.join(RESERVED_COLUMNS)}"
+                )
             if len(values) != len(images):
                 raise RewardError(f"column {name!r} has {len(values)} entries for {len(images)} images")
         return cls(

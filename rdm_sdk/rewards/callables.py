@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rdm_sdk.errors import RewardError
-from rdm_sdk.rewards.base import Capabilities, Reward, RewardBatch
+from rdm_sdk.rewards.base import RESERVED_COLUMNS, Capabilities, Reward, RewardBatch
 
 
 class CallableReward(Reward):
@@ -30,7 +30,7 @@ class CallableReward(Reward):
         self._takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken)
         self._taken = {p.name for p in taken}
         needed = tuple(
-            p.name for p in taken if p.name not in ("images", "prompts") and p.default is p.empty and p.kind in _NAMED
+            p.name for p in taken if p.name not in RESERVED_COLUMNS and p.default is p.empty and p.kind in _NAMED
         )
         self.capabilities = replace(self.capabilities, columns=needed)
 

@@ -32,7 +32,8 @@ EXCERPT = 60
 """How many characters before and after the place of a mistake its message quotes."""
 
 KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-NAME = re.compile(REWARD_NAME, re.ASCII)
+NAME = re.compile(rf"{REWARD_NAME}(?:\.{KEY.pattern})*", re.ASCII)
+"""A registered reward, or the module of one that is named by its place: `my_package.rewards:ink`."""
 PART = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_./-]*")
 """A variant or a revision."""
 WORD = re.compile(r"[A-Za-z0-9_./~:-]+")

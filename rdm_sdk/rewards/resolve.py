@@ -6,10 +6,12 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from math import isfinite
 from typing import Any, TypeAlias
 
-from rdm_sdk.errors import RewardError, nearest
+from rdm_sdk.errors import RewardError, described, nearest
 from rdm_sdk.plugins.hookspecs import REWARD_NAME
 from rdm_sdk.plugins.registry import registry
 from rdm_sdk.rewards.base import Capabilities, Reward, RewardConfig, check_class
@@ -123,12 +125,12 @@ def plan_rewards(
     found = _resolve("dm" if reward_funcs is None else reward_funcs)
     if not found:
         raise RewardError("no rewards given: pass at least one, such as reward_funcs='dm'")
-    labels = label_terms([term for term, _ in found])
+    labels = label_terms([term for term, _ in found], [term for term, _ in found if is_by_place(term)])
     if weights is not None:
         factors = _factors(labels, weights)
         found = [_scaled(item, factor) for item, factor in zip(found, factors, strict=True)]
     for term, given in found:
-        if given is None:
+        if given is None and not is_by_place(term):
             registry().find(term.name)  # unknown names are found before the first reward's module is imported
     declared = [_declared(term, given) for term, given in found]
     routes = choose_routes({label: one[0] for label, one in zip(labels, declared, strict=True)}, reward_route)
@@ -143,7 +145,7 @@ def plan_rewards(
 def _declared(term: RewardTerm, given: Reward | None) -> tuple[Capabilities, RewardConfig, Reward | None]:
     """Return what a reward declares, its options, and the object if there is one without loading anything."""
     if given is None:
-        target = registry().load(term.name)
+        target = _target_of(term)
         if isinstance(target, type) and issubclass(target, Reward):
             check_class(target)
             return target.capabilities, _config_of(target, term), None
@@ -162,7 +164,7 @@ def _config_of(target: type[Reward], term: RewardTerm) -> RewardConfig:
 
 def _options_of(term: RewardTerm) -> dict[str, Any]:
     options: dict[str, Any] = dict(term.options)
-    options |= {"variant": term.variant} if term.variant is not None else {}
+    options |= {"variant": term.variant} if term.variant is not None and not is_by_place(term) else {}
     options |= {"revision": term.revision} if term.revision is not None else {}
     return options
 
@@ -245,7 +247,12 @@ def load_reward(term: RewardTerm) -> Reward:
     Raises:
         RewardError: the reward is unknown, its plugin is broken, or it does not take one of the options.
     """
-    entry, target = registry().find(term.name), registry().load(term.name)
+    target = _target_of(term)
+    if is_by_place(term):
+        name, origin, owner = str(term.variant), "", f"the module {term.name}"
+    else:
+        entry = registry().find(term.name)
+        name, origin, owner = term.name, entry.origin, entry.distribution
     if isinstance(target, type) and issubclass(target, Reward):
         check_class(target)
         config = _config_of(target, term)
@@ -259,19 +266,49 @@ def load_reward(term: RewardTerm) -> Reward:
                 f"(self, config=None, **options); {error}"
             ) from error
         reward = _initialized(target(*given))
-        reward.name, reward.origin = term.name, entry.origin
+        reward.name, reward.origin = name, origin
         return reward
     if isinstance(target, type) or not callable(target):
         raise RewardError(
-            f"the reward {term.name!r} names {entry.target!r}, which is neither a Reward class nor a function but "
-            f"{target!r}; this is a mistake in {entry.distribution}"
+            f"the reward {term.reference!r} names neither a Reward class nor a function but {target!r}; this is a "
+            f"mistake in {owner}"
         )
     options = _options_of(term)
     if options:
         raise RewardError(
-            f"reward {term.name!r} is a plain function and takes no options; got {', '.join(options)}. A Reward class "
+            f"reward {name!r} is a plain function and takes no options; got {', '.join(options)}. A Reward class "
             "with a Config takes them."
         )
-    reward = as_reward(target, term.name)
-    reward.origin = entry.origin
+    reward = as_reward(target, name)
+    reward.origin = origin
     return reward
+
+
+def is_by_place(term: RewardTerm) -> bool:
+    """Whether a term names a function or class of the user's by its place, `module:name`; registered names win."""
+    if term.variant is None or registry().knows(term.name):
+        return False
+    try:
+        return find_spec(term.name) is not None
+    except (ImportError, ValueError):  # a module above it is missing or broken, or it has no spec (`__main__`)
+        return False
+
+
+def _target_of(term: RewardTerm) -> Any:
+    """Import and return what a term names: a class or a function.
+
+    Raises:
+        RewardError: there is no such reward, or it cannot be imported.
+    """
+    if not is_by_place(term):
+        return registry().load(term.name)
+    try:
+        module = import_module(term.name)
+    except Exception as error:
+        raise RewardError(f"the module {term.name!r} cannot be imported: {described(error)}") from error
+    if not hasattr(module, str(term.variant)):
+        raise RewardError(
+            f"the module {term.name!r} has no {term.variant!r}.{nearest(str(term.variant), vars(module))} A reward of "
+            "your own is named module:function"
+        )
+    return getattr(module, str(term.variant))

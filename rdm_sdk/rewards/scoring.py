@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from rdm_sdk.errors import RewardError
 from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.evaluate import Evaluation, OnError, evaluate_rewards
+from rdm_sdk.rewards.images import read_images
 from rdm_sdk.rewards.resolve import RewardFuncs, resolve_rewards
 
 
 def score_images(
     rewards: RewardFuncs,
-    images: Tensor,
+    images: Tensor | Sequence[object],
     prompts: Sequence[str] | None = None,
     *,
     columns: Mapping[str, list[object]] | None = None,
@@ -28,8 +31,9 @@ def score_images(
 
     Args:
         rewards: as `RDMTrainer`'s `reward_funcs`; weights mean nothing here.
-        images: RGB float `[N, 3, H, W]` in [0, 1].
-        prompts: N prompts, for the rewards that read them.
+        images: RGB float `[N, 3, H, W]` in [0, 1]; or, of one size, PIL images, 8-bit arrays `[H, W, 3]` or 8-bit
+            tensors.
+        prompts: a list of N, for the rewards that read them.
         columns: further columns, N entries each.
         group_size: samples per prompt, adjacent; for rewards that compare within groups.
         batch_size: images judged at a time, None for all at once.
@@ -37,7 +41,8 @@ def score_images(
         on_error: "raise" or "skip", for exceptions inside a reward.
 
     Raises:
-        RewardError: an unknown reward, images that are not in [0, 1], or a reward that cannot judge finished images.
+        RewardError: an unknown reward, images that are none or could be meant in two ways, or a reward that cannot
+            judge finished images.
     """
     found = resolve_rewards(rewards)
     for reward in found:
@@ -52,6 +57,10 @@ def score_images(
                 raise RewardError(
                     f"reward {reward.label!r} needs a column {column!r}; pass columns={{{column!r}: [...]}}"
                 )
+    if not (isinstance(images, Tensor) and images.is_floating_point()):
+        if isinstance(images, (str, Image.Image)) or not isinstance(images, (Sequence, Tensor, np.ndarray)):
+            raise RewardError(f"images must be a tensor [N, 3, H, W] or a list; got {type(images).__name__}")
+        images = read_images(images, "images", RewardError)
     return evaluate_rewards(
         {weighted.label: weighted.reward for weighted in found},
         RewardBatch.from_images(images, prompts, group_size, columns),

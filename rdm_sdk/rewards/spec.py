@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, TypeAlias, TypeVar
 
 from pydantic import (
@@ -131,14 +131,18 @@ def _product(parser: Parser, negative: bool) -> RewardTerm:
         parser.fail(str(error), at=start)
 
 
-def label_terms(terms: Sequence[RewardTerm]) -> list[str]:
+def label_terms(terms: Sequence[RewardTerm], by_place: Collection[RewardTerm] = ()) -> list[str]:
     """Return the shortest names that tell the terms apart: the name, with the variant, or the whole reference.
+
+    Args:
+        terms: the rewards of a run.
+        by_place: those that are named `module:name`, of which the latter is the name.
 
     Raises:
         RewardError: two terms are the same reward.
     """
     forms: list[Callable[[RewardTerm], str]] = [
-        lambda term: term.name,
+        lambda term: str(term.variant) if term in by_place else term.name,
         lambda term: term.name if term.variant is None else f"{term.name}:{term.variant}",
         lambda term: term.reference,
     ]
@@ -148,7 +152,10 @@ def label_terms(terms: Sequence[RewardTerm]) -> list[str]:
         written = [form(term) for form in forms]
         unique = [text for text, count in zip(written, counts, strict=True) if count[text] == 1]
         if not unique:
-            raise RewardError(f"two rewards have the name {shown(term.reference)}; give one of them another name")
+            raise RewardError(
+                f"two rewards have the name {shown(term.reference)}; give one of them another: name a lambda by 'def', "
+                "set __name__ of a partial or a function, and name of a Reward object"
+            )
         labels.append(unique[0])
     return labels
 

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from rdm_sdk.errors import ConfigError, nearest
 from rdm_sdk.rewards.routes import parse_route
-from rdm_sdk.training.rules import check_rules
+from rdm_sdk.training.rules import check_rules, settle_types
 from rdm_sdk.training.weighting import make_weighting
 
 
@@ -274,6 +274,7 @@ class RDMConfig(_KnownSettings):
         given: object = self.scale_rewards
         if isinstance(given, bool):
             self.scale_rewards = "group" if given else "none"
+        settle_types(self)
         check_rules(self)
         self._check_resolutions()
         self._check_quantization()

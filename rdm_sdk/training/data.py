@@ -12,33 +12,29 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 
 from rdm_sdk.errors import ConfigError, DataError, nearest
+from rdm_sdk.rewards.base import RESERVED_COLUMNS
+from rdm_sdk.training.prompt_files import read_prompt_file
 from rdm_sdk.types import Condition
 
 
 def load_prompts(source: object, argument: str = "train_dataset") -> Dataset:
-    """Turn a dataset with a `prompt` column, a list of strings, or the path of a text file into a `Dataset`.
+    """Turn a dataset with a `prompt` column, a list of strings, or the path of a file into a `Dataset`.
 
-    A text file holds one prompt per line; blank lines are skipped.
+    Files are read by their suffix (`read_prompt_file`).
 
     Raises:
-        DataError: no prompts, an empty prompt, no `prompt` column, or a file that is missing or no text.
+        DataError: no prompts, an empty prompt, no `prompt` column, a column that rewards could take for something
+            else, or a file that is missing or cannot be read.
     """
     if isinstance(source, (str, Path)):
-        path = Path(source).expanduser()
-        if not path.is_file():
-            raise DataError(f"{argument}: there is no text file at {str(source)!r}; write one prompt per line")
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{argument}: {str(source)!r} is no text in UTF-8: {error}") from error
-        source = [line.strip() for line in lines if line.strip()]
+        source = read_prompt_file(Path(source).expanduser(), argument)
     if isinstance(source, Sequence):
         _check_texts(source, argument)
         source = Dataset.from_dict({"prompt": list(source)})
     if not isinstance(source, Dataset):
         raise DataError(
-            f"{argument} must be a datasets.Dataset with a 'prompt' column, a list of strings or the path of a text "
-            f"file; got {type(source).__name__}"
+            f"{argument} must be a datasets.Dataset with a 'prompt' column, a list of strings or the path of a file; "
+            f"got {type(source).__name__}"
         )
     if len(source) == 0:
         raise DataError(f"{argument} holds no prompts; give at least one")
@@ -48,6 +44,9 @@ def load_prompts(source: object, argument: str = "train_dataset") -> Dataset:
             f"{argument} has no column 'prompt' (it has: {found}).{nearest('prompt', source.column_names)} Rename the "
             "column that holds the prompts."
         )
+    for name in RESERVED_COLUMNS:
+        if name in source.column_names:
+            raise DataError(f"{argument} has a column {name!r}, which is what rewards are given; rename it")
     _check_texts(source["prompt"], argument)
     return source
 

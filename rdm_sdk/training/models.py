@@ -15,7 +15,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from rdm_sdk.errors import CheckpointError, ConfigError
+from rdm_sdk.errors import CheckpointError, ConfigError, DataError, check_texts
 from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.placement import Offload, drop_text_encoders, slice_vae, tile_vae
 from rdm_sdk.families.roles import STUDENT, TEACHER
@@ -223,12 +223,20 @@ class RunModels:
         return random.Random(f"{self.settings.seed} {step}").choice(self.latent_shapes)
 
     def sample_latents(self, prompts: Sequence[str], noise: Tensor | None = None) -> Tensor:
-        """Sample the student from noise `[N, *x]`, by default drawn at the first resolution; returns x_0 `[N, *x]`."""
+        """Sample the student from noise `[N, *x]`, by default drawn at the first resolution; returns x_0 `[N, *x]`.
+
+        Raises:
+            DataError: the prompts are no list of texts, or the noise is for another number of them.
+        """
+        prompts = check_texts(prompts, "prompts", DataError)
         noise = self._initial_noise(len(prompts)) if noise is None else noise.to(self.device)
+        if len(noise) != len(prompts):
+            raise DataError(f"noise must be one per prompt, {len(prompts)}; got shape {list(noise.shape)}")
         return sample(self.denoiser(STUDENT, self.encode(prompts)), noise, self.policy.inference())
 
     def sample_each_step(self, prompts: Sequence[str]) -> list[Tensor]:
         """Sample the student, and return what it predicts after each of its K evaluations, K times `[N, *x]`."""
+        prompts = check_texts(prompts, "prompts", DataError)
         student = self.denoiser(STUDENT, self.encode(prompts))
         return list(sample_each_step(student, self._initial_noise(len(prompts)), self.policy.inference()))
 

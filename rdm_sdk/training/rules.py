@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, fields
+from functools import cache, reduce
+from operator import or_
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
+from pydantic import TypeAdapter
 from transformers import SchedulerType, TrainingArguments
 
 from rdm_sdk.errors import ConfigError, nearest
@@ -87,6 +92,47 @@ def rules_of(config: type[TrainingArguments]) -> dict[str, Rule]:
         if get_origin(hint) is Literal and name not in inherited
     }
     return _RULES | choices
+
+
+_PLAIN = {int: "a whole number", float: "a number", bool: "true or false", list[str]: "a list of texts"}
+_PLAIN |= {list[float]: "a list of numbers"}
+
+
+@cache
+def _plain_types(config: type) -> dict[str, tuple[TypeAdapter[Any], str]]:
+    """Return what reads every setting that is a number, a truth value or a list, and what that is in words."""
+    hints = get_type_hints(config)
+    found: dict[str, tuple[TypeAdapter[Any], str]] = {}
+    for field in fields(config):
+        hint = hints[field.name]
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if field.init and all(kind in _PLAIN or kind is type(None) for kind in kinds):
+            wanted = [_PLAIN[kind] for kind in kinds if kind in _PLAIN]
+            # A whole number stays one where any number is meant.
+            kept: Any = reduce(or_, [int | float if kind is float else kind for kind in kinds])
+            none = ["None"] if len(kinds) > len(wanted) else []
+            found[field.name] = TypeAdapter(kept), ", or ".join([*wanted, *none])
+    return found
+
+
+def settle_types(config: TrainingArguments) -> None:
+    """Give every number, truth value and list its type, where what was given can be nothing else.
+
+    YAML reads 1e-4 as a text, which fails deep inside an optimizer, and "false" as a text is true.
+
+    Raises:
+        ConfigError: a value of another type, such as a text where a list is meant.
+    """
+    kind: Any = type(config)  # type checkers take the class for unhashable, because its objects are
+    for name, (adapter, wanted) in _plain_types(kind).items():
+        given = getattr(config, name)
+        value = given.item() if isinstance(given, np.generic) else given
+        try:
+            if isinstance(value, bool) and "true" not in wanted:  # which Python counts among the numbers
+                raise ValueError
+            setattr(config, name, adapter.validate_python(value))
+        except ValueError:
+            raise ConfigError(f"{name}={given!r} cannot be used; it must be {wanted}") from None
 
 
 def check_rules(config: TrainingArguments) -> None:

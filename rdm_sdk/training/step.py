@@ -98,7 +98,7 @@ class DistillationStep:
                 with self.judge.undisturbed(reward):
                     loss = reward.reward.training_loss(self.judge.batch(samples, trained=role))
                     yield loss / len(batches)
-                self.monitor.log(f"loss/{reward.label}", loss)
+                self.monitor.log(f"{reward.label}/critic_loss", loss)
 
     def end_critics(self) -> None:
         """Average and clip the critics' gradients, before their optimizer steps.

@@ -13,7 +13,7 @@ from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from rdm_sdk.errors import ConfigError, DataError, RDMError
@@ -21,6 +21,7 @@ from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import STUDENT
 from rdm_sdk.rewards.resolve import RewardFuncs, resolve_rewards
 from rdm_sdk.training import checkpoint
+from rdm_sdk.training.callbacks import Bookkeeper, speak_plainly
 from rdm_sdk.training.config import RDMConfig
 from rdm_sdk.training.data import GroupSampler, all_prompts, collate, load_prompts
 from rdm_sdk.training.export import save_student, student_info
@@ -45,7 +46,7 @@ class RDMTrainer(Trainer):
         reward_funcs: what to maximize: a spec such as "dm + 0.5*legibility", a callable
             `f(images=, prompts=, **columns) -> list[float | None]`, a `Reward`, or a list of them; None is "dm".
         args: an `RDMConfig`.
-        train_dataset: prompts: a `datasets.Dataset` with a `prompt` column, a list of strings, or a text file's path.
+        train_dataset: prompts: a `datasets.Dataset` with a `prompt` column, a list of strings, or the path of a file.
         eval_dataset: prompts for `evaluate`, in the same forms.
         processing_class: handed to `Trainer` as it is; the method itself needs none.
         callbacks: `transformers` callbacks.
@@ -109,8 +110,9 @@ class RDMTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[_Bookkeeper(self), *(callbacks or [])],
+            callbacks=[Bookkeeper(self), *(callbacks or [])],
         )
+        speak_plainly(self)
         check_hosted(args.n_gpu, self.is_deepspeed_enabled or self.is_fsdp_enabled)
         self._compose(make_weighting(args.weighting) if weighting is None else weighting)
         check_same_plugins(self.accelerator.num_processes)
@@ -383,19 +385,3 @@ class RDMTrainer(Trainer):
     def _load_best_model(self) -> None:
         """Put the best checkpoint's weights and moving average in place (`load_best_model_at_end`)."""
         self.keeper.load_weights(str(self.state.best_model_checkpoint))
-
-
-class _Bookkeeper(TrainerCallback):
-    """What happens around an optimizer step: epochs for the sampler, the moving average, pictures."""
-
-    def __init__(self, trainer: RDMTrainer) -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.trainer._sampler is not None:
-            self.trainer._sampler.epoch = int(state.epoch or 0)
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.trainer.models.move_average()
-        if args.log_images and state.global_step % args.log_images == 0 and args.should_save:
-            self.trainer.write_images(Path(str(args.output_dir)) / "images" / f"step_{state.global_step:06d}.png")

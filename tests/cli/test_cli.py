@@ -1,6 +1,8 @@
 """The command line, as a user types it."""
 
+import importlib
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -46,6 +48,20 @@ def test_train_then_sample(run_file, tmp_path, capsys):
     with Image.open(out) as picture:
         assert picture.height > 30
     assert "wrote" in capsys.readouterr().out
+
+
+def test_a_table_of_prompts_and_a_function_of_ones_own(run_file, tmp_path, monkeypatch, capsys):
+    """Columns of a CSV reach a function that the spec names by its place, in the folder that the command runs in."""
+    monkeypatch.chdir(tmp_path)
+    name = f"mine_{tmp_path.name}".replace("-", "_")
+    Path(f"{name}.py").write_text(
+        "calls = []\n\ndef ink(images, wanted):\n    calls.append(wanted)\n    return [1 - i.mean() for i in images]\n"
+    )
+    Path("prompts.csv").write_text('prompt,wanted\n"a one, thin",1\n"a two, fat",2\n', encoding="utf-8-sig")
+    rewards = ["--rewards", f"dm + 0.1*{name}:ink", "--prompts", "prompts.csv"]
+    assert main(["train", "--config", str(run_file), "--max_steps", "1", "--logging_steps", "1", *rewards]) == 0
+    assert sorted(importlib.import_module(name).calls[0]) == [1] * 4 + [2] * 4
+    assert " | ink 0." in capsys.readouterr().out
 
 
 class Seen:

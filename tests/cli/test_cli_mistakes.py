@@ -106,7 +106,7 @@ MISTAKES = [
     ("train --model ./nowhere --prompts file --use_cpu", "there is no such folder"),
     ("train --model student --prompts file --use_cpu", "the folder has no model_index.json"),
     ("train --model pipeline --prompts file --use_cpu", "cannot load the base model 'pipeline'"),
-    (f"{TRAIN} --prompts nowhere.txt --use_cpu", "--prompts: there is no text file at 'nowhere.txt'"),
+    (f"{TRAIN} --prompts nowhere.txt --use_cpu", "--prompts: there is no file at 'nowhere.txt'"),
     (f"{TRAIN} --prompts latin.txt --use_cpu", "'latin.txt' is no text in UTF-8"),
     (f"{TRAIN} --prompts empty.txt --use_cpu", "--prompts holds no prompts"),
     (f"{TRAIN} --rewards 'dm + klip' --use_cpu", "klip"),

@@ -129,7 +129,7 @@ def test_ten_steps_train_as_on_cpu(make_trainer: Callable[..., Any], tmp_path: P
         logged[device] = rows
     for name in ("cost/student_forwards", "cost/teacher_forwards", "cost/fake_forwards", "cost/critic_steps"):
         assert logged["cuda"][-1][name] == logged["cpu"][-1][name]
-    for name in ("loss/dm", "dm/residual", "rewards/legibility/mean"):
+    for name in ("dm/critic_loss", "dm/residual", "rewards/legibility/mean"):
         means = {device: sum(row[name] for row in rows) / len(rows) for device, rows in logged.items()}
         assert means["cuda"] == pytest.approx(means["cpu"], rel=0.3)
 

@@ -129,7 +129,7 @@ def test_a_lora_option_that_changes_the_base_is_refused(make_trainer: Make, tmp_
         (["a seven", 7], "prompt 1 must be a text.*7"),
         (Dataset.from_dict({"prompts": ["a seven"]}), "no column 'prompt'.*it has: prompts.*Did you mean 'prompts'"),
         (Dataset.from_dict({"prompt": []}), "no prompts"),
-        ("missing.txt", "no text file at 'missing.txt'"),
+        ("missing.txt", "no file at 'missing.txt'"),
         (7, "got int"),
     ],
 )

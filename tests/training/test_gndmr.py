@@ -82,7 +82,7 @@ def test_gndmr_with_zero_weights_is_gndm(
     row = losses_of(trainer)[-1]
     names = ("legibility", "jpeg_like", "guidance", "adversarial")
     assert all(f"rewards/{name}/mean" in row and row[f"weights/{name}"] == 0 for name in names)
-    assert row["loss/adversarial"] > 0
+    assert row["adversarial/critic_loss"] > 0
 
 
 @pytest.mark.parametrize(

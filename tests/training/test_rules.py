@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -70,3 +71,47 @@ def test_the_constructor_is_shown_with_its_settings(tmp_path: Path) -> None:
     arguments = ["--output_dir", str(tmp_path), "--num_generations", "4", "--sampler", "ode", "--use_cpu", "True"]
     (config,) = HfArgumentParser(RDMConfig).parse_args_into_dataclasses(arguments)
     assert (config.num_generations, config.sampler) == (4, "ode")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"learning_rate": "1e-4"}, 1e-4),  # as YAML reads 1e-4
+        ({"critic_learning_rate": "2e-4"}, 2e-4),
+        ({"max_steps": "20"}, 20),
+        ({"max_steps": 20.0}, 20),
+        ({"logging_steps": 5}, 5),
+        ({"num_draws": np.int64(2)}, 2),
+        ({"vae_tiling": "false"}, False),  # a text that is not empty is true to Python
+        ({"reward_weights": ["1e-1", 2]}, [0.1, 2.0]),
+        ({"shift": None}, None),
+    ],
+)
+def test_a_value_that_can_mean_one_thing_gets_its_type(
+    settings: dict[str, Any], expected: object, tmp_path: Path
+) -> None:
+    """From a YAML file that was read by hand, or from NumPy."""
+    (name,) = settings
+    got = getattr(RDMConfig(output_dir=str(tmp_path), **settings), name)
+    assert (got, type(got)) == (expected, type(expected))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"learning_rate": "fast"}, "learning_rate='fast' cannot be used; it must be a number"),
+        ({"resolutions": "32x32"}, "resolutions='32x32' cannot be used; it must be a list of texts, or None"),
+        ({"reward_weights": 0.5}, "reward_weights=0.5 .*a list of numbers, or None"),
+        ({"num_generations": True}, "num_generations=True .*a whole number"),
+        ({"num_generations": 2.5}, "num_generations=2.5 .*a whole number"),
+        ({"bf16": "perhaps"}, "bf16='perhaps' .*true or false"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 .*at least 1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 .*at least 1"),
+        ({"critic_learning_rate": -1e-4}, "critic_learning_rate=-0.0001 .*0 or more"),
+        ({"save_steps": None}, "save_steps=None .*a number"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+    """A text where a list is meant is not taken letter by letter, and true is no number."""
+    with pytest.raises(ConfigError, match=words):
+        RDMConfig(output_dir=str(tmp_path), **settings)

@@ -35,7 +35,7 @@ def test_a_spec_with_a_pixel_reward_trains_and_logs(make_trainer: Make, tmp_path
     assert first["weights/legibility"] == 0.5
     assert 0 <= first["rewards/legibility/mean"] <= 1
     keys = {f"rewards/{name}/{kind}" for name in ("dm", "legibility") for kind in ("mean", "std")}
-    keys |= {"loss", "grad_norm", "loss/dm", "loss/pathwise", "dm/residual", "dm/pull", "legibility/pull"}
+    keys |= {"loss", "grad_norm", "dm/critic_loss", "loss/pathwise", "dm/residual", "dm/pull", "legibility/pull"}
     keys |= {f"cost/{role}_forwards" for role in ("student", "teacher", "fake")}
     keys |= {"cost/critic_steps", "cost/reward_calls", "epoch", "step", "learning_rate"}
     assert keys <= first.keys()
@@ -112,7 +112,7 @@ def test_a_strangers_reward_may_train_its_own_role(make_trainer: Make, tmp_path:
     trainer.train()
     assert trainer.roles.trainable_roles == ("student", "judge")
     assert any("judge" in name and not torch.equal(p, before[name]) for name, p in weights_of(trainer).items())
-    assert losses_of(trainer)[0]["loss/mine"] > 0
+    assert losses_of(trainer)[0]["mine/critic_loss"] > 0
     assert losses_of(trainer)[0]["cost/judge_forwards"] == 2 * 8 + 8
 
 

@@ -1,0 +1,101 @@
+"""What happens around an optimizer step: epochs, moving average, pictures, and what the console shows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+
+if TYPE_CHECKING:
+    from rdm_sdk.training.trainer import RDMTrainer
+
+WHAT_TO_WATCH = (
+    "What to watch: 'from the teacher', how far the student's predictions are from the teacher's (per value), falls; "
+    "the critic's loss falls, then wavers; rewards are in their own units, higher is better. All figures go to the "
+    "trackers and into trainer_state.json."
+)
+
+_TRACKED = re.compile(
+    r"loss|grad_norm|learning_rate|epoch|total_flos|frac_reward_zero_std|(loss|weights|weighting|ratio|cost|rewards)/.*"
+    r"|.*/(pull|critic_grad_norm|residual|critic_loss)|(.*_)?(runtime|per_second|loss)"
+)
+"""The names of a run's figures; the line shows the few that are named below."""
+
+
+def log_line(logs: Mapping[str, Any], step: int, max_steps: int) -> str:
+    """Return what a person reads of a log at a glance, on one line; what a user's callback logs is kept.
+
+    Args:
+        logs: figures by the names that trackers get.
+        step: the optimizer step that they belong to.
+        max_steps: of the run.
+    """
+    if "train_runtime" in logs:
+        return f"trained to step {step} in {logs['train_runtime']:.0f} s"
+
+    def each(pattern: str) -> list[tuple[str, Any]]:
+        found = [(re.fullmatch(pattern, name), value) for name, value in logs.items()]
+        return [(match[1], value) for match, value in found if match]
+
+    residuals = dict(each("(.+)/residual"))
+    # The score of a reward with a residual is a ratio of log-densities, whose level says nothing.
+    scores = [(name, value) for name, value in each("rewards/(.+)/mean") if name not in residuals]
+    parts = [f"step {step}/{max_steps}"]
+    parts += [f"{name} {value:.3g} from the teacher" for name, value in residuals.items()]
+    parts += [f"{name} {value:.4g}" for name, value in scores]
+    parts += [f"evaluation: {name} {value:.4g}" for name, value in each("eval_rewards/(.+)/mean")]
+    parts += [f"{name} skipped {value:.0%}" for name, value in each("rewards/(.+)/skipped") if value]
+    parts += [f"{name} critic loss {value:.3g}" for name, value in each("(.+)/critic_loss")]
+    parts += [f"effective samples {value:.0%}" for _, value in each("(ratio/ess)")]
+    parts += [f"{name} {value}" for name, value in logs.items() if not _TRACKED.fullmatch(name.removeprefix("eval_"))]
+    return " | ".join(parts)
+
+
+class ConsoleLog(TrainerCallback):
+    """Prints the few figures that a person watches, in place of a dictionary of all."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            tqdm.write(WHAT_TO_WATCH)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            tqdm.write(log_line(logs, state.global_step, state.max_steps))
+
+
+class ProgressBar(ProgressCallback):
+    """The bar alone; `ConsoleLog` prints."""
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+        """Print nothing."""
+
+
+def speak_plainly(trainer: Trainer) -> None:
+    """Put `ConsoleLog` in the place of what transformers prints on a console; notebooks keep their table."""
+    bar, printer = trainer.pop_callback(ProgressCallback), trainer.pop_callback(PrinterCallback)
+    if bar is not None:
+        trainer.add_callback(ProgressBar())
+    if bar is not None or printer is not None:
+        trainer.add_callback(ConsoleLog())
+
+
+class Bookkeeper(TrainerCallback):
+    """Epochs for the sampler, the moving average, pictures."""
+
+    def __init__(self, trainer: RDMTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.trainer._sampler is not None:
+            self.trainer._sampler.epoch = int(state.epoch or 0)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.models.move_average()
+        if args.log_images and state.global_step % args.log_images == 0 and args.should_save:
+            self.trainer.write_images(Path(str(args.output_dir)) / "images" / f"step_{state.global_step:06d}.png")

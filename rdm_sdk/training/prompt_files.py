@@ -1,0 +1,126 @@
+"""Prompts from files: plain text, and tables (CSV, TSV, JSON, JSON lines, Parquet) with further columns for rewards."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pyarrow
+from datasets import Dataset, disable_progress_bars, enable_progress_bars
+from datasets.utils import are_progress_bars_disabled
+from pyarrow import csv
+
+from rdm_sdk.errors import DataError, shown
+
+
+def read_prompt_file(path: Path, argument: str) -> Dataset:
+    """Return a file's prompts as a `Dataset`, by its suffix; tables keep all their columns.
+
+    - `.txt` (or none): one prompt per line, blank lines skipped.
+    - `.csv`, `.tsv`: a header with a column `prompt`; empty cells are None.
+    - `.json`: a list of objects; `.jsonl`: one object per line; what an object lacks is None.
+    - `.parquet`: as it is.
+
+    Texts are UTF-8, with or without a byte order mark.
+
+    Raises:
+        DataError: no such file, another suffix, or a content that is not of its suffix's format.
+    """
+    if not path.is_file():
+        raise DataError(
+            f"{argument}: there is no file at {str(path)!r}; write one prompt per line, or a table with a column "
+            "'prompt'"
+        )
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(
+            f"{argument}: files like {path.name!r} are not read; there are {', '.join(filter(None, _READERS))}"
+        )
+    try:
+        return reader(path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{argument}: {str(path)!r} is no text in UTF-8: {error}") from error
+    except (ValueError, pyarrow.ArrowException, RecursionError) as error:
+        raise DataError(f"{argument}: {str(path)!r} cannot be read as {path.suffix[1:]}: {error}") from error
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the lines of a text; what only some call the end of a line, such as U+2028, is part of one."""
+    text = path.read_text(encoding="utf-8-sig")
+    if "\0" in text:
+        raise DataError(f"{str(path)!r} is no text: it holds a zero byte")
+    return [line for line in map(str.strip, text.split("\n")) if line]
+
+
+def _read_text(path: Path) -> Dataset:
+    return Dataset.from_dict({"prompt": _lines(path)})
+
+
+def _read_table(path: Path) -> Dataset:
+    path.read_text(encoding="utf-8-sig")  # names the byte that is not UTF-8, which Arrow would keep as bytes
+    table = csv.read_csv(
+        path,
+        parse_options=csv.ParseOptions(
+            delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True
+        ),
+        # The prompt "7" is a text; "NA" and "null" are words, and only an empty cell is none.
+        convert_options=csv.ConvertOptions(
+            column_types={"prompt": pyarrow.string()},
+            null_values=[""],
+            strings_can_be_null=True,
+            timestamp_parsers=[],
+        ),
+    )
+    twice = [name for name, count in Counter(table.column_names).items() if count > 1]
+    if twice:
+        raise ValueError(f"the column {twice[0]!r} is there more than once")
+    return Dataset.from_dict(table.to_pydict())
+
+
+def _read_json(path: Path) -> Dataset:
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    if not isinstance(content, list):
+        raise ValueError(f"it must hold a list of objects; got {type(content).__name__}")
+    return _from_objects(content)
+
+
+def _read_json_lines(path: Path) -> Dataset:
+    return _from_objects(map(json.loads, _lines(path)))
+
+
+def _from_objects(rows: Iterable[object]) -> Dataset:
+    found: list[dict[str, object]] = []
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f'row {number} must be an object such as {{"prompt": "a cat"}}; got {shown(row, 60)}')
+        found.append(row)
+    names = dict.fromkeys(name for row in found for name in row)
+    return Dataset.from_dict({name: [row.get(name) for row in found] for name in names})
+
+
+def _read_parquet(path: Path) -> Dataset:
+    shows = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        with tempfile.TemporaryDirectory() as cache:  # in memory: nothing is left behind, nothing stale is found
+            made: Dataset = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
+    except Exception as error:  # the library wraps what went wrong in a class for each format
+        raise ValueError(str(error.__cause__ or error)) from error
+    finally:
+        if shows:
+            enable_progress_bars()
+    return made
+
+
+_READERS: dict[str, Callable[[Path], Dataset]] = {
+    "": _read_text,
+    ".txt": _read_text,
+    ".csv": _read_table,
+    ".tsv": _read_table,
+    ".json": _read_json,
+    ".jsonl": _read_json_lines,
+    ".parquet": _read_parquet,
+}
