@@ -9,6 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rdm_sdk._version import __version__ as __version__
+from rdm_sdk.quiet import silence_harmless_warnings as _silence_harmless_warnings
+
+_silence_harmless_warnings()
 
 _PUBLIC = {
     "RDMTrainer": "rdm_sdk.training.trainer",

@@ -27,7 +27,7 @@ def test_the_front_door_imports_nothing_of_the_package() -> None:
     at_run_time = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     names = {a.name for n in at_run_time if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module for n in at_run_time if isinstance(n, ast.ImportFrom) and n.module}
-    assert names <= {"__future__", "importlib", "typing", "rdm_sdk._version"}
+    assert names <= {"__future__", "importlib", "typing", "rdm_sdk._version", "rdm_sdk.quiet"}
 
 
 def test_import_is_light_and_fast() -> None:
