@@ -126,8 +126,8 @@ class ModelFamily(ABC):
         """Add trained roles to the base: LoRA adapters, full copies of it and heads.
 
         Args:
-            configs: role to its LoRA, on `lora_targets` unless it names layers of its own; None is a full copy.
-            heads: role to a module of its own.
+            configs: role to its LoRA, on `lora_targets` unless it names other layers; None is a full copy.
+            heads: role to a module that is neither adapter nor copy.
             steps_told: K, if the critics among `configs` are told the student's step; 0 if not.
 
         Raises:
@@ -378,7 +378,7 @@ class ModelFamily(ABC):
         They are `[N, tokens, feature_width]` or a map `[N, feature_width, h, w]`.
 
         Raises:
-            ModelError: the family names none; then rewards with a head of their own cannot be used with it.
+            ModelError: the family names none; then rewards with a head cannot be used with it.
         """
         raise ModelError(f"{type(self).__name__} names no feature_block()")
 

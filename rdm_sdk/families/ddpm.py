@@ -85,7 +85,7 @@ class DDPMFamily(ModelFamily):
             raise ModelError(
                 f"{type(pipeline).__name__} needs a scheduler of a DDPM (alphas_cumprod and prediction_type "
                 f"{', '.join(PREDICTIONS)}); got {type(scheduler).__name__} with prediction_type={kind!r}. Load the "
-                "pipeline with its own scheduler; the student gets one of its own."
+                "pipeline with its own scheduler; the student gets one that suits it."
             )
         self.prediction = PREDICTIONS[kind]
         kept = scheduler.alphas_cumprod.double()

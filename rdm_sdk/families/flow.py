@@ -34,7 +34,7 @@ class FlowFamily(ModelFamily):
             raise ModelError(
                 f"{type(pipeline).__name__} needs a {' or '.join(self.schedulers)}; got "
                 f"{type(pipeline.scheduler).__name__}. Load the pipeline with its own scheduler; the student gets one "
-                "of its own."
+                "that suits it."
             )
 
     def timesteps(self, sigma: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 The teacher is the base with every adapter off; "student", "fake" and any other role are LoRA adapters. The base is held
 once, whatever the number of roles. For full fine-tuning a role is a copy of the base instead. A reward may also bring a
-role of its own that is neither but a module, such as a discriminator's head.
+role that is neither but a module, such as a discriminator's head.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Roles(nn.Module):
         self.copies = nn.ModuleDict()
         """Roles that are full copies of the backbone."""
         self.heads = nn.ModuleDict()
-        """Roles that are modules of their own."""
+        """Roles that are separate modules."""
         self.step_embeddings = nn.ModuleDict()
         """What tells a critic the student's step, by the critic's role; trained and saved with it."""
         self._layers: list[BaseTunerLayer] = []
@@ -187,7 +187,7 @@ class Roles(nn.Module):
 
     @property
     def denoising_roles(self) -> tuple[str, ...]:
-        """The trained roles that are networks of their own: LoRA adapters and copies."""
+        """The trained roles that are networks: LoRA adapters and copies."""
         return tuple(self._names)
 
     @property

@@ -49,7 +49,7 @@ class SanaFamily(MaskedTextFamily, FlowFamily):
                 f"{type(pipeline).__name__} needs a scheduler of a flow (prediction_type 'flow_prediction' and "
                 f"use_flow_sigmas); got prediction_type={config.prediction_type!r} and "
                 f"use_flow_sigmas={config.use_flow_sigmas}. Load the pipeline with its own scheduler; the student gets "
-                "one of its own."
+                "one that suits it."
             )
         self._instruction = inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
 

@@ -40,7 +40,7 @@ class ZImageFamily(PackedFlowFamily):
 
     def encode_prompts(self, prompts: list[str]) -> Condition:
         with torch.no_grad():
-            # A list of its own: the pipeline writes the template into it.
+            # A new list: the pipeline writes the template into it.
             texts, _ = self.pipeline.encode_prompt(
                 list(prompts),
                 device=self.device,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 Spread = Literal["stratified", "shared", "free"]
 """Over the samples of a group: "stratified" spreads them evenly over the range, "shared" gives all of them one value,
-"free" draws each on its own (DMD2). Whatever the choice, each sample's own value is uniform on the range."""
+"free" draws each by itself (DMD2). Whatever the choice, each sample's own value is uniform on the range."""
 
 
 def draw_uniform(spread: Spread, num_groups: int, group_size: int, device: torch.device) -> Tensor:

@@ -65,7 +65,7 @@ class FewStepPolicy:
     def inference(self) -> FewStepPolicy:
         """Return the sampler of the trained student in plain diffusers.
 
-        Re-noising is its own. The noise of "sde" and "cps" only explores during training, as in Flow-GRPO; their
+        Re-noising stays as it is. The noise of "sde" and "cps" only explores during training, as in Flow-GRPO; their
         students are sampled by the deterministic step.
         """
         return self if self.kind == "renoise" else replace(self, kind="ode")

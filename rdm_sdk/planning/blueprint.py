@@ -75,7 +75,7 @@ def _part(folder: Path, name: str, named: Sequence[str | None], dtype: torch.dty
         return None
     try:
         cls: Any = getattr(import_module(library), kind)
-    except ImportError:  # classes of a pipeline's own are named by the pipeline's folder
+    except ImportError:  # classes that came with a pipeline are named by the pipeline's folder
         cls = getattr(import_module(f"diffusers.pipelines.{library}"), kind)
     if not issubclass(cls, nn.Module):
         is_scheduler = (folder / name / "scheduler_config.json").is_file()

@@ -145,7 +145,7 @@ class Step:
         if str(trains) in self.roles.heads:
             return self.rehearsal.features(self.count, self.checkpointing)
         # A reward without a critic contrasts the teacher with and without the prompt; if another reward has asked for
-        # the one already, the other comes from a pass of its own.
+        # the one already, the other comes from another pass.
         both = self.guided or (trains is None and first)
         teacher = self.rehearsal.predict_pair(self.count) if both else self.rehearsal.predict(TEACHER, self.count)
         return max(teacher, self.rehearsal.predict(str(trains), self.count) if trains in self.critics else 0)

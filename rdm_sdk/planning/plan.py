@@ -98,7 +98,7 @@ def plan_memory(
     Args:
         model: a hub id or a local path; only its configs are read.
         args: the run's settings.
-        reward_funcs: as `RDMTrainer` takes them. A reward by its name is not made, unless it brings a head of its own.
+        reward_funcs: as `RDMTrainer` takes them. A reward by its name is not made, unless it brings a head.
         peft_config: as `RDMTrainer` takes it.
         fake_peft_config: as `RDMTrainer` takes it.
 
@@ -211,7 +211,7 @@ def _frozen(family: ModelFamily, args: RDMConfig, phase: Phase) -> Iterator[Row]
 
 
 def _judges(args: RDMConfig, rewards: Sequence[PlannedReward], phase: Phase) -> Iterator[Row]:
-    """Yield the rewards that have models of their own, or may have."""
+    """Yield the rewards that have models, or may have."""
     for reward in rewards:
         count, size = reward_size(reward)
         if count == 0:

@@ -17,7 +17,7 @@ KNOWN_PLUGINS = {
     "pickscore": "rdm-reward-pickscore",
     "vlm": "rdm-reward-vlm",
 }
-"""The project's own rewards that are installed on their own: bare name to distribution."""
+"""The project's own rewards that are installed one by one: bare name to distribution."""
 
 
 @dataclass(frozen=True)

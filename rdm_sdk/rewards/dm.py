@@ -11,7 +11,7 @@ from rdm_sdk.types import RewardOutput
 
 
 class DistributionMatching(Reward):
-    """Distribution matching: the teacher's distribution against the student's own, as a trained critic sees it.
+    """Distribution matching: the teacher's distribution against the student's, as a trained critic sees it.
 
     Gradient in x_0 form, D_real - D_fake, averaged over the run's `num_draws` renoising draws, with the critic's lag
     taken out where the run says so (`critic_correction`); score by the denoising-error difference; the critic is a LoRA

@@ -262,7 +262,7 @@ def bfloat16_input(subject: Subject) -> None:
     half = copied(subject.batch)
     half = half.with_latents(half.latents.bfloat16())
     full = half.with_latents(half.latents.float())
-    with advising("read batch.images (or batch.latents) as the host hands them over; do not decode on your own"):
+    with advising("read batch.images (or batch.latents) as the host hands them over; do not decode them yourself"):
         ours, theirs = subject.judge(half).scores, subject.judge(full).scores
     assert_close(ours, theirs, "in bfloat16, scores", "let the host convert: it hands over Capabilities.dtype", 0.02)
 

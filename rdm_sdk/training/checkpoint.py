@@ -52,7 +52,7 @@ class RunState:
     costs: dict[str, int]
     """What else the run has cost: rollouts, critic steps, reward calls."""
     stored_rollouts: bool
-    """Whether rollouts are still to be used again; they are in a file of their own, one per process."""
+    """Whether rollouts are still to be used again; they are in a separate file, one per process."""
     weights: dict[str, float]
     """What each reward weighs in the next optimizer step."""
     weighting: dict[str, float]

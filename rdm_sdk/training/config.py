@@ -18,7 +18,7 @@ from rdm_sdk.training.weighting import make_weighting
 class _KnownSettings(TrainingArguments):
     """Refuses settings that do not exist before the dataclass's constructor does, which names no nearest one.
 
-    A base of its own, so that the signature that tools show is the constructor's.
+    A separate base, so that the signature that tools show is the constructor's.
     """
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
@@ -128,7 +128,7 @@ class RDMConfig(_KnownSettings):
         default="shared",
         metadata={
             "help": "Critics learn from what the student predicts at all steps of the rollouts that its update uses, "
-            "or, as in DMD2, each critic update from rollouts of its own."
+            "or, as in DMD2, each critic update from fresh rollouts."
         },
     )
     critic_learning_rate: float | None = field(

@@ -28,7 +28,7 @@ PLACES = frozenset(
         *("text_encoders", "vae_offload", "vae_slicing", "vae_tiling"),
     }
 )
-"""Settings of the method's own that change where and when things are computed, not what."""
+"""Settings of the method that change where and when things are computed, not what."""
 FIXED_BY_TRANSFORMERS = frozenset(
     {"seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "optim"}
 )

@@ -96,7 +96,7 @@ class Judge:
     def times(self, steps: Tensor | None) -> tuple[Times, Times]:
         """Return between which times samples are re-noised for the student's update, and for the critics'.
 
-        Where each step is matched in a range of its own, samples of step k (int64 `[N]`) are re-noised to levels
+        Where each step is matched in a separate range, samples of step k (int64 `[N]`) are re-noised to levels
         between the one that it leads to and its own: to no other do the steps behind it ever re-noise them (arXiv
         2503.06674). Otherwise the critics learn at all times, as in DMD2 (arXiv 2405.14867).
         """

@@ -1,4 +1,4 @@
-"""The critics' optimizer: beside the student's, which is Trainer's own, with a rate and a schedule of its own."""
+"""The critics' optimizer: beside the student's, which Trainer makes, with another rate and schedule."""
 
 from __future__ import annotations
 

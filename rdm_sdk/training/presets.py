@@ -41,11 +41,11 @@ _GNDM: dict[str, Value] = {
 }
 
 _EACH: dict[str, Value] = {"multi_objective_aggregation": "normalize_then_sum"}
-"""Rewards in units of their own are normalized before weights that are shares of a pull add them up."""
+"""Rewards in different units are normalized before weights that are shares of a pull add them up."""
 
 PRESETS = {
     "dmd2": Preset(
-        "distribution matching with every sample on its own (arXiv 2405.14867): the baseline of GNDM",
+        "distribution matching with every sample by itself (arXiv 2405.14867): the baseline of GNDM",
         "dm",
         _DMD2 | {"num_generations": 1, "weighting": "fixed"},
     ),
