@@ -157,7 +157,7 @@ class Rollouts:
     def critic_samples(self, turn: int) -> list[Samples]:
         """Return what the critics learn from in one of their updates before the student's, the `turn`-th.
 
-        New rollouts, as in DMD2, or those of the student's update, at another step of each trajectory every time: a rollout of 64
+        New rollouts, as in DMD2, or those of the student's update, at another step of each trajectory every time: one of 64
         then holds 64 K samples. In a later use, only what the student has predicted anew is its present self's.
         """
         if self.settings.critic_rollouts == "fresh":
