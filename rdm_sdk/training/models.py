@@ -23,6 +23,7 @@ from rdm_sdk.method.noise import FlowSchedule
 from rdm_sdk.method.sampling import FewStepPolicy, sample, sample_each_step
 from rdm_sdk.rewards.context import DiffusionContext
 from rdm_sdk.training.data import PromptCache
+from rdm_sdk.training.faults import FiniteWatch
 from rdm_sdk.training.method_settings import MethodSettings
 from rdm_sdk.training.step_rules import is_guided
 from rdm_sdk.types import Condition, Denoiser
@@ -103,6 +104,7 @@ class RunModels:
         self.shift = family.base_shift(self.latent_shapes[0]) if settings.shift is None else settings.shift
         sigmas = tuple(family.student_sigmas(settings.num_inference_steps, self.shift))
         self.policy = FewStepPolicy(family.schedule, sigmas, settings.sampler, settings.eta)
+        self.watch = FiniteWatch()
         self._place()
         self.ema: EMAModel | None = None
         if settings.ema_decay:
@@ -176,9 +178,10 @@ class RunModels:
         `steps` (int64 `[N]`) are the student's that made the samples, for critics that are told them.
         """
         if role != TEACHER or not self.guided:
-            return self.family.denoiser(self.roles, role, self.roles.tell(role, condition, steps))
+            made = self.family.denoiser(self.roles, role, self.roles.tell(role, condition, steps))
+            return self.watch.watched(role, condition, made)
         pair = self.teacher_pair(condition)
-        return lambda x_t, sigma: self.guide(x_t, sigma, *pair(x_t, sigma))
+        return self.watch.watched(role, condition, lambda x_t, sigma: self.guide(x_t, sigma, *pair(x_t, sigma)))
 
     def guide(self, x_t: Tensor, sigma: Tensor, with_prompt: Tensor, without: Tensor) -> Tensor:
         """Return the guided x_0 `[N, *x]` of the teacher's two predictions."""
@@ -204,7 +207,7 @@ class RunModels:
             blank = self.encode([None] * len(x_t))
             return self.family.denoiser(self.roles, TEACHER, blank)(x_t, sigma)
 
-        return replace(
+        complete = replace(
             context,
             guide=self.guide if self.guided else None,
             denoiser_pair=teacher_pair,
@@ -212,6 +215,7 @@ class RunModels:
             encode_images=self.family.encode_images,
             unprompted=unprompted,
         )
+        return self.watch.watched_context(complete, condition)
 
     # ---- Samples ------------------------------------------------------------------------------------------------
 

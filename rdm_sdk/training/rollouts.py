@@ -51,7 +51,8 @@ class Rollouts:
         """What this optimizer step trains on, one per micro-batch."""
         self.stored: deque[list[Experience]] = deque(maxlen=steps_stored(settings))
         """What earlier optimizer steps left to be used again."""
-        self._window: Window = []
+        self.window: Window = []
+        """The micro-batches of prompts that the optimizer step is for."""
         self._predicted: dict[int, Tensor] = {}
         self._shape: tuple[int, ...] = ()
 
@@ -62,7 +63,7 @@ class Rollouts:
 
         `step` (from 0) decides the resolution, where a run has several.
         """
-        self._window, self._shape = window, self.models.step_shape(step)
+        self.window, self._shape, self.experiences = window, self.models.step_shape(step), []
         self._predicted.clear()
         self.experiences = self._reuse(window) or [self.collect(batch) for batch in window]
 
@@ -157,11 +158,11 @@ class Rollouts:
     def critic_samples(self, turn: int) -> list[Samples]:
         """Return what the critics learn from in one of their updates before the student's, the `turn`-th.
 
-        New rollouts, as in DMD2, or those of the student's update, at another step of each trajectory every time: one of 64
-        then holds 64 K samples. In a later use, only what the student has predicted anew is its present self's.
+        New rollouts, as in DMD2, or those of the student's update, at another step of each trajectory every time: one
+        of 64 then holds 64 K samples. In a later use, only what the student has predicted anew is its present self's.
         """
         if self.settings.critic_rollouts == "fresh":
-            return [self._roll_out(batch).samples for batch in self._window]
+            return [self._roll_out(batch).samples for batch in self.window]
         last = self.policy.num_steps
         return [one.samples if one.use else one.samples_at((one.steps + 1 + turn) % last) for one in self.experiences]
 

@@ -25,6 +25,7 @@ from rdm_sdk.training.callbacks import Bookkeeper, speak_plainly
 from rdm_sdk.training.config import RDMConfig
 from rdm_sdk.training.data import GroupSampler, all_prompts, collate, load_prompts
 from rdm_sdk.training.export import save_student, student_info
+from rdm_sdk.training.faults import explained
 from rdm_sdk.training.finished import look, score_finished
 from rdm_sdk.training.interrupt import SaveOnSignal
 from rdm_sdk.training.judge import Judge, add_run_roles
@@ -151,8 +152,17 @@ class RDMTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Begin an optimizer step with its first micro-batch; back-propagate the student's loss of every one."""
         model.train()
+        try:
+            return self._take_step()
+        except RDMError as error:
+            raise explained(
+                error, self.models, self.step.rollouts, self.state.global_step + 1, str(self.args.output_dir)
+            ) from error
+
+    def _take_step(self) -> Tensor:
         if self._window:
             window, self._window, self._position = self._window, [], 0
+            self.models.watch.begin()
             self.step.begin(window, self.state.global_step)
             self._train_critics()
         result = self.step.student_loss(self._position)
@@ -160,6 +170,7 @@ class RDMTrainer(Trainer):
         self.accelerator.backward(result.loss / self.current_gradient_accumulation_steps)
         if self.accelerator.sync_gradients:
             self.step.end(self.state.global_step + 1)
+            self.models.watch.end()
         return result.loss.detach() / self.current_gradient_accumulation_steps
 
     def _train_critics(self) -> None:
