@@ -306,21 +306,23 @@ def test_other_plugins_on_another_process_are_refused(monkeypatch: pytest.Monkey
 ADAPTER = 'register("AuraFlowPipeline", "{module}_rewards:Ink")'
 
 
-def asks_for(pipeline: str) -> str:
-    """Return code that prints what asking for a family raises, or its class."""
+def asks_for(*pipelines: str, ask: str = "registry().load_model") -> str:
+    """Return code that prints what asking for each family raises, or its class."""
+    door = "families.load import family_class" if ask == "family_class" else "plugins.registry import registry"
     return (
-        "import warnings; warnings.simplefilter('ignore')\nfrom rdm_sdk.families.load import family_class\n"
-        f"try:\n    print(family_class({pipeline!r}))\n"
-        "except Exception as error:\n    print(type(error).__name__, error)"
+        f"import warnings; warnings.simplefilter('ignore')\nfrom rdm_sdk.{door}\n"
+        f"for pipeline in {pipelines!r}:\n    try:\n        print({ask}(pipeline))\n"
+        "    except Exception as error:\n        print(type(error).__name__, error)"
     )
 
 
 def test_a_plugins_adapter_is_found(install: Install, run: Run) -> None:
     """By the pipeline's class; what is no family is refused, and the SDK's own families are listed for the rest."""
     install("good-aura", hook="rdm_register_models", body=ADAPTER.format(module="good_aura"))
-    assert "must subclass rdm_sdk.ModelFamily" in run(code=asks_for("AuraFlowPipeline"))
-    assert "rdm_sdk.families.sd3.SD3Family" in run(code=asks_for("StableDiffusion3Pipeline"))
-    said = run(code=asks_for("StableDiffusion3Pipelin"))
+    asked = "AuraFlowPipeline", "StableDiffusion3Pipeline", "StableDiffusion3Pipelin"
+    no_family, found, said = run(code=asks_for(*asked, ask="family_class")).splitlines()
+    assert "must subclass rdm_sdk.ModelFamily" in no_family
+    assert "rdm_sdk.families.sd3.SD3Family" in found
     assert "ModelError StableDiffusion3Pipelin is not supported. Did you mean 'StableDiffusion3Pipeline'?" in said
     assert "AuraFlowPipeline" in said
     assert "docs/write-a-model.md" in said
