@@ -190,7 +190,7 @@ def _one(action: argparse.Action, value: Any) -> Any:
     try:
         made = kind(json.dumps(value) if isinstance(value, (bool, dict)) else str(value))
         fits = value is not None and not isinstance(value, list) and (choices is None or made in choices)
-    except (ValueError, argparse.ArgumentTypeError):
+    except Exception:  # the types of some flags are classes of other libraries, which raise what they like
         fits = False
     if not fits:
         wanted = (

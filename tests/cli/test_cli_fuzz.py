@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rdm_sdk.cli.run_arguments import RunArguments, parse_run
@@ -48,6 +48,7 @@ def check(content: str | bytes, path: Path) -> None:
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(content=st.one_of(MAPPINGS, MAPPINGS, TEXTS))
+@example(content="model: digits\nparallelism_config: false\n")  # its class raised a TypeError
 def test_any_yaml_is_settings_or_an_error_of_this_package(
     content: str | bytes, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
