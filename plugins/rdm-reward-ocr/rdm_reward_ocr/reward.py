@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +20,7 @@ class TextInPicture(Reward):
     """1 minus the normalized edit distance between the text asked for and the text read, in [0, 1]; no gradient.
 
     The text asked for is the entry of the dataset's column `text`; without that column, what stands in quotes in the
-    prompt. The reward does not apply where none is asked for: NaN. Text is read by PaddleOCR's PP-OCRv6 (small), with
+    prompt; it is not for samples where none is asked for. Text is read by PaddleOCR's PP-OCRv6 (small), with
     real weights that come with `rapidocr`. Case and spaces do not count; the distance is divided by the length of the
     longer text, so letters too many cost as much as letters that are missing.
     """
@@ -48,25 +49,25 @@ class TextInPicture(Reward):
         self.reader = Reader(self.config.threads)
         self.preprocessing = f"8 bits, {self.reader.source}"
 
-    def score(self, batch: RewardBatch) -> Tensor:
-        asked = self.texts(batch)
-        scores = torch.full((len(batch),), torch.nan)
-        rows = [row for row, text in enumerate(asked) if text]
-        if rows:
-            shown = batch.images[rows].float().clamp(0, 1).mul(255).round().to(torch.uint8)
-            read = self.reader.read(shown.permute(0, 2, 3, 1).cpu().numpy())
-            scores[rows] = torch.tensor([similarity(asked[i], text) for i, text in zip(rows, read, strict=True)])
-        return scores
+    def applies(self, prompts: Sequence[str], columns: Mapping[str, Sequence[object]]) -> list[bool]:
+        return [bool(text) for text in self.texts(prompts, columns)]
 
-    def texts(self, batch: RewardBatch) -> list[str]:
+    def score(self, batch: RewardBatch) -> Tensor:
+        asked = self.texts(batch.prompts, batch.columns)
+        shown = batch.images.float().clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        read = self.reader.read(shown.cpu().numpy())
+        pairs = zip(asked, read, strict=True)
+        return torch.tensor([similarity(text, seen) if text else torch.nan for text, seen in pairs])
+
+    def texts(self, prompts: Sequence[str], columns: Mapping[str, Sequence[object]]) -> list[str]:
         """Return the text that each sample is to show, "" where none is asked for.
 
         Raises:
             RewardError: an entry of the column is neither a text nor None.
         """
-        entries = batch.columns.get(self.config.column)
+        entries = columns.get(self.config.column)
         if entries is None:
-            return [" ".join(quoted(prompt)) for prompt in batch.prompts]
+            return [" ".join(quoted(prompt)) for prompt in prompts]
         for entry in entries:
             if not isinstance(entry, (str, type(None))):
                 raise RewardError(

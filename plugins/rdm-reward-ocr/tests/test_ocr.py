@@ -72,8 +72,13 @@ def test_lines_and_several_quotes(ocr):
 
 def test_no_text_asked_for(ocr):
     """Without text to show the reward does not apply; a picture without text scores 0 where some is asked for."""
-    blank = RewardBatch.from_images(torch.full((3, 3, 64, 64), 0.5), ["a fox", "the dogs' house", '"fox"'])
+    prompts = ["a fox", "the dogs' house", '"fox"']
+    blank = RewardBatch.from_images(torch.full((3, 3, 64, 64), 0.5), prompts)
     assert ocr.score(blank).tolist() == pytest.approx([torch.nan, torch.nan, 0], nan_ok=True)
+    assert ocr.applies(prompts, {}) == [False, False, True]
+    scored = score_images("ocr", blank.images[:2], prompts[:2])
+    assert scored.outputs["ocr"].scores.isnan().all()
+    assert scored.shown == {"ocr": 0}
 
 
 def test_column_goes_before_quotes(ocr):
