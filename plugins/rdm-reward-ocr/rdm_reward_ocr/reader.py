@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from importlib.resources import files
@@ -30,13 +29,12 @@ class Reader:
     """
 
     def __init__(self, threads: int) -> None:
-        logging.getLogger("RapidOCR").setLevel(logging.ERROR)  # it warns of every picture without text
         from rapidocr import RapidOCR
 
         self.threads = threads
         self.source = f"PP-OCRv6 small, rapidocr {version('rapidocr')}"
         params = {
-            "Global.log_level": "error",
+            "Global.log_level": "error",  # it warns of every picture without text
             "Global.use_cls": False,  # looks for lines that stand on their head
             "Det.model_path": str(_bundled(DETECTION)),
             "Det.limit_type": "max",

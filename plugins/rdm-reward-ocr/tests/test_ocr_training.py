@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import Dataset
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from rdm_sdk import RDMConfig, RewardBatch
+from rdm_sdk import RDMConfig, RDMTrainer, RewardBatch, digits
 from rdm_sdk.method.noise import FlowSchedule
 from rdm_sdk.method.sampling import FewStepPolicy, sample
 from rdm_sdk.rewards.resolve import resolve_rewards
@@ -106,3 +107,18 @@ def test_a_student_learns_to_spell():
     after = mean_score(models, rewards[0].reward, 1)
     assert before < 0.4
     assert after > 0.8
+
+
+def test_watched_in_a_mixed_run(tmp_path):
+    """In a run of the trainer the reward sees the prompts with a text, and is quiet about the others."""
+    prompts = digits.prompts()
+    texts = [str(number) if number % 2 else None for number in range(len(prompts))]
+    settings = {"per_device_train_batch_size": 2, "num_generations": 2, "guidance_scale": 1.0, "critic_steps": 1}
+    quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
+    args = RDMConfig(output_dir=str(tmp_path), max_steps=4, max_sequence_length=4, **settings, **quiet)
+    data = Dataset.from_dict({"prompt": prompts[:4], "text": texts[:4]})
+    trainer = RDMTrainer(digits.teacher_path(), "dm + 0*ocr", args, data)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert sorted(row["rewards/ocr/applies"] for row in rows) == [0, 0, 1, 1]
+    assert all(("rewards/ocr/mean" in row) == bool(row["rewards/ocr/applies"]) for row in rows)
