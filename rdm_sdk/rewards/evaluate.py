@@ -264,8 +264,6 @@ def as_declared(
     """
     dtype = getattr(torch, reward.capabilities.dtype)
     pixels = reward.capabilities.space == "pixel"
-    if pixels:
-        _ = chunk.images  # decoded for all rows, and so for all rewards
     if rows is not None and len(rows) < len(chunk):
         chunk = chunk.select(rows)
     columns = {name: list(values) for name, values in chunk.columns.items()}

@@ -78,7 +78,7 @@ class Speller:
 
 def mean_score(models, reward, seed):
     """The mean reward of new samples of the student."""
-    prompts = [prompt for prompt in PROMPTS for _ in range(12)]
+    prompts = [prompt for prompt in PROMPTS for _ in range(8)]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         noise = torch.randn(len(prompts), PLACES * LETTERS)
