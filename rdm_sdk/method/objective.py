@@ -12,7 +12,6 @@ from torch import Tensor
 from rdm_sdk.method.groups import EPS, Normalization, ScoreScale, group_advantage, moments, scale_field
 from rdm_sdk.method.importance import clip_fraction
 from rdm_sdk.method.losses import clipped_surrogate
-from rdm_sdk.method.noise import per_sample
 from rdm_sdk.types import RewardOutput
 
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
@@ -27,11 +26,12 @@ def normalize(outputs: Mapping[str, RewardOutput], group_size: int, normalizatio
     It is the direction in which the reward wants each x_0 to move (GNDM, arXiv 2603.28460, our reading): its gradient,
     divided by a statistic of the reward's magnitudes at the latents (for distribution matching and tilts DMD2's mean
     |x_0 - D_real|, otherwise mean |gradient|). A sample's |gradient| by itself is never that statistic: it would blow
-    up what a satisfied reward has left to teach, so "sample" means "group" for rewards without magnitudes.
+    up what a satisfied reward has left to teach, so "sample" means "group" for rewards without magnitudes. A reward
+    that applies to none of the samples has no field.
     """
     fields = {}
     for name, output in outputs.items():
-        if output.gradient is not None:
+        if output.gradient is not None and not output.scores.isnan().all():
             magnitude, statistic = output.magnitude, normalization
             if magnitude is None:
                 magnitude = output.gradient.abs().flatten(1).mean(1)
@@ -135,17 +135,18 @@ def policy_loss(
 
 
 def policy_pull(log_ratios: Tensor, x_0: Tensor, advantages: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return per reward the mean |A_i d log pi_i / d x_0,i| over the transitions: its pull, as a field's.
+    """Return per reward the mean |A_i d log pi_i / d x_0,i| over the transitions it applies to: its pull, as a field's.
 
     Args:
         log_ratios: summed over dimensions, `[n]`, differentiable in `x_0`.
         x_0: the predictions that they come from, `[n, *x]`.
-        advantages: name to `[n]`.
+        advantages: name to `[n]`, NaN where the reward does not apply. One that applies to none is left out.
     """
     if not len(x_0):
         return dict.fromkeys(advantages, 0.0)
     (slope,) = torch.autograd.grad(log_ratios.sum(), x_0, retain_graph=True)
-    return {name: float((per_sample(a, slope) * slope).abs().mean()) for name, a in advantages.items()}
+    sizes = slope.abs().flatten(1).mean(1)
+    return {name: float((a.abs() * sizes).nanmean()) for name, a in advantages.items() if not a.isnan().all()}
 
 
 def zero_std_share(scores: Tensor, group_size: int) -> Tensor:

@@ -14,7 +14,9 @@ KNOWN_PLUGINS = {
     "hps": "rdm-reward-hps",
     "imagereward": "rdm-reward-imagereward",
     "jpeg": "rdm-reward-jpeg",
+    "ocr": "rdm-reward-ocr",
     "pickscore": "rdm-reward-pickscore",
+    "safety": "rdm-reward-safety",
     "vlm": "rdm-reward-vlm",
 }
 """The project's own rewards that are installed one by one: bare name to distribution."""

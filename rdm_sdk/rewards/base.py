@@ -41,7 +41,7 @@ class Capabilities:
     prompts: bool = False
     """Whether the prompt matters to the score."""
     columns: tuple[str, ...] = ()
-    """Columns of the dataset that it cannot do without."""
+    """Columns of the dataset that it cannot do without; it is not for samples with None in one (`applies`)."""
     head: bool = False
     """Whether the role that it `trains` is a module, made by `make_head`, and no LoRA adapter."""
     range: tuple[float, float] | None = None
@@ -212,6 +212,19 @@ class RewardBatch:
             columns = {name: values[rows] for name, values in self.columns.items()}
             yield replace(self, latents=self.latents[rows], prompts=self.prompts[rows], columns=columns, context=None)
 
+    def select(self, picked: Sequence[int]) -> RewardBatch:
+        """Return a batch of some samples, in the order of their rows; images that are decoded come along."""
+        rows = torch.tensor(picked, dtype=torch.long)
+        selected = replace(
+            self,
+            latents=self.latents[rows.to(self.latents.device)],
+            prompts=[self.prompts[row] for row in picked],
+            columns={name: [values[row] for row in picked] for name, values in self.columns.items()},
+            weights=None if self.weights is None else self.weights[rows.to(self.weights.device)],
+        )
+        images = self._decoded.images
+        return selected if images is None else selected.with_images(images[rows.to(images.device)])
+
     def with_images(self, images: Tensor) -> RewardBatch:
         """Return the same batch with other images (used to differentiate with respect to them)."""
         batch = replace(self)
@@ -281,6 +294,16 @@ class Reward(ABC):
             if config is not None
             else checked_model(type(self).Config, options, f"reward {self.name!r}", RewardError)
         )
+
+    def applies(self, prompts: Sequence[str], columns: Mapping[str, Sequence[object]]) -> list[bool]:
+        """Return which samples the reward is for, by their N prompts and the N entries of each column alone.
+
+        By default those with an entry other than None in every column that it declares. The others are not shown to
+        it: they score NaN, and a batch without any that it is for is no error. A reward that needs the run's models
+        is not asked; it always sees the whole batch.
+        """
+        needed = [columns[name] for name in self.capabilities.columns if name in columns]
+        return [all(values[row] is not None for values in needed) for row in range(len(prompts))]
 
     def score(self, batch: RewardBatch) -> Tensor:
         """Return scores, float32 `[N]`; NaN marks a sample to which the reward does not apply."""

@@ -7,7 +7,6 @@ next one, so that memory does not grow with the batch and nothing touches the st
 from __future__ import annotations
 
 import asyncio
-import inspect
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,14 @@ from torch import Tensor
 from rdm_sdk.errors import ConfigError, RewardError
 from rdm_sdk.method.noise import per_sample
 from rdm_sdk.rewards.base import Capabilities, Reward, RewardBatch
+from rdm_sdk.rewards.checks import (
+    InapplicableError,
+    check_gradient,
+    checked_scores,
+    nothing_applies,
+    rows_it_is_for,
+    unchanged,
+)
 from rdm_sdk.types import RewardOutput
 
 OnError = Literal["raise", "skip"]
@@ -32,13 +39,16 @@ class Evaluation:
     """The scores and gradients of a batch by a set of rewards."""
 
     outputs: dict[str, RewardOutput]
-    """By the names that the rewards were given; a reward that was skipped is missing."""
+    """By the names that the rewards were given; a reward that was skipped is missing, one that is for none of the
+    samples has NaN for all."""
     seconds: dict[str, float]
     """Time per reward; asynchronous ones wait at the same time, and decoding is counted to none."""
     provenance: dict[str, dict[str, object]]
     """Per reward, what its scores must be stored with to be comparable."""
     skipped: dict[str, Exception] = field(default_factory=dict)
     """Rewards that raised, under `on_error="skip"`."""
+    shown: dict[str, int] = field(default_factory=dict)
+    """How many samples each reward was asked about: those that it is for (`Reward.applies`)."""
 
 
 def evaluate_rewards(
@@ -50,6 +60,7 @@ def evaluate_rewards(
     offload: bool = False,
     on_error: OnError = "raise",
     gradients_of: Collection[str] | None = None,
+    may_sit_out: Collection[str] = (),
 ) -> Evaluation:
     """Return every reward's scores `[N]` and, where it has one, its gradient with respect to the latents `[N, *x]`.
 
@@ -65,10 +76,12 @@ def evaluate_rewards(
             outputs, as it does for a reward that applies to none of the batch. What a reward returns is checked in
             either case: nonsense is never skipped over.
         gradients_of: the names of the rewards whose gradient is wanted; None is all that have one, () is none.
+        may_sit_out: the names of the rewards that are taken at their word if they return NaN for all they were shown.
 
     Raises:
-        RewardError: a reward returned something of the wrong type or shape, an infinite score, only NaN, or a gradient
-            that is not finite. Nothing is repaired: a reward that returns nonsense must not train a model.
+        RewardError: a reward returned something of the wrong type or shape, an infinite score, only NaN for what it
+            was shown, or a gradient that is not finite. Nothing is repaired: a reward that returns nonsense must not
+            train a model.
     """
     if on_error not in get_args(OnError):
         raise ConfigError(f"on_error={on_error!r} cannot be used; it must be 'raise' or 'skip'")
@@ -93,7 +106,7 @@ def evaluate_rewards(
         if offload:
             for reward in rewards.values():
                 reward.to("cpu")
-    return _finished(run, rewards, batch)
+    return _finished(run, rewards, batch, may_sit_out)
 
 
 def evaluate_reward(reward: Reward, batch: RewardBatch, **options: Any) -> RewardOutput:
@@ -125,24 +138,33 @@ class _Run:
         self.outputs: dict[str, list[RewardOutput]] = {name: [] for name in rewards}
         self.seconds = dict.fromkeys(rewards, 0.0)
         self.skipped: dict[str, Exception] = {}
+        self.shown = dict.fromkeys(rewards, 0)
 
     def judge_chunk(self, chunk: RewardBatch) -> None:
         """Judge one chunk; the asynchronous rewards wait in a thread while the others compute."""
+        rows: dict[str, list[int]] = {}
+        for name, reward in self._remaining(self.plain | self.awaited):
+            with self._charged_to(name):
+                rows[name] = rows_it_is_for(reward, chunk)
+                self.shown[name] += len(rows[name])
+                if not rows[name]:
+                    self.outputs[name].append(_inapplicable(chunk, name in self.graded))
+        plain = {name: reward for name, reward in self.plain.items() if rows.get(name)}
+        waiting = {name: reward for name, reward in self.awaited.items() if rows.get(name)}
         # Decoded before any reward runs: once for all of them, with a graph if one needs it, and on nobody's time.
-        readers = [n for n, r in (self.plain | self.awaited).items() if r.capabilities.space == "pixel"]
+        readers = [n for n, r in (plain | waiting).items() if r.capabilities.space == "pixel"]
         if any(name in self.graded for name in readers):
             _ = chunk.tracked_images
         elif readers:
             _ = chunk.images
-        if not self.awaited:
-            self._judge_plain(chunk)
+        if not waiting:
+            self._judge_plain(plain, chunk, rows)
             return
-        waiting = dict(self._remaining(self.awaited))
         # Copies: these rewards run at the same time as the others, so nobody could tell who changed something in place.
-        given = {name: _copied(reward, as_declared(reward, chunk, self.device)) for name, reward in waiting.items()}
+        given = {n: _copied(r, as_declared(r, chunk, self.device, rows[n])) for n, r in waiting.items()}
         future = asyncio.run_coroutine_threadsafe(_await_all(waiting, given, self.device), _event_loop())
         try:
-            self._judge_plain(chunk)
+            self._judge_plain(plain, chunk, rows)
         finally:
             results = future.result()
         for name, result in results.items():
@@ -151,24 +173,29 @@ class _Run:
             else:
                 scores, seconds = result
                 self.seconds[name] += seconds
-                self.outputs[name].append(RewardOutput(_checked_scores(self.awaited[name], chunk, scores)))
+                scores = checked_scores(self.awaited[name], given[name], scores)
+                self.outputs[name].append(RewardOutput(_spread(scores, rows[name], chunk, torch.nan)))
 
     def judge_whole(self, batch: RewardBatch) -> None:
         """Judge the batch by the rewards that see the run's models."""
         for name, reward in self.whole.items():
+            self.shown[name] = len(batch)
             with self._charged_to(name):
                 self.outputs[name].append(_judged_with_models(reward, batch, name in self.graded))
 
-    def _judge_plain(self, chunk: RewardBatch) -> None:
-        for name, reward in self._remaining(self.plain):
+    def _judge_plain(
+        self, rewards: Mapping[str, Reward], chunk: RewardBatch, rows: Mapping[str, Sequence[int]]
+    ) -> None:
+        for name, reward in rewards.items():
             with self._charged_to(name):
                 if name in self.graded:
-                    output = _differentiated(reward, chunk, self.device)
+                    output = _differentiated(reward, chunk, self.device, rows[name])
                 else:
-                    given = as_declared(reward, chunk, self.device)
-                    with torch.no_grad(), _unchanged(reward, given):
+                    given = as_declared(reward, chunk, self.device, rows[name])
+                    with torch.no_grad(), unchanged(reward, given):
                         scores = reward.score(given)
-                    output = RewardOutput(_checked_scores(reward, chunk, scores))
+                    checked = checked_scores(reward, given, scores)
+                    output = RewardOutput(_spread(checked, rows[name], chunk, torch.nan))
                 self.outputs[name].append(output)
 
     def _remaining(self, rewards: Mapping[str, Reward]) -> list[tuple[str, Reward]]:
@@ -228,38 +255,49 @@ def _copied(reward: Reward, given: RewardBatch) -> RewardBatch:
     return copy.with_images(given.images.clone()) if reward.capabilities.space == "pixel" else copy
 
 
-def as_declared(reward: Reward, chunk: RewardBatch, device: torch.device) -> RewardBatch:
-    """Return the chunk as the reward wants it: its dtype, on its device, without a graph, with copies of all lists."""
+def as_declared(
+    reward: Reward, chunk: RewardBatch, device: torch.device, rows: Sequence[int] | None = None
+) -> RewardBatch:
+    """Return the chunk as the reward wants it: its dtype, on its device, without a graph, with copies of all lists.
+
+    `rows` are those that it is shown, in order; None is all.
+    """
     dtype = getattr(torch, reward.capabilities.dtype)
+    pixels = reward.capabilities.space == "pixel"
+    if rows is not None and len(rows) < len(chunk):
+        chunk = chunk.select(rows)
     columns = {name: list(values) for name, values in chunk.columns.items()}
-    images = chunk.images if reward.capabilities.space == "pixel" else None
+    images = chunk.images if pixels else None
     chunk = replace(chunk, prompts=list(chunk.prompts), columns=columns, context=None)
     if images is not None:
         return chunk.with_images(images.detach().to(device, dtype))
     return chunk.with_latents(chunk.latents.detach().to(device, dtype))
 
 
-@contextmanager
-def _unchanged(reward: Reward, given: RewardBatch) -> Iterator[None]:
-    """Raise if the block changes the images or latents in place: other rewards, and the caller, share their memory."""
-    watched = given.images if reward.capabilities.space == "pixel" else given.latents
-    before = watched._version
-    yield
-    if watched._version != before:
-        raise RewardError(
-            f"reward {reward.name!r} changes its {'images' if watched is not given.latents else 'latents'} in place, "
-            "which other rewards share; use x * 2 instead of x.mul_(2), or clone() first"
-        )
+def _inapplicable(chunk: RewardBatch, graded: bool) -> RewardOutput:
+    """Return the output of a reward that is for none of the chunk's samples."""
+    scores = torch.full((len(chunk),), torch.nan, device=chunk.latents.device)
+    return RewardOutput(scores, torch.zeros_like(chunk.latents) if graded else None)
 
 
-def _differentiated(reward: Reward, chunk: RewardBatch, device: torch.device) -> RewardOutput:
+def _spread(values: Tensor, rows: Sequence[int], chunk: RewardBatch, fill: float) -> Tensor:
+    """Return values `[n, ...]` of some rows as those of the whole chunk, `[N, ...]` in float32, on its device."""
+    values = values.to(chunk.latents.device, torch.float32)
+    if len(rows) == len(chunk):
+        return values
+    whole = torch.full((len(chunk), *values.shape[1:]), fill, device=values.device)
+    whole[list(rows)] = values
+    return whole
+
+
+def _differentiated(reward: Reward, chunk: RewardBatch, device: torch.device, rows: Sequence[int]) -> RewardOutput:
     """Return the scores of a chunk with their gradient with respect to its latents, for `gradient="autograd"`."""
-    judged = as_declared(reward, chunk, device)
+    judged = as_declared(reward, chunk, device, rows)
     pixels = reward.capabilities.space == "pixel"
     leaf = (judged.images if pixels else judged.latents).requires_grad_()
     with torch.enable_grad():
         scores = reward.score(judged)
-    checked = _checked_scores(reward, chunk, scores)
+    checked = checked_scores(reward, judged, scores)
     if scores.requires_grad:
         (gradient,) = torch.autograd.grad(scores.nansum(), leaf, allow_unused=True)
     elif checked.isnan().all():
@@ -274,7 +312,7 @@ def _differentiated(reward: Reward, chunk: RewardBatch, device: torch.device) ->
     if reward.capabilities.scope == "sample":
         # A sample that the reward does not apply to has no gradient, however its NaN came about.
         gradient = gradient.masked_fill(per_sample(scores.isnan(), gradient), 0)
-    gradient = gradient.to(chunk.latents.device, torch.float32)
+    checked, gradient = _spread(checked, rows, chunk, torch.nan), _spread(gradient, rows, chunk, 0.0)
     return RewardOutput(checked, chunk.pull_back(gradient).float() if pixels else gradient)
 
 
@@ -296,25 +334,27 @@ def _judged_with_models(reward: Reward, batch: RewardBatch, differentiate: bool)
             f"reward {reward.name!r} must return one magnitude per sample, shape [{len(batch)}], or None; got "
             f"{list(magnitude.shape)}"
         )
-    return RewardOutput(_checked_scores(reward, batch, output.scores), output.gradient, magnitude)
+    return RewardOutput(checked_scores(reward, batch, output.scores), output.gradient, magnitude)
 
 
-def _finished(run: _Run, rewards: Mapping[str, Reward], batch: RewardBatch) -> Evaluation:
+def _finished(run: _Run, rewards: Mapping[str, Reward], batch: RewardBatch, may_sit_out: Collection[str]) -> Evaluation:
     """Put the chunks together, and check what only the whole shows."""
     outputs = {}
     for name, reward in rewards.items():
         if name not in run.skipped:
             outputs[name] = _merged(run.outputs[name])
-            if outputs[name].scores.isnan().all():
-                run.give_up(name, _nothing_applies(reward, batch))
+            sits_out = name in may_sit_out and not reward.capabilities.trains
+            if run.shown[name] and not sits_out and outputs[name].scores.isnan().all():
+                run.give_up(name, nothing_applies(reward, batch))
             else:
-                _check_gradient(reward, batch, outputs[name].gradient)
+                check_gradient(reward, batch, outputs[name].gradient)
     kept = [name for name in rewards if name not in run.skipped]
     return Evaluation(
         {name: outputs[name] for name in kept},
         run.seconds,
         {name: rewards[name].provenance() for name in kept},
         run.skipped,
+        run.shown,
     )
 
 
@@ -324,54 +364,6 @@ def _merged(outputs: Sequence[RewardOutput]) -> RewardOutput:
         return outputs[0]
     gradients = [output.gradient for output in outputs if output.gradient is not None]
     return RewardOutput(torch.cat([output.scores for output in outputs]), torch.cat(gradients) if gradients else None)
-
-
-def _check_gradient(reward: Reward, batch: RewardBatch, gradient: Tensor | None) -> None:
-    if gradient is None:
-        return
-    if gradient.shape != batch.latents.shape:
-        raise RewardError(
-            f"reward {reward.name!r} must return a gradient of the latents' shape {list(batch.latents.shape)}; "
-            f"got {list(gradient.shape)}"
-        )
-    if not bool(gradient.isfinite().all()):
-        raise RewardError(f"reward {reward.name!r} returned a gradient that is not finite")
-
-
-class InapplicableError(RewardError):
-    """A reward that applies to none of a batch's samples; under `on_error="skip"` it sits this batch out."""
-
-
-def _nothing_applies(reward: Reward, batch: RewardBatch) -> RewardError:
-    if reward.capabilities.trains:
-        return RewardError(
-            f"reward {reward.name!r} is NaN for every sample: its {reward.capabilities.trains!r} role or the student "
-            "has diverged; lower critic_learning_rate or learning_rate"
-        )
-    return InapplicableError(
-        f"reward {reward.name!r} returned NaN (not applicable) for every sample; first prompt: {batch.prompts[0]!r}. "
-        "If it applies to some prompts only, put more prompts into a batch, or let it sit batches out: "
-        "reward_on_error='skip' in a run, on_error='skip' elsewhere"
-    )
-
-
-def _checked_scores(reward: Reward, batch: RewardBatch, scores: object) -> Tensor:
-    """Return scores as float32 `[N]` on the latents' device, after checking type, shape and that none is infinite."""
-    if not isinstance(scores, Tensor) or not scores.is_floating_point():
-        got = f"a tensor of {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
-        if inspect.iscoroutine(scores):
-            scores.close()
-            got += "; an asynchronous reward declares Capabilities(asynchronous=True) and writes score_async"
-        raise RewardError(f"reward {reward.name!r} must return a floating-point tensor of scores; got {got}")
-    if scores.shape != (len(batch),):
-        raise RewardError(
-            f"reward {reward.name!r} must return one score per sample, shape [{len(batch)}]; got {list(scores.shape)}"
-        )
-    scores = scores.detach().to(batch.latents.device, torch.float32)
-    if scores.isinf().any():
-        shown = ", ".join(f"{value:.4g}" for value in scores[:8].tolist()) + (", ..." if len(scores) > 8 else "")
-        raise RewardError(f"reward {reward.name!r} returned an infinite score: {shown}")
-    return scores
 
 
 def _now(device: torch.device) -> float:

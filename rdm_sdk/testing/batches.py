@@ -92,13 +92,6 @@ def gaussian_context() -> DiffusionContext:
     )
 
 
-def rows(batch: RewardBatch, order: Tensor) -> RewardBatch:
-    """Return a batch with its samples in another order (int64 `[N]`)."""
-    picked = order.tolist()
-    columns = {name: [values[i] for i in picked] for name, values in batch.columns.items()}
-    return replace(batch, latents=batch.latents[order], prompts=[batch.prompts[i] for i in picked], columns=columns)
-
-
 def copied(batch: RewardBatch) -> RewardBatch:
     """Return a batch that shares no data with the given one."""
     columns = {name: list(values) for name, values in batch.columns.items()}

@@ -24,7 +24,7 @@ from rdm_sdk.rewards.base import RewardConfig
 from rdm_sdk.rewards.evaluate import as_declared, evaluate_reward
 from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.rewards.spec import checked_model, parse_spec
-from rdm_sdk.testing.batches import copied, rows
+from rdm_sdk.testing.batches import copied
 from rdm_sdk.testing.kit import Check, Remark, advising, collector, require
 from rdm_sdk.testing.reward_subject import Subject, assert_close, same, shown
 
@@ -164,7 +164,7 @@ def permutation_equivariant(subject: Subject) -> Remark | None:
     else:
         order = torch.randperm(count, generator=generator)
     assert_close(
-        subject.judge(rows(copied(subject.batch), order)).scores,
+        subject.judge(copied(subject.batch).select(order.tolist())).scores,
         subject.judge().scores[order],
         "with images and prompts shuffled together, scores",
         "pair images[i] with prompts[i], and do not use a sample's position",

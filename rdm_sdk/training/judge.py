@@ -128,8 +128,9 @@ class Judge:
         batch = self.batch(experience.samples)
         outputs = self.score(left, batch)
         for reward in left:
-            if reward.route == "tilt" and reward.weight and reward.label in outputs:
-                outputs[reward.label] = tilted(outputs[reward.label], batch, self.settings.scale_rewards)
+            output = outputs.get(reward.label)
+            if reward.route == "tilt" and reward.weight and output and not output.scores.isnan().all():
+                outputs[reward.label] = tilted(output, batch, self.settings.scale_rewards)
         return dict(experience.scored) | outputs
 
     def score_endpoints(self, endpoints: Samples) -> dict[str, RewardOutput]:
@@ -151,7 +152,7 @@ class Judge:
                         **self.options,
                     )
                 outputs |= result.outputs
-                self.monitor.spent["reward_calls"] += len(result.outputs) * len(batch)
+                self.monitor.spent["reward_calls"] += sum(result.shown[name] for name in result.outputs)
                 self.monitor.evaluation(result, skips=self.settings.reward_on_error == "skip")
         return outputs
 
@@ -168,6 +169,7 @@ class Judge:
             "device": settings.reward_device,
             "offload": settings.reward_offload,
             "on_error": settings.reward_on_error,
+            "may_sit_out": [reward.label for reward in self.rewards if not reward.weight],  # watching stops no run
         }
 
     @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,19 +25,19 @@ class Monitor:
     def __init__(self) -> None:
         self.spent = Counter({"rollouts": 0, "critic_steps": 0, "reward_calls": 0})
         """What the run has cost beside network evaluations."""
-        self._values: dict[str, list[float]] = defaultdict(list)
-        self._pulls: dict[str, list[float]] = defaultdict(list)
-        self._scores: dict[str, list[float]] = defaultdict(list)
+        self._values: dict[str, list[tuple[float, int]]] = defaultdict(list)
+        self._pulls: dict[str, list[tuple[float, int]]] = defaultdict(list)
+        self._scores: dict[str, list[tuple[float, int]]] = defaultdict(list)
 
-    def log(self, name: str, value: Tensor | float) -> None:
-        """Take a figure down."""
-        self._values[name].append(value.detach().item() if isinstance(value, Tensor) else float(value))
+    def log(self, name: str, value: Tensor | float, count: int = 1) -> None:
+        """Take a figure down, as the mean of `count` ones."""
+        self._values[name].append((value.detach().item() if isinstance(value, Tensor) else float(value), count))
 
     def averages(self) -> dict[str, float]:
         """Return the mean of every figure since the last call."""
-        result = {name: sum(values) / len(values) for name, values in self._values.items()}
+        sums = {name: _summed(values) for name, values in self._values.items()}
         self._values.clear()
-        return result
+        return {name: total / count for name, (total, count) in sums.items()}
 
     def evaluation(self, result: Evaluation, skips: bool) -> None:
         """Take down what rewards took, and which were skipped (where that is allowed)."""
@@ -49,25 +49,37 @@ class Monitor:
             logger.warning("reward %r was skipped: %s: %s", name, type(error).__name__, error)
 
     def reward(self, judged: WeightedReward, output: RewardOutput, group_size: int) -> None:
-        """Take down what a reward said of a micro-batch."""
+        """Take down what a reward said of a micro-batch; means are over the samples that it applies to."""
         scores, name = output.scores, judged.label
-        valid = scores[~scores.isnan()]
-        mean = valid.mean().item()
-        self._scores[name].append(mean)
-        self.log(f"rewards/{name}/mean", mean)
-        self.log(f"rewards/{name}/std", valid.std() if len(valid) > 1 else 0.0)
-        self.log(f"rewards/{name}/nan", scores.isnan().sum())
-        self.log(f"rewards/{name}/zero_std", zero_std_share(scores, group_size))
+        missing = scores.isnan()
+        self.log(f"rewards/{name}/nan", missing.sum())
+        self.log(f"rewards/{name}/applies", (~missing).float().mean(), len(scores))
+        valid = scores[~missing]
+        if not len(valid):
+            return
+        mean, count = valid.mean().item(), len(valid)
+        self._scores[name].append((mean, count))
+        self.log(f"rewards/{name}/mean", mean, count)
+        self.log(f"rewards/{name}/std", valid.std() if count > 1 else 0.0, count)
+        groups = scores.reshape(-1, group_size)
+        groups = groups[~groups.isnan().all(1)]
+        zero_std = zero_std_share(groups.flatten(), group_size)
+        self.log(f"rewards/{name}/zero_std", zero_std, len(groups))
         if output.magnitude is not None:
-            self.log(f"{name}/residual", output.magnitude.mean())
+            self.log(f"{name}/residual", output.magnitude[~missing].mean(), count)
         if judged.route == "advantage":
-            self.log("frac_reward_zero_std", zero_std_share(scores, group_size))
+            self.log("frac_reward_zero_std", zero_std, len(groups))
 
-    def pulls(self, pulls: Mapping[str, float]) -> None:
-        """Take down the mean |normalized, unweighted gradient| of each reward in a micro-batch."""
+    def pulls(self, pulls: Mapping[str, float], counts: Mapping[str, int]) -> None:
+        """Take down the mean |normalized, unweighted gradient| of each reward over the `counts` samples it applies to.
+
+        A reward that applies to no sample of the micro-batch has no pull, not one of 0.
+        """
         for name, pull in pulls.items():
-            self._pulls[name].append(pull)
-            self.log(f"{name}/pull", pull)
+            if not counts[name]:
+                continue
+            self._pulls[name].append((pull, counts[name]))
+            self.log(f"{name}/pull", pull, counts[name])
 
     def weighting(self, weights: Mapping[str, float], strategy: Weighting) -> None:
         """Take down the weights of an optimizer step and what they come from."""
@@ -79,17 +91,23 @@ class Monitor:
     def step_statistics(
         self, names: Mapping[str, float], processes: Processes, device: torch.device
     ) -> dict[str, RewardStatistics]:
-        """Return what each reward did since the last call, the same on every process; skipped rewards are missing."""
-        sums = torch.zeros(len(names), 3, dtype=torch.float64, device=device)
+        """Return what each reward did since the last call, on the samples that it applies to, over all processes.
+
+        Rewards that were skipped, or applied to none, are missing.
+        """
+        sums = torch.zeros(len(names), 4, dtype=torch.float64, device=device)
         for row, name in enumerate(names):
-            pulls, scores = self._pulls.get(name, []), self._scores.get(name, [])
-            if pulls and scores:
-                sums[row] = torch.tensor([sum(pulls) / len(pulls), sum(scores) / len(scores), 1.0])
+            sums[row] = torch.tensor([*_summed(self._pulls.get(name, [])), *_summed(self._scores.get(name, []))])
         self._pulls.clear()
         self._scores.clear()
         sums = processes.reduce(sums, "sum")
         return {
-            name: RewardStatistics(float(pull / count), float(score / count))
-            for name, (pull, score, count) in zip(names, sums.tolist(), strict=True)
-            if count
+            name: RewardStatistics(pull / pulled, score / scored)
+            for name, (pull, pulled, score, scored) in zip(names, sums.tolist(), strict=True)
+            if pulled and scored
         }
+
+
+def _summed(means: Sequence[tuple[float, int]]) -> tuple[float, int]:
+    """Return sum and count of what means are of."""
+    return sum(mean * count for mean, count in means), sum(count for _, count in means)

@@ -41,7 +41,7 @@ class Advantages:
     together: Tensor | None
     """The advantages `[N]` of all rewards at their weights; None if no weight is other than 0 for now."""
     alone: Mapping[str, Tensor]
-    """Those that each reward would give at a weight of 1, if it were the only one."""
+    """Those that each reward would give at a weight of 1, if it were the only one; NaN where it does not apply."""
 
 
 class DistillationStep:
@@ -129,12 +129,13 @@ class DistillationStep:
         fields = normalize(outputs, settings.num_generations, settings.normalization)
         field = combine(fields, self.weights)
         self._has_field = field is not None
-        pulls = {name: float(field.abs().mean()) for name, field in fields.items()}
+        applies = {name: ~output.scores.isnan() for name, output in outputs.items()}
+        pulls = {name: float(field[applies[name]].abs().mean()) for name, field in fields.items()}
         losses = [] if field is None else [self._pathwise(experience, x_0, field)]
         if self._advantages and experience.scored:
             policy, policy_pulls = self._policy(experience, x_0, self._advantages[position])
             losses, pulls = losses + policy, pulls | policy_pulls
-        self.monitor.pulls(pulls)
+        self.monitor.pulls(pulls, {name: int(rows.sum()) for name, rows in applies.items()})
         if not outputs:
             raise RDMError("every reward was skipped, so there is nothing to learn from; the warnings above say why")
         # Every weight may be 0 for now: a cold start without distribution matching.
@@ -179,7 +180,11 @@ class DistillationStep:
         result, start = [], 0
         for experience in experiences:
             rows = slice(start, start := start + len(experience.weights))
-            alone = {label: each[rows] for label in experience.scored if (each := single[label]) is not None}
+            alone = {
+                label: each[rows].masked_fill(output.scores.isnan(), torch.nan)
+                for label, output in experience.scored.items()
+                if (each := single[label]) is not None
+            }
             result.append(Advantages(None if together is None else together[rows], alone))
         return result
 

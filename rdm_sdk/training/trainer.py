@@ -274,9 +274,9 @@ class RDMTrainer(Trainer):
         """Sample the student for the evaluation prompts, always with the same noise, and score the samples.
 
         Returns:
-            The mean of every reward that can judge finished samples, as `<metric_key_prefix>_rewards/<name>/mean`. The
-            first of them is also `<metric_key_prefix>_loss`, negated, so that `load_best_model_at_end` has something to
-            go by.
+            The mean of every reward that can judge finished samples, over those it is for, as
+            `<metric_key_prefix>_rewards/<name>/mean`. The first of them is also `<metric_key_prefix>_loss`, negated, so
+            that `load_best_model_at_end` has something to go by.
 
         Raises:
             ConfigError: no reward judges finished samples, or there are no evaluation prompts.
@@ -290,12 +290,10 @@ class RDMTrainer(Trainer):
         inputs, size = collate(list(dataset)), self.args.per_device_eval_batch_size
         with self.models.seeded(self.args.seed), self.models.exported_weights():
             outputs = score_finished(self.models, self.judge, inputs["prompts"], inputs["columns"], size)
-        if not outputs:
-            raise RDMError("every reward was skipped in evaluate(), so there is nothing to report")
-        metrics = {
-            f"{metric_key_prefix}_rewards/{name}/mean": output.scores.nanmean().item()
-            for name, output in outputs.items()
-        }
+        scores = {name: output.scores for name, output in outputs.items() if not output.scores.isnan().all()}
+        if not scores:
+            raise RDMError("every reward was skipped in evaluate(), or is for none of its prompts: nothing to report")
+        metrics = {f"{metric_key_prefix}_rewards/{name}/mean": of.nanmean().item() for name, of in scores.items()}
         metrics[f"{metric_key_prefix}_loss"] = -next(iter(metrics.values()))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -16,7 +16,8 @@ from transformers.training_args import OptimizerNames
 from rdm_sdk.errors import ConfigError, DataError, nearest
 from rdm_sdk.families.roles import STUDENT, TEACHER, check_lora_config
 from rdm_sdk.plugins.registry import registry
-from rdm_sdk.rewards.resolve import RunReward
+from rdm_sdk.rewards.base import Reward
+from rdm_sdk.rewards.resolve import RunReward, WeightedReward
 from rdm_sdk.training.config import RDMConfig
 from rdm_sdk.training.weighting import ANCHOR, Weighting, make_weighting
 
@@ -133,6 +134,35 @@ def check_run(
                         f"reward {reward.label!r} needs a column {column!r}, and {argument} has none."
                         f"{nearest(column, dataset.column_names)} It has: {', '.join(dataset.column_names)}"
                     )
+    _check_applies(rewards, datasets)
+
+
+def _check_applies(rewards: Sequence[RunReward], datasets: Mapping[str, Dataset | None]) -> None:
+    """Raise `DataError` if a reward is for no prompt of the data: one that trains needs one in train_dataset.
+
+    Rewards that are only planned are not loaded for it.
+    """
+    given = {argument: dataset for argument, dataset in datasets.items() if dataset is not None}
+    for reward in rewards:
+        searched = {name: data for name, data in given.items() if name == "train_dataset" or not reward.weight}
+        if not isinstance(reward, WeightedReward) or reward.capabilities.needs_models or not searched:
+            continue
+        if not any(_applies_somewhere(reward.reward, dataset) for dataset in searched.values()):
+            columns = ", ".join(reward.capabilities.columns)
+            why = f" (it is for rows that have: {columns})" if columns else ""
+            raise DataError(
+                f"reward {reward.label!r} is for none of the prompts of {' and '.join(searched)}{why}; first prompt: "
+                f"{next(iter(searched.values()))['prompt'][0]!r}. Add prompts that it is for, or leave it out"
+            )
+
+
+def _applies_somewhere(reward: Reward, dataset: Dataset) -> bool:
+    """Whether a reward is for some prompt of a dataset, read in slices because columns may hold pictures."""
+    for start in range(0, len(dataset), 32):
+        columns = dataset[start : start + 32]
+        if any(reward.applies(columns.pop("prompt"), columns)):
+            return True
+    return False
 
 
 def check_hosted(n_gpu: int, shards: bool) -> None:

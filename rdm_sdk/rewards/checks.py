@@ -1,0 +1,101 @@
+"""What a reward may not do or return: the checks of every evaluation, whatever its policy for exceptions."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rdm_sdk.errors import RewardError
+from rdm_sdk.rewards.base import Reward, RewardBatch
+
+
+def rows_it_is_for(reward: Reward, batch: RewardBatch) -> list[int]:
+    """Return the rows of a batch that a reward is for, by `Reward.applies`.
+
+    Raises:
+        RewardError: `applies` returned something else than one truth per sample, or a reward that compares the samples
+            of a prompt is for a part of them.
+    """
+    answer: object = reward.applies(batch.prompts, batch.columns)
+    count, kinds = len(batch), (bool, np.bool_)
+    if not isinstance(answer, (list, tuple)) or len(answer) != count or not all(isinstance(a, kinds) for a in answer):
+        raise RewardError(
+            f"reward {reward.name!r}: applies(prompts, columns) must return a list of {count} times True or False, one "
+            f"per sample; got {answer!r:.200}"
+        )
+    rows = [row for row, applies in enumerate(answer) if applies]
+    size = batch.group_size
+    if reward.capabilities.scope == "group" and len(rows) != size * len({row // size for row in rows}):
+        raise RewardError(
+            f"reward {reward.name!r} compares the samples of one prompt, so applies(prompts, columns) must say the "
+            f"same of all {size}; got {answer!r:.200}"
+        )
+    return rows
+
+
+def checked_scores(reward: Reward, batch: RewardBatch, scores: object) -> Tensor:
+    """Return scores as float32 `[N]` on the latents' device, after checking type, shape and that none is infinite."""
+    if not isinstance(scores, Tensor) or not scores.is_floating_point():
+        got = f"a tensor of {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
+        if inspect.iscoroutine(scores):
+            scores.close()
+            got += "; an asynchronous reward declares Capabilities(asynchronous=True) and writes score_async"
+        raise RewardError(f"reward {reward.name!r} must return a floating-point tensor of scores; got {got}")
+    if scores.shape != (len(batch),):
+        raise RewardError(
+            f"reward {reward.name!r} must return one score per sample, shape [{len(batch)}]; got {list(scores.shape)}"
+        )
+    scores = scores.detach().to(batch.latents.device, torch.float32)
+    if scores.isinf().any():
+        shown = ", ".join(f"{value:.4g}" for value in scores[:8].tolist()) + (", ..." if len(scores) > 8 else "")
+        raise RewardError(f"reward {reward.name!r} returned an infinite score: {shown}")
+    return scores
+
+
+def check_gradient(reward: Reward, batch: RewardBatch, gradient: Tensor | None) -> None:
+    """Raise unless a gradient, where there is one, has the latents' shape and is finite."""
+    if gradient is None:
+        return
+    if gradient.shape != batch.latents.shape:
+        raise RewardError(
+            f"reward {reward.name!r} must return a gradient of the latents' shape {list(batch.latents.shape)}; "
+            f"got {list(gradient.shape)}"
+        )
+    if not bool(gradient.isfinite().all()):
+        raise RewardError(f"reward {reward.name!r} returned a gradient that is not finite")
+
+
+@contextmanager
+def unchanged(reward: Reward, given: RewardBatch) -> Iterator[None]:
+    """Raise if the block changes the images or latents in place: other rewards, and the caller, share their memory."""
+    watched = given.images if reward.capabilities.space == "pixel" else given.latents
+    before = watched._version
+    yield
+    if watched._version != before:
+        raise RewardError(
+            f"reward {reward.name!r} changes its {'images' if watched is not given.latents else 'latents'} in place, "
+            "which other rewards share; use x * 2 instead of x.mul_(2), or clone() first"
+        )
+
+
+class InapplicableError(RewardError):
+    """A reward that is NaN for all it was shown; under `on_error="skip"` it sits this batch out."""
+
+
+def nothing_applies(reward: Reward, batch: RewardBatch) -> RewardError:
+    """Return the error of a reward that is NaN for all it was shown."""
+    if reward.capabilities.trains:
+        return RewardError(
+            f"reward {reward.name!r} is NaN for every sample: its {reward.capabilities.trains!r} role or the student "
+            "has diverged; lower critic_learning_rate or learning_rate"
+        )
+    return InapplicableError(
+        f"reward {reward.name!r} returned NaN (not applicable) for every sample; first prompt: {batch.prompts[0]!r}. "
+        "If it is for some prompts only, let it say for which: by None in a column that it declares, or by applies(). "
+        "It then sits the others out, as it does under reward_on_error='skip' in a run, on_error='skip' elsewhere"
+    )
