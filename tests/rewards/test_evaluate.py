@@ -249,7 +249,6 @@ def test_score_images() -> None:
     [
         ("jpeg", torch.rand(2, 3, 8, 8) * 255, None, r"must lie in \[0, 1\].*Divide 8-bit images by 255"),
         ("jpeg", torch.rand(2, 8, 8, 3), None, r"\[N, 3, H, W\].*got \[2, 8, 8, 3\]"),
-        ("jpeg", torch.zeros(2, 3, 8, 8, dtype=torch.uint8), None, "got .*uint8"),
         ("jpeg", torch.rand(2, 3, 8, 8), ["a"], "2 images do not go with 1 prompts"),
         ("jpeg", [[0.5]], None, "got list"),
         ("jpeg", torch.rand(0, 3, 8, 8), None, "at least one image"),
