@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
     for name in _CALL:
         parser.add_argument(f"--{name}", type=whole_number(1), default=None, help="as the student was trained")
+    parser.add_argument(
+        "--other_base", action="store_true", help="take another base of the same family than the student's"
+    )
     parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--output", type=Path, default=Path("sample.png"), help="the PNG that is written")
     options = parser.parse_args(arguments)
@@ -30,11 +35,11 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--output: {options.output} is a folder; give the name of a picture")
     check_folder("--output", options.output.parent)
     given = {name: value for name in _CALL if (value := getattr(options, name)) is not None}
-    print(f"wrote {_draw(options.model, options.student, options.prompt, options.seed, given, options.output)}")
+    print(f"wrote {_draw(options, given)}")
     return 0
 
 
-def _draw(model: str, student: Path, prompts: Sequence[str], seed: int, given: dict[str, Any], output: Path) -> Path:
+def _draw(options: Namespace, given: dict[str, Any]) -> Path:
     import torch
 
     from rdm_sdk.cli.run_arguments import base_path
@@ -42,17 +47,24 @@ def _draw(model: str, student: Path, prompts: Sequence[str], seed: int, given: d
     from rdm_sdk.training.export import CALL, load_student
     from rdm_sdk.training.pictures import image_grid
 
+    student: Path = options.student
     if not (student / CALL).is_file():
         raise ConfigError(
             f"--student: {student} has no {CALL}, so it is no student; give the folder that training saved"
         )
-    pipeline = load_pipeline(base_path(model), torch.float32)
-    call = load_student(pipeline, student) | given
+    steps = json.loads((student / CALL).read_text(encoding="utf-8"))["num_inference_steps"]
+    if given.get("num_inference_steps", steps) != steps:
+        raise ConfigError(
+            f"--num_inference_steps: the student in {student} was trained for {steps} steps, and its scheduler holds "
+            f"their noise levels alone; got {given['num_inference_steps']}. Leave it out"
+        )
+    pipeline = load_pipeline(base_path(options.model), torch.float32)
+    call = load_student(pipeline, student, other_base=options.other_base) | given
     if torch.cuda.is_available():
         pipeline.to("cuda")
-    torch.manual_seed(seed)
+    torch.manual_seed(options.seed)
     try:
-        images = pipeline(prompt=list(prompts), output_type="pt", **call).images
+        images = pipeline(prompt=list(options.prompt), output_type="pt", **call).images
     except (ValueError, TypeError) as error:  # what the pipeline does not take
         raise ConfigError(f"{type(pipeline).__name__} cannot be called so: {one_line(error)}") from error
-    return image_grid([("", images)], output)
+    return image_grid([("", images)], options.output)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -15,9 +14,13 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from rdm_sdk.errors import ConfigError, ModelError
+from rdm_sdk.families.compiled import compiled_in_place
 from rdm_sdk.families.features import block_output
+from rdm_sdk.families.fingerprint import fingerprint
+from rdm_sdk.families.finite import check_decoded, check_encoding
+from rdm_sdk.families.lora_files import fold_scale
 from rdm_sdk.families.roles import STUDENT, Roles, StepEmbedding
-from rdm_sdk.families.targets import target_names, with_targets
+from rdm_sdk.families.targets import check_bare, target_names, with_targets
 from rdm_sdk.method.matching import classifier_free_guidance
 from rdm_sdk.method.noise import NoiseSchedule, Prediction, to_x_0
 from rdm_sdk.types import Condition, Denoiser
@@ -38,7 +41,7 @@ class ModelFamily(ABC):
         pipeline: the loaded pipeline.
 
     Raises:
-        ModelError: the pipeline lacks one of the components in `required`.
+        ModelError: the pipeline lacks one of the components in `required`, or has adapters already.
     """
 
     component: str
@@ -55,6 +58,8 @@ class ModelFamily(ABC):
     """Tokens per prompt in a pipeline call that does not say `max_sequence_length`; 0 where it has no such argument."""
     max_sequence_length: int = 0
     """Tokens per prompt in this run."""
+    no_checkpointing: str = ""
+    """Why the backbone's blocks must not be run again in the backward pass, as for people; empty where they may."""
 
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
         missing = [name for name in (self.component, *self.required) if getattr(pipeline, name, None) is None]
@@ -63,14 +68,15 @@ class ModelFamily(ABC):
                 f"this {type(pipeline).__name__} has no {' and no '.join(missing)}, which training needs; load the "
                 f"pipeline without {', '.join(f'{name}=None' for name in missing)}"
             )
+        check_bare(pipeline.components)
         self.max_sequence_length = self.call_length if max_sequence_length is None else max_sequence_length
         self.pipeline = pipeline
-        self.backbone: Any = getattr(pipeline, self.component)
+        self.backbone: Any = compiled_in_place(pipeline, self.component)
         dtype = self.backbone.dtype
         self._typical = next((p for p in self.backbone.parameters() if p.dtype == dtype), torch.empty(0, dtype=dtype))
         self.device = torch.device("cpu")
         """Where encoders, backbone and VAE work."""
-        self.roles = Roles(self.backbone)
+        self.roles = Roles(self.backbone, self.no_checkpointing)
         for part in self.frozen_parts().values():
             part.requires_grad_(False).eval()
 
@@ -132,9 +138,11 @@ class ModelFamily(ABC):
 
         Raises:
             ConfigError: the base has roles already, or a config's targets match nothing.
+            ModelError: another trainer has added its own to this pipeline.
         """
         if self.roles.trainable_roles:
             raise ConfigError("this model already has trainable roles from another trainer; load it afresh")
+        check_bare(self.pipeline.components)  # again: another family may have been made of the same pipeline
         # Before adapters are put into the base.
         copies = {role: copy.deepcopy(self.roles.backbone) for role, config in configs.items() if config is None}
         for role, config in configs.items():
@@ -150,13 +158,7 @@ class ModelFamily(ABC):
 
     def fingerprint(self) -> str:
         """Return a hash of the base's shapes and of samples of its weights, to recognize it on resume."""
-        digest = hashlib.sha256()
-        for name, parameter in self.backbone.named_parameters():
-            if "lora_" not in name:
-                sample = parameter.detach().flatten()[:16].float().cpu()
-                digest.update(f"{name.replace('.base_layer', '')}{list(parameter.shape)}".encode())
-                digest.update(sample.numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint(self.backbone)
 
     # ---- Prompts ------------------------------------------------------------------------------------------------
 
@@ -197,6 +199,7 @@ class ModelFamily(ABC):
         """
         rows = [self.encode_no_prompt() if prompt is None else self.encode_prompts([prompt]) for prompt in prompts]
         condition = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        check_encoding(condition, prompts, self.text_encoders())
         if self.guidance == "embedded":
             condition["guidance"] = torch.full((len(rows),), guidance_scale, device=self.device)
         return condition
@@ -261,6 +264,7 @@ class ModelFamily(ABC):
         """Decode latents `[N, *x]` to RGB images `[N, 3, H, W]` in [0, 1], differentiable."""
         vae = self.pipeline.vae
         images: Tensor = vae.decode(self.to_vae(latents).to(vae.dtype), return_dict=False)[0]
+        check_decoded(images, latents, vae)  # before infinity becomes 1
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def encode_images(self, images: Tensor) -> Tensor:
@@ -319,7 +323,11 @@ class ModelFamily(ABC):
         return {"num_inference_steps": num_steps, **self.guidance_call(told), **lengths}
 
     def save_lora(self, directory: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        """Write LoRA weights with their metadata in the format that the pipeline's `load_lora_weights` reads."""
+        """Write LoRA weights with their metadata in the format that the pipeline's `load_lora_weights` reads.
+
+        The scale is in the weights, so that programs which read no metadata get the same student.
+        """
+        state, metadata = fold_scale(state, metadata)
         layers = {f"{self.component}_lora_layers": state, f"{self.component}_lora_adapter_metadata": metadata}
         type(self.pipeline).save_lora_weights(directory, **layers)
 

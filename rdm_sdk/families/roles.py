@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftType, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -43,11 +43,29 @@ _RESTRICTED: dict[str, tuple[tuple[object, ...], str]] = {
     "layer_replication": ((None,), "it changes the base's layers"),
     "trainable_token_indices": ((None,), "it trains embeddings of the base"),
     "target_parameters": ((None, []), "adapters on bare parameters cannot be switched off safely"),
+    **dict.fromkeys(
+        ("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+        ((None, {}), "it is for an initialization that starts away from the teacher"),
+    ),
+    **dict.fromkeys(
+        ("velora_config", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config", "alora_invocation_tokens"),
+        ((None,), "it makes adapters of another kind, whose export has not been verified"),
+    ),
+    **dict.fromkeys(
+        ("use_qalora", "ensure_weight_tying", "fan_in_fan_out"),
+        ((False,), "it is for layers that these networks do not have, or its export has not been verified"),
+    ),
+    "megatron_config": ((None,), "the base is no model of Megatron's"),
 }
 
 
 def check_lora_config(config: LoraConfig, argument: str = "peft_config") -> None:
-    """Raise `ConfigError` if a LoRA option would change the base or make a role's forward random."""
+    """Raise `ConfigError` for adapters that are no LoRA, and for options that would change the base or a replay."""
+    kind = getattr(config, "peft_type", None)
+    if not isinstance(config, LoraConfig) or kind != PeftType.LORA:
+        raise ConfigError(
+            f"{argument} must be a peft.LoraConfig; got {type(config).__name__}, whose adapters could not be exported"
+        )
     for option, (allowed, reason) in _RESTRICTED.items():
         value = getattr(config, option, allowed[0])
         if value not in allowed:
@@ -102,8 +120,10 @@ class Roles(nn.Module):
     `disable_adapters` do, and a toggle between a forward and its backward then silently loses the gradient.)
     """
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, no_checkpointing: str = "") -> None:
         super().__init__()
+        self.no_checkpointing = no_checkpointing
+        """Why blocks must not be run again in the backward pass; empty where they may."""
         self.backbone = backbone.requires_grad_(False).eval()
         self.forwards: Counter[str] = Counter()
         """Network evaluations so far, in samples, per role."""
@@ -288,15 +308,26 @@ class Roles(nn.Module):
             output: Tensor = network(**inputs, return_dict=False)[0]
         return output
 
+    def check_recomputing(self) -> None:
+        """Raise `ModelError` if activations cannot be recomputed in the backward pass."""
+        name = type(self.backbone).__name__
+        why = self.no_checkpointing and f"the blocks of {name} must not be run again: {self.no_checkpointing}"
+        if not why and not getattr(self.backbone, "_supports_gradient_checkpointing", False):
+            why = f"{name} does not support gradient checkpointing"
+        if why:
+            raise ModelError(f"activation_checkpointing=True: {why}; leave it off")
+
     def gradient_checkpointing_enable(self, **_: Any) -> None:
         """Recompute activations in the backward pass, each block under the role its forward ran as.
 
         Without that, the replay would run as whatever role happens to be active then: wrong gradients, silently.
+
+        Raises:
+            ModelError: the backbone cannot, or its family says that it must not.
         """
+        self.check_recomputing()
         networks: list[Any] = [self.backbone, *self.copies.values()]
         for network in networks:
-            if not getattr(network, "_supports_gradient_checkpointing", False):
-                raise ModelError(f"{type(network).__name__} does not support gradient checkpointing")
             network.enable_gradient_checkpointing(
                 partial(checkpoint, use_reentrant=False, context_fn=self._checkpoint_contexts)
             )

@@ -20,6 +20,9 @@ class SD3Family(FlowFamily):
         pipeline: the loaded pipeline.
         max_sequence_length: T5 tokens per prompt, as in the pipeline's call; None means the call's default, 256. A
             pipeline without T5 gets that many rows of zeros, so 0 saves their cost where the base was trained without.
+
+    Raises:
+        ConfigError: `max_sequence_length` is below 0 or above 512, which the pipeline's call refuses.
     """
 
     required = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
@@ -27,6 +30,11 @@ class SD3Family(FlowFamily):
 
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
         super().__init__(pipeline, max_sequence_length)
+        if not 0 <= self.max_sequence_length <= 512:
+            raise ConfigError(
+                f"max_sequence_length={max_sequence_length} is not between 0 and 512, which {type(pipeline).__name__} "
+                f"takes; None means {self.call_length}"
+            )
         # The last block returns the image alone, so nothing asks what its text tokens attend to.
         self.lora_excluded = (f"transformer_blocks.{len(self.backbone.transformer_blocks) - 1}.attn.add_q_proj",)
 

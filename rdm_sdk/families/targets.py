@@ -1,13 +1,38 @@
-"""Which layers of a network get LoRA adapters."""
+"""Which layers of a network get LoRA adapters, and which networks have some already."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
+
+from rdm_sdk.errors import ModelError
+
+
+def adapters_of(network: nn.Module) -> list[str]:
+    """Return the names of the adapters that a network has, switched on or off, merged or not."""
+    layers = [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
+    return list(
+        dict.fromkeys(n for layer in layers for kind in layer.adapter_layer_names for n in getattr(layer, kind))
+    )
+
+
+def check_bare(parts: Mapping[str, object]) -> None:
+    """Raise `ModelError` if one of a pipeline's components has adapters already.
+
+    With adapters off, the teacher would be the base without them, and roles of the same names would replace them.
+    """
+    for component, part in parts.items():
+        names = adapters_of(part) if isinstance(part, nn.Module) else []
+        if names:
+            raise ModelError(
+                f"the pipeline's {component} has adapters already: {', '.join(map(repr, names))}. If they are a LoRA "
+                "that the base shall have, call pipe.fuse_lora() and pipe.unload_lora_weights() first; if they are "
+                "another trainer's, load the pipeline afresh: one pipeline serves one trainer"
+            )
 
 
 def linear_layers(network: nn.Module) -> dict[str, nn.Module]:

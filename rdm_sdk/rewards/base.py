@@ -177,7 +177,7 @@ class RewardBatch:
             decoded.images = decoded.tracked[1].detach()
         if decoded.images is None:
             with torch.no_grad():
-                decoded.images = self.decode(self.latents)
+                decoded.images = _finite(self.decode(self.latents))
         return decoded.images
 
     @property
@@ -196,7 +196,7 @@ class RewardBatch:
         if self._decoded.tracked is None:
             latents = self.latents.detach().requires_grad_()
             with torch.enable_grad():
-                self._decoded.tracked = latents, self.decode(latents)
+                self._decoded.tracked = latents, _finite(self.decode(latents))
         return self._decoded.tracked
 
     def split(self, size: int) -> Iterator[RewardBatch]:
@@ -244,6 +244,16 @@ class RewardBatch:
         if self.context is None:
             raise RewardError(f"reward {reward!r} needs the models of a training run, but this batch has none")
         return self.context
+
+
+def _finite(images: Tensor) -> Tensor:
+    """Return decoded images, or raise: some rewards would score NaN like any other picture."""
+    if not images.is_meta and not bool(images.isfinite().all()):
+        raise RewardError(
+            "images hold NaN or infinite pixels, which no reward can judge: the student has diverged (lower "
+            "learning_rate, or go on from an earlier checkpoint), or what decodes or made them overflows"
+        )
+    return images
 
 
 class RewardConfig(BaseModel):

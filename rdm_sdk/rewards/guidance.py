@@ -16,7 +16,9 @@ class Guidance(Reward):
     family's guidance is linear (Qwen-Image's is not). The second term is this reward's gradient, so "dm + w*guidance"
     in a run with `guidance_scale=1` is distribution matching with its guidance decoupled: a weight of s - 1 makes DMD's
     guided gradient out of the two, from the same forward passes.
-    It is measured against |x_0 - D_real|, as `dm` is, so that the split holds after normalization too.
+    It is measured against |x_0 - D_real|, as `dm` is, so that one divisor normalizes both and the sum keeps its
+    direction. DMD divides the guided gradient by the guided residual, |x_0 - D_real^cfg|, which is mostly larger: the
+    decoupled sum pulls harder than `guidance_scale=s` does, by the ratio of the two.
     """
 
     name = "guidance"

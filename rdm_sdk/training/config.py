@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from rdm_sdk.errors import ConfigError, nearest
 from rdm_sdk.rewards.routes import parse_route
+from rdm_sdk.training.inherited import check_inherited
 from rdm_sdk.training.rules import check_rules, settle_types
 from rdm_sdk.training.weighting import make_weighting
 
@@ -281,11 +282,14 @@ class RDMConfig(_KnownSettings):
         self._check_sampler()
         self._check_scaling()
         self._check_batch()
-        self._check_precision()
+        check_inherited(self)
         make_weighting(self.weighting)  # so that a typo is found here
         parse_route(self.reward_route)
         self._name_checkpointing()
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        try:
+            super().__post_init__()  # type: ignore[no-untyped-call]
+        except (ValueError, ImportError) as error:  # transformers' own checks
+            raise ConfigError(" ".join(str(error).split())) from error
 
     def _check_resolutions(self) -> None:
         if self.resolutions is not None:
@@ -328,10 +332,6 @@ class RDMConfig(_KnownSettings):
                 f"per_device_train_batch_size={self.per_device_train_batch_size} counts samples and must be a multiple "
                 f"of num_generations={self.num_generations}, so that groups stay whole"
             )
-
-    def _check_precision(self) -> None:
-        if self.fp16:
-            raise ConfigError("fp16=True is not supported: its range is too small for scores. Use bf16=True.")
 
     def _name_checkpointing(self) -> None:
         """Give activation checkpointing its older name, the only one that earlier versions of transformers know.

@@ -14,20 +14,24 @@ from typing import Any
 import diffusers
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from rdm_sdk.errors import ModelError
 from rdm_sdk.families.base import ModelFamily
+from rdm_sdk.families.lora_files import kohya_names
 from rdm_sdk.families.roles import STUDENT
 from rdm_sdk.rewards.resolve import WeightedReward
 from rdm_sdk.rewards.spec import show_spec
 from rdm_sdk.training.config import RDMConfig
+from rdm_sdk.training.student_base import BASE, check_adapters_fit, check_base, describe_base, network_of
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """What `load_lora_weights` reads, of the pipelines that have it."""
 PEFT_FOLDER = "peft"
+PEFT_WEIGHTS = f"{PEFT_FOLDER}/adapter_model.safetensors"
 CALL = "inference.json"
 """The arguments of a pipeline call that samples the student."""
+SCHEDULER = "scheduler/scheduler_config.json"
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,24 @@ class StudentInfo:
     rewards: Sequence[WeightedReward]
     settings: Mapping[str, object]
     """The settings that differ from the defaults, for the model card."""
+    sizes: Sequence[tuple[int | None, int | None]] = ((None, None),)
+    """Heights and widths that it was trained at, the first of them that of the exported call; None is the model's."""
 
 
 def student_info(args: RDMConfig, shift: float | None, rewards: Sequence[WeightedReward]) -> StudentInfo:
     """Return what is said about a run's student on a grid with this shift."""
     stochastic = args.sampler == "renoise"
     settings = non_default_settings(args)
-    return StudentInfo(args.num_inference_steps, shift, stochastic, args.guidance_scale, rewards, settings)
+    return StudentInfo(args.num_inference_steps, shift, stochastic, args.guidance_scale, rewards, settings, args.sizes)
+
+
+def check_exportable(family: ModelFamily) -> None:
+    """Raise `ModelError` if a LoRA on a family's pipeline could not be saved: at the end, that would be too late."""
+    if type(family).save_lora is ModelFamily.save_lora and not hasattr(type(family.pipeline), "save_lora_weights"):
+        raise ModelError(
+            f"{type(family.pipeline).__name__} has no save_lora_weights, so a LoRA student could not be exported. "
+            f"Train student_weights='full', or override save_lora() and loading_code in {type(family).__name__}"
+        )
 
 
 def save_student(directory: str | Path, family: ModelFamily, info: StudentInfo) -> None:
@@ -57,9 +72,9 @@ def save_student(directory: str | Path, family: ModelFamily, info: StudentInfo) 
 
     Files of a LoRA: `pytorch_lora_weights.safetensors` (diffusers, with LoRA metadata: without it, an alpha other than
     the rank would load wrongly and silently; not where the pipeline cannot load it) and `peft/`. Of a full copy: the
-    component's own folder, in the base's dtype. Of both: `scheduler/`, `inference.json` and `README.md`. Everything is
-    written beside the folder first and then moved in file by file, so that an earlier export is never left half
-    overwritten.
+    component's own folder, in the base's dtype. Of both: `scheduler/`, `inference.json`, `base.json` (which base it is
+    for) and `README.md`. Everything is written beside the folder first and then moved in file by file, so that an
+    earlier export is never left half overwritten.
     """
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
@@ -71,6 +86,8 @@ def save_student(directory: str | Path, family: ModelFamily, info: StudentInfo) 
         else:
             _save_lora(staged, family)
         family.student_scheduler(info.num_steps, info.shift, info.stochastic).save_pretrained(staged / "scheduler")
+        base = describe_base(family.pipeline, family.component, "full" if STUDENT in family.roles.copies else "lora")
+        (staged / BASE).write_text(json.dumps(base, indent=2), encoding="utf-8")
         (staged / CALL).write_text(json.dumps(_call(family, info), indent=2), encoding="utf-8")
         (staged / "README.md").write_text(model_card(family, info), encoding="utf-8")
         move_into(staged, target)
@@ -83,55 +100,116 @@ def _save_lora(staged: Path, family: ModelFamily) -> None:
     (staged / PEFT_FOLDER).mkdir()
     save_file(
         {f"base_model.model.{name}": tensor for name, tensor in state.items()},
-        staged / PEFT_FOLDER / "adapter_model.safetensors",
+        staged / PEFT_WEIGHTS,
         metadata={"format": "pt"},
     )
     config.save_pretrained(str(staged / PEFT_FOLDER))
 
 
 def _call(family: ModelFamily, info: StudentInfo) -> dict[str, Any]:
-    """Return the arguments of a pipeline call that samples the student at the size it was trained for."""
-    arguments = family.inference_call(info.num_steps, info.guidance_scale)
+    """Return the arguments of a pipeline call that samples the student at the (first) size it was trained for."""
     # Pipelines have a size of their own for calls that name none, which need be neither the run's nor the base's.
-    for name, default in zip(("height", "width"), family.default_size, strict=True):
-        arguments[name] = info.settings.get(name, default)
-    return arguments
+    height, width = _sizes(family, info)[0]
+    return family.inference_call(info.num_steps, info.guidance_scale) | {"height": height, "width": width}
 
 
-def load_student(pipeline: Any, directory: str | Path) -> dict[str, Any]:
+def _sizes(family: ModelFamily, info: StudentInfo) -> list[tuple[int, int]]:
+    """Return the heights and widths in pixels that a student was trained at."""
+    height, width = family.default_size
+    return [(height if h is None else h, width if w is None else w) for h, w in info.sizes]
+
+
+def load_student(pipeline: Any, directory: str | Path, *, other_base: bool = False) -> dict[str, Any]:
     """Load a trained student into a plain pipeline of its base, with nothing but diffusers and PEFT.
+
+    The pipeline is compared with what `base.json` says of the base, and with names and shapes of the student's weights,
+    before anything about it is changed.
 
     Args:
         pipeline: a loaded pipeline; its weights and its scheduler become the student's.
         directory: the folder that training saved.
+        other_base: take another base of the same family, such as a fine-tune; its pictures were never trained for.
 
     Returns:
         The arguments with which the pipeline is called, beside the prompt.
 
     Raises:
-        ModelError: the folder holds no student, or none that the pipeline can load.
+        ModelError: the folder holds no whole student, or none for this pipeline.
     """
     folder = Path(directory)
-    copies = [name for name in ("transformer", "unet") if (folder / name).is_dir()]
-    if copies:
-        network: Any = getattr(pipeline, copies[0])
-        student = type(network).from_pretrained(folder, subfolder=copies[0], torch_dtype=network.dtype)
-        pipeline.register_modules(**{copies[0]: student.to(network.device)})
-    elif hasattr(pipeline, "load_lora_weights") and (folder / WEIGHTS).is_file():
-        pipeline.load_lora_weights(str(folder))
-    elif (folder / PEFT_FOLDER / "adapter_model.safetensors").is_file():
-        parts = pipeline.components
-        backbone = parts["transformer"] if "transformer" in parts else parts["unet"]
-        PeftModel.from_pretrained(backbone, str(folder / PEFT_FOLDER))  # puts its layers into the backbone itself
+    base = _read_base(pipeline, folder)
+    check_base(pipeline, base, folder, other_base)
+    scheduler, call = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (SCHEDULER, CALL))
+    component = base["component"]
+    network: Any = network_of(pipeline, component)
+    if base["weights"] == "full":
+        if getattr(pipeline, component) is not network:
+            raise ModelError(f"the pipeline's {component} is compiled; load the student first, and compile it then")
+        student = type(network).from_pretrained(folder, subfolder=component, torch_dtype=network.dtype)
+        pipeline.register_modules(**{component: student.to(network.device)})
     else:
-        raise ModelError(
-            f"there is no student for a {type(pipeline).__name__} in {str(directory)!r} (no {WEIGHTS} that it loads, "
-            f"no {PEFT_FOLDER}/ and no transformer/ or unet/); give the folder that training saved"
-        )
-    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        loads = hasattr(pipeline, "load_lora_weights") and (folder / WEIGHTS).is_file()
+        check_adapters_fit(network, folder / (WEIGHTS if loads else PEFT_WEIGHTS), component)
+        if loads:
+            pipeline.load_lora_weights(str(folder))
+        else:
+            PeftModel.from_pretrained(network, str(folder / PEFT_FOLDER))  # puts its layers into the network itself
     pipeline.scheduler = getattr(diffusers, scheduler["_class_name"]).from_config(scheduler)
-    call: dict[str, Any] = json.loads((folder / CALL).read_text(encoding="utf-8"))
-    return call
+    return dict(call)
+
+
+def _read_base(pipeline: Any, folder: Path) -> dict[str, Any]:
+    """Return what an export says of its base.
+
+    Raises:
+        ModelError: the folder holds no student that the pipeline can load, or a part of it is missing.
+    """
+    readable = [WEIGHTS, PEFT_WEIGHTS] if hasattr(pipeline, "load_lora_weights") else [PEFT_WEIGHTS]
+    lora = any((folder / name).is_file() for name in readable)
+    copies = [path.parent.name for path in folder.glob("*/config.json")]
+    if not lora and not copies:
+        raise ModelError(
+            f"there is no student for a {type(pipeline).__name__} in {str(folder)!r} (no {WEIGHTS} that it loads, "
+            f"no {PEFT_FOLDER}/ and no component's folder); give the folder that training saved"
+        )
+    missing = [name for name in (BASE, SCHEDULER, CALL) if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"the student in {str(folder)!r} is not whole: it has no {' and no '.join(missing)}; copy the whole folder "
+            "that training saved, or save it again with trainer.save_model()"
+        )
+    base: dict[str, Any] = json.loads((folder / BASE).read_text(encoding="utf-8"))
+    present = base["component"] in copies if base["weights"] == "full" else lora
+    if not present:
+        raise ModelError(
+            f"the student in {str(folder)!r} is {'a full copy' if base['weights'] == 'full' else 'a LoRA'}, and its "
+            "weights are not there; copy the whole folder that training saved"
+        )
+    return base
+
+
+def save_kohya_lora(directory: str | Path, file: str | Path) -> Path:
+    """Write a student of Stable Diffusion 1, 2 or XL as one file that ComfyUI reads (kohya's names), and return it.
+
+    Its steps, scheduler and guidance are to be set there as `inference.json` and the model card say. The LoRAs of other
+    families need no such file: what ComfyUI reads of them has diffusers' names already.
+
+    Args:
+        directory: the folder that training saved.
+        file: the `.safetensors` file to write.
+
+    Raises:
+        ModelError: the folder holds no LoRA of a UNet.
+    """
+    folder, target = Path(directory), Path(file)
+    base = json.loads((folder / BASE).read_text(encoding="utf-8")) if (folder / BASE).is_file() else {}
+    if base.get("network") != "UNet2DConditionModel" or not (folder / WEIGHTS).is_file() or base["weights"] != "lora":
+        raise ModelError(
+            f"kohya's names are those of a UNet's LoRA, and {str(directory)!r} holds none (no {WEIGHTS} with a {BASE} "
+            "that says so); give the folder of a student of Stable Diffusion 1, 2 or XL"
+        )
+    save_file(kohya_names(load_file(folder / WEIGHTS), base["component"]), target, metadata={"format": "pt"})
+    return target
 
 
 def move_into(staged: Path, target: Path) -> None:
@@ -150,6 +228,8 @@ def model_card(family: ModelFamily, info: StudentInfo) -> str:
     rewards = show_spec([reward.term for reward in info.rewards])
     origins = ", ".join(dict.fromkeys(str(reward.reward.provenance()["origin"]) for reward in info.rewards))
     full = STUDENT in family.roles.copies
+    name = " ".join(family.base_name.replace("`", "'").split())
+    literal = repr(family.base_name).replace("`", r"\x60")  # a backtick could end the block of code
     pipeline = type(family.pipeline).__name__
     scheduler = type(family.student_scheduler(info.num_steps, info.shift, info.stochastic)).__name__
     data = ModelCardData(
@@ -159,9 +239,9 @@ def model_card(family: ModelFamily, info: StudentInfo) -> str:
         tags=["rdm-sdk", *([] if full else ["lora"]), "distillation", "few-step", "diffusers"],
     )
     grid = ", ".join(f"{sigma:g}" for sigma in family.student_sigmas(info.num_steps, info.shift))
-    settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in info.settings.items())
+    settings = "\n".join(f"| `{setting}` | `{value}` |" for setting, value in info.settings.items())
     noising = "noises it again" if info.stochastic else "moves straight on to the next level"
-    call = ", ".join(f"{name}={value!r}" for name, value in _call(family, info).items())
+    call = ", ".join(f"{argument}={value!r}" for argument, value in _call(family, info).items())
     if full:
         network = type(family.backbone).__name__
         imports, part = f"{network}, {pipeline}, {scheduler}", family.component
@@ -172,10 +252,12 @@ def model_card(family: ModelFamily, info: StudentInfo) -> str:
         imports, loading = f"{pipeline}, {scheduler}", family.loading_code
         what = f"A LoRA (rank {lora.r}, alpha {lora.lora_alpha})"
         weights = f"The weights in PEFT's format: `{PEFT_FOLDER}/`"
+        if type(family).save_lora is ModelFamily.save_lora:
+            weights += f"; in `{WEIGHTS}`, alpha / rank is in the weights, so load it at strength 1"
     text = f"""
-# A {info.num_steps}-step student of {family.base_name}
+# A {info.num_steps}-step student of {name}
 
-{what} that sample{"" if full else "s"} `{family.base_name}` in {info.num_steps} steps without a second pass for
+{what} that sample{"" if full else "s"} `{name}` in {info.num_steps} steps without a second pass for
 guidance, distilled with [rdm-sdk](https://pypi.org/project/rdm-sdk/) by distribution matching as a reward
 ([arXiv 2603.28460](https://arxiv.org/abs/2603.28460)).
 
@@ -183,21 +265,39 @@ guidance, distilled with [rdm-sdk](https://pypi.org/project/rdm-sdk/) by distrib
 from diffusers import {imports}
 
 folder = "path/to/this/folder"
-pipe = {pipeline}.from_pretrained("{family.base_name}")
+pipe = {pipeline}.from_pretrained({literal})
 {loading}
 pipe.scheduler = {scheduler}.from_pretrained(folder, subfolder="scheduler")
 image = pipe(prompt="{{your prompt}}", {call}).images[0]
 ```
 
+{_cautions(family, info)}
+- Trained at height x width: {", ".join(f"{height} x {width}" for height, width in _sizes(family, info))}
 - Rewards: `{rewards}` (from {origins})
 - Noise levels of the steps: {grid} (in `scheduler/`; each step predicts the image and {noising})
 - {weights}
+- Its base in more words: `base.json`, by which rdm-sdk's `load_student` and `rdm-sdk sample` tell another one
 
 | setting | value |
 |---|---|
 {settings}
 """
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"))
+
+
+def _cautions(family: ModelFamily, info: StudentInfo) -> str:
+    """Return what the card says of calls that would make other pictures than the student's, or none."""
+    lines = [
+        f"- `num_inference_steps` must be {info.num_steps}: plain diffusers takes any number and follows another grid, "
+        "which the student never saw; the result is poor, noise, or an error"
+    ]
+    if info.stochastic and not hasattr(family.pipeline, "prepare_extra_step_kwargs"):
+        lines.append(
+            f"- Call `torch.manual_seed(...)` before the pipeline to repeat a picture: `generator=` sets the first "
+            f"noise alone, because {type(family.pipeline).__name__} does not pass it to the scheduler, which noises "
+            "again at each step"
+        )
+    return "\n".join(lines)
 
 
 def non_default_settings(config: Any) -> dict[str, object]:

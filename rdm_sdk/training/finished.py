@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from rdm_sdk.errors import RDMError
 from rdm_sdk.families.roles import STUDENT, TEACHER
 from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.evaluate import evaluate_rewards
@@ -50,3 +51,18 @@ def look(models: RunModels, judge: Judge, prompts: Sequence[str]) -> list[tuple[
     labels = ["student x_0", *(f"{role} x_0\nfrom sigma 0.6" for role in (TEACHER, *critics))]
     rows = [latents, *(context.denoiser(role)(x_t, sigma) for role in (TEACHER, *critics))]
     return list(zip(labels, models.decode(rows), strict=True))
+
+
+def figures(outputs: Mapping[str, RewardOutput], prefix: str) -> dict[str, float]:
+    """Return the mean of every reward, over the samples it is for, as `<prefix>_rewards/<name>/mean`.
+
+    The first of them is also `<prefix>_loss`, negated, so that `load_best_model_at_end` has something to go by.
+
+    Raises:
+        RDMError: there are none.
+    """
+    scores = {name: output.scores for name, output in outputs.items() if not output.scores.isnan().all()}
+    if not scores:
+        raise RDMError("every reward was skipped in evaluate(), or is for none of its prompts: nothing to report")
+    found = {f"{prefix}_rewards/{name}/mean": of.nanmean().item() for name, of in scores.items()}
+    return found | {f"{prefix}_loss": -next(iter(found.values()))}

@@ -12,12 +12,13 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from rdm_sdk.families.base import ModelFamily
-from rdm_sdk.families.roles import TEACHER
+from rdm_sdk.families.roles import STUDENT, TEACHER
 from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.context import DiffusionContext, Times
 from rdm_sdk.rewards.evaluate import evaluate_rewards
 from rdm_sdk.rewards.resolve import WeightedReward, carried_back
 from rdm_sdk.rewards.tilt import tilted
+from rdm_sdk.training.export import check_exportable
 from rdm_sdk.training.method_settings import MethodSettings
 from rdm_sdk.training.models import Models, forked
 from rdm_sdk.training.monitor import Monitor
@@ -200,7 +201,12 @@ def add_run_roles(
         configs: role to its LoRA, or to None for a full copy of the base.
         rewards: some of which may bring a module to train.
         steps_told: K, if critics are told the student's step, and 0 if not.
+
+    Raises:
+        ModelError: the student's adapters could not be exported.
     """
+    if configs.get(STUDENT) is not None:
+        check_exportable(family)
     with torch.random.fork_rng(devices=[]):  # so that a head changes nothing about the student's initial weights
         heads = dict(reward_heads(rewards, family, steps_told))
     family.add_roles(configs, heads, steps_told)

@@ -50,7 +50,8 @@ PRESETS = {
         _DMD2 | {"num_generations": 1, "weighting": "fixed"},
     ),
     "gndm": Preset(
-        "group-normalized distribution matching (arXiv 2603.28460, our reading)",
+        "distribution matching with groups: levels spread over a group, the critic's lag taken out by it, samples "
+        "normalized one by one (arXiv 2603.28460, our reading)",
         "dm",
         _GNDM | {"weighting": "fixed"},
     ),

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
@@ -20,22 +19,21 @@ from rdm_sdk.errors import ConfigError, DataError, RDMError
 from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import STUDENT
 from rdm_sdk.rewards.resolve import RewardFuncs, resolve_rewards
-from rdm_sdk.training import checkpoint
+from rdm_sdk.training import checkpoint, hub, validation
+from rdm_sdk.training.accelerated import processes_of
 from rdm_sdk.training.callbacks import Bookkeeper, speak_plainly
 from rdm_sdk.training.config import RDMConfig
 from rdm_sdk.training.data import GroupSampler, all_prompts, collate, load_prompts
 from rdm_sdk.training.export import save_student, student_info
 from rdm_sdk.training.faults import explained
-from rdm_sdk.training.finished import look, score_finished
+from rdm_sdk.training.finished import figures, look, score_finished
 from rdm_sdk.training.interrupt import SaveOnSignal
 from rdm_sdk.training.judge import Judge, add_run_roles
 from rdm_sdk.training.models import RunModels
 from rdm_sdk.training.optimizers import CriticOptimizer, critic_optimizer, restart_rates
 from rdm_sdk.training.pictures import image_grid
-from rdm_sdk.training.processes import Processes
 from rdm_sdk.training.run_keeper import RunKeeper
 from rdm_sdk.training.step import DistillationStep
-from rdm_sdk.training.validation import check_arguments, check_hosted, check_run, check_same_plugins, role_configs
 from rdm_sdk.training.weighting import Weighting, make_weighting
 
 
@@ -83,12 +81,13 @@ class RDMTrainer(Trainer):
         weighting: Weighting | None = None,
     ) -> None:
         args = RDMConfig() if args is None else args
-        check_arguments(args, optimizers)
+        validation.check_arguments(args, optimizers)
         train_dataset = None if train_dataset is None else load_prompts(train_dataset)
         eval_dataset = None if eval_dataset is None else load_prompts(eval_dataset, "eval_dataset")
         self.rewards = resolve_rewards(reward_funcs, args.reward_weights, args.reward_route)
-        check_run(args, self.rewards, {"train_dataset": train_dataset, "eval_dataset": eval_dataset}, weighting)
-        roles = role_configs(args, self.rewards, peft_config, fake_peft_config)
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        validation.check_run(args, self.rewards, datasets, weighting)
+        roles = validation.role_configs(args, self.rewards, peft_config, fake_peft_config)
         self.family = load_family(
             model,
             torch.bfloat16 if args.bf16 else torch.float32,
@@ -114,9 +113,9 @@ class RDMTrainer(Trainer):
             callbacks=[Bookkeeper(self), *(callbacks or [])],
         )
         speak_plainly(self)
-        check_hosted(args.n_gpu, self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        validation.check_hosted(args, self.roles, self.is_deepspeed_enabled or self.is_fsdp_enabled)
         self._compose(make_weighting(args.weighting) if weighting is None else weighting)
-        check_same_plugins(self.accelerator.num_processes)
+        validation.check_same_plugins(self.accelerator.num_processes)
         self.interrupt = SaveOnSignal(self.step.processes)
         self.add_callback(self.interrupt)
 
@@ -131,15 +130,8 @@ class RDMTrainer(Trainer):
             torch.manual_seed(args.seed + args.process_index)  # other noise than the first process, same weights
         self.judge = Judge(self.models, self.rewards, args)
         self.monitor, self.weighting = self.judge.monitor, weighting
-        self.step = DistillationStep(self.judge, args, weighting, self._processes())
+        self.step = DistillationStep(self.judge, args, weighting, processes_of(self.accelerator))
         self.keeper = RunKeeper(args, self.step, self.models, self.train_dataset, self.accelerator.wait_for_everyone)
-
-    def _processes(self) -> Processes:
-        return Processes(
-            self.accelerator.num_processes,
-            lambda tensor, how: self.accelerator.reduce(tensor, reduction=how),
-            lambda value: gather_object([value]),
-        )
 
     # ---- The step -----------------------------------------------------------------------------------------------
 
@@ -257,8 +249,7 @@ class RDMTrainer(Trainer):
     def write_images(self, path: str | Path) -> Path:
         """Write the grid that shows a collapse early: student x_0, and what teacher and critics make of it re-noised.
 
-        Prompts and seed are fixed, so that the grids of a run can be compared. The raw student is shown, not its moving
-        average.
+        Prompts and seed are fixed, so that a run's grids can be compared. The raw student is shown, not its average.
         """
         if self.train_dataset is None:
             raise DataError("write_images() shows the first training prompts: pass train_dataset to the trainer")
@@ -275,26 +266,18 @@ class RDMTrainer(Trainer):
 
         Returns:
             The mean of every reward that can judge finished samples, over those it is for, as
-            `<metric_key_prefix>_rewards/<name>/mean`. The first of them is also `<metric_key_prefix>_loss`, negated, so
-            that `load_best_model_at_end` has something to go by.
+            `<metric_key_prefix>_rewards/<name>/mean`; the first, negated, is `<metric_key_prefix>_loss` too.
 
         Raises:
             ConfigError: no reward judges finished samples, or there are no evaluation prompts.
         """
         dataset = self.eval_dataset if eval_dataset is None else load_prompts(eval_dataset, "eval_dataset")
         if not self.judge.of_images or dataset is None:
-            raise ConfigError(
-                "evaluate() needs eval_dataset and a reward that judges images, beside or instead of 'dm'; add one "
-                "with weight 0 to watch it without training on it, such as 'dm + 0*legibility'"
-            )
+            raise ConfigError(validation.NO_EVALUATION)
         inputs, size = collate(list(dataset)), self.args.per_device_eval_batch_size
         with self.models.seeded(self.args.seed), self.models.exported_weights():
             outputs = score_finished(self.models, self.judge, inputs["prompts"], inputs["columns"], size)
-        scores = {name: output.scores for name, output in outputs.items() if not output.scores.isnan().all()}
-        if not scores:
-            raise RDMError("every reward was skipped in evaluate(), or is for none of its prompts: nothing to report")
-        metrics = {f"{metric_key_prefix}_rewards/{name}/mean": of.nanmean().item() for name, of in scores.items()}
-        metrics[f"{metric_key_prefix}_loss"] = -next(iter(metrics.values()))
+        metrics = figures(outputs, metric_key_prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -318,13 +301,32 @@ class RDMTrainer(Trainer):
         A checkpoint (Trainer's internal call) gets the training state as well.
         """
         target = Path(output_dir or str(self.args.output_dir))
+        self._export(target)
+        if _internal_call:
+            self.keeper.write_state(target)
+        elif self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save")
+
+    def _export(self, target: Path) -> None:
         if self.args.should_save:
             with self.models.exported_weights():
                 save_student(target, self.family, student_info(self.args, self.models.shift, self.rewards))
-        if _internal_call:
-            self.keeper.write_state(target)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository on the Hub that the settings name, if there is none."""
+        self.push_in_progress = None  # pushes during the training are over when they return
+        if self.is_world_process_zero():
+            self.hub_model_id = hub.make_repository(self.args, token, private)  # type: ignore[assignment]
+
+    def push_to_hub(self, commit_message: str | None = "End of training", **options: Any) -> Any:  # type: ignore[override]
+        """Write the student to `output_dir` and upload it; `options` are Trainer's, as `hub.push` has them."""
+        if self.hub_model_id is None:
+            self.init_hf_repo(options.get("token"), options.pop("private", None))
+        self._export(Path(str(self.args.output_dir)))
+        return hub.push(self.args, self.hub_model_id, self.family.component, str(commit_message), **options)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Do nothing: `_save_checkpoint` pushes when the checkpoint is whole and has its name."""
 
     def train(
         self,
@@ -371,11 +373,13 @@ class RDMTrainer(Trainer):
         return super()._get_output_dir(trial) if self._staged is None else str(self._staged)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        output_dir = Path(super()._get_output_dir(trial))
         try:
-            with self.keeper.writing(self.state, Path(super()._get_output_dir(trial))) as self._staged:
+            with self.keeper.writing(self.state, output_dir) as self._staged:
                 super()._save_checkpoint(model, trial)
         finally:
             self._staged = None
+        hub.push_checkpoint(self.args, self.hub_model_id, self.family.component, output_dir, self.state.global_step)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

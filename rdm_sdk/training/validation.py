@@ -11,10 +11,11 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import Trainer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
 from rdm_sdk.errors import ConfigError, DataError, nearest
-from rdm_sdk.families.roles import STUDENT, TEACHER, check_lora_config
+from rdm_sdk.families.roles import STUDENT, TEACHER, Roles, check_lora_config
 from rdm_sdk.plugins.registry import registry
 from rdm_sdk.rewards.base import Reward
 from rdm_sdk.rewards.resolve import RunReward, WeightedReward
@@ -87,6 +88,8 @@ def check_run(
 ) -> None:
     """Raise `ConfigError` or `DataError` for what cannot work together, before the base is loaded."""
     _check_trackers(args)
+    if "eval_dataset" in datasets:
+        _check_evaluation(args, rewards, datasets["eval_dataset"])
     if not any(reward.weight for reward in rewards):
         raise ConfigError("every reward has weight 0, so nothing would be learned; give one a weight other than 0")
     if weighting is not None and (isinstance(weighting, type) or not isinstance(weighting, Weighting)):
@@ -165,11 +168,42 @@ def _applies_somewhere(reward: Reward, dataset: Dataset) -> bool:
     return False
 
 
-def check_hosted(n_gpu: int, shards: bool) -> None:
-    """Raise `ConfigError` for ways to use several devices that the step does not work with."""
-    if n_gpu > 1:
+NO_EVALUATION = (
+    "evaluate() needs eval_dataset and a reward that judges images, beside or instead of 'dm'; add one with weight 0 "
+    "to watch it without training on it, such as 'dm + 0*legibility'"
+)
+
+
+def _check_evaluation(args: RDMConfig, rewards: Sequence[RunReward], dataset: Dataset | None) -> None:
+    """Raise `ConfigError` if the run is to be evaluated and cannot be, or by a figure that there will not be."""
+    evaluates = args.eval_strategy != IntervalStrategy.NO or args.eval_on_start
+    evaluation, saving = IntervalStrategy(args.eval_strategy).value, SaveStrategy(args.save_strategy).value
+    chooses = args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST
+    judging = [reward.label for reward in rewards if not reward.capabilities.needs_models]
+    if chooses and not evaluates:
         raise ConfigError(
-            f"{n_gpu} GPUs in one process would use nn.DataParallel, which cannot switch roles; start with "
+            f"save_strategy={saving!r} with load_best_model_at_end={args.load_best_model_at_end} "
+            "goes by evaluations, and eval_strategy='no' makes none; set eval_strategy"
+        )
+    if evaluates and (dataset is None or not judging):
+        raise ConfigError(f"eval_strategy={evaluation!r}, eval_on_start={args.eval_on_start}: {NO_EVALUATION}")
+    if chooses:
+        known = ["loss", *(f"rewards/{label}/mean" for label in judging)]
+        metric = str(args.metric_for_best_model).removeprefix("eval_")
+        if metric not in known:
+            raise ConfigError(
+                f"metric_for_best_model={args.metric_for_best_model!r}: there is no such figure."
+                f"{nearest(metric, known)} There are: {', '.join(known)}"
+            )
+
+
+def check_hosted(args: RDMConfig, roles: Roles, shards: bool) -> None:
+    """Raise for devices that the step does not work with (`ConfigError`), and for replays of blocks (`ModelError`)."""
+    if args.activation_checkpointing or args.gradient_checkpointing:
+        roles.check_recomputing()
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"{args.n_gpu} GPUs in one process would use nn.DataParallel, which cannot switch roles; start with "
             "'accelerate launch' or torchrun, or set CUDA_VISIBLE_DEVICES to one GPU"
         )
     if shards:

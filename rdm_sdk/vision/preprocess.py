@@ -75,6 +75,9 @@ class ImageTransform:
     std: tuple[float, float, float] = CLIP_STD
     resize_to: int | None = None
     antialias: bool = True
+    middle: Literal["floor", "round"] = "floor"
+    """Where the middle begins when an odd number of pixels is cut away: rounded down, as by `CLIPImageProcessor`, or to
+    the nearest, halves to even, as by torchvision's `CenterCrop`, which many original models were trained with."""
 
     def __str__(self) -> str:
         """A short name, to be kept with the scores."""
@@ -98,7 +101,8 @@ class ImageTransform:
             target, shorter = self.size if self.resize_to is None else self.resize_to, min(height, width)
             fitted = (target * height // shorter, target * width // shorter)
             images = resize(images, fitted, self.antialias)
-            top, left = (fitted[0] - self.size) // 2, (fitted[1] - self.size) // 2
+            top, left = ((length - self.size) / 2 for length in fitted)
+            top, left = (int(start) if self.middle == "floor" else round(start) for start in (top, left))
             images = images[..., top : top + self.size, left : left + self.size]
         mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (self.mean, self.std))
         return (images - mean) / std

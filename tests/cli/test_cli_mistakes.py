@@ -34,6 +34,7 @@ FILES = {
     "empty.txt": b"\n\n",
     "file": b"in the way",
     "student/README.md": b"a folder, and no student",
+    "four/inference.json": b'{"num_inference_steps": 4}',
     "pipeline/model_index.json": b"{",
 }
 MISTAKES = [
@@ -135,6 +136,7 @@ MISTAKES = [
     ("sample --model digits --student nowhere --prompt x", "there is no folder nowhere"),
     (SAMPLE, "student has no inference.json, so it is no student"),
     (f"{SAMPLE} --height tall", "must be a whole number, at least 1; got 'tall'"),
+    ("sample --model digits --student four --prompt x --num_inference_steps 8", "was trained for 4 steps, and its"),
     (f"{SAMPLE} --num_inference_steps 0", "must be a whole number, at least 1; got '0'"),
     (f"{SAMPLE} --seed -1", "must be a whole number, at least 0"),
     (f"{SAMPLE} --output student", "student is a folder"),

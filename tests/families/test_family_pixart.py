@@ -49,9 +49,9 @@ def with_a_student(family: ModelFamily) -> ModelFamily:
     return family
 
 
-def info(stochastic: bool = True, **settings: object) -> StudentInfo:
+def info(stochastic: bool = True, height: int | None = None, width: int | None = None) -> StudentInfo:
     """Return what an export of two steps says."""
-    return StudentInfo(2, None, stochastic, 1.0, resolve_rewards("dm"), settings)
+    return StudentInfo(2, None, stochastic, 1.0, resolve_rewards("dm"), {}, [(height, width)])
 
 
 # ---- Steps ------------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from peft import LoraConfig
 from pipeline_calls import PROMPTS
 from tiny_pipelines import TINY_PIPELINES
 
-from rdm_sdk import ConfigError, ModelError, RDMConfig, RDMTrainer
+from rdm_sdk import ConfigError, ModelError, ModelFamily, RDMConfig, RDMTrainer
 from rdm_sdk.families.load import load_family
+from rdm_sdk.families.pixart import PixArtFamily
 
 # Diffusers' Euler scheduler under numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -58,6 +59,20 @@ def test_targets_that_match_nothing_are_named(kind: str, tmp_path: Path) -> None
     lora = LoraConfig(target_modules=["to_quary"])
     with pytest.raises(ConfigError, match=r"to_quary.*Linear layers of this model: .*\b(to_q|q)\b"):
         RDMTrainer(TINY_PIPELINES[kind](), "dm", args, PROMPTS, peft_config=lora)
+
+
+def test_a_lora_that_could_not_be_saved_is_refused(tmp_path: Path) -> None:
+    """A pipeline without a LoRA loader needs a family that says how; a full copy needs none."""
+
+    class Plain(PixArtFamily):
+        save_lora = ModelFamily.save_lora
+
+    args: dict[str, Any] = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "guidance_scale": 1.0}
+    words = "PixArtSigmaPipeline has no save_lora_weights.*student_weights='full', or override save_lora.* in Plain"
+    with pytest.raises(ModelError, match=words):
+        RDMTrainer(Plain(TINY_PIPELINES["PixArtSigmaPipeline"]()), "dm", RDMConfig(**args), PROMPTS)
+    full = RDMConfig(**args, student_weights="full")
+    RDMTrainer(Plain(TINY_PIPELINES["PixArtSigmaPipeline"]()), "dm", full, PROMPTS)
 
 
 def test_guidance_that_a_base_does_not_take_is_refused(tmp_path: Path) -> None:

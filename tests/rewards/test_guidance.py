@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from rdm_sdk import RDMTrainer, RewardBatch, RewardError
-from rdm_sdk.method.noise import FlowSchedule
+from rdm_sdk.method.groups import Normalization, group_scale
+from rdm_sdk.method.noise import FlowSchedule, per_sample
+from rdm_sdk.method.objective import normalize
 from rdm_sdk.rewards.context import DiffusionContext
 from rdm_sdk.rewards.dm import DistributionMatching
 from rdm_sdk.rewards.evaluate import Evaluation, evaluate_rewards
@@ -82,6 +84,21 @@ def test_dm_and_guidance_make_the_guided_gradient(scale: float, correct: str) ->
     torch.testing.assert_close(total, guided.gradient, rtol=1e-5, atol=1e-5)
     assert apart["guidance"].gradient.abs().min() > 1e-3
     assert torch.equal(apart["guidance"].magnitude, apart["dm"].magnitude)  # so the split outlives normalization
+
+
+@pytest.mark.parametrize("normalization", ["sample", "group", "batch"])
+def test_after_normalization_the_sum_is_longer_by_the_ratio_of_the_residuals(normalization: Normalization) -> None:
+    """Same direction as the guided gradient, and another divisor: |x_0 - D_real| in the place of |x_0 - D_cfg|."""
+    scale = 4.5
+    dm, guidance = DistributionMatching(), Guidance()
+    guided = judged({"dm": dm}, scale, Networks()).outputs
+    apart = judged({"dm": dm, "guidance": guidance}, 1.0, Networks()).outputs
+    parts = normalize(apart, G, normalization)
+    total = parts["dm"] + (scale - 1) * parts["guidance"]
+    wanted = normalize(guided, G, normalization)["dm"]
+    longer, shorter = (group_scale(o["dm"].magnitude, G, normalization) for o in (guided, apart))
+    torch.testing.assert_close(total, wanted * per_sample(longer / shorter, wanted), rtol=1e-4, atol=1e-5)
+    assert (longer / shorter).mean() > 1.2
 
 
 def test_the_critics_lag_is_taken_out_of_dm() -> None:

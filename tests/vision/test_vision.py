@@ -17,6 +17,7 @@ from rdm_sdk import RewardError
 from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.testing import example_images, save_tiny_clip
 from rdm_sdk.vision import CLIP_MEAN, CLIP_STD, ImageTransform, find_file, load_checked, load_clip, read_tensors, resize
+from rdm_sdk.vision.preprocess import to_8_bits
 
 SIZES = [(512, 512), (300, 400), (400, 300), (37, 53), (64, 64), (768, 1024), (224, 224), (200, 600)]
 
@@ -63,6 +64,30 @@ def test_clip_preprocessing_equals_transformers(size: tuple[int, int]) -> None:
     expected = CLIPImageProcessorPil()(Image.fromarray(picture), return_tensors="pt").pixel_values
     found = ImageTransform(224)(as_tensor(picture))
     assert (found - expected).abs().mean() < 0.01 / 255 / min(CLIP_STD)
+
+
+@pytest.mark.parametrize(
+    ("size", "floor", "nearest"),
+    [
+        ((832, 1216), (0, 51), (0, 52)),  # 224 x 327: 51.5, which torchvision rounds to even
+        ((1216, 832), (51, 0), (52, 0)),
+        ((224, 325), (0, 50), (0, 50)),  # 50.5 becomes 50
+        ((224, 226), (0, 1), (0, 1)),
+        ((224, 224), (0, 0), (0, 0)),
+    ],
+)
+def test_the_middle_is_where_the_original_has_it(
+    size: tuple[int, int], floor: tuple[int, int], nearest: tuple[int, int]
+) -> None:
+    """By hand: torchvision's `CenterCrop` begins at `int(round((length - crop) / 2))`, transformers' at half, down."""
+    picture = as_tensor(photograph(*size))
+    shorter = min(size)
+    fitted = resize(to_8_bits(picture), (224 * size[0] // shorter, 224 * size[1] // shorter))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+    for middle, (top, left) in (("floor", floor), ("round", nearest)):
+        found = ImageTransform(224, middle=middle)(picture)
+        assert torch.equal(found, (fitted[..., top : top + 224, left : left + 224] - mean) / std)
+        assert top == (round if middle == "round" else int)((fitted.shape[-2] - 224) / 2)
 
 
 @pytest.mark.parametrize("size", [(300, 400), (401, 300), (40, 100)], ids=str)

@@ -58,7 +58,7 @@ class AestheticScore(Reward):
         check_head(tensors, variant, width, what)
         self.head = make_head(variant, width)
         load_checked(self.head, tensors, what)
-        self.transform = ImageTransform(self.encoder.image_size, antialias=self.config.antialias)
+        self.transform = ImageTransform(self.encoder.image_size, antialias=self.config.antialias, middle="round")
         self.preprocessing = str(self.transform)
 
     def score(self, batch: RewardBatch) -> Tensor:

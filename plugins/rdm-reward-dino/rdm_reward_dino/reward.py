@@ -29,7 +29,7 @@ class DinoDiversity(Reward):
         pass
 
     config: Config
-    transform = ImageTransform(224, resize_to=256, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    transform = ImageTransform(224, resize_to=256, mean=IMAGENET_MEAN, std=IMAGENET_STD, middle="round")
     preprocessing = str(transform)
 
     def __init__(self, config: RewardConfig | None = None, **options: object) -> None:

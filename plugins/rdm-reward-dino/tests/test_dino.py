@@ -39,7 +39,7 @@ def test_score_is_the_mean_distance_to_the_others(folder):
     """Scores are mean cosine distances within groups, by transformers' own forward pass and a loop over pairs."""
     pictures = images()
     ours = score_images(f'dino[path="{folder}"]', pictures, group_size=3).outputs["dino"].scores
-    transform = ImageTransform(224, resize_to=256, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    transform = ImageTransform(224, resize_to=256, mean=IMAGENET_MEAN, std=IMAGENET_STD, middle="round")
     with torch.no_grad():
         cls = Dinov2Model.from_pretrained(folder).eval()(pixel_values=transform(pictures)).pooler_output
     for group in (range(3), range(3, 6)):

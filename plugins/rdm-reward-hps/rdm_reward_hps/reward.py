@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Mapping
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub.errors import EntryNotFoundError
+from torch import Tensor
 
-from rdm_sdk import RewardError
+from rdm_sdk import RewardBatch, RewardError
 from rdm_sdk.files import looks_local
 from rdm_sdk.rewards.base import RewardConfig
 from rdm_sdk.vision import (
@@ -62,6 +64,10 @@ class HumanPreferenceScore(ClipReward):
             encoder = self._load(file)
         self.use(encoder)
 
+    def score(self, batch: RewardBatch) -> Tensor:
+        images = self.encoder.embed_images(self.transform(batch.images))
+        return (images * self.encoder.embed_prompts([cleaned(prompt) for prompt in batch.prompts])).sum(dim=-1)
+
     def _load(self, file: Path) -> ClipEncoder:
         """Return the CLIP of a checkpoint with open_clip's names."""
         own = any((file.parent / name).is_file() for name in ("tokenizer.json", "vocab.json"))
@@ -72,6 +78,20 @@ class HumanPreferenceScore(ClipReward):
             f"HPS {self.config.variant} at {str(file)!r}",
             self.config.torch_dtype,
         )
+
+
+_STRAIGHT = {
+    **dict.fromkeys(map(ord, "\u02bc\u2018\u2019\u201a\u201b"), "'"),
+    **dict.fromkeys(map(ord, "\u201c\u201d\u201e\u201f"), '"'),
+}
+
+
+def cleaned(prompt: str) -> str:
+    """Return a prompt as open_clip's tokenizer reads it: HTML entities are characters, and curly quotes straight.
+
+    The original does this, and more about texts in broken encodings, with ftfy; transformers' tokenizer does neither.
+    """
+    return html.unescape(html.unescape(prompt)).translate(_STRAIGHT)
 
 
 def find_checkpoint(source: str, variant: Variant, revision: str | None = None) -> Path | None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
-from rdm_reward_hps.reward import FILES, HUB, HumanPreferenceScore
+from rdm_reward_hps.reward import FILES, HUB, HumanPreferenceScore, cleaned
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
@@ -364,6 +364,30 @@ def test_config_beside_the_file(tmp_path, tensors):
     (tmp_path / "config.json").write_text(json.dumps(architecture))
     with pytest.raises(RewardError, match=r"architecture of HPS v2\.1 .* cannot be built"):
         HumanPreferenceScore(path=str(file))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "read"),
+    [
+        ("the cat\u2019s \u201chat\u201d", 'the cat\'s "hat"'),
+        ("\u201eso\u201f \u2018so\u201b \u02bc \u201a", "\"so\" 'so' ' '"),
+        ("cats &amp; dogs", "cats & dogs"),
+        ("cats &amp;amp; dogs &lt;3", "cats & dogs <3"),
+        ("it&rsquo;s", "it's"),
+        ("plain caf\u00e9", "plain caf\u00e9"),
+    ],
+)
+def test_prompts_are_read_as_the_original_reads_them(tmp_path, tensors, prompt, read):
+    """Worked out by hand from ftfy's tables and html.unescape, which open_clip calls before its tokenizer."""
+    assert cleaned(prompt) == read
+    hps = HumanPreferenceScore(path=str(save(tmp_path, tensors)))
+    ours, theirs = (
+        score_images(hps, torch.rand(1, 3, 40, 32, generator=torch.Generator().manual_seed(0)), [text])
+        .outputs["hps"]
+        .scores
+        for text in (prompt, read)
+    )
+    assert torch.equal(ours, theirs)
 
 
 def test_tokenizer(tmp_path, tensors):

@@ -36,7 +36,7 @@ class ImageReward(Reward):
         text = self.model.text.config
         self.tokenizer = load_tokenizer(self.config.tokenizer, file.parent, text.vocab_size)
         self.max_tokens = min(MAX_TOKENS, text.max_position_embeddings)
-        self.transform = ImageTransform(self.model.image_size)
+        self.transform = ImageTransform(self.model.image_size, middle="round")
         self.preprocessing = str(self.transform)
 
     def score(self, batch: RewardBatch) -> Tensor:
