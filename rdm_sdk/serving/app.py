@@ -155,6 +155,8 @@ class Service:
 
     async def health(self) -> JSONResponse:
         """Return that the server is there; no token is asked for."""
+        if not self.scorer.alive:
+            return error_response(503, "the thread that scores has ended; start the server again")
         return JSONResponse({"status": "ok", "version": VERSION})
 
     async def metrics(self) -> PlainTextResponse:

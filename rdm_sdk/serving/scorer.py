@@ -40,7 +40,7 @@ class Counts:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors cannot be compared
 class _Job:
     request: Request
     labels: tuple[str, ...]
@@ -81,6 +81,11 @@ class Scorer:
     def waiting(self) -> int:
         """How many requests nobody has begun to score."""
         return len(self._waiting)
+
+    @property
+    def alive(self) -> bool:
+        """Whether what is submitted will be scored."""
+        return self._thread.is_alive()
 
     def submit(self, request: Request, gradients: bool) -> Future[Answer]:
         """Put a request into the queue; the future raises `ScoringError` where a reward fails.

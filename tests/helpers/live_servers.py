@@ -103,7 +103,7 @@ class Faulty:
             return b"<html>garbage</html>"
         if self.fault == "endless":
             return bytes(2**25)
-        count, side = 8, 16
+        count, side = 8, 32
         scores, values = torch.full((count,), 0.5), torch.ones(count, 3, side, side)
         if self.fault == "short":
             scores = scores[:-1]

@@ -285,8 +285,8 @@ def request(number: int, count: int = 1, side: int = 8, label: str = "reader", *
 def test_what_waits_is_judged_together(busy: Any) -> None:
     """Up to the batch size, images of one size, and everybody gets what belongs to them."""
     scorer, reader, _, go = busy
-    futures = [scorer.submit(request(i, 1 + i % 2), False) for i in range(6)]
     other = scorer.submit(request(50, side=16), False)
+    futures = [scorer.submit(request(i, 1 + i % 2, side=8), False) for i in range(6)]
     go.set()
     for i, future in enumerate(futures):
         assert future.result(5)["reader"].scores.tolist() == [100.0 + i] * (1 + i % 2)
@@ -351,6 +351,13 @@ def test_it_never_dies(busy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         future.result(5)
     monkeypatch.undo()
     assert scorer.submit(request(2), False).result(5)["reader"].scores.tolist() == [102.0]
+
+
+def test_health_knows_a_scorer_that_has_ended() -> None:
+    """Whoever watches the server can start it again."""
+    scorer = Scorer(resolve_rewards([Spread()]), "cpu")
+    scorer.close()
+    assert Asking(make_app(scorer))("GET", "/health").status_code == 503
 
 
 def test_what_cannot_be_served() -> None:
