@@ -22,7 +22,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--requirements", required=True, help="such as 'rdm-reward-clip transformers==5.17'")
     parser.add_argument("--output", type=Path, default=Path(), help="where the folder is made")
     parser.add_argument("--python", default=sys.executable, help="the interpreter that the environment is for")
-    parser.add_argument("--sdk", default=SDK, help="what is installed as the SDK: a requirement, or a path")
+    parser.add_argument("--sdk", help=f"what is installed as the SDK: a requirement or a path; by default {SDK}")
     parser.add_argument(
         "--with-host-packages", action="store_true", help="use that interpreter's packages where it has none of its own"
     )

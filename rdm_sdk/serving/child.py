@@ -19,7 +19,7 @@ WATCH_SECONDS = 1.0
 
 def main() -> int:
     """Serve one reward on a Unix domain socket; return the exit status."""
-    told = json.loads(sys.stdin.readline())
+    told = json.loads(_first_line())
     threading.Thread(target=_end_with_input, daemon=True).start()
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
@@ -49,9 +49,17 @@ def _device() -> str | None:
     return f"cuda:{int(rank) % torch.cuda.device_count()}" if rank and torch.cuda.is_available() else None
 
 
+def _first_line() -> bytes:
+    """Return the first line of standard input, read without a buffer, whose lock would be held at the end."""
+    line = b""
+    while not line.endswith(b"\n") and (letter := os.read(0, 1)):
+        line += letter
+    return line
+
+
 def _end_with_input() -> None:
     """End this process when the host closes its end of standard input, as the system does when the host is killed."""
-    while sys.stdin.buffer.read(4096):
+    while os.read(0, 4096):
         pass
     os._exit(3)
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -31,7 +32,7 @@ LINES_KEPT = 20
 """Last lines of the child's output, for messages."""
 NOT_INHERITED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RDM_SDK_PLUGINS", "RDM_SDK_DISABLE_PLUGINS")
 """Environment variables that speak of the host's packages."""
-STOP_SECONDS = 5.0
+STOP_SECONDS = 2.0
 
 
 class Child:
@@ -129,7 +130,8 @@ def _stop(process: subprocess.Popen[bytes], reader: threading.Thread, folder: st
     try:
         process.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its session, and so what it has started itself
         process.wait()
     reader.join(1.0)
     if process.stdout is not None and not reader.is_alive():
