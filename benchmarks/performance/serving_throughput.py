@@ -1,11 +1,12 @@
 """How many images a second a served reward scores, against the same reward in this process.
 
-    OMP_NUM_THREADS=1 python benchmarks/performance/serving_throughput.py                     # jpeg, 32 images of 512 px
+    OMP_NUM_THREADS=1 python benchmarks/performance/serving_throughput.py   # jpeg, 32 images, 512 px
     OMP_NUM_THREADS=1 python benchmarks/performance/serving_throughput.py --transport float32
 
-The server is a child process on a local socket (`isolated`), which leaves the network out: what is measured is packing,
-sending, reading, checking and answering. Calls are sent one after the other, and `--clients` at a time, as the ranks of
-a run or the chunks of a batch are.
+Two figures: images a second, which wants free cores, and the server's processor time per image against that of the
+reward alone, which is what its machine has left for scoring. The server is a child process on a local socket
+(`isolated`), which leaves the network out: what is measured is packing, sending, reading, checking and answering. Calls
+are sent one after the other, and `--clients` at a time, as the ranks of a run or the chunks of a batch are.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
+
 from rdm_sdk import Reward, RewardBatch
 from rdm_sdk.rewards.evaluate import evaluate_reward
 from rdm_sdk.rewards.resolve import resolve_rewards
+from rdm_sdk.serving.isolated import Isolated
 from rdm_sdk.testing import example_images
 
 
@@ -46,8 +50,18 @@ def main() -> None:
     local = resolve_rewards(options.reward)[0].reward
     spec = f'isolated[python="{sys.executable}",reward={options.reward},transport={options.transport}]'
     served = resolve_rewards(spec)[0].reward
+    assert isinstance(served, Isolated)
     batch = RewardBatch.from_images(example_images(options.batch, options.size, options.size))
     sizes = options.calls, options.turns
+    evaluate_reward(served, batch), evaluate_reward(local, batch)
+    server = psutil.Process(served.child.process.pid)
+    before = sum(server.cpu_times()[:2])
+    for _ in range(options.calls):
+        evaluate_reward(served, batch)
+    over_there, began = sum(server.cpu_times()[:2]) - before, time.process_time()
+    for _ in range(options.calls):
+        evaluate_reward(local, batch)
+    alone_cpu = time.process_time() - began
     here = images_per_second(local, batch, 1, *sizes)
     alone = images_per_second(served, batch, 1, *sizes)
     together = images_per_second(served, batch, options.clients, *sizes)
@@ -58,6 +72,7 @@ def main() -> None:
         "served_images_per_s": round(alone, 1),
         f"served_by_{options.clients}_clients": round(together, 1),
         "share": round(alone / here, 3),
+        "share_of_processor_time": round(alone_cpu / over_there, 3),
         "share_of_clients": round(together / here, 3),
     }
     print(json.dumps(row))

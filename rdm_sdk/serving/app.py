@@ -120,7 +120,7 @@ class Service:
             return JSONResponse({"version": VERSION, "scores": {n: _listed(o.scores) for n, o in answer.items()}})
         return Response(await run_in_threadpool(_packed, answer, asked), media_type=CONTENT_TYPE)
 
-    async def _body(self, request: HttpRequest) -> bytes:
+    async def _body(self, request: HttpRequest) -> bytearray:
         """Return the body, of which no more is read than the limit allows."""
         too_much = RequestError(413, f"the body has more than {self.limits.body} bytes")
         length = request.headers.get("content-length", "0")
@@ -137,7 +137,7 @@ class Service:
             raise RequestError(400, "the connection was closed before the body had arrived") from error
         except TimeoutError as error:
             raise RequestError(408, f"the body did not arrive within {BODY_SECONDS:g} s") from error
-        return bytes(parts)
+        return parts
 
     # ---- What there is ------------------------------------------------------------------------------------------
 

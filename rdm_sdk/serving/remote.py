@@ -73,7 +73,7 @@ class ServedReward(Reward):
     async def _ask(self, batch: RewardBatch, gradient: bool) -> RewardOutput:
         images = batch.images
         if self.config.transport == "uint8":
-            images = (images.clamp(0, 1) * 255).round().to(torch.uint8)
+            images = (images * 255).round_().clamp_(0, 255).to(torch.uint8)
         else:
             images = images.to(getattr(torch, self.config.transport))
         return await self.client.ask(self.described, batch, images, gradient)

@@ -62,7 +62,7 @@ def pack_request(images: Tensor, **message: Any) -> bytes:
     return pack({name: value for name, value in message.items() if value is not None}, {"images": images})
 
 
-def parse_request(body: bytes, content_type: str, limits: Limits) -> Request:
+def parse_request(body: bytes | bytearray, content_type: str, limits: Limits) -> Request:
     """Return what a request asks.
 
     Raises:
@@ -111,7 +111,7 @@ def _texts(value: object, count: int | None = None) -> bool:
     return all(isinstance(v, str) and not any("\ud800" <= letter <= "\udfff" for letter in v) for v in value)
 
 
-def _with_arrays(body: bytes, limits: Limits) -> tuple[dict[str, Any], Tensor]:
+def _with_arrays(body: bytes | bytearray, limits: Limits) -> tuple[dict[str, Any], Tensor]:
     """Return the message and the images of the main form."""
     message, tensors = unpack(body)
     if list(tensors) != ["images"]:
@@ -119,7 +119,7 @@ def _with_arrays(body: bytes, limits: Limits) -> tuple[dict[str, Any], Tensor]:
     images = tensors["images"]
     _check_size(images.shape, limits)
     if images.dtype == torch.uint8:
-        return message, images.float().div_(255)
+        return message, images / 255
     images = images.float()
     if not bool(images.isfinite().all()):
         raise RequestError(422, "the images hold NaN or infinities")
@@ -140,7 +140,7 @@ def _check_size(shape: Sequence[int], limits: Limits) -> None:
         )
 
 
-def _with_pictures(body: bytes, limits: Limits) -> tuple[dict[str, Any], Tensor]:
+def _with_pictures(body: bytes | bytearray, limits: Limits) -> tuple[dict[str, Any], Tensor]:
     """Return the message and the images of the JSON form: PNG files in base64."""
     message = parse_json(body, "the body")
     if not isinstance(message, dict) or not _texts(message.get("images")):
@@ -158,7 +158,7 @@ def _with_pictures(body: bytes, limits: Limits) -> tuple[dict[str, Any], Tensor]
         pictures.append(pixels)
     if len({pixels.shape for pixels in pictures}) != 1:
         raise RequestError(422, "the images must be of one size, at least one; send another request for each size")
-    return message, torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div_(255)
+    return message, torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous() / 255
 
 
 def _decoded(text: str, position: int, side: int, left: int) -> np.ndarray[Any, Any]:

@@ -38,7 +38,7 @@ def pack(message: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
     return save(kept, {KEY: json.dumps({"version": VERSION} | dict(message), allow_nan=False)})
 
 
-def unpack(body: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def unpack(body: bytes | bytearray) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return what `pack` was given: the message and the tensors, by name.
 
     Raises:
@@ -54,7 +54,9 @@ def unpack(body: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise BodyError(
             f"version {shown(message.get('version'), 40)} of the protocol is not spoken here; this is version {VERSION}"
         )
-    view = memoryview(body)[start:]
+    view = memoryview(body if isinstance(body, bytearray) else bytearray(body))[
+        start:
+    ]  # torch warns of a read-only one
     tensors, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: _offset(*item)):
         tensors[name], end = _tensor(name, entry, view, end)
@@ -63,7 +65,7 @@ def unpack(body: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return message, tensors
 
 
-def parse_json(text: str | bytes, what: str) -> Any:
+def parse_json(text: str | bytes | bytearray, what: str) -> Any:
     """Return what a JSON text says.
 
     Raises:
@@ -81,7 +83,7 @@ def parse_json(text: str | bytes, what: str) -> Any:
         raise BodyError(f"{what} is no JSON: {shown(str(error), 120)}") from error
 
 
-def _header(body: bytes) -> tuple[dict[str, Any], int]:
+def _header(body: bytes | bytearray) -> tuple[dict[str, Any], int]:
     """Return the header of a body, and where its arrays start."""
     length = int.from_bytes(body[:8], "little")
     if len(body) < 8 or length > HEADER_LIMIT or 8 + length > len(body):
@@ -118,5 +120,8 @@ def _tensor(name: str, entry: dict[str, Any], view: memoryview, start: int) -> t
         )
     if not size:
         return torch.zeros(shape, dtype=DTYPES[dtype]), end
-    # A copy: the view may begin at an odd address, and torch would warn of memory that cannot be written to.
-    return torch.frombuffer(bytearray(view[begin:end]), dtype=DTYPES[dtype]).reshape(shape), end
+    # The arrays begin wherever the header ends, so that the numbers of a bad one are at odd addresses.
+    part: Any = (
+        view[begin:end] if torch.frombuffer(view, dtype=torch.uint8).data_ptr() % 8 == 0 else bytearray(view[begin:end])
+    )
+    return torch.frombuffer(part, dtype=DTYPES[dtype]).reshape(shape), end

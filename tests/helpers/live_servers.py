@@ -19,6 +19,7 @@ from rdm_sdk import Capabilities, Reward, RewardBatch, RewardConfig, RewardOutpu
 from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.serving.answers import pack_answer
 from rdm_sdk.serving.app import make_app
+from rdm_sdk.serving.remote import Remote
 from rdm_sdk.serving.requests import Limits
 from rdm_sdk.serving.scorer import Scorer
 from rdm_sdk.serving.tensors import CONTENT_TYPE
@@ -179,3 +180,11 @@ class Reader(Reward):
             for prompt, extra in zip(batch.prompts, numbers, strict=True)
         ]
         return torch.tensor(scores) + batch.images.mean(dim=(1, 2, 3))
+
+
+QUICK: dict[str, Any] = {"timeout": 0.5, "retries": 2, "max_wait": 1.5}
+"""A client that gives up soon."""
+
+
+def remote(server: Faulty, reward: str | None = "legibility", **options: Any) -> Remote:
+    return Remote(**({"timeout": 20.0, "retries": 2, "max_wait": 40.0} | {"url": server.url, "reward": reward, "token_env": "JUDGE_TOKEN"} | options))
