@@ -189,7 +189,7 @@ def make_app(scorer: Scorer, limits: Limits | None = None, token: str | None = N
     service = Service(scorer, limits or Limits())
     app = FastAPI(title="rdm-sdk rewards", version=str(VERSION), redoc_url=None)
     app.add_middleware(TokenGuard, token=token)
-    posts = {"methods": ["POST"], "openapi_extra": {"requestBody": _BODY}, "response_class": Response}
+    posts: dict[str, Any] = {"methods": ["POST"], "openapi_extra": {"requestBody": _BODY}, "response_class": Response}
     app.add_api_route("/v1/score", service.score, response_model=None, **posts)
     app.add_api_route("/v1/gradient", service.gradient, response_model=None, **posts)
     for path, endpoint in (("/v1/rewards", service.describe), ("/health", service.health)):

@@ -201,9 +201,9 @@ class Scorer:
         self.counts.images += len(images)
         self.counts.seconds += time.perf_counter() - began
         answer = dict(result.outputs)
-        for label, error in result.skipped.items():
-            if not isinstance(error, InapplicableError):
-                raise ScoringError(f"the reward {label!r} raised {described(error)}", nonsense=False) from error
+        for label, raised in result.skipped.items():
+            if not isinstance(raised, InapplicableError):
+                raise ScoringError(f"the reward {label!r} raised {described(raised)}", nonsense=False) from raised
             # To none of these images: that is for whoever asked to judge, who may have asked about others as well.
             nothing = torch.full((len(images),), torch.nan)
             answer[label] = RewardOutput(nothing, torch.zeros_like(images) if first.gradients else None)

@@ -187,4 +187,10 @@ QUICK: dict[str, Any] = {"timeout": 0.5, "retries": 2, "max_wait": 1.5}
 
 
 def remote(server: Faulty, reward: str | None = "legibility", **options: Any) -> Remote:
-    return Remote(**({"timeout": 20.0, "retries": 2, "max_wait": 40.0} | {"url": server.url, "reward": reward, "token_env": "JUDGE_TOKEN"} | options))
+    return Remote(
+        **(
+            {"timeout": 20.0, "retries": 2, "max_wait": 40.0}
+            | {"url": server.url, "reward": reward, "token_env": "JUDGE_TOKEN"}
+            | options
+        )
+    )

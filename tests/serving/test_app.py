@@ -188,8 +188,9 @@ def test_nothing_is_read_of_what_is_too_long(ask: Asking) -> None:
     assert "1048576" in answer.json()["error"]
 
 
-def test_reading_stops_at_the_limit(scorer: Scorer) -> None:
-    """The server asks for no more of a body without a length than it takes."""
+@pytest.mark.parametrize(("header", "parts"), [([], 5), ([(b"content-length", b"9999999")], 0)])
+def test_reading_stops_at_the_limit(scorer: Scorer, header: list[Any], parts: int) -> None:
+    """The server asks for no more of a body than it takes, and for nothing of one whose length is too large."""
     received, sent = [], []
 
     async def receive() -> dict[str, Any]:
@@ -200,10 +201,14 @@ def test_reading_stops_at_the_limit(scorer: Scorer) -> None:
         sent.append(message)
 
     scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": "/v1/score", "raw_path": b"/v1/score"}
-    scope |= {"query_string": b"", "headers": [(b"content-type", CONTENT_TYPE.encode())], "server": ("here", 80)}
+    scope |= {
+        "query_string": b"",
+        "headers": [(b"content-type", CONTENT_TYPE.encode()), *header],
+        "server": ("here", 80),
+    }
     asyncio.run(make_app(scorer, Limits(body=2**20))(scope, receive, send))
     assert sent[0]["status"] == 413
-    assert len(received) == 5
+    assert len(received) == parts
 
 
 @pytest.mark.parametrize("length", ["-1", "abc", "1e3"])
@@ -285,8 +290,9 @@ def request(number: int, count: int = 1, side: int = 8, label: str = "reader", *
 def test_what_waits_is_judged_together(busy: Any) -> None:
     """Up to the batch size, images of one size, and everybody gets what belongs to them."""
     scorer, reader, _, go = busy
-    other = scorer.submit(request(50, side=16), False)
-    futures = [scorer.submit(request(i, 1 + i % 2, side=8), False) for i in range(6)]
+    futures = [scorer.submit(request(0), False)]
+    other = scorer.submit(request(50, side=16), False)  # of another size, in between
+    futures += [scorer.submit(request(i, 1 + i % 2), False) for i in range(1, 6)]
     go.set()
     for i, future in enumerate(futures):
         assert future.result(5)["reader"].scores.tolist() == [100.0 + i] * (1 + i % 2)

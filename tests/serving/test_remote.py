@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -227,3 +230,35 @@ def test_a_notebook_can_make_one(server: Faulty) -> None:
         return remote(server)
 
     assert asyncio.run(notebook()).capabilities.prompts
+
+
+_RANKS = """
+import sys
+from rdm_sdk import RDMConfig, RDMTrainer, digits
+trainer = RDMTrainer(
+    digits.teacher_path(),
+    f"dm + 0.1*{sys.argv[2]}",
+    args=RDMConfig(output_dir=sys.argv[1], max_steps=2, per_device_train_batch_size=4, num_generations=4,
+                   guidance_scale=1.0, max_sequence_length=4, critic_steps=1, save_strategy="no", logging_steps=1,
+                   disable_tqdm=True, use_cpu=True),
+    train_dataset=digits.prompts(),
+)
+trainer.train()
+print("RANK", sum(p.double().sum() for p in trainer.parameters_of("student")).item(), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_ask_one_server(server: Faulty, tmp_path: Path) -> None:
+    """Both ranks hold the student that the local reward makes."""
+    (tmp_path / "run.py").write_text(_RANKS)
+    found = {}
+    for reward in ("legibility", f'remote[url="{server.url}",reward=legibility,token_env=JUDGE_TOKEN]'):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command = [*launch, str(tmp_path / "run.py"), str(tmp_path / "out"), reward]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[reward] = re.findall(r"RANK (\S+)", done.stdout)
+    local, distant = found.values()
+    assert len(set(local)) == 1
+    assert distant == local

@@ -162,7 +162,7 @@ def test_a_run_without_its_server_stops_or_goes_on(
     server: Faulty, make_trainer: Callable[..., RDMTrainer], tmp_path: Path, policy: str
 ) -> None:
     """After the first step the server is gone: the run stops, or goes on without that reward and counts it."""
-    spec = f'remote[url="{server.url}",reward=reader,token_env=JUDGE_TOKEN,retries=0,timeout=0.5]'
+    spec = f'remote[url="{server.url}",reward=reader,token_env=JUDGE_TOKEN,retries=0]'
     trainer = make_trainer(
         tmp_path,
         f"dm + 0.1*{spec}",
