@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from rdm_sdk.errors import shown
+from rdm_sdk.rewards.base import RESERVED_COLUMNS
 from rdm_sdk.serving.tensors import CONTENT_TYPE, VERSION, BodyError, pack, parse_json, unpack
 
 FORMS = (CONTENT_TYPE, "application/json")
@@ -95,6 +96,9 @@ def _checked(message: Mapping[str, Any], images: Tensor) -> Request:
         isinstance(columns, dict) and all(isinstance(v, list) and len(v) == count for v in columns.values())
     ):
         raise RequestError(422, f"columns must map names to lists of {count} values, one per image")
+    for name in columns or ():
+        if name in RESERVED_COLUMNS:
+            raise RequestError(422, f"a column cannot be called {name!r}")
     if rewards is not None and not (rewards and _texts(rewards)):
         raise RequestError(422, "rewards must be a list of names, at least one")
     gradient_dtype = message.get("gradient_dtype", "F32")

@@ -13,8 +13,8 @@ import torch
 
 from rdm_sdk.errors import ConfigError, RewardError, described, nearest, shown
 from rdm_sdk.rewards.base import RewardBatch
+from rdm_sdk.rewards.checks import InapplicableError
 from rdm_sdk.rewards.evaluate import evaluate_rewards
-from rdm_sdk.rewards.judging import InapplicableError
 from rdm_sdk.rewards.resolve import RunReward, WeightedReward
 from rdm_sdk.serving.requests import Request, RequestError
 from rdm_sdk.types import RewardOutput

@@ -131,6 +131,7 @@ BAD_ARRAYS = [
     (pack_request(images(), prompts="ab"), 422, "a list of 2 texts"),
     (pack_request(images(), columns={"k": [1]}), 422, "lists of 2 values"),
     (pack_request(images(), columns=[1]), 422, "lists of 2 values"),
+    (pack_request(images(), columns={"images": [1, 2]}), 422, "a column cannot be called 'images'"),
     (pack_request(images(), group_size=3), 422, "in groups of 3"),
     (pack_request(images(), group_size=0), 422, "in groups of 0"),
     (pack_request(images(), group_size=True), 422, "in groups of True"),
