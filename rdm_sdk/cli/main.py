@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import rdm_sdk
-from rdm_sdk.cli import demo, models, new_reward, plan, plugins, presets, rewards, sample, train
+from rdm_sdk.cli import demo, isolate, models, new_reward, plan, plugins, presets, rewards, sample, serve, train
 from rdm_sdk.cli.console import Parser, one_line
 from rdm_sdk.errors import RDMError
 
@@ -31,6 +31,8 @@ COMMANDS: dict[str, Command] = {
     "models": models,
     "plugins": plugins,
     "new-reward": new_reward,
+    "serve": serve,
+    "isolate": isolate,
 }
 
 

@@ -19,7 +19,7 @@ from rdm_sdk.types import RewardOutput
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "space": ("pixel", "latent"),
-    "gradient": ("none", "autograd", "field"),
+    "gradient": ("none", "autograd", "field", "awaited"),
     "scope": ("sample", "group"),
     "dtype": ("float32", "bfloat16", "float16"),
 }
@@ -34,8 +34,9 @@ class Capabilities:
 
     space: Literal["pixel", "latent"] = "pixel"
     """Whether it reads decoded images or latents."""
-    gradient: Literal["none", "autograd", "field"] = "none"
-    """"autograd": `score` is differentiable; "field": the reward computes its gradient itself, in `field`."""
+    gradient: Literal["none", "autograd", "field", "awaited"] = "none"
+    """"autograd": `score` is differentiable; "field": the reward computes its gradient itself, in `field`; "awaited":
+    an asynchronous reward is told its gradient by whoever scores, in `gradient_async`."""
     scope: Literal["sample", "group"] = "sample"
     """"group": a sample's score depends on the other samples of its prompt, so groups are always judged whole."""
     prompts: bool = False
@@ -77,10 +78,14 @@ class Capabilities:
         columns: object = self.columns  # type checkers believe the annotation, authors do not read it
         if isinstance(columns, str):
             raise RewardError(f"Capabilities(columns={self.columns!r}) must be a tuple of names: ({self.columns!r},)")
-        if self.asynchronous and self.gradient != "none":
+        if self.asynchronous and self.gradient not in ("none", "awaited"):
             raise RewardError(
                 f"Capabilities(asynchronous=True, gradient={self.gradient!r}): an asynchronous reward is only scored; "
-                "declare gradient='none'"
+                "declare gradient='none', or 'awaited' if gradient_async(batch) returns the gradient too"
+            )
+        if self.gradient == "awaited" and not self.asynchronous:
+            raise RewardError(
+                "Capabilities(gradient='awaited') goes with asynchronous=True: gradient_async(batch) is awaited"
             )
         if self.dtype == "float16" and self.gradient == "autograd":
             raise RewardError(
@@ -282,6 +287,9 @@ class Reward(ABC):
     name: str = ""
     """What logs call it; the name it is registered under, by default the class's in lower case."""
     capabilities: Capabilities
+    settled_when_made: bool = False
+    """Whether its options decide what it can do, so that `capabilities` are known only of the object. It is then made
+    before the run is planned, so it must not load models into this process."""
     origin: str = ""
     """The distribution that it comes from, with its version; set by the registry."""
     preprocessing: str = "none"
@@ -322,6 +330,13 @@ class Reward(ABC):
     async def score_async(self, batch: RewardBatch) -> Tensor:
         """Return scores `[N]`; for `asynchronous=True` only."""
         raise RewardError(f"reward {self.name!r} declares asynchronous=True but does not implement score_async(batch)")
+
+    async def gradient_async(self, batch: RewardBatch) -> RewardOutput:
+        """Return scores and their gradient on what the reward reads; for `gradient="awaited"` only.
+
+        It is the gradient of the sum of the scores, with respect to `batch.images` `[N, 3, H, W]` (or `batch.latents`).
+        """
+        raise RewardError(f"reward {self.name!r} declares gradient='awaited' but does not implement gradient_async")
 
     def field(self, batch: RewardBatch) -> RewardOutput:
         """Return scores and the gradient with respect to `batch.latents`; for `gradient="field"` only."""
@@ -385,6 +400,7 @@ def check_class(cls: type[Reward]) -> None:
         raise RewardError(f"{cls.__name__}.Config must be a subclass of rdm_sdk.RewardConfig; got {cls.Config!r}")
     needed = ["score_async" if cls.capabilities.asynchronous else "score"]
     needed += ["field"] if cls.capabilities.gradient == "field" else []
+    needed += ["gradient_async"] if cls.capabilities.gradient == "awaited" else []
     needed += ["training_loss"] if cls.capabilities.trains else []
     for method in needed:
         if getattr(cls, method) is getattr(Reward, method):

@@ -27,3 +27,13 @@ def rdm_register_rewards(register: RegisterReward) -> None:
         "rdm_sdk.rewards.adversarial:Adversarial",
         description="a discriminator on the teacher's features, which learns from a column of real images",
     )
+    register(
+        "remote",
+        "rdm_sdk.serving.remote:Remote",
+        description="any reward that an 'rdm-sdk serve' answers for, on another machine or in another environment",
+    )
+    register(
+        "isolated",
+        "rdm_sdk.serving.isolated:Isolated",
+        description="any reward, in a process and a Python environment of its own",
+    )

@@ -6,20 +6,17 @@ next one, so that memory does not grow with the batch and nothing touches the st
 
 from __future__ import annotations
 
-import asyncio
-import threading
 import time
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from rdm_sdk.errors import ConfigError, RewardError
-from rdm_sdk.method.noise import per_sample
+from rdm_sdk.rewards.awaiting import Call
 from rdm_sdk.rewards.base import Capabilities, Reward, RewardBatch
 from rdm_sdk.rewards.checks import (
     InapplicableError,
@@ -28,6 +25,15 @@ from rdm_sdk.rewards.checks import (
     nothing_applies,
     rows_it_is_for,
     unchanged,
+)
+from rdm_sdk.rewards.judging import (
+    as_declared,
+    copied,
+    differentiated,
+    inapplicable,
+    judged_with_models,
+    pulled_back,
+    spread,
 )
 from rdm_sdk.types import RewardOutput
 
@@ -61,6 +67,7 @@ def evaluate_rewards(
     on_error: OnError = "raise",
     gradients_of: Collection[str] | None = None,
     may_sit_out: Collection[str] = (),
+    time_limit: float | None = None,
 ) -> Evaluation:
     """Return every reward's scores `[N]` and, where it has one, its gradient with respect to the latents `[N, *x]`.
 
@@ -77,36 +84,68 @@ def evaluate_rewards(
             either case: nonsense is never skipped over.
         gradients_of: the names of the rewards whose gradient is wanted; None is all that have one, () is none.
         may_sit_out: the names of the rewards that are taken at their word if they return NaN for all they were shown.
+        time_limit: seconds that a call of an asynchronous reward may take, after which it is cancelled and counts as
+            raising `TimeoutError`; None is no limit. What computes in this thread cannot be cancelled.
 
     Raises:
         RewardError: a reward returned something of the wrong type or shape, an infinite score, only NaN for what it
             was shown, or a gradient that is not finite. Nothing is repaired: a reward that returns nonsense must not
             train a model.
     """
+    return start_rewards(
+        rewards,
+        batch,
+        chunk_size=chunk_size,
+        device=device,
+        offload=offload,
+        on_error=on_error,
+        gradients_of=gradients_of,
+        may_sit_out=may_sit_out,
+        time_limit=time_limit,
+    ).collect()
+
+
+def start_rewards(
+    rewards: Mapping[str, Reward],
+    batch: RewardBatch,
+    *,
+    chunk_size: int | None = None,
+    device: torch.device | str | None = None,
+    offload: bool = False,
+    on_error: OnError = "raise",
+    gradients_of: Collection[str] | None = None,
+    may_sit_out: Collection[str] = (),
+    time_limit: float | None = None,
+) -> Started:
+    """Judge a batch as `evaluate_rewards` does, but for waiting: `collect()` returns the evaluation.
+
+    Asynchronous rewards whose gradient is not wanted have been asked, and may still be at it; all others are done.
+
+    Raises:
+        RewardError, ConfigError: as `evaluate_rewards`.
+    """
     if on_error not in get_args(OnError):
         raise ConfigError(f"on_error={on_error!r} cannot be used; it must be 'raise' or 'skip'")
     wanted = rewards.keys() if gradients_of is None else set(gradients_of)
     if wanted - rewards.keys():
         raise ConfigError(f"gradients_of names {min(wanted - rewards.keys())!r}, which is not among the rewards")
-    run = _Run(
-        rewards,
-        torch.device(device) if device is not None else batch.latents.device,
-        on_error,
-        {name for name, reward in rewards.items() if reward.capabilities.gradient != "none"} & wanted,
-    )
+    graded = {name for name, reward in rewards.items() if reward.capabilities.gradient != "none"} & wanted
+    where = torch.device(device) if device is not None else batch.latents.device
     capabilities = [reward.capabilities for reward in rewards.values()]
     size = samples_at_a_time(capabilities, len(batch), batch.group_size, chunk_size)
+    started = Started(rewards, batch, where, on_error, graded, may_sit_out, time_limit)
     try:
         for reward in rewards.values():
-            reward.to(run.device)
-        run.judge_whole(batch)  # first, because its networks need the memory that the decoder's graph takes afterwards
-        for chunk in batch.split(size):
-            run.judge_chunk(chunk)
+            reward.to(where)
+        started.compute(size)
+    except BaseException:
+        started.cancel()
+        raise
     finally:
         if offload:
             for reward in rewards.values():
                 reward.to("cpu")
-    return _finished(run, rewards, batch, may_sit_out)
+    return started
 
 
 def evaluate_reward(reward: Reward, batch: RewardBatch, **options: Any) -> RewardOutput:
@@ -125,30 +164,70 @@ def samples_at_a_time(rewards: Iterable[Capabilities], count: int, group_size: i
     return -(-size // group_size) * group_size if any(reward.scope == "group" for reward in rewards) else size
 
 
-class _Run:
-    """One evaluation on its way through the chunks."""
+@dataclass(frozen=True)
+class _Asked:
+    """What an asynchronous reward is asked of a chunk."""
+
+    call: Call
+    given: RewardBatch
+    rows: Sequence[int]
+    """The rows of the chunk that it is shown."""
+    count: int
+    """How many samples the chunk has."""
+    place: int
+    """Where the answer belongs among the reward's outputs."""
+
+
+class Started:
+    """An evaluation on its way: asynchronous rewards may be at work, the others have judged what they were given.
+
+    Args:
+        rewards: name to reward.
+        batch: the samples, group-major.
+        device: where the rewards' models are.
+        on_error: as `evaluate_rewards`.
+        graded: the names of the rewards whose gradient is wanted, each of which has one.
+        may_sit_out: as `evaluate_rewards`.
+        time_limit: as `evaluate_rewards`.
+    """
 
     def __init__(
-        self, rewards: Mapping[str, Reward], device: torch.device, on_error: OnError, graded: Collection[str]
+        self,
+        rewards: Mapping[str, Reward],
+        batch: RewardBatch,
+        device: torch.device,
+        on_error: OnError,
+        graded: Collection[str],
+        may_sit_out: Collection[str],
+        time_limit: float | None,
     ) -> None:
-        self.device, self.on_error, self.graded = device, on_error, graded
+        self.rewards, self.batch, self.device, self.on_error, self.graded = rewards, batch, device, on_error, graded
+        self.may_sit_out, self.time_limit = may_sit_out, time_limit
         self.whole = {n: r for n, r in rewards.items() if r.capabilities.needs_models}
         self.awaited = {n: r for n, r in rewards.items() if r.capabilities.asynchronous and n not in self.whole}
         self.plain = {n: r for n, r in rewards.items() if n not in self.whole and n not in self.awaited}
-        self.outputs: dict[str, list[RewardOutput]] = {name: [] for name in rewards}
+        self.outputs: dict[str, list[RewardOutput | None]] = {name: [] for name in rewards}
+        """Per chunk, in order; None is still to be answered."""
         self.seconds = dict.fromkeys(rewards, 0.0)
         self.skipped: dict[str, Exception] = {}
         self.shown = dict.fromkeys(rewards, 0)
+        self._asked: dict[str, deque[_Asked]] = {name: deque() for name in self.awaited}
+        """What each asynchronous reward has not been heard of yet, in order."""
 
-    def judge_chunk(self, chunk: RewardBatch) -> None:
-        """Judge one chunk; the asynchronous rewards wait in a thread while the others compute."""
-        rows: dict[str, list[int]] = {}
-        for name, reward in self._remaining(self.plain | self.awaited):
-            with self._charged_to(name):
-                rows[name] = rows_it_is_for(reward, chunk)
-                self.shown[name] += len(rows[name])
-                if not rows[name]:
-                    self.outputs[name].append(_inapplicable(chunk, name in self.graded))
+    def compute(self, size: int) -> None:
+        """Do all but wait for asynchronous rewards whose gradient is not wanted; `size` samples at a time."""
+        chunks = deque(self.batch.split(size))
+        early = bool(self.awaited and self.whole)
+        if early:  # so that they are at work while the run's models compute
+            for chunk in chunks:
+                self._ask(chunk)
+        self.judge_whole(self.batch)  # before the chunks, because its networks need the memory of the decoder's graph
+        for place in range(len(chunks)):  # a chunk is let go, with its graph, before the next one is judged
+            self.judge_chunk(chunks.popleft(), place, asked=early)
+
+    def judge_chunk(self, chunk: RewardBatch, place: int, asked: bool) -> None:
+        """Judge one chunk by the rewards that compute, and wait for the gradients that go back through the decoder."""
+        rows = self._rows(chunk, self.plain if asked else self.plain | self.awaited)
         plain = {name: reward for name, reward in self.plain.items() if rows.get(name)}
         waiting = {name: reward for name, reward in self.awaited.items() if rows.get(name)}
         # Decoded before any reward runs: once for all of them, with a graph if one needs it, and on nobody's time.
@@ -157,31 +236,82 @@ class _Run:
             _ = chunk.tracked_images
         elif readers:
             _ = chunk.images
-        if not waiting:
-            self._judge_plain(plain, chunk, rows)
-            return
-        # Copies: these rewards run at the same time as the others, so nobody could tell who changed something in place.
-        given = {n: _copied(r, as_declared(r, chunk, self.device, rows[n])) for n, r in waiting.items()}
-        future = asyncio.run_coroutine_threadsafe(_await_all(waiting, given, self.device), _event_loop())
+        self._start(waiting, chunk, rows)
+        self._judge_plain(plain, chunk, rows)
+        for name, _ in self._remaining(self.awaited):
+            if name in self.graded and self._asked[name] and self._asked[name][0].place == place:
+                self._take_answer(name, chunk)
+
+    def _rows(self, chunk: RewardBatch, rewards: Mapping[str, Reward]) -> dict[str, list[int]]:
+        """Return which rows of a chunk each reward is for; the others have no score, and no gradient."""
+        rows: dict[str, list[int]] = {}
+        for name, reward in self._remaining(rewards):
+            with self._charged_to(name):
+                rows[name] = rows_it_is_for(reward, chunk)
+                self.shown[name] += len(rows[name])
+                if not rows[name]:
+                    self.outputs[name].append(inapplicable(chunk, name in self.graded))
+        return rows
+
+    def collect(self) -> Evaluation:
+        """Wait for the rewards that are still at it, and return what all of them returned.
+
+        Raises:
+            RewardError: as `evaluate_rewards`.
+        """
         try:
-            self._judge_plain(plain, chunk, rows)
+            for name in self.awaited:
+                while self._asked[name] and name not in self.skipped:
+                    self._take_answer(name, None)
+            return _finished(self)
         finally:
-            results = future.result()
-        for name, result in results.items():
-            if isinstance(result, BaseException):
-                self.give_up(name, result)
-            else:
-                scores, seconds = result
-                self.seconds[name] += seconds
-                scores = checked_scores(self.awaited[name], given[name], scores)
-                self.outputs[name].append(RewardOutput(_spread(scores, rows[name], chunk, torch.nan)))
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Cancel every call that is still under way."""
+        for asked in self._asked.values():
+            while asked:
+                asked.popleft().call.cancel()
+
+    def _ask(self, chunk: RewardBatch) -> None:
+        """Start the asynchronous rewards on a chunk, ahead of everything else."""
+        rows = self._rows(chunk, self.awaited)
+        waiting = {name: reward for name, reward in self.awaited.items() if rows.get(name)}
+        if any(reward.capabilities.space == "pixel" for reward in waiting.values()):
+            _ = chunk.images
+        self._start(waiting, chunk, rows)
+
+    def _start(self, rewards: Mapping[str, Reward], chunk: RewardBatch, rows: Mapping[str, Sequence[int]]) -> None:
+        for name, reward in rewards.items():
+            # A copy: it runs at the same time as the others, so nobody could tell who changed something in place.
+            given = copied(reward, as_declared(reward, chunk, self.device, rows[name]))
+            call = Call(name, reward, given, name in self.graded, self.device, self.time_limit)
+            self._asked[name].append(_Asked(call, given, rows[name], len(chunk), len(self.outputs[name])))
+            self.outputs[name].append(None)
+
+    def _take_answer(self, name: str, chunk: RewardBatch | None) -> None:
+        """Wait for a reward's next answer, check it and keep it; `chunk` is what a gradient is pulled back through."""
+        asked = self._asked[name].popleft()
+        try:
+            output, seconds = asked.call.answer()
+        except Exception as error:
+            self.give_up(name, error)
+            return
+        self.seconds[name] += seconds
+        reward = self.awaited[name]
+        scores = checked_scores(reward, asked.given, output.scores)
+        if chunk is None:
+            scores = spread(scores, asked.rows, asked.count, self.batch.latents.device, torch.nan)
+            self.outputs[name][asked.place] = RewardOutput(scores)
+        else:
+            self.outputs[name][asked.place] = pulled_back(reward, chunk, asked.rows, scores, output.gradient)
 
     def judge_whole(self, batch: RewardBatch) -> None:
         """Judge the batch by the rewards that see the run's models."""
         for name, reward in self.whole.items():
             self.shown[name] = len(batch)
             with self._charged_to(name):
-                self.outputs[name].append(_judged_with_models(reward, batch, name in self.graded))
+                self.outputs[name].append(judged_with_models(reward, batch, name in self.graded))
 
     def _judge_plain(
         self, rewards: Mapping[str, Reward], chunk: RewardBatch, rows: Mapping[str, Sequence[int]]
@@ -189,13 +319,14 @@ class _Run:
         for name, reward in rewards.items():
             with self._charged_to(name):
                 if name in self.graded:
-                    output = _differentiated(reward, chunk, self.device, rows[name])
+                    output = differentiated(reward, chunk, self.device, rows[name])
                 else:
                     given = as_declared(reward, chunk, self.device, rows[name])
                     with torch.no_grad(), unchanged(reward, given):
                         scores = reward.score(given)
                     checked = checked_scores(reward, given, scores)
-                    output = RewardOutput(_spread(checked, rows[name], chunk, torch.nan))
+                    checked = spread(checked, rows[name], len(chunk), chunk.latents.device, torch.nan)
+                    output = RewardOutput(checked)
                 self.outputs[name].append(output)
 
     def _remaining(self, rewards: Mapping[str, Reward]) -> list[tuple[str, Reward]]:
@@ -221,129 +352,13 @@ class _Run:
         self.skipped[name] = error
 
 
-@cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    """Return the event loop of asynchronous rewards, in a separate thread for as long as the process lives.
-
-    There is one loop for all calls, because clients and locks that a reward keeps belong to the loop they were first
-    used in. It has a separate thread, because the caller's may already run a loop (in a notebook it does).
-    """
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="rdm-sdk rewards", daemon=True).start()
-    return loop
-
-
-async def _await_all(
-    rewards: Mapping[str, Reward], given: Mapping[str, RewardBatch], device: torch.device
-) -> dict[str, Any]:
-    """Await all rewards together; each result is scores and seconds, or the exception it raised."""
-    torch.set_grad_enabled(False)  # of this thread, which does nothing else
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-
-    async def timed(reward: Reward, batch: RewardBatch) -> tuple[Tensor, float]:
-        started = time.perf_counter()
-        return await reward.score_async(batch), time.perf_counter() - started
-
-    calls = [timed(reward, given[name]) for name, reward in rewards.items()]
-    return dict(zip(rewards, await asyncio.gather(*calls, return_exceptions=True), strict=True))
-
-
-def _copied(reward: Reward, given: RewardBatch) -> RewardBatch:
-    """Return the batch with what the reward reads copied, so that a change in place reaches no other reward."""
-    copy = given.with_latents(given.latents.clone())
-    return copy.with_images(given.images.clone()) if reward.capabilities.space == "pixel" else copy
-
-
-def as_declared(
-    reward: Reward, chunk: RewardBatch, device: torch.device, rows: Sequence[int] | None = None
-) -> RewardBatch:
-    """Return the chunk as the reward wants it: its dtype, on its device, without a graph, with copies of all lists.
-
-    `rows` are those that it is shown, in order; None is all.
-    """
-    dtype = getattr(torch, reward.capabilities.dtype)
-    pixels = reward.capabilities.space == "pixel"
-    if rows is not None and len(rows) < len(chunk):
-        chunk = chunk.select(rows)
-    columns = {name: list(values) for name, values in chunk.columns.items()}
-    images = chunk.images if pixels else None
-    chunk = replace(chunk, prompts=list(chunk.prompts), columns=columns, context=None)
-    if images is not None:
-        return chunk.with_images(images.detach().to(device, dtype))
-    return chunk.with_latents(chunk.latents.detach().to(device, dtype))
-
-
-def _inapplicable(chunk: RewardBatch, graded: bool) -> RewardOutput:
-    """Return the output of a reward that is for none of the chunk's samples."""
-    scores = torch.full((len(chunk),), torch.nan, device=chunk.latents.device)
-    return RewardOutput(scores, torch.zeros_like(chunk.latents) if graded else None)
-
-
-def _spread(values: Tensor, rows: Sequence[int], chunk: RewardBatch, fill: float) -> Tensor:
-    """Return values `[n, ...]` of some rows as those of the whole chunk, `[N, ...]` in float32, on its device."""
-    values = values.to(chunk.latents.device, torch.float32)
-    if len(rows) == len(chunk):
-        return values
-    whole = torch.full((len(chunk), *values.shape[1:]), fill, device=values.device)
-    whole[list(rows)] = values
-    return whole
-
-
-def _differentiated(reward: Reward, chunk: RewardBatch, device: torch.device, rows: Sequence[int]) -> RewardOutput:
-    """Return the scores of a chunk with their gradient with respect to its latents, for `gradient="autograd"`."""
-    judged = as_declared(reward, chunk, device, rows)
-    pixels = reward.capabilities.space == "pixel"
-    leaf = (judged.images if pixels else judged.latents).requires_grad_()
-    with torch.enable_grad():
-        scores = reward.score(judged)
-    checked = checked_scores(reward, judged, scores)
-    if scores.requires_grad:
-        (gradient,) = torch.autograd.grad(scores.nansum(), leaf, allow_unused=True)
-    elif checked.isnan().all():
-        gradient = torch.zeros_like(leaf)  # a chunk to which the reward does not apply
-    else:
-        gradient = None
-    if gradient is None:
-        raise RewardError(
-            f"reward {reward.name!r} declares gradient='autograd', but its scores carry no gradient: remove no_grad, "
-            "detach, PIL or NumPy from score(), or declare gradient='none'"
-        )
-    if reward.capabilities.scope == "sample":
-        # A sample that the reward does not apply to has no gradient, however its NaN came about.
-        gradient = gradient.masked_fill(per_sample(scores.isnan(), gradient), 0)
-    checked, gradient = _spread(checked, rows, chunk, torch.nan), _spread(gradient, rows, chunk, 0.0)
-    return RewardOutput(checked, chunk.pull_back(gradient).float() if pixels else gradient)
-
-
-def _judged_with_models(reward: Reward, batch: RewardBatch, differentiate: bool) -> RewardOutput:
-    """Return the field, or the scores alone, of a reward that needs the run's models."""
-    output = reward.field(batch) if differentiate else RewardOutput(reward.score(batch))
-    if not isinstance(output, RewardOutput):
-        raise RewardError(
-            f"reward {reward.name!r}: field(batch) must return a RewardOutput; got {type(output).__name__}"
-        )
-    if differentiate and output.gradient is None:
-        raise RewardError(
-            f"reward {reward.name!r} declares gradient='field', and its field(batch) returned no gradient; return "
-            "RewardOutput(scores, gradient)"
-        )
-    magnitude = output.magnitude
-    if magnitude is not None and magnitude.shape != (len(batch),):
-        raise RewardError(
-            f"reward {reward.name!r} must return one magnitude per sample, shape [{len(batch)}], or None; got "
-            f"{list(magnitude.shape)}"
-        )
-    return RewardOutput(checked_scores(reward, batch, output.scores), output.gradient, magnitude)
-
-
-def _finished(run: _Run, rewards: Mapping[str, Reward], batch: RewardBatch, may_sit_out: Collection[str]) -> Evaluation:
+def _finished(run: Started) -> Evaluation:
     """Put the chunks together, and check what only the whole shows."""
-    outputs = {}
+    outputs, rewards, batch = {}, run.rewards, run.batch
     for name, reward in rewards.items():
         if name not in run.skipped:
-            outputs[name] = _merged(run.outputs[name])
-            sits_out = name in may_sit_out and not reward.capabilities.trains
+            outputs[name] = _merged([output for output in run.outputs[name] if output is not None])
+            sits_out = name in run.may_sit_out and not reward.capabilities.trains
             if run.shown[name] and not sits_out and outputs[name].scores.isnan().all():
                 run.give_up(name, nothing_applies(reward, batch))
             else:

@@ -148,8 +148,9 @@ def _declared(term: RewardTerm, given: Reward | None) -> tuple[Capabilities, Rew
         target = _target_of(term)
         if isinstance(target, type) and issubclass(target, Reward):
             check_class(target)
-            return target.capabilities, _config_of(target, term), None
-        given = load_reward(term)  # a plain function loads nothing
+            if not target.settled_when_made:
+                return target.capabilities, _config_of(target, term), None
+        given = load_reward(term)  # a plain function loads nothing, nor does one whose models are elsewhere
     return given.capabilities, given.config, given
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rdm_sdk.rewards.base import RewardConfig
-from rdm_sdk.rewards.evaluate import as_declared, evaluate_reward
+from rdm_sdk.rewards.evaluate import evaluate_reward
+from rdm_sdk.rewards.judging import as_declared
 from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.rewards.spec import checked_model, parse_spec
 from rdm_sdk.testing.batches import copied

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rdm_sdk.rewards.base import Reward, RewardBatch
-from rdm_sdk.rewards.evaluate import as_declared, evaluate_reward
+from rdm_sdk.rewards.evaluate import evaluate_reward
+from rdm_sdk.rewards.judging import as_declared
 from rdm_sdk.testing.batches import copied
 from rdm_sdk.testing.kit import require
 from rdm_sdk.types import RewardOutput

@@ -240,6 +240,13 @@ class RDMConfig(_KnownSettings):
         default="raise",
         metadata={"help": "What an exception inside a reward does: stop, or go on without that reward and count it."},
     )
+    reward_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds that a call of an asynchronous, remote or isolated reward may take before it is cancelled "
+            "(then as reward_on_error says); what computes in this process cannot be cancelled and is not limited."
+        },
+    )
 
     # ---- Weights and memory
     student_weights: Literal["lora", "full"] = field(

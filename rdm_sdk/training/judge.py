@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.roles import STUDENT, TEACHER
 from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.context import DiffusionContext, Times
-from rdm_sdk.rewards.evaluate import evaluate_rewards
+from rdm_sdk.rewards.evaluate import start_rewards
 from rdm_sdk.rewards.resolve import WeightedReward, carried_back
 from rdm_sdk.rewards.tilt import tilted
 from rdm_sdk.training.export import check_exportable
@@ -134,28 +135,41 @@ class Judge:
                 outputs[reward.label] = tilted(output, batch, self.settings.scale_rewards)
         return dict(experience.scored) | outputs
 
-    def score_endpoints(self, endpoints: Samples) -> dict[str, RewardOutput]:
-        """Evaluate the rewards that act by their scores on the student's final samples."""
-        return self.score(judged_at_endpoints(self.rewards), self.batch(endpoints))
+    def score_endpoints(self, endpoints: Samples) -> Answers:
+        """Evaluate the rewards that act by their scores on the student's final samples; whoever reads first waits."""
+        rewards = judged_at_endpoints(self.rewards)
+        return Answers([reward.label for reward in rewards], self.start(rewards, self.batch(endpoints)))
 
     def score(self, rewards: Sequence[WeightedReward], batch: RewardBatch) -> dict[str, RewardOutput]:
         """Evaluate rewards on a batch; those without weight are watched, and leave no trace in the random state."""
-        outputs: dict[str, RewardOutput] = {}
+        return self.start(rewards, batch)()
+
+    def start(self, rewards: Sequence[WeightedReward], batch: RewardBatch) -> Callable[[], dict[str, RewardOutput]]:
+        """Evaluate rewards as `score` does, but for waiting; the function that is returned waits and returns."""
+        started = []
         for counts in (True, False):
             chosen = [reward for reward in rewards if bool(reward.weight) == counts]
             if chosen:
                 with self.undisturbed(*chosen), self.models.vae_at_hand():
-                    result = evaluate_rewards(
+                    evaluation = start_rewards(
                         {weighted.label: weighted.reward for weighted in chosen},
                         batch,
                         chunk_size=self.settings.reward_batch_size,
                         gradients_of=[reward.label for reward in chosen if counts and reward.differentiated],
                         **self.options,
                     )
+                started.append(evaluation)
+
+        def collect() -> dict[str, RewardOutput]:
+            outputs: dict[str, RewardOutput] = {}
+            for evaluation in started:
+                result = evaluation.collect()
                 outputs |= result.outputs
                 self.monitor.spent["reward_calls"] += sum(result.shown[name] for name in result.outputs)
                 self.monitor.evaluation(result, skips=self.settings.reward_on_error == "skip")
-        return outputs
+            return outputs
+
+        return collect
 
     @property
     def of_images(self) -> dict[str, Any]:
@@ -171,6 +185,7 @@ class Judge:
             "offload": settings.reward_offload,
             "on_error": settings.reward_on_error,
             "may_sit_out": [reward.label for reward in self.rewards if not reward.weight],  # watching stops no run
+            "time_limit": settings.reward_timeout,
         }
 
     @contextmanager
@@ -187,6 +202,34 @@ class Judge:
         for reward in self.rewards:
             if reward.label in outputs:
                 self.monitor.reward(reward, outputs[reward.label], self.settings.num_generations)
+
+
+class Answers(Mapping[str, RewardOutput]):
+    """What rewards returned, by label, waited for when it is first read: until then asynchronous ones are at work.
+
+    Args:
+        asked: the labels of the rewards; one that is skipped is missing in the end.
+        collect: waits for the rewards and returns their outputs.
+    """
+
+    def __init__(self, asked: Collection[str], collect: Callable[[], dict[str, RewardOutput]]) -> None:
+        self._asked, self._collect = asked, collect
+
+    @cached_property
+    def _outputs(self) -> dict[str, RewardOutput]:
+        return self._collect()
+
+    def __contains__(self, label: object) -> bool:
+        return label in self._asked and label in self._outputs  # nobody waits for what was not asked
+
+    def __getitem__(self, label: str) -> RewardOutput:
+        return self._outputs[label]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._outputs)
+
+    def __len__(self) -> int:
+        return len(self._outputs)
 
 
 def add_run_roles(

@@ -42,6 +42,7 @@ class MethodSettings(Protocol):
     reward_device: str | None
     reward_offload: bool
     reward_on_error: Literal["raise", "skip"]
+    reward_timeout: float | None
 
     # Rollouts.
     num_iterations: int

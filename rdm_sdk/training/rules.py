@@ -63,6 +63,7 @@ _RULES = {
     **dict.fromkeys(("adam_beta1", "adam_beta2"), _BELOW_1),
     "seed": Rule("a whole number from 0 to 2^32 - 1", lambda seed: 0 <= seed < 2**32),
     "reward_batch_size": _or_none(_AT_LEAST_1),
+    "reward_timeout": _or_none(_POSITIVE),
     "reward_device": Rule("a device such as 'cpu' or 'cuda:1'", lambda device: device is None or _is_device(device)),
     **dict.fromkeys(("critic_steps", "log_images", "critic_max_grad_norm"), _AT_LEAST_0),
     "min_time, max_time": Rule("0 <= min_time < max_time < 1", lambda times: 0 <= times[0] < times[1] < 1),

@@ -83,7 +83,7 @@ class DistillationStep:
         change the two time scales.
         """
         self.rollouts.begin(window, step)
-        self._advantages = self._normalize_scores() if self.judge.uses_advantages else []
+        self._advantages = []
 
     # ---- Critics ------------------------------------------------------------------------------------------------
 
@@ -126,6 +126,9 @@ class DistillationStep:
         settings = self.settings
         experience, x_0 = self.rollouts.replay(position)
         outputs = self.judge.judge(experience)
+        if self.judge.uses_advantages and not self._advantages:
+            # Not before: rewards that are awaited have been at it since the rollouts, beside the critics and `dm`.
+            self._advantages = self._normalize_scores()
         fields = normalize(outputs, settings.num_generations, settings.normalization)
         field = combine(fields, self.weights)
         self._has_field = field is not None

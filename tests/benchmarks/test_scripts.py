@@ -73,6 +73,23 @@ def test_reward_overhead(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         assert text in table
 
 
+def test_reward_overlap(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A reward that waits adds at most a fifth of its time to a step that takes as long."""
+    run(monkeypatch, "reward_overlap", "--batch", 8, "--critic-steps", 3, "--steps", 1, "--seconds", 0.2)
+    row = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert row["step_without_s"] > row["reward_s"]
+    assert row["share"] <= 0.2
+
+
+def test_serving_throughput(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A served reward is timed against the same one in this process."""
+    sizes = ("--batch", 2, "--size", 64, "--clients", 2, "--calls", 2, "--turns", 1)
+    run(monkeypatch, "serving_throughput", *sizes)
+    row = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert row["served_images_per_s"] > 0
+    assert row["reward"] == "jpeg"
+
+
 def test_full_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """`--smoke` needs no GPU: a tiny model's step is planned, done and timed; a second call finds it done."""
     out = tmp_path / "rows.jsonl"

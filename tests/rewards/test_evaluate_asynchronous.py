@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from toy_rewards import Brightness, count_ink, latent_batch
 
+from rdm_sdk import Capabilities, Reward, RewardBatch, RewardError, RewardOutput
+from rdm_sdk.rewards import awaiting
 from rdm_sdk.rewards.callables import as_reward
-from rdm_sdk.rewards.evaluate import Evaluation, evaluate_reward, evaluate_rewards
+from rdm_sdk.rewards.evaluate import Evaluation, evaluate_reward, evaluate_rewards, start_rewards
 
 
 def sleeping(seconds: float, value: float = 1.0) -> Any:
@@ -99,3 +102,180 @@ def test_an_asynchronous_error(on_error: Any) -> None:
         result = evaluate_rewards(rewards, latent_batch(), on_error="skip")
         assert list(result.outputs) == ["bright"]
         assert isinstance(result.skipped["slow"], TimeoutError)
+
+
+class Aware(Reward):
+    """Needs the run's models, and computes for a while."""
+
+    capabilities = Capabilities(space="latent", context=True)
+
+    def score(self, batch: RewardBatch) -> Tensor:
+        time.sleep(0.3)
+        return batch.latents.mean(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_asynchronous_rewards_wait_beside_the_runs_models(chunk_size: int | None) -> None:
+    """They are asked first, and answered while `dm` and its like compute; images are decoded once."""
+    decoded: list[int] = []
+    rewards = {"aware": Aware(), "a": as_reward(sleeping(0.3, 2.0), "a")}
+    started = time.perf_counter()
+    result = evaluate_rewards(rewards, latent_batch(decoded), chunk_size=chunk_size)
+    assert time.perf_counter() - started < 0.5
+    assert result.outputs["a"].scores.tolist() == [2.0] * 6
+    assert sum(decoded) == 6
+
+
+def test_chunks_wait_together() -> None:
+    """A reward that waits is asked about every chunk before anybody waits for it, and keeps the samples' order."""
+
+    async def row_of(images: Tensor, prompts: list[str], row: list[int]) -> list[float]:
+        await asyncio.sleep(0.3 - 0.05 * row[0])
+        return [float(value) for value in row]
+
+    started = time.perf_counter()
+    result = evaluate_reward(as_reward(row_of, "rows"), latent_batch(), chunk_size=1)
+    assert time.perf_counter() - started < 0.6
+    assert result.scores.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+class Distant(Reward):
+    """Mean brightness to a power, whose gradient somebody else works out."""
+
+    capabilities = Capabilities(asynchronous=True, gradient="awaited")
+
+    async def score_async(self, batch: RewardBatch) -> Tensor:
+        return (batch.images**2).mean(dim=(1, 2, 3))
+
+    async def gradient_async(self, batch: RewardBatch) -> RewardOutput:
+        return RewardOutput(await self.score_async(batch), 2 * batch.images / batch.images[0].numel())
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_an_awaited_gradient_is_pulled_back(chunk_size: int | None) -> None:
+    """It equals that of the differentiable reward, decoded once, beside a reward of the run's models."""
+    decoded: list[int] = []
+    rewards = {"distant": Distant(), "bright": Brightness(power=2)}
+    outputs = evaluate_rewards(rewards, latent_batch(decoded), chunk_size=chunk_size).outputs
+    assert sum(decoded) == 6
+    for name in ("scores", "gradient"):
+        torch.testing.assert_close(getattr(outputs["distant"], name), getattr(outputs["bright"], name))
+    both = evaluate_rewards({"aware": Aware(), "distant": Distant()}, latent_batch(), chunk_size=chunk_size).outputs
+    torch.testing.assert_close(both["distant"].gradient, outputs["distant"].gradient)
+    assert evaluate_reward(Distant(), latent_batch(), gradients_of=()).gradient is None
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (torch.zeros(6), "gradient_async.batch. must return a RewardOutput; got Tensor"),
+        (RewardOutput(torch.zeros(6)), r"a gradient of shape \[6, 3, 4, 8\]; got none"),
+        (RewardOutput(torch.zeros(6), torch.zeros(6, 3, 4, 4)), r"got one of shape \[6, 3, 4, 4\]"),
+        (RewardOutput(torch.zeros(6), torch.full((6, 3, 4, 8), torch.nan)), "a gradient that is not finite"),
+        (RewardOutput(torch.zeros(5), torch.zeros(6, 3, 4, 8)), r"one score per sample, shape \[6\]; got \[5\]"),
+    ],
+)
+def test_an_awaited_gradient_is_checked(returned: Any, words: str) -> None:
+    """Nonsense is never skipped over."""
+
+    class Wrong(Distant):
+        async def gradient_async(self, batch: RewardBatch) -> Any:
+            return returned
+
+    with pytest.raises(RewardError, match=words):
+        evaluate_reward(Wrong(), latent_batch(), on_error="skip")
+
+
+def test_an_awaited_gradient_is_declared_and_written() -> None:
+    """It goes with asynchronous=True, and with a method that returns it."""
+    with pytest.raises(RewardError, match="goes with asynchronous=True"):
+        Capabilities(gradient="awaited")
+
+    class Unwritten(Reward):
+        capabilities = Capabilities(asynchronous=True, gradient="awaited")
+
+        async def score_async(self, batch: RewardBatch) -> Tensor:
+            return torch.zeros(len(batch))
+
+    with pytest.raises(RewardError, match="Unwritten must write gradient_async"):
+        Unwritten()
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_time_limit_cancels(on_error: Any) -> None:
+    """A call that takes longer is cancelled, and counts as an exception of the reward."""
+    cancelled: list[str] = []
+
+    async def endless(images: Tensor, prompts: list[str]) -> list[float]:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.append(prompts[0])
+            raise
+        return [0.0] * len(prompts)
+
+    rewards = {"endless": as_reward(endless, "endless"), "quick": as_reward(sleeping(0.01), "quick")}
+    started = time.perf_counter()
+    if on_error == "raise":
+        with pytest.raises(TimeoutError, match=r"longer than its time limit of 0.1 s \(reward_timeout"):
+            evaluate_rewards(rewards, latent_batch(), time_limit=0.1)
+    else:
+        result = evaluate_rewards(rewards, latent_batch(), on_error="skip", time_limit=0.1)
+        assert list(result.outputs) == ["quick"]
+        assert isinstance(result.skipped["endless"], TimeoutError)
+    assert time.perf_counter() - started < 2
+    assert cancelled == ["p0"]
+
+
+def test_a_time_limit_names_what_cannot_be_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coroutine that blocks the loop is given up on, and the message says why."""
+    monkeypatch.setattr(awaiting, "GRACE", 0.1)
+
+    async def blocking(images: Tensor, prompts: list[str]) -> list[float]:
+        time.sleep(0.6)
+        return [0.0] * len(prompts)
+
+    with pytest.raises(TimeoutError, match="cannot be cancelled: its coroutine computes or sleeps without awaiting"):
+        evaluate_reward(as_reward(blocking, "blocking"), latent_batch(), time_limit=0.1)
+
+
+def test_a_timeout_of_the_rewards_stays_its_author_s() -> None:
+    """Nothing is said of a limit that did not run out."""
+
+    async def late(images: Tensor, prompts: list[str]) -> list[float]:
+        raise TimeoutError("the author's")
+
+    with pytest.raises(TimeoutError, match=r"^the author's"):
+        evaluate_reward(as_reward(late, "late"), latent_batch(), time_limit=5.0)
+
+
+def test_calls_are_cancelled_when_another_reward_fails() -> None:
+    """Nobody is left to wait for."""
+    ended: list[str] = []
+
+    async def endless(images: Tensor, prompts: list[str]) -> list[float]:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(prompts[0])
+        return []
+
+    def broken(images: Tensor, prompts: list[str]) -> list[float]:
+        time.sleep(0.05)
+        raise OSError("no route")
+
+    with pytest.raises(OSError, match="no route"):
+        evaluate_rewards({"endless": as_reward(endless, "endless"), "broken": as_reward(broken)}, latent_batch())
+    until = time.monotonic() + 2
+    while not ended and time.monotonic() < until:
+        time.sleep(0.01)
+    assert ended == ["p0"]
+
+
+def test_starting_does_not_wait() -> None:
+    """What computes is done when `start_rewards` returns; `collect` waits for the others."""
+    began = time.perf_counter()
+    started = start_rewards({"a": as_reward(sleeping(0.3), "a"), "bright": Brightness()}, latent_batch())
+    assert time.perf_counter() - began < 0.25
+    assert list(started.collect().outputs) == ["a", "bright"]
+    assert time.perf_counter() - began >= 0.3

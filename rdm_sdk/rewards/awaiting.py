@@ -1,0 +1,105 @@
+"""Calls of asynchronous rewards: under way while others compute, given up after a time, cancelled when not wanted."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from concurrent.futures import Future
+from functools import cache
+from typing import Any
+
+import torch
+
+from rdm_sdk.errors import RewardError
+from rdm_sdk.rewards.base import Reward, RewardBatch
+from rdm_sdk.types import RewardOutput
+
+GRACE = 5.0
+"""Seconds beyond its time limit after which a call that could not be cancelled holds up the event loop."""
+
+
+class Call:
+    """A call of an asynchronous reward that is under way from the moment that this object is made.
+
+    Args:
+        name: what messages call the reward.
+        reward: is awaited.
+        given: nobody else's, because the reward runs at the same time as the others.
+        graded: whether the gradient is wanted, too.
+        device: that of the caller.
+        time_limit: seconds after which the call is cancelled; None is never.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reward: Reward,
+        given: RewardBatch,
+        graded: bool,
+        device: torch.device,
+        time_limit: float | None = None,
+    ) -> None:
+        self.name, self.time_limit = name, time_limit
+        self._asked = time.monotonic()
+        awaited = _timed(name, reward, given, graded, device, time_limit)
+        self._future: Future[tuple[RewardOutput, float]] = asyncio.run_coroutine_threadsafe(awaited, event_loop())
+
+    def answer(self) -> tuple[RewardOutput, float]:
+        """Wait for what the reward returns, unchecked, and the seconds that it took; or raise what it raised.
+
+        Raises:
+            TimeoutError: it took longer than the time limit.
+        """
+        left = None if self.time_limit is None else self.time_limit + GRACE - (time.monotonic() - self._asked)
+        try:
+            return self._future.result(left if left is None else max(left, 0.0))
+        except TimeoutError as error:
+            if self._future.done():
+                raise
+            raise TimeoutError(
+                f"{_too_slow(self.time_limit)}, and cannot be cancelled: its coroutine computes or sleeps without "
+                "awaiting; use await, or asyncio.to_thread for what blocks"
+            ) from error
+
+    def cancel(self) -> None:
+        """Let the answer go, if there is none yet."""
+        self._future.cancel()
+
+
+async def _timed(
+    name: str, reward: Reward, given: RewardBatch, graded: bool, device: torch.device, time_limit: float | None
+) -> tuple[RewardOutput, float]:
+    torch.set_grad_enabled(False)  # of this thread, which does nothing else
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    started = time.perf_counter()
+    limit = asyncio.timeout(time_limit)
+    try:
+        async with limit:
+            output: Any = await reward.gradient_async(given) if graded else await reward.score_async(given)
+    except TimeoutError as error:
+        if limit.expired():
+            raise TimeoutError(_too_slow(time_limit)) from error
+        raise
+    if graded and not isinstance(output, RewardOutput):
+        raise RewardError(
+            f"reward {name!r}: gradient_async(batch) must return a RewardOutput; got {type(output).__name__}"
+        )
+    return output if graded else RewardOutput(output), time.perf_counter() - started
+
+
+def _too_slow(time_limit: float | None) -> str:
+    return f"it took longer than its time limit of {time_limit:g} s (reward_timeout of a run)"
+
+
+@cache
+def event_loop() -> asyncio.AbstractEventLoop:
+    """Return the event loop of asynchronous rewards, in a separate thread for as long as the process lives.
+
+    There is one loop for all calls, because clients and locks that a reward keeps belong to the loop they were first
+    used in. It has a separate thread, because the caller's may already run a loop (in a notebook it does).
+    """
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="rdm-sdk rewards", daemon=True).start()
+    return loop

@@ -1,0 +1,1 @@
+"""Rewards that run elsewhere: a server for any of them, and rewards that ask one."""

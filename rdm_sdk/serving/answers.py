@@ -1,0 +1,118 @@
+"""What a server answers: scores, gradients, what it serves; written by the server, read and checked by the client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rdm_sdk.errors import shown
+from rdm_sdk.rewards.base import Capabilities
+from rdm_sdk.serving.tensors import BodyError, pack, unpack
+from rdm_sdk.types import RewardOutput
+
+TOLD = ("gradient", "scope", "prompts", "columns", "range", "stochastic")
+"""What a client is told of a reward's capabilities; all else is the server's affair."""
+
+
+def pack_answer(outputs: Mapping[str, RewardOutput], gradient_dtype: str = "F32") -> bytes:
+    """Return the body of an answer: per reward `scores/NAME`, float32 `[N]`, and maybe `gradient/NAME`.
+
+    As "F16", each sample's gradient is divided by its largest entry, which is `scale/NAME`, float32 `[N]`: gradients of
+    single pixels would vanish in float16 otherwise.
+    """
+    tensors: dict[str, Tensor] = {}
+    for label, output in outputs.items():
+        tensors[f"scores/{label}"] = output.scores.float()
+        if output.gradient is None:
+            continue
+        gradient = output.gradient.float()
+        if gradient_dtype == "F16":
+            largest = gradient.flatten(1).abs().amax(1)
+            tensors[f"scale/{label}"] = largest
+            divisor = torch.where(largest > 0, largest, torch.ones_like(largest))
+            gradient = (gradient / divisor.reshape(-1, 1, 1, 1)).half()
+        tensors[f"gradient/{label}"] = gradient
+    return pack({}, tensors)
+
+
+def read_answer(body: bytes, label: str, images: Sequence[int], gradient: bool) -> RewardOutput:
+    """Return what a server said of images of a shape `[N, 3, H, W]`.
+
+    Raises:
+        BodyError: the answer is something else, or of another shape, or infinite, or its gradient is NaN.
+    """
+    _, tensors = unpack(body)
+    scores = _taken(tensors, f"scores/{label}", images[:1])
+    if not gradient:
+        return RewardOutput(scores)
+    values = _taken(tensors, f"gradient/{label}", images)
+    if f"scale/{label}" in tensors:
+        values = values * _taken(tensors, f"scale/{label}", images[:1]).reshape(-1, 1, 1, 1)
+    if not bool(values.isfinite().all()):
+        raise BodyError(f"the gradient of {label!r} is not finite")
+    return RewardOutput(scores, values)
+
+
+def _taken(tensors: Mapping[str, Tensor], name: str, shape: Sequence[int]) -> Tensor:
+    tensor = tensors.get(name)
+    if tensor is None or not tensor.is_floating_point() or list(tensor.shape) != list(shape):
+        got = "none" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
+        raise BodyError(f"{shown(name, 80)} must be floats of shape {list(shape)}; got {got}")
+    if bool(tensor.isinf().any()):
+        raise BodyError(f"{shown(name, 80)} holds an infinite number")
+    return tensor.float()
+
+
+def described_capabilities(capabilities: Capabilities) -> dict[str, Any]:
+    """Return a reward's capabilities as JSON; infinite bounds become null."""
+    told = {name: getattr(capabilities, name) for name in TOLD}
+    told["columns"] = list(capabilities.columns)
+    if capabilities.range is not None:
+        told["range"] = [bound if abs(bound) != float("inf") else None for bound in capabilities.range]
+    return told
+
+
+def read_capabilities(told: object) -> Capabilities:
+    """Return the capabilities of a reward that is asked over the wire, from what its server says of it.
+
+    Raises:
+        BodyError: they are not what `described_capabilities` returns.
+    """
+    if not isinstance(told, dict) or told.keys() != set(TOLD):
+        raise BodyError(f"capabilities must be an object with {', '.join(TOLD)}; got {shown(told, 120)}")
+    columns, bounds = told["columns"], told["range"]
+    right = (
+        told["gradient"] in ("none", "autograd", "awaited")
+        and told["scope"] in ("sample", "group")
+        and all(isinstance(told[name], bool) for name in ("prompts", "stochastic"))
+        and isinstance(columns, list)
+        and all(isinstance(column, str) for column in columns)
+    )
+    if not right:
+        raise BodyError(f"these are no capabilities: {shown(told, 200)}")
+    return Capabilities(
+        gradient="none" if told["gradient"] == "none" else "awaited",
+        scope=told["scope"],
+        prompts=told["prompts"],
+        columns=tuple(columns),
+        range=_bounds(bounds),
+        stochastic=told["stochastic"],
+        asynchronous=True,
+        parameters=0,
+    )
+
+
+def _bounds(bounds: object) -> tuple[float, float] | None:
+    if bounds is None:
+        return None
+    if not (
+        isinstance(bounds, list) and len(bounds) == 2 and all(b is None or type(b) in (int, float) for b in bounds)
+    ):
+        raise BodyError(f"a range is two numbers; got {shown(bounds, 80)}")
+    low, high = (float(b) if b is not None else end for b, end in zip(bounds, (-torch.inf, torch.inf), strict=True))
+    if not low < high:
+        raise BodyError(f"a range is [low, high]; got {shown(bounds, 80)}")
+    return low, high

@@ -1,0 +1,263 @@
+"""Asking a server: in turn where there are several, again where that may help, and never beyond a bound."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import ssl
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import httpx2
+
+from rdm_sdk.errors import RDMError, RewardError, nearest, shown
+from rdm_sdk.rewards.awaiting import event_loop
+from rdm_sdk.rewards.base import Capabilities, RewardBatch
+from rdm_sdk.serving.answers import read_answer, read_capabilities
+from rdm_sdk.serving.requests import pack_request
+from rdm_sdk.serving.tensors import CONTENT_TYPE, HEADER_LIMIT, VERSION, BodyError, parse_json
+from rdm_sdk.types import RewardOutput
+
+BACKOFF = 0.1
+"""Seconds before the second try, at most; doubled for each further one, up to `BACKOFF_LIMIT`."""
+BACKOFF_LIMIT = 5.0
+AGAIN = frozenset({408, 425, 429, 502, 503, 504})
+"""Statuses that pass."""
+ERROR_LIMIT = 2**16
+
+
+class ServerLostError(RDMError, ConnectionError):
+    """A reward's server that cannot be reached, or does not answer in time; `reward_on_error` says what it does."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a client waits, and how often it tries."""
+
+    timeout: float = 60.0
+    """Seconds that one try may take."""
+    retries: int = 4
+    """Further tries after the first."""
+    max_wait: float = 300.0
+    """Seconds that all tries of a request may take together."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a server says of one reward."""
+
+    label: str
+    capabilities: Capabilities
+    provenance: Mapping[str, object]
+    limits: Mapping[str, int]
+
+
+class Client:
+    """Asks servers of one and the same reward.
+
+    Args:
+        urls: "http://host:port"; the next one is asked where one fails.
+        patience: how long, how often.
+        token: shown to the servers; never to anybody else, in a message or a file.
+        uds: the path of a Unix domain socket that is connected to in place of the URL's host.
+        trouble: is asked, after a failure, what is known of the server; a text for the message.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        patience: Patience,
+        token: str | None = None,
+        uds: str | None = None,
+        trouble: Callable[[], str] = lambda: "",
+    ) -> None:
+        self.urls, self.patience, self.trouble = list(urls), patience, trouble
+        self._headers = {"Accept-Encoding": "identity"}  # an answer unpacks to nothing
+        self._headers |= {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._uds = uds
+        self._jitter = random.Random()  # the run's random state is not touched
+        self._first = 0
+        """The server that answered last; it is asked first."""
+
+    # ---- What there is ------------------------------------------------------------------------------------------
+
+    def describe(self, wanted: str | None) -> Described:
+        """Return what the server says of a reward, asked once; None is the only one that it serves.
+
+        Raises:
+            RewardError: no server can be reached, the token is wrong, or it serves no such reward.
+        """
+        asked = self._request("GET", "/v1/rewards", None, HEADER_LIMIT)
+        return self._read_description(asyncio.run_coroutine_threadsafe(asked, event_loop()).result(), wanted)
+
+    def _read_description(self, body: bytes, wanted: str | None) -> Described:
+        url = self.urls[self._first]
+        try:
+            told = parse_json(body, "the answer")
+            if not isinstance(told, dict) or told.get("version") != VERSION:
+                raise BodyError(f"no answer of version {VERSION} of the protocol: {shown(told, 80)}")
+            rewards, limits = told.get("rewards"), told.get("limits")
+            if not (isinstance(rewards, dict) and rewards and isinstance(limits, dict)):
+                raise BodyError("it names no rewards and limits")
+            if any(type(limits.get(name)) is not int for name in ("body", "images", "side")):
+                raise BodyError(f"these are no limits: {shown(limits, 120)}")
+            if wanted is None and len(rewards) > 1:
+                raise RewardError(f"{url} serves {', '.join(rewards)}; say which one with reward=")
+            label = next(iter(rewards)) if wanted is None else wanted
+            if label not in rewards:
+                raise RewardError(
+                    f"{url} serves no reward {label!r}.{nearest(label, rewards)} It serves: {', '.join(rewards)}"
+                )
+            entry = rewards[label]
+            if not isinstance(entry, dict) or not isinstance(entry.get("provenance"), dict):
+                raise BodyError(f"it says nothing of {label!r}")
+            return Described(label, read_capabilities(entry.get("capabilities")), entry["provenance"], limits)
+        except BodyError as error:
+            raise RewardError(f"{url} is no server of rewards: {error}. Start one with 'rdm-sdk serve'") from error
+
+    # ---- Scoring ------------------------------------------------------------------------------------------------
+
+    async def ask(self, described: Described, batch: RewardBatch, images: Any, gradient: bool) -> RewardOutput:
+        """Return the scores of a batch, and their gradient on the images, which are of the dtype that travels.
+
+        Raises:
+            RewardError: the server refuses the request, or answers nonsense.
+            ServerLostError: it cannot be reached, or not in time, or its reward raised.
+        """
+        groups = described.capabilities.scope == "group"
+        try:
+            body = pack_request(
+                images,
+                rewards=[described.label],
+                prompts=batch.prompts,
+                columns=_sent(batch.columns, described.capabilities.columns, described.label),
+                group_size=batch.group_size if groups else None,
+                gradient_dtype="F16" if images.element_size() < 4 else "F32",
+            )
+        except ValueError as error:  # a NaN in a column
+            raise RewardError(f"what {described.label!r} is asked cannot be sent: {error}") from error
+        self._check_limits(body, images, described)
+        expected = HEADER_LIMIT + 8 * len(images) + (images.numel() * 4 if gradient else 0)
+        answer = await self._request("POST", "/v1/gradient" if gradient else "/v1/score", body, expected)
+        try:
+            return read_answer(answer, described.label, list(images.shape), gradient)
+        except BodyError as error:
+            raise RewardError(f"{self.urls[self._first]} answered nonsense for {described.label!r}: {error}") from error
+
+    def _check_limits(self, body: bytes, images: Any, described: Described) -> None:
+        limits = described.limits
+        side = max(images.shape[2:])
+        if len(body) > limits["body"] or len(images) > limits["images"] or side > limits["side"]:
+            raise RewardError(
+                f"{described.label!r} was asked of {len(images)} images of {side} pixels in {len(body)} bytes; its "
+                f"server takes {limits['images']}, {limits['side']} and {limits['body']}: judge fewer at a time "
+                "(reward_batch_size in a run), or start the server with higher limits"
+            )
+
+    # ---- The wire -----------------------------------------------------------------------------------------------
+
+    async def _request(self, method: str, path: str, body: bytes | None, limit: int) -> bytes:
+        """Return the body of an answer, tried as often and as long as the patience lasts."""
+        patience, last = self.patience, "nothing was tried"
+        bound = asyncio.timeout(patience.max_wait)
+        started = time.monotonic()
+        try:
+            async with bound:
+                for attempt in range(patience.retries + 1):
+                    for _ in self.urls:
+                        answer, last = await self._try(method, path, body, limit)
+                        if answer is not None:
+                            return answer
+                        self._first = (self._first + 1) % len(self.urls)
+                    if attempt < patience.retries:
+                        longest = min(BACKOFF * 2**attempt, BACKOFF_LIMIT)
+                        await asyncio.sleep(self._jitter.uniform(longest / 2, longest))
+        except TimeoutError:
+            if not bound.expired():
+                raise
+            last = f"max_wait={patience.max_wait:g} s is over; before that, {last}"
+        tries = f"after {time.monotonic() - started:.1f} s and up to {patience.retries + 1} tries each"
+        raise ServerLostError(f"no answer from {', '.join(self.urls)} {tries}: {last}{self.trouble()}")
+
+    async def _try(self, method: str, path: str, body: bytes | None, limit: int) -> tuple[bytes | None, str]:
+        """Return the answer of the server that is asked first, or None and why trying again may help.
+
+        Raises:
+            RewardError: asking again would not help.
+            ServerLostError: its reward raised.
+        """
+        url = self.urls[self._first]
+        transport = None if self._uds is None else httpx2.AsyncHTTPTransport(uds=self._uds)
+        headers = self._headers | ({} if body is None else {"Content-Type": CONTENT_TYPE})
+        verify = _tls() if url.startswith("https") else False
+        try:
+            # A client for each request: its connections belong to the loop, which may not be there to close them.
+            async with (
+                asyncio.timeout(self.patience.timeout),
+                httpx2.AsyncClient(transport=transport, verify=verify, timeout=None) as client,
+                client.stream(method, f"{url.rstrip('/')}{path}", content=body, headers=headers) as response,
+            ):
+                status = response.status_code
+                answer = await _read(response, limit if status == 200 else ERROR_LIMIT)
+        except TimeoutError:
+            return None, f"{url} did not answer within timeout={self.patience.timeout:g} s"
+        except httpx2.TransportError as error:
+            return None, f"{url}: {type(error).__name__} {error}"
+        if status == 200:
+            if answer is None:
+                raise RewardError(f"{url} answered more than {limit} bytes, which cannot be what was asked")
+            return answer, ""
+        reason, nonsense = _reason(answer or b"")
+        if status in AGAIN:
+            return None, f"{url} answered {status}: {reason}"
+        if status >= 500 and not nonsense:
+            raise ServerLostError(f"{url} answered {status}: {reason}")
+        raise RewardError(f"{url} answered {status}: {reason}")
+
+
+async def _read(response: Any, limit: int) -> bytes | None:
+    """Return the body of a response, None if it is longer than a limit."""
+    parts = bytearray()
+    async for part in response.aiter_raw():
+        parts += part
+        if len(parts) > limit:
+            return None
+    return bytes(parts)
+
+
+def _reason(body: bytes) -> tuple[str, bool]:
+    """Return what a refusal says, and whether it is that the reward returned nonsense."""
+    try:
+        told = parse_json(body, "the answer")
+    except BodyError:
+        told = None
+    if isinstance(told, dict) and isinstance(told.get("error"), str):
+        return told["error"][:1000], told.get("nonsense") is True
+    return shown(body[:200]), False
+
+
+def _sent(columns: Mapping[str, list[object]], needed: Sequence[str], label: str) -> dict[str, list[object]] | None:
+    """Return the columns that a reward needs, or None; they must be what JSON can say."""
+    for name in needed:
+        if not all(_is_json(value) for value in columns.get(name, [])):
+            raise RewardError(
+                f"the reward {label!r} needs the column {name!r}, which holds {type(columns[name][0]).__name__}; only "
+                "texts, numbers, true, false, null and lists and mappings of them can be sent to a server"
+            )
+    return {name: columns[name] for name in needed if name in columns} or None
+
+
+def _is_json(value: object) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_json, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(part) for key, part in value.items())
+    return value is None or isinstance(value, (str, int, float))
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    return ssl.create_default_context()

@@ -1,0 +1,135 @@
+"""`remote`: a reward that a server scores, anywhere; like any other to whoever uses it."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+from urllib.parse import urlsplit
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from rdm_sdk.errors import RewardError, shown
+from rdm_sdk.rewards.base import Capabilities, Reward, RewardBatch, RewardConfig
+from rdm_sdk.serving.client import Client, Described, Patience
+from rdm_sdk.types import RewardOutput
+
+Transport = Literal["float32", "float16", "uint8"]
+
+
+class ServedConfig(RewardConfig):
+    """How a server is asked."""
+
+    transport: Transport = "float32"
+    """What images travel as, and gradients with them: float32 is exact, float16 half as long, uint8 a quarter."""
+    timeout: float = Field(default=60.0, gt=0)
+    """Seconds that one try may take."""
+    retries: int = Field(default=4, ge=0)
+    """Further tries where the first fails."""
+    max_wait: float = Field(default=300.0, gt=0)
+    """Seconds that all tries of one call may take together."""
+
+    @property
+    def patience(self) -> Patience:
+        return Patience(timeout=self.timeout, retries=self.retries, max_wait=self.max_wait)
+
+
+class ServedReward(Reward):
+    """A reward whose scores, and gradients if it has any, come from a server.
+
+    Subclasses call `connect` when they are made.
+    """
+
+    capabilities = Capabilities(asynchronous=True, gradient="awaited", parameters=0)
+    settled_when_made = True
+
+    class Config(ServedConfig):
+        pass
+
+    config: ServedConfig
+    client: Client
+    described: Described
+
+    def connect(self, client: Client, reward: str | None) -> None:
+        """Take over what a server says of a reward: what it can do, what it needs, what it is.
+
+        Raises:
+            RewardError: there is no such server or reward.
+        """
+        try:
+            self.described = client.describe(reward)
+        except ConnectionError as error:
+            raise RewardError(f"reward {self.name!r}: {error}") from error
+        self.client, self.capabilities = client, self.described.capabilities
+        self.preprocessing = str(self.described.provenance.get("preprocessing", "unknown"))
+
+    async def score_async(self, batch: RewardBatch) -> Tensor:
+        return (await self._ask(batch, gradient=False)).scores
+
+    async def gradient_async(self, batch: RewardBatch) -> RewardOutput:
+        return await self._ask(batch, gradient=True)
+
+    async def _ask(self, batch: RewardBatch, gradient: bool) -> RewardOutput:
+        images = batch.images
+        if self.config.transport == "uint8":
+            images = (images * 255).round_().clamp_(0, 255).to(torch.uint8)
+        else:
+            images = images.to(getattr(torch, self.config.transport))
+        return await self.client.ask(self.described, batch, images, gradient)
+
+    def provenance(self) -> dict[str, object]:
+        return super().provenance() | {"served": dict(self.described.provenance)}
+
+
+class Remote(ServedReward):
+    """A reward that a server scores: `remote[url="http://judge:8000"]`, with `rdm-sdk serve clip` over there.
+
+    It does and needs what the server's reward does and needs, gradients included. The server is asked for that when the
+    reward is made, so that a wrong address, token or name is found before training.
+    """
+
+    name = "remote"
+
+    class Config(ServedConfig):
+        url: str | tuple[str, ...]
+        """The server's address, or a list of equal servers, tried in turn."""
+        reward: str | None = None
+        """Which of the server's rewards; not needed where it serves one."""
+        token_env: str | None = None
+        """The environment variable that holds the token. The token itself is in no spec, card or checkpoint."""
+
+        @field_validator("url")
+        @classmethod
+        def _are_addresses(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+            urls = (value,) if isinstance(value, str) else value
+            if not urls:
+                raise ValueError("at least one address is needed")
+            for url in urls:
+                parts = urlsplit(url)
+                if parts.scheme not in ("http", "https") or not parts.hostname:
+                    raise ValueError(f"{shown(url, 80)} is no address such as 'http://judge:8000'")
+                if parts.username or parts.password or parts.query:
+                    raise ValueError(
+                        "an address may hold no password and no query; name the token's variable, token_env"
+                    )
+            return value
+
+    config: Config
+
+    def __init__(self, config: RewardConfig | None = None, **options: object) -> None:
+        super().__init__(config, **options)
+        urls = (self.config.url,) if isinstance(self.config.url, str) else self.config.url
+        self.connect(Client(urls, self.config.patience, _token(self.config.token_env)), self.config.reward)
+
+
+def _token(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    token = os.environ.get(variable, "")
+    if not token or not token.isascii() or not token.isprintable():
+        raise RewardError(
+            f"token_env={variable!r}: the environment variable is not set, or holds what no token can; export it where "
+            "the run is started"
+        )
+    return token

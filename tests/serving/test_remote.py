@@ -1,0 +1,264 @@
+"""A reward that a server scores: the same as the local one, and never a made-up score when the server fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from live_servers import QUICK, Faulty, Spread, remote, serving
+
+from rdm_sdk import RDMTrainer, RewardBatch, RewardError, score_images
+from rdm_sdk.digits.reward import Legibility
+from rdm_sdk.rewards.evaluate import evaluate_reward
+from rdm_sdk.rewards.resolve import plan_rewards, resolve_rewards
+from rdm_sdk.serving.remote import Remote
+from rdm_sdk.testing import example_batch, parametrize_reward_checks
+
+pytestmark = pytest.mark.usefixtures("sound")
+
+# ---- It is the local reward -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("transport", "near_scores", "near_gradient"), [("float32", 0, 0), ("float16", 2e-3, 0.02), ("uint8", 0.02, 0.1)]
+)
+def test_it_equals_the_local_reward(server: Faulty, transport: str, near_scores: float, near_gradient: float) -> None:
+    """Exactly in float32; to the rounding of the images otherwise. The gradient is carried back by the host."""
+    batch = Legibility().example()
+    local, distant = evaluate_reward(Legibility(), batch), evaluate_reward(remote(server, transport=transport), batch)
+    assert (local.scores - distant.scores).abs().max() <= near_scores
+    assert local.gradient is not None
+    assert distant.gradient is not None
+    assert (local.gradient - distant.gradient).norm() <= near_gradient * local.gradient.norm()
+
+
+def test_it_does_not_apply_where_the_local_one_does_not(server: Faulty) -> None:
+    """NaN travels, in the scores alone; a batch to which nothing applies is no lost server."""
+    batch = Legibility().example()
+    batch.prompts[2] = "a fox"
+    local, distant = evaluate_reward(Legibility(), batch), evaluate_reward(remote(server), batch)
+    torch.testing.assert_close(distant.scores, local.scores, equal_nan=True)
+    torch.testing.assert_close(distant.gradient, local.gradient)
+    batch.prompts[:] = ["a fox"] * 8
+    with pytest.raises(RewardError, match=r"NaN .not applicable. for every sample"):
+        evaluate_reward(remote(server), batch)
+
+
+def test_it_can_do_what_the_servers_reward_can(server: Faulty) -> None:
+    """Its capabilities are those over there; nothing of it takes memory here."""
+    capabilities = remote(server).capabilities
+    assert (capabilities.gradient, capabilities.prompts, capabilities.range) == ("awaited", True, (0.0, 1.0))
+    assert (capabilities.asynchronous, capabilities.parameters) == (True, 0)
+    assert remote(server, "spread").capabilities.scope == "group"
+    reader = remote(server, "reader").capabilities
+    assert (reader.gradient, reader.columns) == ("none", ("extra",))
+    (planned,) = plan_rewards(f'remote[url="{server.url}",reward=reader,token_env=JUDGE_TOKEN]')
+    assert planned.route == "advantage"
+    (planned,) = plan_rewards(f'remote[url="{server.url}",reward=legibility,token_env=JUDGE_TOKEN]')
+    assert planned.route == "gradient"
+
+
+@parametrize_reward_checks(lambda: _kept("legibility"), batch=lambda: Legibility().example())
+def test_contract_of_a_gradient(check: Callable[[], None]) -> None:
+    """The whole kit, gradient checks included."""
+    check()
+
+
+@parametrize_reward_checks(lambda: _kept("spread"), batch=lambda: example_batch(Spread(), 16, 16))
+def test_contract_of_a_group_reward(check: Callable[[], None]) -> None:
+    """Groups arrive whole."""
+    check()
+
+
+_KEPT: list[Any] = []
+
+
+def _kept(label: str) -> Remote:
+    """A reward for the kit, whose server lives as long as the module's tests."""
+    context = serving([Legibility(), Spread()])
+    app = context.__enter__()
+    _KEPT.append(context)
+    return Remote(url=app.url, reward=label)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kit_servers() -> Iterator[None]:
+    yield
+    while _KEPT:
+        _KEPT.pop().__exit__(None, None, None)
+
+
+def test_a_run_is_the_local_run(
+    server: Faulty, make_trainer: Callable[..., RDMTrainer], tmp_path: Path, losses_of: Callable[..., Any]
+) -> None:
+    """Two steps of `dm + 0.1*remote[...]` log what those of `dm + 0.1*legibility` do, and the weights are the same."""
+    spec = f'remote[url="{server.url}",reward=legibility,token_env=JUDGE_TOKEN'
+    runs = {"local": "legibility", "distant": f"{spec}]", "half": f"{spec},transport=float16]"}
+    rows, weights = {}, {}
+    for name, reward in runs.items():
+        trainer = make_trainer(tmp_path / name, f"dm + 0.1*{reward}")
+        trainer.train()
+        label = "legibility" if name == "local" else "remote"
+        rows[name] = [[row["loss"], row[f"rewards/{label}/mean"], row[f"{label}/pull"]] for row in losses_of(trainer)]
+        weights[name] = torch.cat([p.detach().flatten() for p in trainer.parameters_of("student")])
+    assert rows["distant"] == rows["local"]
+    assert torch.equal(weights["distant"], weights["local"])
+    for ours, theirs in zip(rows["half"], rows["local"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-3)
+
+
+def test_what_it_is_is_kept_with_the_scores_and_the_token_is_not(server: Faulty) -> None:
+    """Provenance holds the server's; the token is in no spec, message, provenance or repr."""
+    reward = remote(server)
+    told = reward.provenance()
+    assert told["served"]["reward"] == "legibility"  # type: ignore[index]
+    assert reward.preprocessing == told["preprocessing"] == "gray, area-resized to 16x16"
+    term = str(resolve_rewards(reward)[0].term)
+    assert "JUDGE_TOKEN" in term
+    assert "hush" not in json.dumps(told) + term + repr(reward.config)
+
+
+def test_images_can_be_scored_without_a_run(server: Faulty) -> None:
+    """`score_images` takes it as any other."""
+    batch = Legibility().example()
+    spec = f'remote[url="{server.url}",reward=legibility,token_env=JUDGE_TOKEN]'
+    scores = score_images(spec, batch.latents, batch.prompts, batch_size=3).outputs["remote"].scores
+    torch.testing.assert_close(scores, evaluate_reward(Legibility(), batch).scores)
+
+
+# ---- Before training ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"reward": "legibilty"}, "serves no reward 'legibilty'. Did you mean 'legibility'?"),
+        ({"reward": None}, "serves legibility, spread, reader; say which one"),
+        ({"token_env": None}, "answered 401: the token is missing or wrong"),
+        ({"token_env": "WRONG_TOKEN"}, "answered 401: the token is missing or wrong"),
+        ({"token_env": "NO_TOKEN"}, "token_env='NO_TOKEN': the environment variable is not set"),
+        ({"url": "http://127.0.0.1:9"}, "no answer from http://127.0.0.1:9"),
+        ({"url": ("http://127.0.0.1:9", "http://127.0.0.1:19")}, "no answer from http://127.0.0.1:"),
+        ({"url": "judge:8000"}, "'judge:8000' is no address"),
+        ({"url": "ftp://judge"}, "is no address"),
+        ({"url": ()}, "at least one address"),
+        ({"url": "http://user:hush@judge"}, "may hold no password"),
+        ({"timeout": 0}, "timeout"),
+        ({"transport": "float64"}, "transport"),
+    ],
+)
+def test_what_is_wrong_is_found_when_it_is_made(
+    server: Faulty, options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A RewardError, within the set time, before anything is trained."""
+    monkeypatch.setenv("WRONG_TOKEN", "hushh")
+    started = time.monotonic()
+    with pytest.raises(RewardError) as caught:
+        remote(server, **(QUICK | options))
+    assert words in str(caught.value)
+    assert "hush" not in str(caught.value) or "may hold no password" in words
+    assert time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize("answer", [b"{}", b"<html>", b"[1]", b'{"version": 1, "rewards": {}, "limits": {}}'])
+def test_something_else_at_the_address(answer: bytes) -> None:
+    """A web page is no server of rewards."""
+    from live_servers import LiveServer, respond
+
+    async def page(scope: Any, receive: Any, send: Any) -> None:
+        await respond(send, 200, answer)
+
+    live = LiveServer(page)
+    with pytest.raises(RewardError, match=r"is no server of rewards: .*Start one with 'rdm-sdk serve'"):
+        Remote(url=live.url)
+    live.stop()
+
+
+# ---- Many at once ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=10, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(st.lists(st.tuples(st.integers(1, 4), st.sampled_from([4, 8])), min_size=16, max_size=16), st.randoms())
+def test_sixteen_clients_at_once(server: Faulty, shapes: list[tuple[int, int]], draw: Any) -> None:
+    """Each answer belongs to its request, whatever was judged together."""
+    reward = _reader(server)
+    wanted, batches = [], []
+    for number, (count, side) in enumerate(shapes):
+        prompts = [str(1000 * number + row) for row in range(count)]
+        extra: list[object] = [draw.randint(0, 9) for _ in range(count)]
+        images = torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(number))
+        batches.append(RewardBatch.from_images(images, prompts, columns={"extra": extra}))
+        numbers = torch.tensor([float(p) + float(str(e)) for p, e in zip(prompts, extra, strict=True)])
+        wanted.append(numbers + images.mean(dim=(1, 2, 3)))
+    barrier = threading.Barrier(16)
+
+    def ask(batch: RewardBatch) -> torch.Tensor:
+        barrier.wait(10)
+        return evaluate_reward(reward, batch).scores
+
+    with ThreadPoolExecutor(16) as pool:
+        for scores, right in zip(pool.map(ask, batches), wanted, strict=True):
+            torch.testing.assert_close(scores, right)
+
+
+_READER: list[Remote] = []
+
+
+def _reader(server: Faulty) -> Remote:
+    if not _READER:
+        _READER.append(remote(server, "reader", max_wait=60))
+    return _READER[0]
+
+
+def test_a_notebook_can_make_one(server: Faulty) -> None:
+    """Where a loop is running already."""
+
+    async def notebook() -> Remote:
+        return remote(server)
+
+    assert asyncio.run(notebook()).capabilities.prompts
+
+
+_RANKS = """
+import sys
+from rdm_sdk import RDMConfig, RDMTrainer, digits
+trainer = RDMTrainer(
+    digits.teacher_path(),
+    f"dm + 0.1*{sys.argv[2]}",
+    args=RDMConfig(output_dir=sys.argv[1], max_steps=2, per_device_train_batch_size=4, num_generations=4,
+                   guidance_scale=1.0, max_sequence_length=4, critic_steps=1, save_strategy="no", logging_steps=1,
+                   disable_tqdm=True, use_cpu=True),
+    train_dataset=digits.prompts(),
+)
+trainer.train()
+print("RANK", sum(p.double().sum() for p in trainer.parameters_of("student")).item(), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_ask_one_server(server: Faulty, tmp_path: Path) -> None:
+    """Both ranks hold the student that the local reward makes."""
+    (tmp_path / "run.py").write_text(_RANKS)
+    found = {}
+    for reward in ("legibility", f'remote[url="{server.url}",reward=legibility,token_env=JUDGE_TOKEN]'):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command = [*launch, str(tmp_path / "run.py"), str(tmp_path / "out"), reward]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[reward] = re.findall(r"RANK (\S+)", done.stdout)
+    local, distant = found.values()
+    assert len(set(local)) == 1
+    assert distant == local
