@@ -20,7 +20,7 @@ _PUBLIC = {
     "RewardBatch": "rdm_sdk.rewards.base",
     "RewardOutput": "rdm_sdk.types",
     "RewardConfig": "rdm_sdk.rewards.base",
-    "Capabilities": "rdm_sdk.rewards.base",
+    "Capabilities": "rdm_sdk.rewards.capabilities",
     "RewardTerm": "rdm_sdk.rewards.spec",
     "parse_spec": "rdm_sdk.rewards.spec",
     "score_images": "rdm_sdk.rewards.scoring",
@@ -125,10 +125,10 @@ if TYPE_CHECKING:
     from rdm_sdk.plugins.hookspecs import RegisterModel as RegisterModel
     from rdm_sdk.plugins.hookspecs import RegisterReward as RegisterReward
     from rdm_sdk.plugins.hookspecs import hookimpl as hookimpl
-    from rdm_sdk.rewards.base import Capabilities as Capabilities
     from rdm_sdk.rewards.base import Reward as Reward
     from rdm_sdk.rewards.base import RewardBatch as RewardBatch
     from rdm_sdk.rewards.base import RewardConfig as RewardConfig
+    from rdm_sdk.rewards.capabilities import Capabilities as Capabilities
     from rdm_sdk.rewards.scoring import score_images as score_images
     from rdm_sdk.rewards.spec import RewardTerm as RewardTerm
     from rdm_sdk.rewards.spec import parse_spec as parse_spec

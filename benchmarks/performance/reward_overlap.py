@@ -59,7 +59,7 @@ def seconds_of_steps(options: argparse.Namespace, rewards: list[Any], folder: st
             waited[0] += time.perf_counter() - asked
 
     trainer.step.begin, trainer.step.end = timed_begin, timed_end  # type: ignore[method-assign]
-    Call.answer = timed_answer  # type: ignore[method-assign]
+    Call.answer = timed_answer  # type: ignore[method-assign, assignment]
     try:
         trainer.train()
     finally:

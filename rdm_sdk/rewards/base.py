@@ -5,99 +5,21 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from rdm_sdk._version import __version__
-from rdm_sdk.errors import RewardError, check_texts, nearest
+from rdm_sdk.errors import RewardError, check_texts
+from rdm_sdk.rewards.capabilities import Capabilities as Capabilities
 from rdm_sdk.rewards.context import DiffusionContext
 from rdm_sdk.rewards.spec import checked_model
 from rdm_sdk.types import RewardOutput
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "space": ("pixel", "latent"),
-    "gradient": ("none", "autograd", "field", "awaited"),
-    "scope": ("sample", "group"),
-    "dtype": ("float32", "bfloat16", "float16"),
-}
-
 RESERVED_COLUMNS = ("images", "prompts")
 """What functions are given beside the columns, so that no column can be called so."""
-
-
-@dataclass(frozen=True)
-class Capabilities:
-    """What a reward can do and needs; declared by its author, never sniffed."""
-
-    space: Literal["pixel", "latent"] = "pixel"
-    """Whether it reads decoded images or latents."""
-    gradient: Literal["none", "autograd", "field", "awaited"] = "none"
-    """"autograd": `score` is differentiable; "field": the reward computes its gradient itself, in `field`; "awaited":
-    an asynchronous reward is told its gradient by whoever scores, in `gradient_async`."""
-    scope: Literal["sample", "group"] = "sample"
-    """"group": a sample's score depends on the other samples of its prompt, so groups are always judged whole."""
-    prompts: bool = False
-    """Whether the prompt matters to the score."""
-    columns: tuple[str, ...] = ()
-    """Columns of the dataset that it cannot do without; it is not for samples with None in one (`applies`)."""
-    head: bool = False
-    """Whether the role that it `trains` is a module, made by `make_head`, and no LoRA adapter."""
-    range: tuple[float, float] | None = None
-    """Bounds of the scores in native units, where there are any (they may be infinite)."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """The dtype of the images or latents that it is given."""
-    stochastic: bool = False
-    """Whether two calls on the same batch may differ."""
-    context: bool = False
-    """Whether `score` needs the models of a training run (`batch.context`); one with `gradient="field"` always may."""
-    asynchronous: bool = False
-    """Whether it is awaited (`score_async`); such rewards run at the same time as the others."""
-    trains: str | None = None
-    """The role that the reward trains with `training_loss`, if any: a LoRA adapter on the base model, or the module
-    of `make_head`."""
-    parameters: int | None = None
-    """How many parameters its models hold, for `rdm-sdk plan`; None is unknown."""
-
-    @property
-    def needs_models(self) -> bool:
-        """Whether finished images alone cannot be judged."""
-        return self.context or self.gradient == "field"
-
-    def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                offered = ", ".join(repr(choice) for choice in choices)
-                raise RewardError(
-                    f"Capabilities({name}={value!r}) cannot be used; it must be one of {offered}."
-                    f"{nearest(str(value), choices)}"
-                )
-        columns: object = self.columns  # type checkers believe the annotation, authors do not read it
-        if isinstance(columns, str):
-            raise RewardError(f"Capabilities(columns={self.columns!r}) must be a tuple of names: ({self.columns!r},)")
-        if self.asynchronous and self.gradient not in ("none", "awaited"):
-            raise RewardError(
-                f"Capabilities(asynchronous=True, gradient={self.gradient!r}): an asynchronous reward is only scored; "
-                "declare gradient='none', or 'awaited' if gradient_async(batch) returns the gradient too"
-            )
-        if self.gradient == "awaited" and not self.asynchronous:
-            raise RewardError(
-                "Capabilities(gradient='awaited') goes with asynchronous=True: gradient_async(batch) is awaited"
-            )
-        if self.dtype == "float16" and self.gradient == "autograd":
-            raise RewardError(
-                "Capabilities(dtype='float16', gradient='autograd'): gradients of pixels underflow in float16; take "
-                "bfloat16, or float32 and convert inside score()"
-            )
-        if self.parameters is not None and self.parameters < 0:
-            raise RewardError(
-                f"Capabilities(parameters={self.parameters!r}) cannot be used; it must be 0 or more, or None"
-            )
-        if self.range is not None and not (len(self.range) == 2 and self.range[0] < self.range[1]):
-            raise RewardError(f"Capabilities(range={self.range!r}) cannot be used; it must be (low, high) or None")
 
 
 @dataclass
