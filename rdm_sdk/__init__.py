@@ -45,8 +45,8 @@ _PUBLIC = {
     "feature_statistics": "rdm_sdk.digits.metrics",
     "teacher_statistics": "rdm_sdk.digits.metrics",
     "legibility": "rdm_sdk.digits.metrics",
-    "diversity": "rdm_sdk.digits.metrics",
-    "teacher_steps_worth": "rdm_sdk.digits.metrics",
+    "diversity": "rdm_sdk.evaluation.variety",
+    "teacher_steps_worth": "rdm_sdk.evaluation.variety",
     "image_grid": "rdm_sdk.training.pictures",
     "markdown_table": "rdm_sdk.training.pictures",
 }
@@ -93,12 +93,10 @@ __all__ = [  # noqa: RUF022 - in the order of _PUBLIC
 
 if TYPE_CHECKING:
     from rdm_sdk import digits as digits
-    from rdm_sdk.digits.metrics import diversity as diversity
     from rdm_sdk.digits.metrics import feature_statistics as feature_statistics
     from rdm_sdk.digits.metrics import frechet_distance as frechet_distance
     from rdm_sdk.digits.metrics import legibility as legibility
     from rdm_sdk.digits.metrics import teacher_statistics as teacher_statistics
-    from rdm_sdk.digits.metrics import teacher_steps_worth as teacher_steps_worth
     from rdm_sdk.errors import (
         CheckpointError as CheckpointError,
     )
@@ -117,6 +115,8 @@ if TYPE_CHECKING:
     from rdm_sdk.errors import (
         RewardError as RewardError,
     )
+    from rdm_sdk.evaluation.variety import diversity as diversity
+    from rdm_sdk.evaluation.variety import teacher_steps_worth as teacher_steps_worth
     from rdm_sdk.families.base import ModelFamily as ModelFamily
     from rdm_sdk.families.ddpm import DDPMFamily as DDPMFamily
     from rdm_sdk.families.flow import FlowFamily as FlowFamily
