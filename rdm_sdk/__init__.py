@@ -24,6 +24,9 @@ _PUBLIC = {
     "RewardTerm": "rdm_sdk.rewards.spec",
     "parse_spec": "rdm_sdk.rewards.spec",
     "score_images": "rdm_sdk.rewards.scoring",
+    "evaluate": "rdm_sdk.evaluation.run",
+    "EvaluationResult": "rdm_sdk.evaluation.result",
+    "score_folder": "rdm_sdk.evaluation.folder",
     "hookimpl": "rdm_sdk.plugins.hookspecs",
     "RegisterReward": "rdm_sdk.plugins.hookspecs",
     "RegisterModel": "rdm_sdk.plugins.hookspecs",
@@ -63,6 +66,9 @@ __all__ = [  # noqa: RUF022 - in the order of _PUBLIC
     "RewardTerm",
     "parse_spec",
     "score_images",
+    "evaluate",
+    "EvaluationResult",
+    "score_folder",
     "hookimpl",
     "RegisterReward",
     "RegisterModel",
@@ -115,6 +121,9 @@ if TYPE_CHECKING:
     from rdm_sdk.errors import (
         RewardError as RewardError,
     )
+    from rdm_sdk.evaluation.folder import score_folder as score_folder
+    from rdm_sdk.evaluation.result import EvaluationResult as EvaluationResult
+    from rdm_sdk.evaluation.run import evaluate as evaluate
     from rdm_sdk.evaluation.variety import diversity as diversity
     from rdm_sdk.evaluation.variety import teacher_steps_worth as teacher_steps_worth
     from rdm_sdk.families.base import ModelFamily as ModelFamily

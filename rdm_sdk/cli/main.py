@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import rdm_sdk
-from rdm_sdk.cli import demo, models, new_reward, plan, plugins, presets, rewards, sample, train
+from rdm_sdk.cli import demo, evaluate, models, new_reward, plan, plugins, presets, rewards, sample, score, train
 from rdm_sdk.cli.console import Parser, one_line
 from rdm_sdk.errors import RDMError
 
@@ -25,6 +25,8 @@ COMMANDS: dict[str, Command] = {
     "demo": demo,
     "train": train,
     "sample": sample,
+    "eval": evaluate,
+    "score": score,
     "plan": plan,
     "presets": presets,
     "rewards": rewards,

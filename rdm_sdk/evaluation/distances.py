@@ -5,6 +5,7 @@ N images have features `[N, D]` of any extractor; figures of different extractor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torchmetrics.image.kid import poly_mmd
 
 from rdm_sdk.errors import DataError
 from rdm_sdk.evaluation.images import check_features, check_same_width
-from rdm_sdk.evaluation.intervals import CONFIDENCE, Interval, normal_interval
+from rdm_sdk.evaluation.intervals import CONFIDENCE, Interval, mean_variance, normal_interval
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,11 @@ def frechet(one: FeatureStatistics, other: FeatureStatistics) -> float:
 
 
 def frechet_interval(
-    features: Tensor, reference: Tensor | FeatureStatistics, confidence: float = CONFIDENCE
+    features: Tensor,
+    reference: Tensor | FeatureStatistics,
+    groups: Sequence[int] | None = None,
+    reference_groups: Sequence[int] | None = None,
+    confidence: float = CONFIDENCE,
 ) -> Interval:
     """Return the Frechet distance of features `[N, D]` from a reference, with an interval by the delta method.
 
@@ -76,6 +81,14 @@ def frechet_interval(
     statistics are given. (A bootstrap would not do: images that are drawn twice raise the distance.) The interval is
     about the figure of N images: it holds the noise of the images that were drawn, and not the bias of small sets.
 
+    Args:
+        features: of the images.
+        reference: features of others, or their statistics.
+        groups: the group of each image, such as the number of its prompt, where as many images of every prompt are
+            drawn: what differs between prompts is then no noise. None where all are drawn from one distribution.
+        reference_groups: the same of the reference.
+        confidence: of the interval.
+
     Raises:
         DataError: as `frechet`.
     """
@@ -83,10 +96,10 @@ def frechet_interval(
     one = FeatureStatistics.of(ours)
     other = FeatureStatistics.of(reference) if isinstance(reference, Tensor) else reference
     value = frechet(one, other)
-    variance = _influence(ours, one, other).var() / one.count
+    variance = mean_variance(_influence(ours, one, other), groups)
     if isinstance(reference, Tensor):
-        variance = variance + _influence(check_features(reference), other, one).var() / other.count
-    return normal_interval(value, float(variance.sqrt()), confidence)
+        variance += mean_variance(_influence(check_features(reference), other, one), reference_groups)
+    return normal_interval(value, variance**0.5, confidence)
 
 
 @dataclass(frozen=True)
@@ -134,7 +147,8 @@ def _check_pair(one: FeatureStatistics, other: FeatureStatistics) -> None:
 def _root(matrix: Tensor) -> Tensor:
     """Return the symmetric square root of a positive semidefinite matrix."""
     values, vectors = torch.linalg.eigh(matrix)
-    return vectors * values.clamp_min(0).sqrt() @ vectors.T
+    root: Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    return root
 
 
 def _influence(features: Tensor, mine: FeatureStatistics, other: FeatureStatistics) -> Tensor:
@@ -146,4 +160,5 @@ def _influence(features: Tensor, mine: FeatureStatistics, other: FeatureStatisti
     transport = root @ (vectors * inverse @ vectors.T) @ root
     deviation = features - mine.mean
     push = 2 * (mine.mean - other.mean) + deviation - deviation @ transport
-    return (push * deviation).sum(1)
+    influence: Tensor = (push * deviation).sum(1)
+    return influence

@@ -37,6 +37,13 @@ def rows_of(prompts: Sequence[str]) -> dict[str, list[int]]:
     return rows
 
 
+def group_labels(prompts: Sequence[str]) -> list[int] | None:
+    """Return the number of each image's prompt; None where every prompt has one image, so that there are no groups."""
+    numbers: dict[str, int] = {}
+    labels = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
+    return labels if len(numbers) < len(prompts) else None
+
+
 def teacher_steps_worth(distance: float, teacher: Mapping[int, float]) -> str:
     """Return how many steps the teacher takes to come as near as a distance, such as "13", "below 1" or "40 or more".
 

@@ -1,0 +1,39 @@
+"""What figures must be kept with to be comparable: versions, and hashes of what was evaluated."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rdm_sdk._version import __version__
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "torchmetrics")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the SDK, of Python and of the packages that figures depend on."""
+    found = {"rdm-sdk": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a build without metadata
+            found[name] = "unknown"
+    return found
+
+
+def digest(content: object) -> str:
+    """Return a short hash of what JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def files_digest(folder: Path, patterns: tuple[str, ...]) -> str:
+    """Return a short hash of the names and bytes of the files of a folder that match the patterns."""
+    hashed = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
+        hashed.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        with path.open("rb") as file:
+            hashed.update(hashlib.file_digest(file, "sha256").digest())
+    return hashed.hexdigest()[:24]
