@@ -27,6 +27,7 @@ _PUBLIC = {
     "evaluate": "rdm_sdk.evaluation.run",
     "EvaluationResult": "rdm_sdk.evaluation.result",
     "score_folder": "rdm_sdk.evaluation.folder",
+    "write_report": "rdm_sdk.evaluation.report.page",
     "hookimpl": "rdm_sdk.plugins.hookspecs",
     "RegisterReward": "rdm_sdk.plugins.hookspecs",
     "RegisterModel": "rdm_sdk.plugins.hookspecs",
@@ -69,6 +70,7 @@ __all__ = [  # noqa: RUF022 - in the order of _PUBLIC
     "evaluate",
     "EvaluationResult",
     "score_folder",
+    "write_report",
     "hookimpl",
     "RegisterReward",
     "RegisterModel",
@@ -122,6 +124,7 @@ if TYPE_CHECKING:
         RewardError as RewardError,
     )
     from rdm_sdk.evaluation.folder import score_folder as score_folder
+    from rdm_sdk.evaluation.report.page import write_report as write_report
     from rdm_sdk.evaluation.result import EvaluationResult as EvaluationResult
     from rdm_sdk.evaluation.run import evaluate as evaluate
     from rdm_sdk.evaluation.variety import diversity as diversity

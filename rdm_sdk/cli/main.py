@@ -7,7 +7,20 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import rdm_sdk
-from rdm_sdk.cli import demo, evaluate, models, new_reward, plan, plugins, presets, rewards, sample, score, train
+from rdm_sdk.cli import (
+    demo,
+    evaluate,
+    models,
+    new_reward,
+    plan,
+    plugins,
+    presets,
+    report,
+    rewards,
+    sample,
+    score,
+    train,
+)
 from rdm_sdk.cli.console import Parser, one_line
 from rdm_sdk.errors import RDMError
 
@@ -27,6 +40,7 @@ COMMANDS: dict[str, Command] = {
     "sample": sample,
     "eval": evaluate,
     "score": score,
+    "report": report,
     "plan": plan,
     "presets": presets,
     "rewards": rewards,

@@ -18,11 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rdm_sdk.errors import ConfigError, DataError
-from rdm_sdk.evaluation.provenance import versions
 from rdm_sdk.evaluation.scoring import Piece, scores_of, summary
 from rdm_sdk.files import replacing
 from rdm_sdk.rewards.resolve import RewardFuncs, plan_rewards
 from rdm_sdk.rewards.scoring import check_scorable
+from rdm_sdk.training.run_record import versions
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 NAMES = "names"

@@ -1,27 +1,10 @@
-"""What figures must be kept with to be comparable: versions, and hashes of what was evaluated."""
+"""Hashes of what was evaluated."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-from rdm_sdk._version import __version__
-
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "torchmetrics")
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the SDK, of Python and of the packages that figures depend on."""
-    found = {"rdm-sdk": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # a build without metadata
-            found[name] = "unknown"
-    return found
 
 
 def digest(content: object) -> str:

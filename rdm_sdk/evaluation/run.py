@@ -26,7 +26,7 @@ from rdm_sdk.evaluation.distances import frechet_interval, kernel_distance
 from rdm_sdk.evaluation.features import Extractor, Features, feature_extractor
 from rdm_sdk.evaluation.images import check_images
 from rdm_sdk.evaluation.neighbors import density_coverage, precision_recall
-from rdm_sdk.evaluation.provenance import digest, versions
+from rdm_sdk.evaluation.provenance import digest
 from rdm_sdk.evaluation.result import EvaluationResult, Row
 from rdm_sdk.evaluation.sampling import Sampler
 from rdm_sdk.evaluation.scoring import pieces_of, scores_of, summary
@@ -36,6 +36,7 @@ from rdm_sdk.rewards.resolve import RewardFuncs, WeightedReward, plan_rewards
 from rdm_sdk.rewards.scoring import check_scorable
 from rdm_sdk.training.data import load_prompts
 from rdm_sdk.training.pictures import image_grid
+from rdm_sdk.training.run_record import versions
 
 PICTURES = "grid.png"
 FEWEST = 16

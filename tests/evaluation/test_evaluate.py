@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from rdm_sdk import ConfigError, DataError, ModelError, RewardError, digits, evaluate, frechet_distance
 from rdm_sdk.cli.main import main
@@ -157,8 +158,18 @@ def test_nothing_is_sampled_twice(
             (copied / path.relative_to(students["ode"])).write_bytes(path.read_bytes())
     (copied / weights.name).write_bytes(weights.read_bytes())
     assert again(students=[copied]) == 0, "another folder with the same content is the same student"
+    tensors = load_file(copied / weights.name)
+    save_file({name: tensor + 1e-6 for name, tensor in tensors.items()}, copied / weights.name)
+    assert again(students=[copied]) == 2, "other weights are another student"
     next((tmp_path / "images").iterdir()).write_bytes(b"damaged")
-    assert again() + again(students=[students["ode"]]) + again(seed=1) + again(teacher_steps=[1]) == 1
+    assert (
+        again()
+        + again(students=[students["ode"]])
+        + again(students=[copied])
+        + again(seed=1)
+        + again(teacher_steps=[1])
+        == 1
+    )
 
 
 def test_a_student_is_sampled_as_plain_diffusers_does(pipeline: Any, students: dict[str, Path]) -> None:

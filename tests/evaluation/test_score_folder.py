@@ -113,7 +113,8 @@ def test_transparency_and_turned_pictures(tmp_path: Path) -> None:
     exif[0x0112] = 6
     Image.new("RGB", (6, 4), "red").save(tmp_path / "turned.jpg", exif=exif)
     assert read_folder(tmp_path).shape == (1, 3, 6, 4)
-    assert score_folder(tmp_path, "jpeg", progress=False).files == ["turned.jpg"]
+    Image.new("RGB", (4, 6), "red").save(tmp_path / "upright.jpg")
+    assert score_folder(tmp_path, "jpeg", progress=False).files == ["turned.jpg", "upright.jpg"]
 
 
 def test_the_command_writes_json_and_csv(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
