@@ -93,7 +93,7 @@ def _frechet(figures: Mapping[str, Any]) -> str:
 def _kernel(figures: Mapping[str, Any]) -> str:
     if "kernel" not in figures:
         return ""
-    return f"{_number(figures['kernel'])} ± {figures['kernel_deviation']:.2g}"
+    return f"{_number(figures['kernel'])} ± {_number(figures['kernel_deviation'])}"
 
 
 def _between(figures: Mapping[str, Any], name: str) -> str:
