@@ -134,7 +134,7 @@ def read_call(folder: Path) -> dict[str, Any]:
 def _read(path: Path, folder: Path) -> dict[str, Any]:
     place = path.relative_to(folder)
     if not path.is_file():
-        raise ModelError(f"{str(folder)!r} has no {place}, so it is no student; give the folder that training saved")
+        raise ModelError(f"{folder} has no {place}, so it is no student; give the folder that training saved")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from rdm_sdk.errors import ConfigError, DataError
 from rdm_sdk.evaluation.scoring import Piece, scores_of, summary
 from rdm_sdk.files import replacing
+from rdm_sdk.rewards.images import read_images
 from rdm_sdk.rewards.resolve import RewardFuncs, plan_rewards
 from rdm_sdk.rewards.scoring import check_scorable
 from rdm_sdk.training.run_record import versions
@@ -141,7 +141,7 @@ def read_folder(folder: str | Path) -> Tensor:
     if len(sizes) > 1:
         shown = ", ".join(f"{name}: {height} x {width}" for (height, width), name in list(sizes.items())[:3])
         raise DataError(f"the pictures in {str(folder)!r} must be of one size; got {shown}. Resize them first")
-    return torch.stack([_read(path) for path in found]).float() / 255
+    return torch.stack([_read(path) for path in found])
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -236,19 +236,13 @@ def _size(path: Path) -> tuple[int, int]:
 
 
 def _read(path: Path) -> Tensor:
-    """Return a picture as RGB, uint8 `[3, H, W]`, turned as its camera said, what is transparent on white."""
+    """Return a picture as RGB, float `[3, H, W]` in [0, 1], turned as its camera said."""
     with _opened(path) as picture:
-        if picture.mode.startswith(("I", "F")):
-            raise DataError(f"{str(path)!r} has more than 8 bits a channel; convert it to 8 bits first")
         try:
-            picture = ImageOps.exif_transpose(picture)
-            if picture.has_transparency_data:
-                layers = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers)
-            pixels = np.array(picture.convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:  # a file that ends too early
+            turned = ImageOps.exif_transpose(picture)
+        except (OSError, SyntaxError) as error:  # a file that ends too early
             raise DataError(f"the picture {str(path)!r} is damaged: {error}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        return read_images([turned], f"the picture {str(path)!r}", DataError)[0]
 
 
 def _opened(path: Path) -> Image.Image:

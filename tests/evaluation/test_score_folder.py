@@ -84,7 +84,7 @@ def test_a_file_name_is_a_prompt(name: str, prompt: str) -> None:
 
 
 def test_pictures_that_cannot_be_scored_are_named(pictures: Path, tmp_path: Path) -> None:
-    """Damaged ones, those of 16 bits, folders without any, rewards without prompts, sets of several sizes."""
+    """Damaged ones, those of transparent ones, folders without any, rewards without prompts, sets of several sizes."""
     with pytest.raises(RewardError, match="reads prompts"):
         score_folder(pictures, "legibility", progress=False)
     with pytest.raises(DataError, match="no pictures in"):
@@ -94,8 +94,8 @@ def test_pictures_that_cannot_be_scored_are_named(pictures: Path, tmp_path: Path
     (pictures / "bad.png").write_bytes((pictures / "more").glob("*").__next__().read_bytes()[:60])
     with pytest.raises(DataError, match=r"bad.png' (cannot be read|is damaged)"):
         score_folder(pictures, "jpeg", progress=False)
-    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(pictures / "bad.png")
-    with pytest.raises(DataError, match="more than 8 bits"):
+    Image.new("RGBA", (6, 4), (255, 0, 0, 99)).save(pictures / "bad.png")
+    with pytest.raises(DataError, match=r"bad.png'.*partly transparent"):
         score_folder(pictures, "jpeg", progress=False)
 
 
@@ -104,11 +104,11 @@ def _empty(tmp_path: Path) -> Path:
     return tmp_path / "empty"
 
 
-def test_transparency_and_turned_pictures(tmp_path: Path) -> None:
-    """What is transparent is white, and a picture is turned as its camera said."""
-    Image.new("RGBA", (6, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+def test_deep_and_turned_pictures(tmp_path: Path) -> None:
+    """16 bits are scaled by their range, and a picture is turned as its camera said."""
+    Image.fromarray(np.full((4, 6), 65535, np.uint16)).save(tmp_path / "deep.png")
     assert read_folder(tmp_path).amin() == 1
-    (tmp_path / "clear.png").unlink()
+    (tmp_path / "deep.png").unlink()
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (6, 4), "red").save(tmp_path / "turned.jpg", exif=exif)
