@@ -118,7 +118,7 @@ def _settings(run: RunLog) -> dict[str, Any]:
 
 def _differences(sides: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return rows of values by name, those that differ first."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in dict.fromkeys(name for side in sides for name in side):
         cells = [str(side[name]) if name in side else "not known" if not side else "" for side in sides]
         rows.append({"name": name, "cells": cells, "differs": len(set(cells)) > 1})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
 from rdm_sdk.errors import ConfigError
 from rdm_sdk.evaluation.report.curves import Curve, thinned
@@ -24,7 +25,7 @@ def plot(curve: Curve, number: int) -> str:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("a report needs Matplotlib: pip install 'rdm-sdk[report]'") from error
-    style = {
+    style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": f"plot{number}",
         "font.size": 9,
