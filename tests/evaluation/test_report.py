@@ -21,6 +21,7 @@ import torch
 from rdm_sdk import DataError, write_report
 from rdm_sdk.cli.main import main
 from rdm_sdk.evaluation.report.curves import NOT_CURVES, Curve, curves_of, thinned
+from rdm_sdk.evaluation.report.plots import plot
 from rdm_sdk.evaluation.report.reading import read_run
 from rdm_sdk.evaluation.report.remarks import remarks
 from rdm_sdk.evaluation.result import EvaluationResult, Row
@@ -246,6 +247,14 @@ def test_remarks_say_what_to_look_at(name: str, values: list[float], remark: str
     """Each by its rule; a run without oddities has none."""
     found = remarks([Curve(name, "", "", "", [list(enumerate(values))], 0)], 0)
     assert (remark is None and not found) or (remark is not None and remark in found[0])
+
+
+def test_labels_of_small_values_are_whole() -> None:
+    """A curve between 0 and 0.004 has labels that differ, and every line is inside its drawing."""
+    svg = plot(Curve("loss", "", "", "", [[(step, step * 1e-5) for step in range(400)]], 0), 3)
+    labels = re.findall(r">([^<>]+)</text>", svg)
+    assert {"0.001", "0.002", "0.003", "training step"} <= {label.strip() for label in labels}
+    assert 'id="plot3-run0"' in svg
 
 
 def test_thinning_keeps_spikes() -> None:

@@ -74,5 +74,6 @@ def _themed(svg: str) -> str:
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # names of its groups, the same in every drawing
     svg = svg.replace("xlink:href", "href").replace(_INK, "currentColor")
     svg = re.sub(r"#0a0b(0\d)", lambda match: f"var(--run{int(match[1])})", svg)
-    svg = re.sub(r"(\d+\.\d\d)\d+", r"\1", svg)
+    # Shorter paths; never the labels, which may be small numbers.
+    svg = re.sub(r' d="[^"]*"', lambda match: re.sub(r"(\d+\.\d\d)\d+", r"\1", match[0]), svg)
     return svg.replace("<svg", '<svg aria-hidden="true"', 1)
