@@ -151,7 +151,8 @@ def _ends(curve: Curve, names: Sequence[str]) -> str:
 
 def _slider(names: Sequence[str], logs: Sequence[RunLog]) -> dict[str, Any] | None:
     """Return the logged pictures of all runs by step; None where there are none."""
-    films, left_out = [], []
+    films: list[dict[str, Any]] = []
+    left_out = []
     for name, run in zip(names, logs, strict=True):
         chosen = _spaced(run.pictures, MOST_PICTURES)
         if len(chosen) < len(run.pictures):
