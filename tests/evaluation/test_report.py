@@ -38,7 +38,7 @@ def logged(step: int) -> dict[str, float]:
         "epoch": step / 10,
         "loss": 1 + wave,
         "loss/pathwise": 1 + wave,
-        "loss/dm": 0.3 + 0.1 * wave,
+        "dm/critic_loss": 0.3 + 0.1 * wave,
         "grad_norm": 0.1,
         "learning_rate": 1e-3 * (1 - step / 2000),
         "rewards/dm/mean": -30 + step / 100,
@@ -239,7 +239,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("frac_reward_zero_std", [0.1] * 10 + [0.9] * 10, "advantages are empty"),
         ("ratio/ess", [0.9] * 10 + [0.3] * 10, "used too often"),
         ("grad_norm", [0.1] * 10 + [10.0] * 10, "may diverge"),
-        ("loss/dm", [0.3] * 10 + [0.6] * 10, "the critic lags"),
+        ("dm/critic_loss", [0.3] * 10 + [0.6] * 10, "the critic lags"),
         ("loss/policy", [0.3] * 10 + [0.6] * 10, None),
     ],
 )

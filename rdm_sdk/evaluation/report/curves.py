@@ -32,7 +32,7 @@ KINDS = (
     Kind("loss/pathwise", "Losses", "no unit", "The part of the student's loss that acts by gradients of rewards."),
     Kind("loss/policy", "Losses", "no unit", "The part that acts by advantages of scores. About 0 is normal."),
     Kind(
-        "loss/(.+)",
+        "(.+)/critic_loss",
         "Losses",
         "squared error",
         "How well {0}'s critic denoises the student's samples. It falls fast at first and then stays; a rise says that "
@@ -59,6 +59,12 @@ KINDS = (
         "Groups in which {0} scores all samples alike. Near 1, advantages are empty.",
     ),
     Kind("rewards/(.+)/nan", "Rewards", "samples", "Samples to which {0} does not apply. 0 is normal."),
+    Kind(
+        "rewards/(.+)/applies",
+        "Rewards",
+        "share of samples, 0 to 1",
+        "Samples that {0} is for; its mean is over them. 1 is normal for a reward of all prompts.",
+    ),
     Kind("rewards/(.+)/skipped", "Rewards", "share of batches, 0 to 1", "How often {0} failed and was skipped."),
     Kind("rewards/(.+)/seconds", "Costs", "seconds per batch", "What evaluating {0} takes."),
     Kind("weights/(.+)", "Weights", "weight", "What {0} weighs beside the others; constant unless weighting adapts."),

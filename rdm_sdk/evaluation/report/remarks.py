@@ -36,7 +36,7 @@ def _of(name: str, values: list[float]) -> list[str]:
         return [f"{name} ended at {end:.2f}: in most groups all samples score alike, and advantages are empty."]
     if name == "ratio/ess" and end < 0.5:
         return [f"{name} ended at {end:.2f}: rollouts are used too often. Lower num_iterations."]
-    if name.startswith("loss/") and name not in ("loss/pathwise", "loss/policy") and end > 1.5 * least > 0:
+    if name.endswith("/critic_loss") and end > 1.5 * least > 0:
         return [
             f"{name} ended {end / least - 1:.0%} above its lowest: the critic lags. Raise critic_steps or its rate."
         ]
