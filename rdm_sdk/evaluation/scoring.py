@@ -13,7 +13,8 @@ from rdm_sdk.errors import DataError
 from rdm_sdk.evaluation.intervals import mean_interval
 from rdm_sdk.evaluation.variety import group_labels, rows_of
 from rdm_sdk.rewards.base import RewardBatch
-from rdm_sdk.rewards.evaluate import InapplicableError, evaluate_rewards
+from rdm_sdk.rewards.checks import InapplicableError
+from rdm_sdk.rewards.evaluate import evaluate_rewards
 from rdm_sdk.rewards.resolve import WeightedReward
 
 PIECE = 64
