@@ -53,6 +53,9 @@ def _parser() -> Parser:
     parser.add_argument("--samples", type=whole_number(1), default=1, help="of each prompt")
     for name in ("num_inference_steps", *_CALL):
         parser.add_argument(f"--{name}", type=whole_number(1), default=None, help="as the student was trained")
+    parser.add_argument(
+        "--other_base", action="store_true", help="take another base of the same family than the student's"
+    )
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="the teacher's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; a GPU if there is one")
@@ -104,6 +107,7 @@ def _sampled(options: argparse.Namespace, candidates: Sequence[Candidate], promp
         batch_size=min(8, len(repeated)),
         dtype=getattr(torch, options.dtype),
         device=device,
+        other_base=options.other_base,
     )
     rows = {}
     for candidate in candidates:

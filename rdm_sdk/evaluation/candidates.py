@@ -49,15 +49,17 @@ def student_candidates(folder: str | Path, steps: Sequence[int], call: Mapping[s
     """
     path = Path(folder)
     trained = read_call(path)
-    scheduler = _read(path / SCHEDULER, path)
     mine = int(trained["num_inference_steps"])
+    wrong = [count for count in steps if count != mine]
+    whole = (path / SCHEDULER).is_file()
+    # Without a scheduler, other numbers of steps are refused first: leaving them out is the nearer advice.
+    scheduler = {"stochastic_sampling": True} if wrong and not whole else _read(path / SCHEDULER, path)
     renoises = bool(scheduler.get("stochastic_sampling")) or scheduler.get("_class_name") == "LCMScheduler"
     shift = scheduler.get("shift") if "FlowMatch" in str(scheduler.get("_class_name")) else None
-    wrong = [count for count in steps if renoises and count != mine]
-    if wrong:
+    if renoises and wrong:
         raise ConfigError(
-            f"the student in {str(path)!r} re-noises after each of its {mine} steps, which is the one number that it "
-            f"can be sampled with; got {', '.join(map(str, wrong))}. Leave steps out, or train another student"
+            f"the student in {path} was trained for {mine} steps, and its scheduler, which re-noises after each of its "
+            f"{mine} steps, holds their noise levels alone; got {', '.join(map(str, wrong))}. Leave the steps out"
         )
     fingerprint = files_digest(path, _FILES)
     return [

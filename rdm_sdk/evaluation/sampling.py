@@ -36,6 +36,7 @@ class Sampler:
         batch_size: images at a time; images depend on it, by their last bits and by their noise.
         dtype: of the base, where it is loaded here.
         device: where it works.
+        other_base: take students of another base of the same family, as `load_student`.
         cache: a folder for the images, 8 bits a channel, by a hash of all that decides them; None keeps none.
 
     Raises:
@@ -52,8 +53,10 @@ class Sampler:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str,
         cache: Path | None = None,
+        other_base: bool = False,
     ) -> None:
         self.guidance_scale, self.seed, self.batch_size, self.cache = guidance_scale, seed, batch_size, cache
+        self.other_base = other_base
         self.family: ModelFamily = load_family(model, dtype)
         self.fingerprint = self.family.fingerprint()
         if str(self.family.pipeline.device) != str(device):  # one that is spread over devices refuses to be moved
@@ -123,7 +126,7 @@ class Sampler:
                 if place.type != "cpu":
                     backbone.to("cpu")
                 with _quiet_loading():
-                    load_student(pipeline, candidate.student)
+                    load_student(pipeline, candidate.student, other_base=self.other_base)
                 if candidate.regrid:
                     pipeline.scheduler = family.student_scheduler(candidate.steps, candidate.shift, stochastic=False)
             yield call
