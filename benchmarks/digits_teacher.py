@@ -40,7 +40,7 @@ from rdm_sdk import digits, feature_statistics, frechet_distance, legibility
 from rdm_sdk.digits import DIGIT_WORDS, IMAGE_SIZE, PROMPT_TEMPLATES
 from rdm_sdk.digits.classifier import DigitClassifier, accuracy, scans_to_images
 from rdm_sdk.digits.demo import GUIDANCE
-from rdm_sdk.digits.metrics import FeatureStatistics
+from rdm_sdk.evaluation.distances import FeatureStatistics
 
 MAX_TOKENS = 8
 LATENT_SIZE = 8

@@ -24,6 +24,10 @@ _PUBLIC = {
     "RewardTerm": "rdm_sdk.rewards.spec",
     "parse_spec": "rdm_sdk.rewards.spec",
     "score_images": "rdm_sdk.rewards.scoring",
+    "evaluate": "rdm_sdk.evaluation.run",
+    "EvaluationResult": "rdm_sdk.evaluation.result",
+    "score_folder": "rdm_sdk.evaluation.folder",
+    "write_report": "rdm_sdk.evaluation.report.page",
     "hookimpl": "rdm_sdk.plugins.hookspecs",
     "RegisterReward": "rdm_sdk.plugins.hookspecs",
     "RegisterModel": "rdm_sdk.plugins.hookspecs",
@@ -45,8 +49,8 @@ _PUBLIC = {
     "feature_statistics": "rdm_sdk.digits.metrics",
     "teacher_statistics": "rdm_sdk.digits.metrics",
     "legibility": "rdm_sdk.digits.metrics",
-    "diversity": "rdm_sdk.digits.metrics",
-    "teacher_steps_worth": "rdm_sdk.digits.metrics",
+    "diversity": "rdm_sdk.evaluation.variety",
+    "teacher_steps_worth": "rdm_sdk.evaluation.variety",
     "image_grid": "rdm_sdk.training.pictures",
     "markdown_table": "rdm_sdk.training.pictures",
 }
@@ -63,6 +67,10 @@ __all__ = [  # noqa: RUF022 - in the order of _PUBLIC
     "RewardTerm",
     "parse_spec",
     "score_images",
+    "evaluate",
+    "EvaluationResult",
+    "score_folder",
+    "write_report",
     "hookimpl",
     "RegisterReward",
     "RegisterModel",
@@ -93,12 +101,10 @@ __all__ = [  # noqa: RUF022 - in the order of _PUBLIC
 
 if TYPE_CHECKING:
     from rdm_sdk import digits as digits
-    from rdm_sdk.digits.metrics import diversity as diversity
     from rdm_sdk.digits.metrics import feature_statistics as feature_statistics
     from rdm_sdk.digits.metrics import frechet_distance as frechet_distance
     from rdm_sdk.digits.metrics import legibility as legibility
     from rdm_sdk.digits.metrics import teacher_statistics as teacher_statistics
-    from rdm_sdk.digits.metrics import teacher_steps_worth as teacher_steps_worth
     from rdm_sdk.errors import (
         CheckpointError as CheckpointError,
     )
@@ -117,6 +123,12 @@ if TYPE_CHECKING:
     from rdm_sdk.errors import (
         RewardError as RewardError,
     )
+    from rdm_sdk.evaluation.folder import score_folder as score_folder
+    from rdm_sdk.evaluation.report.page import write_report as write_report
+    from rdm_sdk.evaluation.result import EvaluationResult as EvaluationResult
+    from rdm_sdk.evaluation.run import evaluate as evaluate
+    from rdm_sdk.evaluation.variety import diversity as diversity
+    from rdm_sdk.evaluation.variety import teacher_steps_worth as teacher_steps_worth
     from rdm_sdk.families.base import ModelFamily as ModelFamily
     from rdm_sdk.families.ddpm import DDPMFamily as DDPMFamily
     from rdm_sdk.families.flow import FlowFamily as FlowFamily

@@ -7,7 +7,22 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import rdm_sdk
-from rdm_sdk.cli import demo, isolate, models, new_reward, plan, plugins, presets, rewards, sample, serve, train
+from rdm_sdk.cli import (
+    demo,
+    evaluate,
+    isolate,
+    models,
+    new_reward,
+    plan,
+    plugins,
+    presets,
+    report,
+    rewards,
+    sample,
+    score,
+    serve,
+    train,
+)
 from rdm_sdk.cli.console import Parser, one_line
 from rdm_sdk.errors import RDMError
 
@@ -25,6 +40,9 @@ COMMANDS: dict[str, Command] = {
     "demo": demo,
     "train": train,
     "sample": sample,
+    "eval": evaluate,
+    "score": score,
+    "report": report,
     "plan": plan,
     "presets": presets,
     "rewards": rewards,

@@ -1,70 +1,179 @@
-"""`rdm-sdk sample`: sample a trained student with plain diffusers."""
+"""`rdm-sdk sample`: sample a trained student with plain diffusers, and its teacher beside it."""
 
 from __future__ import annotations
 
-import json
-from argparse import Namespace
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rdm_sdk.cli.console import SEED, Parser, check_folder, one_line, whole_number
+from rdm_sdk.cli.console import SEED, Parser, check_folder, whole_number
 from rdm_sdk.errors import ConfigError
 
-HELP = "sample a trained student with plain diffusers"
-_CALL = ("num_inference_steps", "max_sequence_length", "height", "width")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rdm_sdk.evaluation.candidates import Candidate
+
+HELP = "sample a trained student with plain diffusers, and its teacher beside it"
+_CALL = ("max_sequence_length", "height", "width")
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Write a picture of samples."""
+    """Write a picture of samples, or each sample as a file."""
+    options = _parser().parse_args(arguments)
+    if options.student is not None and not options.student.is_dir():
+        raise ConfigError(f"--student: there is no folder {options.student}; give the one that training saved")
+    if options.student is None and options.teacher is None:
+        raise ConfigError("there is nothing to sample: give --student, or --teacher with its number of steps, or both")
+    if options.output is not None and options.output.is_dir():
+        raise ConfigError(f"--output: {options.output} is a folder; give the name of a picture")
+    if options.output is None and options.files is None:
+        options.output = Path("sample.png")
+    for name in ("output", "files"):
+        place = getattr(options, name)
+        if place is not None:
+            check_folder(f"--{name}", place.parent if name == "output" else place)
+    prompts, candidates = _prompts(options), _candidates(options)
+    rows = _sampled(options, candidates, prompts)
+    if options.files is not None:
+        print(f"wrote {_write_files(rows, prompts, options.samples, options.files)} pictures into {options.files}")
+    if options.output is not None:
+        print(f"wrote {_write_grid(rows, prompts, options.samples, options.output)}")
+    return 0
+
+
+def _parser() -> Parser:
     parser = Parser(prog="rdm-sdk sample", description=HELP)
     parser.add_argument("--model", required=True, help="the base that the student was trained on ('digits' works too)")
-    parser.add_argument("--student", type=Path, required=True, help="the folder that training saved")
-    parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    for name in _CALL:
+    parser.add_argument("--student", type=Path, help="the folder that training saved")
+    parser.add_argument("--teacher", type=whole_number(1), metavar="STEPS", help="the base too, at a number of steps")
+    parser.add_argument("--prompt", action="append", help="may be given several times")
+    parser.add_argument("--prompts", help="a file with one prompt per line")
+    parser.add_argument("--samples", type=whole_number(1), default=1, help="of each prompt")
+    for name in ("num_inference_steps", *_CALL):
         parser.add_argument(f"--{name}", type=whole_number(1), default=None, help="as the student was trained")
     parser.add_argument(
         "--other_base", action="store_true", help="take another base of the same family than the student's"
     )
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="the teacher's")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; a GPU if there is one")
     parser.add_argument("--seed", type=SEED, default=0)
-    parser.add_argument("--output", type=Path, default=Path("sample.png"), help="the PNG that is written")
-    options = parser.parse_args(arguments)
-    if not options.student.is_dir():
-        raise ConfigError(f"--student: there is no folder {options.student}; give the one that training saved")
-    if options.output.is_dir():
-        raise ConfigError(f"--output: {options.output} is a folder; give the name of a picture")
-    check_folder("--output", options.output.parent)
-    given = {name: value for name in _CALL if (value := getattr(options, name)) is not None}
-    print(f"wrote {_draw(options, given)}")
-    return 0
+    parser.add_argument("--output", type=Path, help="one PNG of all; sample.png unless --files is given")
+    parser.add_argument("--files", type=Path, help="a folder for each sample as a PNG, named by its prompt")
+    return parser
 
 
-def _draw(options: Namespace, given: dict[str, Any]) -> Path:
+def _prompts(options: argparse.Namespace) -> list[str]:
+    """Return the prompts of `--prompt` and `--prompts`, in this order, each once."""
+    from rdm_sdk.training.data import load_prompts
+
+    listed = [] if options.prompts is None else list(load_prompts(options.prompts, "--prompts")["prompt"])
+    given = [*(options.prompt or []), *listed]
+    if not given:
+        raise ConfigError("there are no prompts: give --prompt, or a file by --prompts")
+    return list(dict.fromkeys(list(load_prompts(given, "--prompt")["prompt"])))
+
+
+def _candidates(options: argparse.Namespace) -> list[Candidate]:
+    """Return what is sampled, without loading anything."""
+    from rdm_sdk.cli.run_arguments import base_path
+    from rdm_sdk.evaluation.candidates import shared_call, student_candidates, teacher_candidate
+    from rdm_sdk.families.load import find_folder
+
+    call = {name: value for name in _CALL if (value := getattr(options, name)) is not None}
+    steps = [] if options.num_inference_steps is None else [options.num_inference_steps]
+    students = [] if options.student is None else student_candidates(options.student, steps, call)
+    teacher = [] if options.teacher is None else [teacher_candidate(options.teacher, shared_call(students, call))]
+    find_folder(base_path(options.model))
+    return [*teacher, *students]
+
+
+def _sampled(options: argparse.Namespace, candidates: Sequence[Candidate], prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Return each candidate's images of every prompt, those of a prompt in a row, by the candidate's name."""
     import torch
+    from tqdm import tqdm
 
     from rdm_sdk.cli.run_arguments import base_path
-    from rdm_sdk.families.load import load_pipeline
-    from rdm_sdk.training.export import CALL, load_student
+    from rdm_sdk.evaluation.sampling import Sampler
+
+    device = _device(options.device)
+    repeated = [prompt for prompt in prompts for _ in range(options.samples)]
+    sampler = Sampler(
+        base_path(options.model),
+        guidance_scale=options.guidance_scale,
+        seed=options.seed,
+        batch_size=min(8, len(repeated)),
+        dtype=getattr(torch, options.dtype),
+        device=device,
+        other_base=options.other_base,
+    )
+    rows = {}
+    for candidate in candidates:
+        with tqdm(total=len(repeated), desc=candidate.name, unit="image") as bar:
+            images, _ = sampler.images(candidate, repeated, "rows", bar.update)
+        rows[candidate.name] = images.float() / 255
+    return rows
+
+
+def _device(named: str | None) -> Any:
+    import torch
+
+    try:
+        device = torch.device(named or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"--device: {named!r} is no device; give cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device: there is no {named}; this machine has {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def _write_grid(rows: dict[str, Tensor], prompts: Sequence[str], samples: int, output: Path) -> Path:
+    """Write one picture: a row for each candidate, or for each candidate's samples of a prompt where there are more."""
     from rdm_sdk.training.pictures import image_grid
 
-    student: Path = options.student
-    if not (student / CALL).is_file():
-        raise ConfigError(
-            f"--student: {student} has no {CALL}, so it is no student; give the folder that training saved"
+    if samples == 1:
+        return image_grid(
+            [(name.replace(", ", "\n") if len(rows) > 1 else "", row) for name, row in rows.items()], output
         )
-    steps = json.loads((student / CALL).read_text(encoding="utf-8"))["num_inference_steps"]
-    if given.get("num_inference_steps", steps) != steps:
-        raise ConfigError(
-            f"--num_inference_steps: the student in {student} was trained for {steps} steps, and its scheduler holds "
-            f"their noise levels alone; got {given['num_inference_steps']}. Leave it out"
-        )
-    pipeline = load_pipeline(base_path(options.model), torch.float32)
-    call = load_student(pipeline, student, other_base=options.other_base) | given
-    if torch.cuda.is_available():
-        pipeline.to("cuda")
-    torch.manual_seed(options.seed)
-    try:
-        images = pipeline(prompt=list(options.prompt), output_type="pt", **call).images
-    except (ValueError, TypeError) as error:  # what the pipeline does not take
-        raise ConfigError(f"{type(pipeline).__name__} cannot be called so: {one_line(error)}") from error
-    return image_grid([("", images)], options.output)
+    parts = [
+        (f"{_short(prompt)}\n{name}", row[i * samples : (i + 1) * samples])
+        for i, prompt in enumerate(prompts)
+        for name, row in rows.items()
+    ]
+    return image_grid(parts, output)
+
+
+def _short(prompt: str) -> str:
+    return prompt if len(prompt) <= 30 else f"{prompt[:29]}…"
+
+
+def _write_files(rows: dict[str, Tensor], prompts: Sequence[str], samples: int, folder: Path) -> int:
+    """Write each image as `<prompt>_<number>.png`, in a folder for each candidate where there are several.
+
+    `rdm-sdk score --prompts` reads the prompts in `metadata.jsonl` beside them.
+    """
+    import json
+    import re
+
+    from PIL import Image
+
+    from rdm_sdk.files import replacing
+    from rdm_sdk.training.pictures import to_uint8
+
+    written = 0
+    for name, row in rows.items():
+        place = folder / re.sub(r"\W+", "_", name) if len(rows) > 1 else folder
+        lines: list[str] = []
+        for number, pixels in enumerate(to_uint8(row).numpy()):
+            prompt = prompts[number // samples]
+            stem = re.sub(r"\W+", "_", prompt).strip("_")[:80] or "prompt"
+            path = place / f"{stem}_{number:04d}.png"
+            with replacing(path) as staged:
+                Image.fromarray(pixels).save(staged, format="PNG")
+            lines.append(json.dumps({"file_name": path.name, "prompt": prompt}) + "\n")
+        with replacing(place / "metadata.jsonl") as staged:
+            staged.write_text("".join(lines), encoding="utf-8")
+        written += len(lines)
+    return written

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from rdm_sdk.errors import RewardError
 from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.evaluate import Evaluation, OnError, evaluate_rewards
 from rdm_sdk.rewards.images import read_images
-from rdm_sdk.rewards.resolve import RewardFuncs, resolve_rewards
+from rdm_sdk.rewards.resolve import RewardFuncs, RunReward, resolve_rewards
 
 
 def score_images(
@@ -45,18 +45,7 @@ def score_images(
             judge finished images.
     """
     found = resolve_rewards(rewards)
-    for reward in found:
-        if reward.capabilities.needs_models:
-            raise RewardError(
-                f"reward {reward.label!r} needs the models of a training run, so it cannot score images alone"
-            )
-        if reward.capabilities.prompts and prompts is None:
-            raise RewardError(f"reward {reward.label!r} reads prompts; pass one per image")
-        for column in reward.capabilities.columns:
-            if column not in (columns or {}):
-                raise RewardError(
-                    f"reward {reward.label!r} needs a column {column!r}; pass columns={{{column!r}: [...]}}"
-                )
+    check_scorable(found, prompts is not None, columns or {})
     if not (isinstance(images, Tensor) and images.is_floating_point()):
         if isinstance(images, (str, Image.Image)) or not isinstance(images, (Sequence, Tensor, np.ndarray)):
             raise RewardError(f"images must be a tensor [N, 3, H, W] or a list; got {type(images).__name__}")
@@ -69,3 +58,19 @@ def score_images(
         on_error=on_error,
         gradients_of=(),
     )
+
+
+def check_scorable(rewards: Sequence[RunReward], prompts: bool, columns: Container[str]) -> None:
+    """Raise `RewardError` for a reward that cannot judge finished images with, or without, prompts and columns."""
+    for reward in rewards:
+        if reward.capabilities.needs_models:
+            raise RewardError(
+                f"reward {reward.label!r} needs the models of a training run, so it cannot score images alone"
+            )
+        if reward.capabilities.prompts and not prompts:
+            raise RewardError(f"reward {reward.label!r} reads prompts; pass one per image")
+        for column in reward.capabilities.columns:
+            if column not in columns:
+                raise RewardError(
+                    f"reward {reward.label!r} needs a column {column!r}; pass columns={{{column!r}: [...]}}"
+                )

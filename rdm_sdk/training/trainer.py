@@ -33,6 +33,7 @@ from rdm_sdk.training.models import RunModels
 from rdm_sdk.training.optimizers import CriticOptimizer, critic_optimizer, restart_rates
 from rdm_sdk.training.pictures import image_grid
 from rdm_sdk.training.run_keeper import RunKeeper
+from rdm_sdk.training.run_record import RunRecord
 from rdm_sdk.training.step import DistillationStep
 from rdm_sdk.training.weighting import Weighting, make_weighting
 
@@ -110,7 +111,7 @@ class RDMTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[Bookkeeper(self), *(callbacks or [])],
+            callbacks=[Bookkeeper(self), RunRecord(self.rewards, self.family.base_name), *(callbacks or [])],
         )
         speak_plainly(self)
         validation.check_hosted(args, self.roles, self.is_deepspeed_enabled or self.is_fsdp_enabled)

@@ -48,6 +48,36 @@ def test_train_then_sample(run_file, tmp_path, capsys):
     with Image.open(out) as picture:
         assert picture.height > 30
     assert "wrote" in capsys.readouterr().out
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a handwritten two\nfive\n", encoding="utf-8")
+    beside = ["--teacher", "2", "--prompts", str(prompts), "--samples", "2", "--files", str(tmp_path / "files")]
+    assert main([*arguments, *beside, "--seed", "3", "--device", "cpu"]) == 0
+    assert "wrote 8 pictures" in capsys.readouterr().out
+    names = ["a_handwritten_two_0000.png", "a_handwritten_two_0001.png", "five_0002.png", "five_0003.png"]
+    for place in ("s_4_steps", "teacher_2_steps"):
+        assert sorted(path.name for path in (tmp_path / "files" / place).glob("*.png")) == names
+        assert '"prompt": "five"' in (tmp_path / "files" / place / "metadata.jsonl").read_text(encoding="utf-8")
+    first = (tmp_path / "files" / "s_4_steps" / names[0]).read_bytes()
+    assert first != (tmp_path / "files" / "s_4_steps" / names[1]).read_bytes()
+    assert main([*arguments, *beside, "--seed", "3", "--device", "cpu", "--output", str(out)]) == 0
+    assert (tmp_path / "files" / "s_4_steps" / names[0]).read_bytes() == first
+    with Image.open(out) as picture:
+        assert picture.height > 4 * 30
+    assert (
+        main(
+            [
+                "score",
+                str(tmp_path / "files" / "s_4_steps"),
+                "--rewards",
+                "legibility",
+                "--output",
+                str(tmp_path / "s.csv"),
+                "--prompts",
+                str(tmp_path / "files" / "s_4_steps" / "metadata.jsonl"),
+            ]
+        )
+        == 0
+    )
 
 
 def test_a_table_of_prompts_and_a_function_of_ones_own(run_file, tmp_path, monkeypatch, capsys):

@@ -11,6 +11,7 @@ from rdm_sdk.cli.main import main
 
 TRAIN = "train --model digits"
 PLAN = "plan --model digits"
+EVAL = "eval --model digits"
 SAMPLE = "sample --model digits --student student --prompt x"
 FILES = {
     "typo.yaml": b"num_generation: 4\n",
@@ -36,10 +37,15 @@ FILES = {
     "student/README.md": b"a folder, and no student",
     "four/inference.json": b'{"num_inference_steps": 4}',
     "pipeline/model_index.json": b"{",
+    "prompts.txt": b"a cat\n",
+    "files.csv": b"file,prompt\nbroken.png,a cat\n",
+    "pictures/broken.png": b"no picture",
+    "renoising/inference.json": b'{"num_inference_steps": 4}',
+    "renoising/scheduler/scheduler_config.json": b'{"_class_name": "LCMScheduler"}',
 }
 MISTAKES = [
     # Which command.
-    ("", "which command? One of demo, train, sample"),
+    ("", "which command? One of demo, train, sample, eval, score"),
     ("trian", "invalid choice: 'trian'"),
     ("--verison", "unrecognized arguments: --verison"),
     # Names of settings.
@@ -132,7 +138,22 @@ MISTAKES = [
     ("plan --model ./nowhere", "there is no such folder"),
     ("plan --model pipeline", "cannot read"),
     # The others.
-    ("sample", "the following arguments are required: --model, --student, --prompt"),
+    ("sample", "the following arguments are required: --model"),
+    ("sample --model digits --prompt x", "there is nothing to sample: give --student, or --teacher"),
+    ("sample --model digits --teacher 2", "there are no prompts: give --prompt, or a file by --prompts"),
+    ("sample --model ./nowhere --teacher 2 --prompt x", "there is no such folder"),
+    ("sample --model digits --teacher 2 --prompts nowhere.txt", "nowhere.txt"),
+    ("sample --model digits --teacher 2 --prompt ''", "must be a text that is not empty"),
+    ("sample --model digits --student renoising --prompt x --num_inference_steps 2", "re-noises after each of its 4"),
+    ("sample --model digits --teacher 2 --prompt x --device gpu", "'gpu' is no device"),
+    ("sample --model digits --teacher 2 --prompt x --device cuda:77", "there is no cuda:77"),
+    ("sample --model digits --teacher 2 --prompt x --dtype float8", "invalid choice: 'float8'"),
+    ("sample --model digits --teacher 2 --prompt x --files file", "file cannot be a folder"),
+    ("report", "the following arguments are required: run"),
+    ("report nowhere", "there is no folder 'nowhere'"),
+    ("report student", "'student' holds no log of a run: trainer_state.json is written at the end"),
+    ("report student --output pictures", "pictures is a folder"),
+    ("report student --ouput page.html", "unrecognized arguments: --ouput page.html"),
     ("sample --model digits --student nowhere --prompt x", "there is no folder nowhere"),
     (SAMPLE, "student has no inference.json, so it is no student"),
     (f"{SAMPLE} --height tall", "must be a whole number, at least 1; got 'tall'"),
@@ -141,6 +162,35 @@ MISTAKES = [
     (f"{SAMPLE} --seed -1", "must be a whole number, at least 0"),
     (f"{SAMPLE} --output student", "student is a folder"),
     (f"{SAMPLE} --output file/picture.png", "file is a file"),
+    ("eval", "the following arguments are required: --model"),
+    (EVAL, "there is nothing to evaluate: give students, or teacher_steps"),
+    ("eval --model some/model --teacher_steps 1", "--prompts is missing"),
+    ("eval --model some/model --prompts prompts.txt --teacher_steps 1", "--features is missing: give 'dinov2'"),
+    ("eval --model ./nowhere --prompts prompts.txt --features dinov2 --teacher_steps 1", "there is no such folder"),
+    (f"{EVAL} --student nowhere", "there is no folder 'nowhere'"),
+    (f"{EVAL} --student student", "student has no inference.json, so it is no student"),
+    (f"{EVAL} --student renoising --steps 1 2", "re-noises after each of its 4 steps"),
+    (f"{EVAL} --teacher_steps none", "must be a whole number, at least 1; got 'none'"),
+    (f"{EVAL} --teacher_steps 1 --samples 1001", "samples=1001 must be a multiple of the 10 different prompts"),
+    (f"{EVAL} --teacher_steps 1 --prompts nowhere.txt", "there is no file at 'nowhere.txt'"),
+    (f"{EVAL} --teacher_steps 1 --rewards klip", "klip"),
+    (f"{EVAL} --teacher_steps 1 --rewards dm", "needs the models of a training run"),
+    (f"{EVAL} --teacher_steps 1 --real student", "--real: there are no pictures in 'student'"),
+    (f"{EVAL} --teacher_steps 1 --features ./nowhere", "'./nowhere' cannot be loaded"),
+    (f"{EVAL} --teacher_steps 1 --guidance_scale strong", "invalid float value: 'strong'"),
+    (f"{EVAL} --teacher_steps 1 --output file", "file cannot be a folder"),
+    (f"{EVAL} --teacher-steps 1", "unrecognized arguments: --teacher-steps 1"),
+    ("score", "the following arguments are required: folder, --rewards"),
+    ("score nowhere --rewards jpeg", "there is no folder 'nowhere'"),
+    ("score student --rewards jpeg", "there are no pictures in 'student'"),
+    ("score pictures --rewards klip", "klip"),
+    ("score pictures --rewards legibility", "reads prompts"),
+    ("score pictures --rewards jpeg", "pictures/broken.png' cannot be read"),
+    ("score pictures --rewards jpeg --prompts prompts.txt", "must end in .csv or .jsonl, or be 'names'"),
+    ("score pictures --rewards jpeg --prompts nowhere.csv", "there is no file 'nowhere.csv'"),
+    ("score pictures --rewards jpeg --prompts files.csv", "row 1 of 'files.csv' needs file_name and prompt"),
+    ("score pictures --rewards jpeg --output scores.txt", "must end in .json or .csv"),
+    ("score pictures --rewards jpeg --output student", "student is a folder"),
     ("demo --samples 7", "--samples must be a multiple of 10"),
     ("demo --samples many", "invalid int value: 'many'"),
     ("demo --steps 0", "must be a whole number, at least 1; got '0'"),
@@ -184,7 +234,7 @@ def test_a_mistake_is_one_line(
 ) -> None:
     """What is wrong, on standard error; no traceback, no page of usage, no file, and no model is loaded."""
     for name, content in FILES.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     monkeypatch.chdir(tmp_path)
 

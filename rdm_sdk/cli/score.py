@@ -1,0 +1,39 @@
+"""`rdm-sdk score`: score pictures on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rdm_sdk.cli.console import Parser, check_folder
+from rdm_sdk.errors import ConfigError
+
+HELP = "score the pictures in a folder by any rewards"
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Write the scores, and print their means."""
+    parser = Parser(prog="rdm-sdk score", description=HELP)
+    parser.add_argument("folder", type=Path, help="PNG, JPEG and WebP are read, in folders in it too")
+    parser.add_argument("--rewards", required=True, help="which rewards, such as 'clip + jpeg'; weights mean nothing")
+    parser.add_argument(
+        "--prompts",
+        help="a CSV or JSONL file with columns file_name and prompt, or 'names': a_red_fox_0012.png is 'a red fox'",
+    )
+    parser.add_argument("--output", type=Path, default=Path("scores.json"), help="ends in .json or .csv")
+    options = parser.parse_args(arguments)
+    if options.output.is_dir():
+        raise ConfigError(f"--output: {options.output} is a folder; give the name of a file")
+    check_folder("--output", options.output.parent)
+    from rdm_sdk.evaluation.folder import check_target, score_folder
+    from rdm_sdk.training.pictures import markdown_table
+
+    check_target(options.output)
+    found = score_folder(options.folder, options.rewards, options.prompts)
+    rows = [
+        [name, part["mean"], f"{part['low']:.4g} to {part['high']:.4g}", part["images"]]
+        for name, part in found.summaries.items()
+    ]
+    print(markdown_table(["reward", "mean", "95 % interval", "images"], rows))
+    print(f"wrote {found.save(options.output)}")
+    return 0

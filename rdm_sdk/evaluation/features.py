@@ -1,0 +1,83 @@
+"""Where features come from: a function of the user's, or DINOv2.
+
+The classifier of the embedded digits is another (`rdm_sdk.digits.metrics.digit_features`). InceptionV3 is not one:
+`torchmetrics` takes it from `torch-fidelity`, which needs torchvision, and this SDK depends on neither; where both are
+installed, their network is a function as any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from rdm_sdk.errors import ConfigError, DataError
+from rdm_sdk.evaluation.images import check_features
+from rdm_sdk.vision import IMAGENET_MEAN, IMAGENET_STD, ImageTransform, load_pretrained
+
+Features: TypeAlias = Callable[[Tensor], Tensor]
+"""RGB images `[N, 3, H, W]`, float in [0, 1], to features `[N, D]`."""
+
+DINOV2 = "facebook/dinov2-base"
+_KINDS = ("dinov2", "dinov2_with_registers")
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A source of features, with the name that figures are kept with."""
+
+    name: str
+    extract: Features
+    batch_size: int = 32
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the features, float64 `[N, D]` on the CPU, of images `[N, 3, H, W]`, uint8 or float in [0, 1].
+
+        Raises:
+            DataError: the function returned no such features.
+        """
+        rows = []
+        for chunk in images.split(self.batch_size):
+            pixels = chunk.float() / 255 if chunk.dtype == torch.uint8 else chunk
+            features = self.extract(pixels)
+            rows.append(check_features(features, f"features by {self.name}", 1))
+            if len(rows[-1]) != len(chunk):
+                raise DataError(f"{self.name} returned {len(rows[-1])} rows of features for {len(chunk)} images")
+        return torch.cat(rows)
+
+
+def feature_extractor(source: str | Features, device: torch.device | str = "cpu") -> Extractor:
+    """Return what turns images into features.
+
+    Args:
+        source: "dinov2"; the hub id or path of a DINOv2 (its [CLS] embedding is taken); or a function.
+        device: where DINOv2 works.
+
+    Raises:
+        ConfigError: the source is none of these.
+        RewardError: the weights cannot be loaded.
+    """
+    if callable(source):
+        name = getattr(source, "__qualname__", None) or type(source).__name__
+        return Extractor(f"{getattr(source, '__module__', '')}.{name}".lstrip("."), source)
+    place = DINOV2 if source == "dinov2" else source
+    from transformers import AutoModel
+
+    model = load_pretrained(AutoModel, place, "DINOv2").to(device)
+    if model.config.model_type not in _KINDS:
+        raise ConfigError(
+            f"features={source!r} is a model of type {model.config.model_type!r}; give a DINOv2, or in Python a "
+            "function of RGB images [N, 3, H, W] in [0, 1] that returns features [N, D]"
+        )
+    transform = ImageTransform(224, resize_to=256, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+
+    def embed(images: Tensor) -> Tensor:
+        output: Any = model(pixel_values=transform(images.to(device)))
+        embedding: Tensor = output.last_hidden_state[:, 0]
+        return embedding.float()
+
+    return Extractor(f"{place} [CLS], {transform}", embed)

@@ -1,0 +1,252 @@
+"""Scores of pictures on disk."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from rdm_sdk.errors import ConfigError, DataError
+from rdm_sdk.evaluation.scoring import Piece, scores_of, summary
+from rdm_sdk.files import replacing
+from rdm_sdk.rewards.images import read_images
+from rdm_sdk.rewards.resolve import RewardFuncs, plan_rewards
+from rdm_sdk.rewards.scoring import check_scorable
+from rdm_sdk.training.run_record import versions
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+NAMES = "names"
+"""In the place of a file of prompts: each file's name is its prompt."""
+TOGETHER = 32
+"""Pictures of one size that are read and judged at a time."""
+
+
+@dataclass(frozen=True)
+class FolderScores:
+    """The scores of the pictures of a folder."""
+
+    files: list[str]
+    """Names of the pictures, relative to the folder, in alphabetical order."""
+    prompts: list[str] | None
+    scores: dict[str, list[float]]
+    """By reward, one per picture; NaN where it does not apply."""
+    summaries: dict[str, dict[str, Any]]
+    """By reward: mean, low, high, deviation, images, and the best and worst prompts."""
+    provenance: dict[str, Any]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the scores as JSON, or as CSV with a column per reward, as the file's name ends.
+
+        Raises:
+            ConfigError: the name ends otherwise.
+        """
+        target = Path(path)
+        check_target(target)
+        text = self._csv() if target.suffix.lower() == ".csv" else self._json()
+        with replacing(target) as staged:
+            staged.write_text(text, encoding="utf-8", newline="")
+        return target
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        for row, name in enumerate(self.files):
+            prompt = {} if self.prompts is None else {"prompt": self.prompts[row]}
+            values = {label: scores[row] for label, scores in self.scores.items()}
+            yield {"file_name": name, **prompt, **{label: v if v == v else None for label, v in values.items()}}
+
+    def _json(self) -> str:
+        content = {"rewards": self.summaries, "images": list(self._rows()), "provenance": self.provenance}
+        return json.dumps(content, indent=1) + "\n"
+
+    def _csv(self) -> str:
+        names = ["file_name", *([] if self.prompts is None else ["prompt"]), *self.scores]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._rows())
+        return text.getvalue()
+
+
+def check_target(path: Path) -> None:
+    """Raise `ConfigError` unless scores can be written to a file of that name."""
+    if path.suffix.lower() not in (".json", ".csv"):
+        raise ConfigError(f"{str(path)!r} must end in .json or .csv, which says what is written")
+
+
+def score_folder(
+    folder: str | Path,
+    rewards: RewardFuncs,
+    prompts: str | Path | Mapping[str, str] | None = None,
+    *,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> FolderScores:
+    """Score the pictures (PNG, JPEG, WebP) in a folder, and in the folders in it.
+
+    Args:
+        folder: the folder. Pictures may differ in size; those of one size are judged together.
+        rewards: as `RDMTrainer`'s `reward_funcs`; weights mean nothing here. Rewards that compare the images of a
+            prompt see each picture alone.
+        prompts: a CSV or JSONL file with the columns `file_name` and `prompt`, whose other columns are handed to
+            rewards; "names": a picture's name is its prompt, with underscores for spaces and without a number at its
+            end; or a mapping of names to prompts.
+        device: where the rewards' models work; by default a GPU, if there is one.
+        progress: show a bar.
+
+    Raises:
+        DataError: there are no pictures, one of them cannot be read, or one has no prompt.
+        RewardError: a reward is unknown, or cannot judge finished images.
+    """
+    path = Path(folder)
+    found = _pictures(path)
+    files = [p.relative_to(path).as_posix() for p in found]
+    columns = _columns(prompts, files)
+    texts = columns.pop("prompt", None)
+    planned = plan_rewards(rewards)
+    check_scorable(planned, texts is not None, columns)
+    sizes = [_size(p) for p in found]
+    judges = [reward.make() for reward in planned]
+    order = sorted(range(len(found)), key=lambda row: sizes[row])
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with tqdm(total=len(found), desc="scoring", unit="image", disable=not progress) as bar:
+        pieces = _pieces(found, sizes, order, texts, columns)
+        sorted_scores = scores_of(judges, pieces, device=place, done=bar.update)
+    scores = {label: torch.empty_like(v).index_copy_(0, torch.tensor(order), v) for label, v in sorted_scores.items()}
+    return FolderScores(
+        files,
+        texts,
+        {label: values.tolist() for label, values in scores.items()},
+        {label: summary(values, texts) for label, values in scores.items()},
+        {"versions": versions(), "rewards": {judge.label: judge.reward.provenance() for judge in judges}},
+    )
+
+
+def read_folder(folder: str | Path) -> Tensor:
+    """Return the pictures of a folder as one set of images, float `[N, 3, H, W]` in [0, 1].
+
+    Raises:
+        DataError: there are none, one of them cannot be read, or their sizes differ.
+    """
+    found = _pictures(Path(folder))
+    sizes = {_size(path): path.name for path in found}
+    if len(sizes) > 1:
+        shown = ", ".join(f"{name}: {height} x {width}" for (height, width), name in list(sizes.items())[:3])
+        raise DataError(f"the pictures in {str(folder)!r} must be of one size; got {shown}. Resize them first")
+    return torch.stack([_read(path) for path in found])
+
+
+def _pictures(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {str(folder)!r}")
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not found:
+        raise DataError(f"there are no pictures in {str(folder)!r}; those that end in {', '.join(SUFFIXES)} are read")
+    return found
+
+
+def _pieces(
+    found: Sequence[Path],
+    sizes: Sequence[tuple[int, int]],
+    order: Sequence[int],
+    texts: Sequence[str] | None,
+    columns: Mapping[str, list[Any]],
+) -> Iterator[Piece]:
+    """Yield the pictures in an order, those of one size together."""
+    start = 0
+    while start < len(order):
+        end = start + 1
+        while end < min(start + TOGETHER, len(order)) and sizes[order[end]] == sizes[order[start]]:
+            end += 1
+        rows = order[start:end]
+        yield Piece(
+            torch.stack([_read(found[row]) for row in rows]),
+            None if texts is None else [texts[row] for row in rows],
+            {name: [values[row] for row in rows] for name, values in columns.items()},
+        )
+        start = end
+
+
+def prompt_of(name: str) -> str:
+    """Return the prompt that a picture's name stands for: "a_red_fox_0012.png" is "a red fox"."""
+    return re.sub(r"[\s_]+\d+$", "", Path(name).stem).replace("_", " ").strip()
+
+
+def _columns(source: str | Path | Mapping[str, str] | None, files: Sequence[str]) -> dict[str, list[Any]]:
+    """Return the columns of the pictures, `prompt` among them if there are prompts."""
+    if source is None:
+        return {}
+    if source == NAMES:
+        return {"prompt": [prompt_of(name) for name in files]}
+    rows = (
+        {name: {"prompt": prompt} for name, prompt in source.items()}
+        if isinstance(source, Mapping)
+        else _read_rows(Path(source))
+    )
+    missing = [name for name in files if name not in rows]
+    if missing:
+        raise DataError(
+            f"prompts: {len(missing)} of {len(files)} pictures have no line, {missing[0]!r} first; "
+            "file_name is relative to the folder"
+        )
+    names = sorted({column for name in files for column in rows[name]})
+    short = next((name for name in files if not isinstance(rows[name].get("prompt"), str)), None)
+    if short is not None:
+        raise DataError(f"prompts: the line of {short!r} has no prompt")
+    return {column: [rows[name].get(column) for name in files] for column in names}
+
+
+def _read_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the lines of a CSV or JSONL file by their `file_name`."""
+    kind = path.suffix.lower()
+    if kind not in (".csv", ".jsonl"):
+        raise DataError(f"prompts: {str(path)!r} must end in .csv or .jsonl, or be {NAMES!r}")
+    if not path.is_file():
+        raise DataError(f"prompts: there is no file {str(path)!r}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        rows = list(csv.DictReader(io.StringIO(text))) if kind == ".csv" else _json_lines(text)
+    except (ValueError, csv.Error) as error:
+        raise DataError(f"prompts: {str(path)!r} cannot be read: {error}") from error
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or None in row or not {"file_name", "prompt"} <= row.keys():
+            got = ", ".join(map(str, row)) if isinstance(row, dict) else row  # None: more fields than columns
+            raise DataError(f"prompts: row {number} of {str(path)!r} needs file_name and prompt; it holds: {got}")
+    return {row["file_name"]: {k: v for k, v in row.items() if k != "file_name"} for row in rows}
+
+
+def _json_lines(text: str) -> list[Any]:
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Return a picture's height and width as it is shown, without reading its pixels."""
+    with _opened(path) as picture:
+        width, height = picture.size
+        turned = picture.getexif().get(0x0112, 1) >= 5
+    return (width, height) if turned else (height, width)
+
+
+def _read(path: Path) -> Tensor:
+    """Return a picture as RGB, float `[3, H, W]` in [0, 1], turned as its camera said."""
+    with _opened(path) as picture:
+        try:
+            turned = ImageOps.exif_transpose(picture)
+        except (OSError, SyntaxError) as error:  # a file that ends too early
+            raise DataError(f"the picture {str(path)!r} is damaged: {error}") from error
+        return read_images([turned], f"the picture {str(path)!r}", DataError)[0]
+
+
+def _opened(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise DataError(f"the picture {str(path)!r} cannot be read: {error}") from error

@@ -1,0 +1,111 @@
+"""What a run left in its output folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rdm_sdk.errors import DataError
+from rdm_sdk.evaluation.result import FILE as EVALUATION
+from rdm_sdk.training.checkpoint import STATE
+from rdm_sdk.training.checkpoint_folders import newest_whole, step_of
+from rdm_sdk.training.run_record import RECORD
+
+LOG = "trainer_state.json"
+_PICTURE = re.compile(r"step_(\d+)\.png")
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """One run, as its folder tells."""
+
+    name: str
+    folder: Path
+    history: list[dict[str, Any]]
+    """What was logged, one mapping per log, each with its `step`."""
+    step: int
+    """The last optimizer step."""
+    max_steps: int
+    record: dict[str, Any]
+    """base, rewards, settings and versions, as far as they are known."""
+    pictures: list[tuple[int, Path]]
+    """Of `log_images`, by step."""
+    evaluation: dict[str, Any] | None
+    """What `rdm-sdk eval` wrote, if anything."""
+    evaluation_picture: Path | None
+
+
+def read_run(folder: str | Path) -> RunLog:
+    """Return what a run left: in its output folder, in a checkpoint, or in a folder of `rdm-sdk demo`.
+
+    Raises:
+        DataError: there is no log, or a file of it is damaged.
+    """
+    given = Path(folder)
+    if not given.is_dir():
+        raise DataError(f"there is no folder {str(given)!r}; give the output_dir of a run")
+    path = given / "training" if not _logs(given) and (given / "training").is_dir() else given
+    logs = _logs(path)
+    if not logs:
+        raise DataError(
+            f"{str(given)!r} holds no log of a run: {LOG} is written at the end of training, and into every checkpoint "
+            "(save_steps). Give the output_dir of a run that has come so far"
+        )
+    states = [_read(log) for log in logs]
+    state = max(states, key=lambda found: found.get("global_step", 0))
+    newest = logs[states.index(state)].parent
+    history = [row for row in state.get("log_history", []) if isinstance(row, dict) and "step" in row]
+    if not history:
+        raise DataError(f"{str(logs[0])!r} has no logs in it; was logging_steps larger than the run?")
+    above = path.parent if step_of(path) >= 0 else path
+    pictures = [(int(match[1]), p) for p in above.glob("images/*.png") if (match := _PICTURE.fullmatch(p.name))]
+    evaluation = next((p for place in dict.fromkeys((above, given)) for p in _evaluations(place)), None)
+    return RunLog(
+        given.name or str(given.resolve().name),
+        given,
+        history,
+        int(state.get("global_step", 0)),
+        int(state.get("max_steps", 0)),
+        _record(above, newest),
+        sorted(pictures),
+        None if evaluation is None else _read(evaluation),
+        None if evaluation is None or not (grid := evaluation.with_name("grid.png")).is_file() else grid,
+    )
+
+
+def _logs(folder: Path) -> list[Path]:
+    """Return the logs of a run: the folder's, and that of its newest whole checkpoint."""
+    newest, _ = newest_whole(folder)
+    return [place / LOG for place in (folder, newest) if place is not None and (place / LOG).is_file()]
+
+
+def _evaluations(folder: Path) -> list[Path]:
+    return [path for path in (folder / EVALUATION, *sorted(folder.glob(f"*/{EVALUATION}"))) if path.is_file()]
+
+
+def _record(folder: Path, newest: Path) -> dict[str, Any]:
+    """Return a run's settings: of `run.json`, else of a checkpoint, which knows no versions."""
+    if (folder / RECORD).is_file():
+        return _read(folder / RECORD)
+    if not (newest / STATE).is_file():
+        return {}
+    state = _read(newest / STATE)
+    weights = state.get("weights", {})
+    rewards = [
+        {"reward": name, "weight": weights.get(name), "route": route}
+        for name, route in zip(state.get("rewards", []), state.get("routes", []), strict=False)
+    ]
+    return {"settings": state.get("identity", {}).get("settings", {}), "rewards": rewards}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise DataError(f"{str(path)!r} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{str(path)!r} must hold a JSON object")
+    return content

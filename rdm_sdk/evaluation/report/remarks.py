@@ -1,0 +1,49 @@
+"""What a run's logs say about whether it went well: sentences, from rules that can be read here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rdm_sdk.evaluation.report.curves import Curve
+
+LATE = 0.25
+"""The part of a run that is its end."""
+
+
+def remarks(curves: Sequence[Curve], run: int) -> list[str]:
+    """Return what to look at in a run, most serious first; empty where no rule finds anything."""
+    found = []
+    for curve in curves:
+        points = curve.points[run]
+        if curve.broken and not points:
+            found.append(f"{curve.name} was NaN or infinite: the run has diverged. Lower the learning rates.")
+        elif len(points) >= 8:
+            found += _of(curve.name, [value for _, value in points])
+    return found
+
+
+def _of(name: str, values: list[float]) -> list[str]:
+    late = values[-max(1, int(LATE * len(values))) :]
+    end, least = sum(late) / len(late), min(_smoothed(values))
+    if name.endswith("/residual") and end > 1.2 * least:
+        return [
+            f"{name} ended {end / least - 1:.0%} above its lowest: the student may drift. Stop earlier, or lower rates."
+        ]
+    if name == "grad_norm" and least > 0 and end > 20 * least:
+        return [f"{name} ended at {end / least:.0f} times its lowest: the run may diverge. Lower learning_rate."]
+    if name == "frac_reward_zero_std" and end > 0.5:
+        return [f"{name} ended at {end:.2f}: in most groups all samples score alike, and advantages are empty."]
+    if name == "ratio/ess" and end < 0.5:
+        return [f"{name} ended at {end:.2f}: rollouts are used too often. Lower num_iterations."]
+    if name.endswith("/critic_loss") and end > 1.5 * least > 0:
+        return [
+            f"{name} ended {end / least - 1:.0%} above its lowest: the critic lags. Raise critic_steps or its rate."
+        ]
+    return []
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Return means over windows of an eighth, so that a single low value is not taken for the level."""
+    width = max(1, math.ceil(len(values) / 8))
+    return [sum(values[i : i + width]) / width for i in range(0, len(values) - width + 1)]

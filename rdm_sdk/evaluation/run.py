@@ -1,0 +1,312 @@
+"""`evaluate`: students and their teacher beside each other, in every figure there is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from rdm_sdk.errors import ConfigError
+from rdm_sdk.evaluation.candidates import (
+    Candidate,
+    counted,
+    distinct,
+    shared_call,
+    student_candidates,
+    teacher_candidate,
+)
+from rdm_sdk.evaluation.distances import frechet_interval, kernel_distance
+from rdm_sdk.evaluation.features import Extractor, Features, feature_extractor
+from rdm_sdk.evaluation.images import check_images
+from rdm_sdk.evaluation.neighbors import density_coverage, precision_recall
+from rdm_sdk.evaluation.provenance import digest
+from rdm_sdk.evaluation.result import EvaluationResult, Row
+from rdm_sdk.evaluation.sampling import Sampler
+from rdm_sdk.evaluation.scoring import pieces_of, scores_of, summary
+from rdm_sdk.evaluation.variety import diversity, group_labels, teacher_steps_worth
+from rdm_sdk.files import replacing
+from rdm_sdk.rewards.resolve import RewardFuncs, WeightedReward, plan_rewards
+from rdm_sdk.rewards.scoring import check_scorable
+from rdm_sdk.training.data import load_prompts
+from rdm_sdk.training.pictures import image_grid
+from rdm_sdk.training.run_record import versions
+
+PICTURES = "grid.png"
+FEWEST = 16
+"""Images from which distances and neighbors begin to mean anything."""
+
+
+def evaluate(
+    model: object,
+    prompts: object,
+    students: Sequence[str | Path] = (),
+    *,
+    features: str | Features,
+    teacher_steps: Sequence[int] = (),
+    steps: Sequence[int] = (),
+    rewards: RewardFuncs = None,
+    samples: int = 1000,
+    reference_steps: int = 40,
+    reference_samples: int | None = None,
+    real: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    call: Mapping[str, Any] | None = None,
+    batch_size: int = 50,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    output: str | Path | None = None,
+    progress: bool = True,
+) -> EvaluationResult:
+    """Evaluate exported students, and their teacher at some numbers of steps, from images of the same prompts.
+
+    Every row has distances (Frechet, kernel), precision, recall, density and coverage against the teacher's samples at
+    `reference_steps` (with noise of their own) and against `real` images if there are any; the diversity within a
+    prompt; every reward with a bootstrap interval and its best and worst prompts. The teacher is sampled on the grid of
+    steps that a student of it would be trained on.
+
+    Args:
+        model: the base: a hub id, a path or a loaded pipeline, which is left as it was.
+        prompts: a list, a text file or a dataset with a `prompt` column.
+        students: folders that training saved.
+        features: "dinov2", the hub id or path of one, or a function of images `[N, 3, H, W]` in [0, 1] that returns
+            features `[N, D]`, such as `rdm_sdk.digits.metrics.digit_features`.
+        teacher_steps: numbers of steps at which the teacher gets a row too; from two on, students are worth steps.
+        steps: numbers of steps of the students, for students that can be sampled with others than their trained one.
+        rewards: as `RDMTrainer`'s `reward_funcs`; weights mean nothing here. None is no reward.
+        samples: images per row, a multiple of the number of prompts.
+        reference_steps: steps of the teacher for the samples that rows are compared with.
+        reference_samples: and how many of them; as many as `samples` by default.
+        real: real images `[N, 3, H, W]`, float in [0, 1], for FID as published figures mean it.
+        guidance_scale: the teacher's; the one that students were trained with.
+        call: arguments of the pipeline calls, such as `height`; by default what the students' `inference.json` says.
+        batch_size: images that are sampled at a time.
+        seed: of the noise, the same for every row.
+        device: where the models work; by default a GPU, if there is one, for a base that is named.
+        output: a folder: images are kept there by their content, so that a second call, or one that goes on after it
+            was interrupted, samples nothing twice; and `eval.json`, `table.md` and `grid.png` are written. None keeps
+            nothing.
+        progress: show bars.
+
+    Raises:
+        ConfigError, DataError, ModelError, RewardError: what cannot work; before anything is loaded, where possible.
+    """
+    given = list(load_prompts(prompts, "prompts")["prompt"])
+    texts = _spread(given, samples, "samples")
+    compared = _spread(given, samples if reference_samples is None else reference_samples, "reference_samples")
+    mine = [one for folder in students for one in student_candidates(folder, steps, call or {})]
+    shared = shared_call(mine, call or {})
+    rows = distinct([*(teacher_candidate(count, shared) for count in teacher_steps), *mine])
+    if not rows:
+        raise ConfigError("there is nothing to evaluate: give students, or teacher_steps, or both")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size} cannot be used; it must be at least 1")
+    reference = teacher_candidate(reference_steps, shared)
+    if real is not None:
+        check_images(real, "real")
+    planned = [] if rewards is None else plan_rewards(rewards)
+    check_scorable(planned, True, ())
+    place = _place(model, device)
+    extractor = feature_extractor(features, place)
+    judges = [reward.make() for reward in planned]
+    cache = None if output is None else Path(output) / "images"
+    sampler = Sampler(model, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size, device=place, cache=cache)
+    run = _Run(sampler, texts, compared, extractor, judges, reference, real, progress, place)
+    result = EvaluationResult(run.rows(rows), run.provenance(rows), run.notes)
+    if output is not None:
+        result.save(output)
+        with replacing(Path(output) / PICTURES) as staged:
+            image_grid(run.pictures, staged, scale=max(1, 64 // run.pictures[0][1].shape[-1]))
+    return result
+
+
+def _place(model: object, device: torch.device | str | None) -> str:
+    """Return where the models work: as asked, else where a loaded pipeline is, else on a GPU if there is one."""
+    if device is None and not isinstance(model, (str, Path)):
+        device = getattr(model, "device", None)
+    return str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _spread(prompts: list[str], samples: int, argument: str) -> list[str]:
+    """Return the prompt of each image: the same number of images in a row for every prompt."""
+    different = list(dict.fromkeys(prompts))
+    if samples < 2 or samples % len(different):
+        fewer, more = samples // len(different) * len(different), -(-samples // len(different)) * len(different)
+        nearest = " or ".join(str(count) for count in dict.fromkeys((fewer, more)) if count >= 2) or str(2 * more)
+        raise ConfigError(
+            f"{argument}={samples} must be a multiple of the {len(different)} different prompts, at least 2; give "
+            f"{nearest}"
+        )
+    return [prompt for prompt in different for _ in range(samples // len(different))]
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """A set of images, by its features."""
+
+    features: Tensor
+    """`[N, D]`."""
+    groups: list[int] | None
+    """The number of each image's prompt; None where all were drawn from one distribution."""
+
+
+@dataclass
+class _Run:
+    """One evaluation on its way."""
+
+    sampler: Sampler
+    prompts: list[str]
+    """One per image, those of a prompt in a row."""
+    compared: list[str]
+    """The prompts of the reference's images."""
+    extractor: Extractor
+    judges: Sequence[WeightedReward]
+    reference: Candidate
+    real: Tensor | None
+    progress: bool
+    device: str
+
+    def __post_init__(self) -> None:
+        self.group = len(self.prompts) // len(set(self.prompts))
+        self.notes: list[str] = []
+        self.pictures: list[tuple[str, Tensor]] = []
+        """Rows of pictures with labels, one per prompt."""
+
+    def rows(self, candidates: Sequence[Candidate]) -> list[Row]:
+        """Return every candidate's row."""
+        images, _ = self._sampled(self.reference, "reference", self.compared)
+        references = {"teacher": FeatureSet(self.extractor(images), group_labels(self.compared))}
+        self._picture(f"teacher, {counted(self.reference.steps)}\n(reference)", images)
+        if self.real is not None:
+            references["real"] = FeatureSet(self.extractor(self.real), None)
+        found = [self._row(candidate, references) for candidate in candidates]
+        curve = {row.steps: row.against["teacher"]["frechet"] for row in found if not row.student and row.against}
+        if len(curve) < 2:
+            return found
+        return [
+            Row(**vars(row) | {"worth": teacher_steps_worth(row.against["teacher"]["frechet"], curve)})
+            if row.student
+            else row
+            for row in found
+        ]
+
+    def _row(self, candidate: Candidate, references: Mapping[str, FeatureSet]) -> Row:
+        images, milliseconds = self._sampled(candidate, "rows", self.prompts)
+        self._picture(candidate.name.replace(", ", "\n"), images)
+        against = self._compared(self.extractor(images), references)
+        scores = {}
+        if self.judges:
+            with self._bar(len(images), f"scoring {candidate.name}") as bar:
+                scores = scores_of(
+                    self.judges,
+                    pieces_of(images, self.prompts, self.group),
+                    group_size=self.group,
+                    device=self.device,
+                    done=bar.update,
+                )
+        return Row(
+            candidate.name,
+            candidate.steps,
+            None if candidate.student is None else str(candidate.student),
+            against,
+            self._diversity(images),
+            {label: summary(values, self.prompts) for label, values in scores.items()},
+            "",
+            milliseconds,
+        )
+
+    def _sampled(self, candidate: Candidate, stream: str, prompts: Sequence[str]) -> tuple[Tensor, float | None]:
+        """Return a candidate's images, uint8, and milliseconds per image where all were sampled just now."""
+        begin = time.perf_counter()
+        title = f"sampling {candidate.name}{' (reference)' if stream == 'reference' else ''}"
+        with self._bar(len(prompts), title) as bar:
+            images, fresh = self.sampler.images(candidate, prompts, stream, bar.update)
+        seconds = time.perf_counter() - begin
+        return images, 1000 * seconds / len(images) if fresh == len(images) else None
+
+    def _compared(self, features: Tensor, references: Mapping[str, FeatureSet]) -> dict[str, dict[str, Any]]:
+        if len(features) < FEWEST:
+            self._note(f"distances need {FEWEST} images or more, and there are {len(features)}")
+            return {}
+        if len(features) <= features.shape[1]:
+            self._note(
+                f"{len(features)} images are no more than the {features.shape[1]} features, so Frechet distances are "
+                "mostly their bias; look at the kernel distances"
+            )
+        labels = group_labels(self.prompts)
+        return {name: compare(FeatureSet(features, labels), reference) for name, reference in references.items()}
+
+    def _diversity(self, images: Tensor) -> float | None:
+        if self.group < 2:
+            self._note("diversity needs two images or more of a prompt, and each has one")
+            return None
+        groups = [
+            diversity(rows.float() / 255, prompts)
+            for rows, prompts in zip(images.split(self.group), _split(self.prompts, self.group), strict=True)
+        ]
+        return sum(groups) / len(groups)
+
+    def _picture(self, label: str, images: Tensor) -> None:
+        every = len(images) // len(set(self.prompts))
+        self.pictures.append((label, images[::every][:10].float() / 255))
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _bar(self, total: int, title: str) -> Any:
+        return tqdm(total=total, desc=title, unit="image", disable=not self.progress)
+
+    def provenance(self, candidates: Sequence[Candidate]) -> dict[str, Any]:
+        """Return what the figures must be kept with."""
+        return {
+            "made": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "base": {"name": self.sampler.family.base_name, "fingerprint": self.sampler.fingerprint},
+            "students": {str(one.student): one.fingerprint for one in candidates if one.student is not None},
+            "samples": len(self.prompts),
+            "prompts": {"different": len(set(self.prompts)), "sha256": digest(self.prompts)},
+            "seed": self.sampler.seed,
+            "batch_size": self.sampler.batch_size,
+            "device": self.device,
+            "guidance_scale": self.sampler.guidance_scale,
+            "calls": {one.name: dict(one.call) for one in candidates},
+            "features": self.extractor.name,
+            "reference": {"steps": self.reference.steps, "samples": len(self.compared)},
+            "real": None if self.real is None else len(self.real),
+            "rewards": {judge.label: judge.reward.provenance() for judge in self.judges},
+        }
+
+
+def compare(images: FeatureSet, reference: FeatureSet) -> dict[str, Any]:
+    """Return all figures of images against a reference.
+
+    Raises:
+        DataError: they cannot be compared.
+    """
+    ours, theirs = images.features, reference.features
+    distance = frechet_interval(ours, theirs, images.groups, reference.groups)
+    kernel = kernel_distance(ours, theirs, subset_size=min(500, len(ours) // 2, len(theirs) // 2))
+    precision, recall = precision_recall(ours, theirs)
+    density, coverage = density_coverage(ours, theirs)
+    return {
+        "frechet": distance.value,
+        "low": distance.low,
+        "high": distance.high,
+        "kernel": kernel.mean,
+        "kernel_deviation": kernel.deviation,
+        "precision": precision,
+        "recall": recall,
+        "density": density,
+        "coverage": coverage,
+    }
+
+
+def _split(prompts: Sequence[str], size: int) -> list[Sequence[str]]:
+    return [prompts[start : start + size] for start in range(0, len(prompts), size)]

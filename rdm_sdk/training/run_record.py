@@ -1,0 +1,65 @@
+"""What a run leaves beside its checkpoints, for `rdm-sdk report`: its settings and versions, and all that it logged."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from rdm_sdk._version import __version__
+from rdm_sdk.files import replacing
+from rdm_sdk.rewards.resolve import WeightedReward
+from rdm_sdk.training.identity import run_settings
+
+RECORD = "run.json"
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "torchmetrics")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the SDK, of Python and of the packages that figures depend on."""
+    found = {"rdm-sdk": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a build without metadata
+            found[name] = "unknown"
+    return found
+
+
+class RunRecord(TrainerCallback):
+    """Writes `run.json` into the output folder when training begins, and `trainer_state.json` when it ends.
+
+    Args:
+        rewards: the run's.
+        base: the name of the base model.
+    """
+
+    def __init__(self, rewards: Sequence[WeightedReward], base: str) -> None:
+        self.rewards, self.base = rewards, base
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if args.should_save:
+            content = {
+                "base": self.base,
+                "rewards": [
+                    {"reward": reward.term.reference, "weight": reward.weight, "route": reward.route}
+                    for reward in self.rewards
+                ],
+                "settings": run_settings(args),
+                "versions": versions(),
+                "begun": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            with replacing(Path(str(args.output_dir)) / RECORD) as staged:
+                staged.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if args.should_save:
+            with replacing(Path(str(args.output_dir)) / TRAINER_STATE_NAME) as staged:
+                state.save_to_json(str(staged))
