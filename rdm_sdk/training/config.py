@@ -49,7 +49,6 @@ class RDMConfig(_KnownSettings):
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Off: a loss that is NaN must be seen."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Off: rewards may use every column."})
-
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "Off: batches are texts."})
     activation_checkpointing: bool | None = field(
         default=None,

@@ -50,8 +50,7 @@ class RDMTrainer(Trainer):
         eval_dataset: prompts for `evaluate`, in the same forms.
         processing_class: handed to `Trainer` as it is; the method itself needs none.
         callbacks: `transformers` callbacks.
-        optimizers: must be left alone: the weights that are trained are made in here. `args` names optimizer and
-            schedule (`optim`, `learning_rate`, `critic_learning_rate`, ...).
+        optimizers: must be left alone: the trained weights are made in here; `args` names optimizer and schedule.
         peft_config: LoRA of the student; rank 16 and alpha 16 on the family's usual layers by default. None where
             `args.student_weights` is "full".
         fake_peft_config: LoRA of the critics; the student's by default. None where `args.critic_weights` is "full".
