@@ -127,7 +127,7 @@ def discover() -> Registry:
     (distributions not to load); several are separated by commas.
 
     Raises:
-        ConfigError: RDM_SDK_PLUGINS names a distribution that is not installed.
+        ConfigError: one of them names a distribution that is not installed, or there is another RDM_SDK_ variable.
     """
     return build_registry(_selected(entry_points(group=hookspecs.PROJECT), os.environ))
 
@@ -199,18 +199,18 @@ def _selected(points: Iterable[EntryPoint], environment: Mapping[str, str]) -> l
     points = list(points)
     installed = {distribution_of(point) for point in points}
     only, without = _names(environment.get(ONLY, "")), _names(environment.get(WITHOUT, ""))
-    missing = sorted(only - {"none"} - installed)
-    if missing:
-        raise ConfigError(
-            f"{ONLY} names {missing[0]!r}, and no plugin of that distribution is installed."
-            f"{nearest(missing[0], installed)} Installed: {', '.join(sorted(installed)) or 'none'}"
-        )
-    for name in sorted(without - installed):
-        warnings.warn(
-            f"{WITHOUT} names {name!r}, and no plugin of that distribution is installed.{nearest(name, installed)}",
-            PluginWarning,
-            stacklevel=3,
-        )
+    for variable in sorted(environment):  # a misspelt variable must not load what it was to forbid; nor a misspelt name
+        if variable.startswith("RDM_SDK_") and variable not in (ONLY, WITHOUT, STRICT):
+            known = nearest(variable, (ONLY, WITHOUT, STRICT))
+            raise ConfigError(
+                f"the environment variable {variable} is not known.{known} There are: {ONLY}, {WITHOUT}, {STRICT}"
+            )
+    for variable, names in ((ONLY, only - {"none"}), (WITHOUT, without)):
+        for name in sorted(names - installed):
+            raise ConfigError(
+                f"{variable} names {name!r}, and no plugin of that distribution is installed."
+                f"{nearest(name, installed)} Installed: {', '.join(sorted(installed)) or 'none'}"
+            )
     kept = installed if not only else only - {"none"}
     return [point for point in points if distribution_of(point) in kept - without]
 

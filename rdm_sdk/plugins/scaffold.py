@@ -11,7 +11,7 @@ from pathlib import Path
 from string import Template
 
 from rdm_sdk._version import __version__
-from rdm_sdk.errors import ConfigError
+from rdm_sdk.errors import ConfigError, shown
 from rdm_sdk.plugins.hookspecs import REWARD_NAME
 
 FILES = {
@@ -22,6 +22,8 @@ FILES = {
     "test.py.template": "tests/test_$module.py",
 }
 """Template to the file it becomes."""
+MAX_LENGTH = 80
+"""Characters of a new reward's name, which becomes the name of folders and files."""
 
 
 def new_reward(name: str, directory: Path) -> Path:
@@ -35,6 +37,8 @@ def new_reward(name: str, directory: Path) -> Path:
             f"{name!r} cannot be a reward's name; write 'owner/name', each beginning with a letter and going on "
             "with letters, digits, '-' and '_', such as acme/sharpness (bare names are the SDK's own)"
         )
+    if len(name) > MAX_LENGTH:
+        raise ConfigError(f"a reward's name has at most {MAX_LENGTH} characters; got {len(name)}: {shown(name, 40)}")
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     major, minor = __version__.split(".")[:2]
     classname = "".join(part[:1].upper() + part[1:] for part in re.split(r"[-_]", name.partition("/")[2]))

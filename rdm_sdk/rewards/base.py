@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SecretBytes, SecretStr
 from torch import Tensor, nn
 
 from rdm_sdk._version import __version__
 from rdm_sdk.errors import RewardError, check_texts
 from rdm_sdk.rewards.capabilities import Capabilities as Capabilities
 from rdm_sdk.rewards.context import DiffusionContext
-from rdm_sdk.rewards.spec import checked_model
+from rdm_sdk.rewards.spec import checked_model, is_secret
 from rdm_sdk.types import RewardOutput
 
 RESERVED_COLUMNS = ("images", "prompts")
@@ -189,6 +189,15 @@ class RewardConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+def public_options(config: RewardConfig, **options: Any) -> dict[str, Any]:
+    """Return a reward's options as they may be written down: without secrets, whether by type or by name.
+
+    `options` are those of pydantic's `model_dump`.
+    """
+    hidden = {name for name, value in config if is_secret(name) or isinstance(value, (SecretStr, SecretBytes))}
+    return config.model_dump(mode="json", exclude=hidden, **options)
+
+
 class Reward(ABC):
     """A reward: higher scores are better, in any units.
 
@@ -303,7 +312,7 @@ class Reward(ABC):
         """Return what a score must be stored with to be comparable: reward, options, preprocessing, versions."""
         return {
             "reward": self.name,
-            "options": self.config.model_dump(mode="json"),
+            "options": public_options(self.config),
             "preprocessing": self.preprocessing,
             "origin": self.origin or self.defined_in(),
             "sdk_version": __version__,

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from rdm_sdk.errors import RewardError, described, nearest
 from rdm_sdk.plugins.hookspecs import REWARD_NAME
 from rdm_sdk.plugins.registry import registry
-from rdm_sdk.rewards.base import Capabilities, Reward, RewardConfig, check_class
+from rdm_sdk.rewards.base import Capabilities, Reward, RewardConfig, check_class, public_options
 from rdm_sdk.rewards.callables import as_reward
 from rdm_sdk.rewards.routes import Route, choose_routes
 from rdm_sdk.rewards.spec import RewardTerm, checked_model, label_terms, make_term, parse_spec
@@ -230,7 +230,7 @@ def _term_of(reward: Reward) -> RewardTerm:
         if re.fullmatch(REWARD_NAME, reward.name, re.ASCII)
         else type(reward).__name__.lstrip("_") or "Reward"
     )
-    given = reward.config.model_dump(mode="json", exclude_unset=True)
+    given = public_options(reward.config, exclude_unset=True)
     return make_term(
         {"name": name, "variant": given.pop("variant", None), "revision": given.pop("revision", None), "options": given}
     )

@@ -33,6 +33,9 @@ Value: TypeAlias = Scalar | tuple[Scalar, ...]
 Model = TypeVar("Model", bound=BaseModel)
 
 _FACTOR = re.compile(r"[0-9.]+(?:[eE][+-]?[0-9]+)?")
+_SECRET = re.compile(r"(.*_)?(api_?key|access_?key|token|secret|password|passwd|credentials?)", re.IGNORECASE)
+_ABSOLUTE = re.compile(r"/|~|[A-Za-z]:[/\\]")
+_SEPARATOR = re.compile(r"[/\\]")
 _HINT = "A spec is a sum of terms such as 'dm + 0.5*clip'"
 
 
@@ -59,10 +62,15 @@ class RewardTerm(BaseModel):
 
     @field_validator("options")
     @classmethod
-    def _keys_can_be_written(cls, options: dict[str, Value]) -> dict[str, Value]:
-        for key in options:
+    def _can_be_kept(cls, options: dict[str, Value]) -> dict[str, Value]:
+        for key, value in options.items():
             if not KEY.fullmatch(key):
                 raise ValueError(f"{key!r} is not a name that an option can have")
+            if is_secret(key) and isinstance(value, str):
+                raise RewardError(
+                    f"{key} is a secret, and a spec is copied into model cards, checkpoints and logs; let the reward "
+                    "read it from an environment variable"
+                )
         return options
 
     def __hash__(self) -> int:
@@ -82,6 +90,20 @@ class RewardTerm(BaseModel):
         if abs(self.weight) == 1:
             return self.reference if self.weight == 1 else f"-{self.reference}"
         return f"{self.weight!r}*{self.reference}"
+
+
+def is_secret(option: str) -> bool:
+    """Whether the name of an option says that its value is nobody else's to see: `api_key`, `hub_token`, ..."""
+    return _SECRET.fullmatch(option) is not None
+
+
+def without_places(term: RewardTerm) -> RewardTerm:
+    """Return a term whose options name no folder of this machine: of an absolute path, the last part is left."""
+    options = {
+        key: f".../{_SEPARATOR.split(value)[-1]}" if isinstance(value, str) and _ABSOLUTE.match(value) else value
+        for key, value in term.options.items()
+    }
+    return term.model_copy(update={"options": options})
 
 
 def show_spec(terms: Sequence[RewardTerm]) -> str:

@@ -21,7 +21,7 @@ from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.lora_files import kohya_names
 from rdm_sdk.families.roles import STUDENT
 from rdm_sdk.rewards.resolve import WeightedReward
-from rdm_sdk.rewards.spec import show_spec
+from rdm_sdk.rewards.spec import show_spec, without_places
 from rdm_sdk.training.config import RDMConfig
 from rdm_sdk.training.student_base import BASE, check_adapters_fit, check_base, describe_base, network_of
 
@@ -225,7 +225,7 @@ def move_into(staged: Path, target: Path) -> None:
 
 def model_card(family: ModelFamily, info: StudentInfo) -> str:
     """Return the model card: base, method, rewards, settings, and the code that samples the student."""
-    rewards = show_spec([reward.term for reward in info.rewards])
+    rewards = show_spec([without_places(reward.term) for reward in info.rewards])
     origins = ", ".join(dict.fromkeys(str(reward.reward.provenance()["origin"]) for reward in info.rewards))
     full = STUDENT in family.roles.copies
     name = " ".join(family.base_name.replace("`", "'").split())

@@ -105,6 +105,13 @@ def test_unusable_names_are_refused(tmp_path: Path, name: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_name_as_long_as_no_file_may_be_is_refused(tmp_path: Path) -> None:
+    """In the SDK's words, before the file system says it in its own."""
+    with pytest.raises(ConfigError, match="at most 80 characters; got 305"):
+        new_reward("acme/" + 300 * "a", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_models_example_of_the_page(tmp_path: Path) -> None:
     """The page's class with a CLIP is made, keeps its options apart and scores."""
     import torch

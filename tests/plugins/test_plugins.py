@@ -233,7 +233,10 @@ def test_environment_variables(install: Install, run: Run) -> None:
     assert "bad-import" not in listed(RDM_SDK_DISABLE_PLUGINS="bad-import")
     assert "RDM_SDK_PLUGINS names 'god-one'" in listed(RDM_SDK_PLUGINS="god-one")
     assert "Did you mean 'good-one'?" in listed(RDM_SDK_PLUGINS="god-one")
-    assert "RDM_SDK_DISABLE_PLUGINS names 'god-one'" in listed(RDM_SDK_DISABLE_PLUGINS="god-one")
+    misspelt = listed(RDM_SDK_DISABLE_PLUGINS="god-one")
+    assert "RDM_SDK_DISABLE_PLUGINS names 'god-one'" in misspelt
+    assert "legibility" not in misspelt  # an error: it must not load what it was to forbid
+    assert "Did you mean RDM_SDK_DISABLE_PLUGINS" in listed(RDM_SDK_DISABLED_PLUGINS="good-one").replace("'", "")
     assert "RDM_SDK_STRICT_PLUGINS is set" in listed(RDM_SDK_STRICT_PLUGINS="1")
     assert "good/ink" in listed(RDM_SDK_STRICT_PLUGINS="0")
     assert "FAULT in bad-import" in run("plugins", RDM_SDK_STRICT_PLUGINS="1")
