@@ -17,14 +17,17 @@ HELP = "train a student: --config run.yaml and any setting as a flag; 'train --h
 def run(arguments: Sequence[str]) -> int:
     """Train, and save the student."""
     from rdm_sdk.cli.run_arguments import parse_run
+    from rdm_sdk.training.export import check_target
     from rdm_sdk.training.trainer import RDMTrainer
     from rdm_sdk.training.validation import check_writable
 
     given, _ = parse_run("train", HELP, arguments)
     config = given.config
     if given.prompts is None:
-        raise ConfigError("--prompts is missing: give a text file with one prompt per line")
+        raise ConfigError("--prompts is missing: give a file, with a prompt per line or a column 'prompt'")
     given.check()
+    target = given.arguments.save_to or str(Path(str(config.output_dir)) / "student")
+    check_target(target)
     if given.arguments.save_to is not None:
         check_writable(given.arguments.save_to, "save_to")
     _check_checkpoint(config)
@@ -36,7 +39,6 @@ def run(arguments: Sequence[str]) -> int:
         trainer.train()
     except KeyboardInterrupt as stopped:
         raise KeyboardInterrupt(str(stopped) or _how_to_go_on(config)) from None
-    target = given.arguments.save_to or str(Path(str(config.output_dir)) / "student")
     trainer.save_model(target)
     print(f"wrote the student to {target}")
     return 0

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from rdm_sdk.errors import ModelError
+from rdm_sdk.errors import ConfigError, ModelError
 from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.lora_files import kohya_names
 from rdm_sdk.families.roles import STUDENT
@@ -32,6 +32,8 @@ PEFT_WEIGHTS = f"{PEFT_FOLDER}/adapter_model.safetensors"
 CALL = "inference.json"
 """The arguments of a pipeline call that samples the student."""
 SCHEDULER = "scheduler/scheduler_config.json"
+
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,24 @@ def check_exportable(family: ModelFamily) -> None:
         )
 
 
+def check_target(directory: str | Path) -> None:
+    """Raise `ConfigError` if an export into a folder would replace a README of someone else's, or write through a link.
+
+    Training takes days and an export comes last, so ask before.
+    """
+    folder = Path(directory)
+    readme = folder / CARD
+    if readme.exists() and "rdm-sdk" not in readme.read_text(encoding="utf-8", errors="replace"):
+        raise ConfigError(
+            f"{readme} is no model card of rdm-sdk and would be overwritten; move it away, or choose another folder"
+        )
+    for link in folder.glob("*/") if folder.is_dir() else ():
+        if link.is_symlink():
+            raise ConfigError(
+                f"{link} is a link to a folder, and an export would write through it; remove it, or take another folder"
+            )
+
+
 def save_student(directory: str | Path, family: ModelFamily, info: StudentInfo) -> None:
     """Write the student role's current weights, its scheduler, the call that samples it and a model card into a folder.
 
@@ -75,7 +95,11 @@ def save_student(directory: str | Path, family: ModelFamily, info: StudentInfo) 
     component's own folder, in the base's dtype. Of both: `scheduler/`, `inference.json`, `base.json` (which base it is
     for) and `README.md`. Everything is written beside the folder first and then moved in file by file, so that an
     earlier export is never left half overwritten.
+
+    Raises:
+        ConfigError: the folder holds a README that is no model card of this SDK's, or a link to another folder.
     """
+    check_target(directory)
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target, prefix=".export-") as scratch:
@@ -89,7 +113,7 @@ def save_student(directory: str | Path, family: ModelFamily, info: StudentInfo) 
         base = describe_base(family.pipeline, family.component, "full" if STUDENT in family.roles.copies else "lora")
         (staged / BASE).write_text(json.dumps(base, indent=2), encoding="utf-8")
         (staged / CALL).write_text(json.dumps(_call(family, info), indent=2), encoding="utf-8")
-        (staged / "README.md").write_text(model_card(family, info), encoding="utf-8")
+        (staged / CARD).write_text(model_card(family, info), encoding="utf-8")
         move_into(staged, target)
 
 

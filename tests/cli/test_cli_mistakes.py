@@ -110,6 +110,7 @@ MISTAKES = [
     # Model, prompts, rewards, folders.
     ("train --prompts latin.txt", "--model is missing"),
     ("train --model some/model", "--prompts is missing"),
+    (f"{TRAIN} --use_cpu --save_to student", "student/README.md is no model card of rdm-sdk and would be overwritten"),
     ("train --model ./nowhere --prompts file --use_cpu", "there is no such folder"),
     ("train --model student --prompts file --use_cpu", "the folder has no model_index.json"),
     ("train --model pipeline --prompts file --use_cpu", "cannot load the base model 'pipeline'"),

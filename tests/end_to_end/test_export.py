@@ -16,7 +16,7 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rdm_sdk import RDMTrainer, digits
+from rdm_sdk import ConfigError, RDMTrainer, digits
 
 PROMPTS = ["a handwritten seven", "a handwritten two", "the digit four", "three"]
 
@@ -207,3 +207,23 @@ def test_saving_again_replaces_the_export_and_leaves_nothing_else(
     assert second[weights] != first[weights]
     assert second["peft/adapter_model.safetensors"] != first["peft/adapter_model.safetensors"]
     assert json.loads(second["peft/adapter_config.json"])["lora_alpha"] == 16
+
+
+def test_what_is_someone_elses_is_left_alone(make_trainer: Callable[..., RDMTrainer], tmp_path: Path) -> None:
+    """A README that is no model card of this SDK's, and what a link leads to; nothing is written beside them."""
+    trainer = make_trainer(tmp_path / "run")
+    target, elsewhere = tmp_path / "student", tmp_path / "elsewhere"
+    target.mkdir()
+    elsewhere.mkdir()
+    (target / "README.md").write_text("my notes")
+    with pytest.raises(ConfigError, match=r"README.md is no model card of rdm-sdk and would be overwritten; move it"):
+        trainer.save_model(str(target))
+    assert [path.name for path in target.iterdir()] == ["README.md"]
+    (target / "README.md").unlink()
+    (target / "scheduler").symlink_to(elsewhere)
+    with pytest.raises(ConfigError, match=r"scheduler.* is a link to a folder, and an export would write through it"):
+        trainer.save_model(str(target))
+    assert list(elsewhere.iterdir()) == []
+    (target / "scheduler").unlink()
+    trainer.save_model(str(target))
+    trainer.save_model(str(target))  # over its own card
