@@ -130,12 +130,14 @@ class FiniteWatch:
 
 
 def _finite(values: Tensor) -> Tensor:
-    return values.isfinite().flatten(1).all(1)
+    return values.isfinite().reshape(len(values), -1).all(1)
 
 
 def marks(condition: Condition) -> Tensor:
     """Return a number per sample `[N]` that differs between prompts: the sum of what their networks are told."""
-    return torch.stack([tensor.flatten(1).sum(1, dtype=torch.float64) for tensor in condition.values()]).sum(0)
+    return torch.stack(
+        [tensor.reshape(len(tensor), -1).sum(1, dtype=torch.float64) for tensor in condition.values()]
+    ).sum(0)
 
 
 def explained(error: RDMError, models: RunModels, rollouts: Rollouts, step: int, output_dir: str) -> RDMError:

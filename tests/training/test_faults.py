@@ -125,6 +125,16 @@ def test_marks_tell_prompts_apart(make_trainer: Make, tmp_path: Path) -> None:
     torch.testing.assert_close(marks(encode(prompts[3:5])), numbers[3:5], rtol=1e-6, atol=0)
 
 
+def test_marks_take_conditions_of_any_shape() -> None:
+    """A guidance scale is one number per sample, a mask is truth values."""
+    condition = {
+        "text": torch.ones(2, 3, 4),
+        "guidance": torch.tensor([1.0, 2.0]),
+        "mask": torch.ones(2, 3, dtype=bool),
+    }
+    assert marks(condition).tolist() == [16.0, 17.0]
+
+
 def test_the_first_of_several_is_found() -> None:
     """In the order of the evaluations, inputs before outputs."""
     watch = FiniteWatch()
