@@ -135,9 +135,8 @@ def _finite(values: Tensor) -> Tensor:
 
 def marks(condition: Condition) -> Tensor:
     """Return a number per sample `[N]` that differs between prompts: the sum of what their networks are told."""
-    return torch.stack(
-        [tensor.reshape(len(tensor), -1).sum(1, dtype=torch.float64) for tensor in condition.values()]
-    ).sum(0)
+    rows = [tensor.reshape(len(tensor), -1) for tensor in condition.values()]
+    return torch.stack([values.sum(1, dtype=torch.float64) for values in rows]).sum(0)
 
 
 def explained(error: RDMError, models: RunModels, rollouts: Rollouts, step: int, output_dir: str) -> RDMError:
