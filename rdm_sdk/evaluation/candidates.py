@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rdm_sdk.errors import ConfigError, ModelError
+from rdm_sdk.errors import ConfigError
 from rdm_sdk.evaluation.provenance import files_digest
-from rdm_sdk.training.export import CALL, WEIGHTS
+from rdm_sdk.training.export import CALL, SCHEDULER, WEIGHTS, read_call
+from rdm_sdk.training.student_base import read_json
 
-SCHEDULER = Path("scheduler") / "scheduler_config.json"
 _FILES = (WEIGHTS, "peft/*", "transformer/*", "unet/*", "scheduler/*", CALL)
 """What of a student's folder decides its images."""
 
@@ -53,7 +52,7 @@ def student_candidates(folder: str | Path, steps: Sequence[int], call: Mapping[s
     wrong = [count for count in steps if count != mine]
     whole = (path / SCHEDULER).is_file()
     # Without a scheduler, other numbers of steps are refused first: leaving them out is the nearer advice.
-    scheduler = {"stochastic_sampling": True} if wrong and not whole else _read(path / SCHEDULER, path)
+    scheduler = {"stochastic_sampling": True} if wrong and not whole else read_json(path, SCHEDULER)
     renoises = bool(scheduler.get("stochastic_sampling")) or scheduler.get("_class_name") == "LCMScheduler"
     shift = scheduler.get("shift") if "FlowMatch" in str(scheduler.get("_class_name")) else None
     if renoises and wrong:
@@ -120,27 +119,3 @@ def shared_call(candidates: Sequence[Candidate], call: Mapping[str, Any]) -> dic
 def counted(steps: int) -> str:
     """Return "1 step", "2 steps", ..."""
     return f"{steps} step{'' if steps == 1 else 's'}"
-
-
-def read_call(folder: Path) -> dict[str, Any]:
-    """Return the call that samples an exported student (`inference.json`).
-
-    Raises:
-        ModelError: the folder holds no student.
-    """
-    if not folder.is_dir():
-        raise ModelError(f"there is no folder {str(folder)!r}; give the one that training saved a student to")
-    return _read(folder / CALL, folder)
-
-
-def _read(path: Path, folder: Path) -> dict[str, Any]:
-    place = path.relative_to(folder)
-    if not path.is_file():
-        raise ModelError(f"{folder} has no {place}, so it is no student; give the folder that training saved")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{place} in {str(folder)!r} is damaged: {error}") from error
-    if not isinstance(content, dict) or (path.name == CALL and "num_inference_steps" not in content):
-        raise ModelError(f"{place} in {str(folder)!r} does not describe a call with its num_inference_steps")
-    return content

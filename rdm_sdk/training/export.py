@@ -12,18 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+from diffusers import SchedulerMixin
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from rdm_sdk.errors import ConfigError, ModelError
+from rdm_sdk.errors import ConfigError, ModelError, described, shown
 from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.lora_files import kohya_names
 from rdm_sdk.families.roles import STUDENT
 from rdm_sdk.rewards.resolve import WeightedReward
 from rdm_sdk.rewards.spec import show_spec, without_places
 from rdm_sdk.training.config import RDMConfig
-from rdm_sdk.training.student_base import BASE, check_adapters_fit, check_base, describe_base, network_of
+from rdm_sdk.training.student_base import (
+    BASE,
+    check_adapters_fit,
+    check_base,
+    describe_base,
+    network_of,
+    read_base,
+    read_json,
+)
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """What `load_lora_weights` reads, of the pipelines that have it."""
@@ -163,23 +172,60 @@ def load_student(pipeline: Any, directory: str | Path, *, other_base: bool = Fal
     folder = Path(directory)
     base = _read_base(pipeline, folder)
     check_base(pipeline, base, folder, other_base)
-    scheduler, call = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (SCHEDULER, CALL))
+    scheduler, call = _read_scheduler(folder), read_call(folder)
     component = base["component"]
     network: Any = network_of(pipeline, component)
-    if base["weights"] == "full":
-        if getattr(pipeline, component) is not network:
-            raise ModelError(f"the pipeline's {component} is compiled; load the student first, and compile it then")
-        student = type(network).from_pretrained(folder, subfolder=component, torch_dtype=network.dtype)
-        pipeline.register_modules(**{component: student.to(network.device)})
-    else:
-        loads = hasattr(pipeline, "load_lora_weights") and (folder / WEIGHTS).is_file()
+    full = base["weights"] == "full"
+    if full and getattr(pipeline, component) is not network:
+        raise ModelError(f"the pipeline's {component} is compiled; load the student first, and compile it then")
+    loads = hasattr(pipeline, "load_lora_weights") and (folder / WEIGHTS).is_file()
+    if not full:
         check_adapters_fit(network, folder / (WEIGHTS if loads else PEFT_WEIGHTS), component)
-        if loads:
+    try:
+        if full:
+            student = type(network).from_pretrained(folder, subfolder=component, torch_dtype=network.dtype)
+            pipeline.register_modules(**{component: student.to(network.device)})
+        elif loads:
             pipeline.load_lora_weights(str(folder))
         else:
             PeftModel.from_pretrained(network, str(folder / PEFT_FOLDER))  # puts its layers into the network itself
-    pipeline.scheduler = getattr(diffusers, scheduler["_class_name"]).from_config(scheduler)
-    return dict(call)
+    except Exception as error:  # diffusers and PEFT raise whatever a damaged file leads to
+        raise ModelError(
+            f"the student in {str(folder)!r} cannot be loaded: {described(error)}. Copy the whole folder that training "
+            "saved again, and load the pipeline anew"
+        ) from error
+    pipeline.scheduler = scheduler
+    return call
+
+
+def _read_scheduler(folder: Path) -> Any:
+    """Return the student's scheduler; raises `ModelError` if its file is damaged."""
+    config = read_json(folder, SCHEDULER)
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise ModelError(
+            f"{SCHEDULER} in {str(folder)!r} names no scheduler of diffusers {diffusers.__version__}: "
+            f"{shown(config.get('_class_name'), 60)}"
+        )
+    try:
+        return kind.from_config(config)
+    except Exception as error:  # what a value that is not of its kind leads to
+        raise ModelError(f"{SCHEDULER} in {str(folder)!r} is damaged: {described(error)}") from error
+
+
+def read_call(folder: Path) -> dict[str, Any]:
+    """Return the call that samples an exported student (`inference.json`).
+
+    Raises:
+        ModelError: the folder holds no student, or the file is damaged.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"there is no folder {str(folder)!r}; give the one that training saved a student to")
+    call = read_json(folder, CALL)
+    steps = call.get("num_inference_steps")
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ModelError(f"{CALL} in {str(folder)!r} is damaged: num_inference_steps is {shown(steps, 60)}")
+    return call
 
 
 def _read_base(pipeline: Any, folder: Path) -> dict[str, Any]:
@@ -202,7 +248,7 @@ def _read_base(pipeline: Any, folder: Path) -> dict[str, Any]:
             f"the student in {str(folder)!r} is not whole: it has no {' and no '.join(missing)}; copy the whole folder "
             "that training saved, or save it again with trainer.save_model()"
         )
-    base: dict[str, Any] = json.loads((folder / BASE).read_text(encoding="utf-8"))
+    base = read_base(folder)
     present = base["component"] in copies if base["weights"] == "full" else lora
     if not present:
         raise ModelError(
@@ -226,7 +272,7 @@ def save_kohya_lora(directory: str | Path, file: str | Path) -> Path:
         ModelError: the folder holds no LoRA of a UNet.
     """
     folder, target = Path(directory), Path(file)
-    base = json.loads((folder / BASE).read_text(encoding="utf-8")) if (folder / BASE).is_file() else {}
+    base = read_base(folder) if (folder / BASE).is_file() else {}
     if base.get("network") != "UNet2DConditionModel" or not (folder / WEIGHTS).is_file() or base["weights"] != "lora":
         raise ModelError(
             f"kohya's names are those of a UNet's LoRA, and {str(directory)!r} holds none (no {WEIGHTS} with a {BASE} "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -23,6 +24,41 @@ CLOSE = 0.005
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 
 Weights = Literal["lora", "full"]
+
+
+class _Base(BaseModel):
+    """What `base.json` holds."""
+
+    pipeline: str
+    component: Literal["transformer", "unet"]
+    network: str
+    prediction: str
+    weights: Weights
+    config: dict[str, Any]
+    samples: dict[str, list[float]]
+
+
+def read_base(folder: Path) -> dict[str, Any]:
+    """Return what an export says of its base; raises `ModelError` if that cannot be read."""
+    try:
+        return _Base.model_validate(read_json(folder, BASE)).model_dump()
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ModelError(f"{BASE} in {str(folder)!r} is damaged: {where}: {first['msg']}; copy it again") from error
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Return the object in a JSON file of an export; raises `ModelError` if it is missing or damaged."""
+    if not (folder / name).is_file():
+        raise ModelError(f"{folder} has no {name}, so it is no student; give the folder that training saved")
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{name} in {str(folder)!r} is damaged: {error}; copy it again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{name} in {str(folder)!r} is damaged: it holds no object; copy it again")
+    return content
 
 
 def describe_base(pipeline: Any, component: str, weights: Weights) -> dict[str, Any]:
@@ -119,9 +155,9 @@ def _fits(layer: nn.Module, side: str, shape: list[int]) -> bool:
     """Return whether a LoRA tensor fits a layer: "lora_A" its inputs, "lora_B" its outputs."""
     conv = isinstance(layer, nn.Conv2d)
     if side == "lora_A":
-        return bool(shape[1] == (layer.in_channels if conv else getattr(layer, "in_features", shape[1])))
+        return len(shape) > 1 and shape[1] == (layer.in_channels if conv else getattr(layer, "in_features", shape[1]))
     if side == "lora_B":
-        return bool(shape[0] == (layer.out_channels if conv else getattr(layer, "out_features", shape[0])))
+        return len(shape) > 1 and shape[0] == (layer.out_channels if conv else getattr(layer, "out_features", shape[0]))
     return True
 
 
