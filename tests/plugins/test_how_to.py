@@ -184,3 +184,13 @@ def test_a_family_from_the_page_to_a_run(tmp_path: Path, run: Run) -> None:
     (tmp_path / "train.py").write_text(FAMILY)
     assert "AuraFlowFamily True" in run("train.py")
     assert "from diffusers import AuraFlowPipeline" in (tmp_path / "student" / "README.md").read_text()
+
+
+def test_every_distribution_has_its_license() -> None:
+    """In its folder, and named in its pyproject.toml, so that it gets into the wheel."""
+    root = DOCS.parent
+    folders = [root, *sorted((root / "plugins").iterdir())]
+    assert len(folders) > 10
+    for folder in folders:
+        assert (folder / "LICENSE").read_bytes() == (root / "LICENSE").read_bytes()
+        assert 'license-files = ["LICENSE"]' in (folder / "pyproject.toml").read_text()
