@@ -131,24 +131,24 @@ if _has_kernel is None or _has_kernel("aten::rms_norm", "AutocastCUDA"):  # PyTo
 
 
 class _FusedAttention(torch.autograd.Function):
-    """The shapes of a fused attention kernel and of its backward pass."""
+    """The shapes of a fused attention kernel and of its backward pass; zeros, where tensors have values."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         # The kernels write in the order in which the queries lie, so that merging the heads afterwards copies nothing.
         *samples, heads, tokens, width = query.shape
         if width == value.shape[-1]:
-            output = torch.empty_like(query)
+            output = torch.zeros_like(query)
         else:
-            output = query.new_empty(*samples, tokens, heads, value.shape[-1]).transpose(-2, -3)
-        log_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+            output = query.new_zeros(*samples, tokens, heads, value.shape[-1]).transpose(-2, -3)
+        log_sums = query.new_zeros(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, mask, output, log_sums)
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         query, key, value, _, _, _ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value), None
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:

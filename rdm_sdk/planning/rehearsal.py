@@ -132,7 +132,7 @@ class Rehearsal:
             return _tape(
                 LikeCuda(),
                 lambda: self.family.decode(latents),
-                lambda held: torch.autograd.grad(held[0], latents, torch.empty_like(held[0])),
+                lambda held: torch.autograd.grad(held[0], latents, torch.zeros_like(held[0])),
             )
 
     def encode(self, count: int, slicing: bool, tiling: bool) -> int:

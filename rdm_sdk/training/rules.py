@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache, reduce
 from operator import or_
@@ -128,6 +128,8 @@ def settle_types(config: TrainingArguments) -> None:
     for name, (adapter, wanted) in _plain_types(kind).items():
         given = getattr(config, name)
         value = given.item() if isinstance(given, np.generic) else given
+        if isinstance(value, Mapping):
+            continue  # `reward_weights` by name, which Python alone can give: checked with the rewards
         try:
             if isinstance(value, bool) and "true" not in wanted:  # which Python counts among the numbers
                 raise ValueError

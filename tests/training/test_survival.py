@@ -79,7 +79,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_a_stopped_run_saves_and_goes_on(uninterrupted: Path, tmp_path: Path, number: signal.Signals) -> None:
     """It ends between two steps with a whole checkpoint and a line that says how to go on; the end is the same."""
-    process = start(tmp_path, "{'loss'")
+    process = start(tmp_path, "step ")
     process.send_signal(number)
     _, errors = process.communicate(timeout=100)
     assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGINT), errors
