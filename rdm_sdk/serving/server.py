@@ -68,8 +68,10 @@ def serve(
         timeout_graceful_shutdown=GRACEFUL_SECONDS,
         lifespan="off",
     )
+    server = Server(config)
     try:
-        ready(list(scorer.rewards))
-        Server(config).run(sockets=[listening])
+        with server.capture_signals():  # before anyone is told, so that whoever then stops it is heard
+            ready(list(scorer.rewards))
+            server.run(sockets=[listening])
     finally:
         scorer.close()
