@@ -37,6 +37,7 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+PROMPTS_MISSING = "--prompts is missing: give a file, with a prompt per line or a column 'prompt'"
 SEED = whole_number(0, 2**32 - 1)
 """What all libraries take as a seed."""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rdm_sdk.cli.console import SEED, Parser, check_folder, whole_number
+from rdm_sdk.cli.console import PROMPTS_MISSING, SEED, Parser, check_folder, whole_number
 from rdm_sdk.errors import ConfigError, DataError
 
 HELP = "evaluate students beside their teacher: distances, diversity, rewards, and what they are worth"
@@ -19,7 +19,7 @@ def run(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     check_folder("--output", options.output)
     if options.prompts is None and options.model != "digits":
-        raise ConfigError("--prompts is missing: give a text file with one prompt per line")
+        raise ConfigError(PROMPTS_MISSING)
     if options.features is None and options.model != "digits":
         raise ConfigError(
             "--features is missing: give 'dinov2' (facebook/dinov2-base, from the hub), or the hub id or path of one"
@@ -30,6 +30,8 @@ def run(arguments: Sequence[str]) -> int:
     from rdm_sdk.families.load import find_folder
 
     given = {name: value for name in CALL if (value := getattr(options, name)) is not None}
+    if options.model == "digits" and not options.student:  # students say it themselves
+        given = {"max_sequence_length": digits.TEXT_TOKENS} | given
     find_folder(base_path(options.model))
     result = evaluate(
         base_path(options.model),
@@ -61,7 +63,7 @@ def _parser() -> Parser:
     count = whole_number(1)
     parser.add_argument("--model", required=True, help="the base: a hub id, a path, or 'digits'")
     parser.add_argument("--student", action="append", default=[], help="a folder that training saved; several times")
-    parser.add_argument("--prompts", help="text file, one prompt per line; not needed for 'digits'")
+    parser.add_argument("--prompts", help="a file of prompts: text, CSV, JSON or Parquet; not needed for 'digits'")
     parser.add_argument("--teacher_steps", type=count, nargs="+", default=[], help="the teacher beside the students")
     parser.add_argument(
         "--steps", type=count, nargs="+", default=[], help="of students that are not bound to their number of steps"

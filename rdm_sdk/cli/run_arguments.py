@@ -31,7 +31,7 @@ class RunArguments:
         metadata={"help": "Base model: a hub id, a local path, or 'digits' for the embedded teacher. Required."},
     )
     prompts: str | None = field(
-        default=None, metadata={"help": "Text file, one prompt per line; not needed for 'digits'."}
+        default=None, metadata={"help": "A file of prompts: text, CSV, JSON or Parquet; not needed for 'digits'."}
     )
     rewards: str = field(default="dm", metadata={"help": "Reward spec, such as 'dm + 0.5*legibility'."})
     lora_r: int = field(default=16, metadata={"help": "LoRA rank of the student and the critic."})

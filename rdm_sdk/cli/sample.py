@@ -49,7 +49,7 @@ def _parser() -> Parser:
     parser.add_argument("--student", type=Path, help="the folder that training saved")
     parser.add_argument("--teacher", type=whole_number(1), metavar="STEPS", help="the base too, at a number of steps")
     parser.add_argument("--prompt", action="append", help="may be given several times")
-    parser.add_argument("--prompts", help="a file with one prompt per line")
+    parser.add_argument("--prompts", help="a file of prompts: text, CSV, JSON or Parquet")
     parser.add_argument("--samples", type=whole_number(1), default=1, help="of each prompt")
     for name in ("num_inference_steps", *_CALL):
         parser.add_argument(f"--{name}", type=whole_number(1), default=None, help="as the student was trained")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rdm_sdk.cli.console import PROMPTS_MISSING
 from rdm_sdk.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def run(arguments: Sequence[str]) -> int:
     given, _ = parse_run("train", HELP, arguments)
     config = given.config
     if given.prompts is None:
-        raise ConfigError("--prompts is missing: give a file, with a prompt per line or a column 'prompt'")
+        raise ConfigError(PROMPTS_MISSING)
     given.check()
     target = given.arguments.save_to or str(Path(str(config.output_dir)) / "student")
     check_target(target)

@@ -18,6 +18,9 @@ DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 PROMPT_TEMPLATES = ("a handwritten {}", "the digit {}", "a scan of the number {}", "{}")
 IMAGE_SIZE = 32
 """Height and width of the teacher's images in pixels (the 8x8 scans, bicubically enlarged four times)."""
+TEXT_TOKENS = 4
+"""The `max_sequence_length` that the teacher's prompts need; at its pipeline's default, 256, a step takes ten times as
+long."""
 
 _ASSETS = Path(__file__).parent / "assets"
 

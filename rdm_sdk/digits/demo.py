@@ -27,7 +27,7 @@ from rdm_sdk import (
 )
 
 GUIDANCE = 1.0
-CALL = {"max_sequence_length": 4, "output_type": "pt"}  # the digits teacher needs no more text tokens
+CALL = {"max_sequence_length": digits.TEXT_TOKENS, "output_type": "pt"}
 TEACHER_STEPS = (1, 2, 4, 8, 16, 40)
 STUDENT_STEPS = 4
 BATCH = 250
@@ -56,7 +56,7 @@ def demo_config(output: Path, steps: int, seed: int) -> RDMConfig:
         critic_learning_rate=4e-3,
         guidance_scale=GUIDANCE,
         num_inference_steps=STUDENT_STEPS,
-        max_sequence_length=4,
+        max_sequence_length=digits.TEXT_TOKENS,
         log_images=max(1, steps // 4),
         logging_steps=max(1, steps // 10),
         save_strategy="no",

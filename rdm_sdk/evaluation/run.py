@@ -32,7 +32,7 @@ from rdm_sdk.evaluation.sampling import Sampler
 from rdm_sdk.evaluation.scoring import pieces_of, scores_of, summary
 from rdm_sdk.evaluation.variety import diversity, group_labels, teacher_steps_worth
 from rdm_sdk.files import replacing
-from rdm_sdk.rewards.resolve import RewardFuncs, WeightedReward, plan_rewards
+from rdm_sdk.rewards.resolve import PlannedReward, RewardFuncs, WeightedReward, plan_rewards
 from rdm_sdk.rewards.scoring import check_scorable
 from rdm_sdk.training.data import load_prompts
 from rdm_sdk.training.pictures import image_grid
@@ -66,64 +66,76 @@ def evaluate(
 ) -> EvaluationResult:
     """Evaluate exported students, and their teacher at some numbers of steps, from images of the same prompts.
 
-    Every row has distances (Frechet, kernel), precision, recall, density and coverage against the teacher's samples at
-    `reference_steps` (with noise of their own) and against `real` images if there are any; the diversity within a
-    prompt; every reward with a bootstrap interval and its best and worst prompts. The teacher is sampled on the grid of
-    steps that a student of it would be trained on.
+    Every row has all distances to the teacher's samples at `reference_steps`, and to `real` images if there are any.
 
     Args:
         model: the base: a hub id, a path or a loaded pipeline, which is left as it was.
-        prompts: a list, a text file or a dataset with a `prompt` column.
+        prompts: a list, a file or a dataset with a `prompt` column.
         students: folders that training saved.
         features: "dinov2", the hub id or path of one, or a function of images `[N, 3, H, W]` in [0, 1] that returns
             features `[N, D]`, such as `rdm_sdk.digits.metrics.digit_features`.
         teacher_steps: numbers of steps at which the teacher gets a row too; from two on, students are worth steps.
-        steps: numbers of steps of the students, for students that can be sampled with others than their trained one.
-        rewards: as `RDMTrainer`'s `reward_funcs`; weights mean nothing here. None is no reward.
+        steps: numbers of steps of the students, for those that can be sampled with others than their trained one.
+        rewards: as `RDMTrainer`'s `reward_funcs`; weights mean nothing here.
         samples: images per row, a multiple of the number of prompts.
-        reference_steps: steps of the teacher for the samples that rows are compared with.
-        reference_samples: and how many of them; as many as `samples` by default.
+        reference_steps, reference_samples: of the teacher's samples; None is as many as `samples`.
         real: real images `[N, 3, H, W]`, float in [0, 1], for FID as published figures mean it.
         guidance_scale: the teacher's; the one that students were trained with.
-        call: arguments of the pipeline calls, such as `height`; by default what the students' `inference.json` says.
-        batch_size: images that are sampled at a time.
-        seed: of the noise, the same for every row.
+        call: arguments of the pipeline calls, such as `height`; by default those of the students' `inference.json`.
+        batch_size, seed: images sampled at a time; and the noise, the same for every row.
         device: where the models work; by default a GPU, if there is one, for a base that is named.
-        output: a folder: images are kept there by their content, so that a second call, or one that goes on after it
-            was interrupted, samples nothing twice; and `eval.json`, `table.md` and `grid.png` are written. None keeps
-            nothing.
+        output: a folder for images, by their content, so that none is sampled twice, and for `eval.json`, `table.md`
+            and `grid.png`. None keeps nothing.
         progress: show bars.
 
     Raises:
         ConfigError, DataError, ModelError, RewardError: what cannot work; before anything is loaded, where possible.
     """
-    given = list(load_prompts(prompts, "prompts")["prompt"])
-    texts = _spread(given, samples, "samples")
-    compared = _spread(given, samples if reference_samples is None else reference_samples, "reference_samples")
-    mine = [one for folder in students for one in student_candidates(folder, steps, call or {})]
-    shared = shared_call(mine, call or {})
-    rows = distinct([*(teacher_candidate(count, shared) for count in teacher_steps), *mine])
-    if not rows:
-        raise ConfigError("there is nothing to evaluate: give students, or teacher_steps, or both")
-    if batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size} cannot be used; it must be at least 1")
-    reference = teacher_candidate(reference_steps, shared)
-    if real is not None:
-        check_images(real, "real")
-    planned = [] if rewards is None else plan_rewards(rewards)
-    check_scorable(planned, True, ())
+    texts, compared = _prompts_of_images(prompts, samples, reference_samples)
+    rows, reference = _candidates(students, teacher_steps, steps, reference_steps, call or {})
+    planned = _checked(real, rewards, batch_size)
     place = _place(model, device)
-    extractor = feature_extractor(features, place)
-    judges = [reward.make() for reward in planned]
+    extractor, judges = feature_extractor(features, place), [reward.make() for reward in planned]
     cache = None if output is None else Path(output) / "images"
     sampler = Sampler(model, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size, device=place, cache=cache)
     run = _Run(sampler, texts, compared, extractor, judges, reference, real, progress, place)
     result = EvaluationResult(run.rows(rows), run.provenance(rows), run.notes)
-    if output is not None:
-        result.save(output)
-        with replacing(Path(output) / PICTURES) as staged:
-            image_grid(run.pictures, staged, scale=max(1, 64 // run.pictures[0][1].shape[-1]))
+    run.save(result, output)
     return result
+
+
+def _prompts_of_images(prompts: object, samples: int, reference_samples: int | None) -> tuple[list[str], list[str]]:
+    """Return the prompt of every image of a row, and of every image of the reference."""
+    given = list(load_prompts(prompts, "prompts")["prompt"])
+    compared = samples if reference_samples is None else reference_samples
+    return _spread(given, samples, "samples"), _spread(given, compared, "reference_samples")
+
+
+def _candidates(
+    students: Sequence[str | Path],
+    teacher_steps: Sequence[int],
+    steps: Sequence[int],
+    reference_steps: int,
+    call: Mapping[str, Any],
+) -> tuple[list[Candidate], Candidate]:
+    """Return what gets a row, and the reference."""
+    mine = [one for folder in students for one in student_candidates(folder, steps, call)]
+    shared = shared_call(mine, call)
+    rows = distinct([*(teacher_candidate(count, shared) for count in teacher_steps), *mine])
+    if not rows:
+        raise ConfigError("there is nothing to evaluate: give students, or teacher_steps, or both")
+    return rows, teacher_candidate(reference_steps, shared)
+
+
+def _checked(real: Tensor | None, rewards: RewardFuncs, batch_size: int) -> list[PlannedReward]:
+    """Return the rewards, nothing of them loaded, after checking what can be checked so."""
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size} cannot be used; it must be at least 1")
+    if real is not None:
+        check_images(real, "real")
+    planned = [] if rewards is None else plan_rewards(rewards)
+    check_scorable(planned, True, ())
+    return planned
 
 
 def _place(model: object, device: torch.device | str | None) -> str:
@@ -255,6 +267,13 @@ class _Run:
     def _picture(self, label: str, images: Tensor) -> None:
         every = len(images) // len(set(self.prompts))
         self.pictures.append((label, images[::every][:10].float() / 255))
+
+    def save(self, result: EvaluationResult, output: str | Path | None) -> None:
+        """Write the result, and the first images of every row as one picture, into a folder if there is one."""
+        if output is not None:
+            result.save(output)
+            with replacing(Path(output) / PICTURES) as staged:
+                image_grid(self.pictures, staged, scale=max(1, 64 // self.pictures[0][1].shape[-1]))
 
     def _note(self, text: str) -> None:
         if text not in self.notes:

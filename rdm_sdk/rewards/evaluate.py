@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal, TypedDict, Unpack, get_args
 
 import torch
 
@@ -57,18 +57,19 @@ class Evaluation:
     """How many samples each reward was asked about: those that it is for (`Reward.applies`)."""
 
 
-def evaluate_rewards(
-    rewards: Mapping[str, Reward],
-    batch: RewardBatch,
-    *,
-    chunk_size: int | None = None,
-    device: torch.device | str | None = None,
-    offload: bool = False,
-    on_error: OnError = "raise",
-    gradients_of: Collection[str] | None = None,
-    may_sit_out: Collection[str] = (),
-    time_limit: float | None = None,
-) -> Evaluation:
+class Options(TypedDict, total=False):
+    """How rewards are evaluated; `start_rewards` has the defaults."""
+
+    chunk_size: int | None
+    device: torch.device | str | None
+    offload: bool
+    on_error: OnError
+    gradients_of: Collection[str] | None
+    may_sit_out: Collection[str]
+    time_limit: float | None
+
+
+def evaluate_rewards(rewards: Mapping[str, Reward], batch: RewardBatch, **options: Unpack[Options]) -> Evaluation:
     """Return every reward's scores `[N]` and, where it has one, its gradient with respect to the latents `[N, *x]`.
 
     Args:
@@ -92,17 +93,7 @@ def evaluate_rewards(
             was shown, or a gradient that is not finite. Nothing is repaired: a reward that returns nonsense must not
             train a model.
     """
-    return start_rewards(
-        rewards,
-        batch,
-        chunk_size=chunk_size,
-        device=device,
-        offload=offload,
-        on_error=on_error,
-        gradients_of=gradients_of,
-        may_sit_out=may_sit_out,
-        time_limit=time_limit,
-    ).collect()
+    return start_rewards(rewards, batch, **options).collect()
 
 
 def start_rewards(
@@ -148,7 +139,7 @@ def start_rewards(
     return started
 
 
-def evaluate_reward(reward: Reward, batch: RewardBatch, **options: Any) -> RewardOutput:
+def evaluate_reward(reward: Reward, batch: RewardBatch, **options: Unpack[Options]) -> RewardOutput:
     """Return one reward's output, or raise what it raised; see `evaluate_rewards` for the options."""
     result = evaluate_rewards({reward.name: reward}, batch, **options)
     for error in result.skipped.values():

@@ -42,13 +42,19 @@ class Subject:
                 given = replace(given, context=batch.context)
             return self.reward.score(given)
 
-    def judge(self, batch: RewardBatch | None = None, differentiate: bool = False, **options: object) -> RewardOutput:
+    def judge(
+        self,
+        batch: RewardBatch | None = None,
+        differentiate: bool = False,
+        chunk_size: int | None = None,
+        device: str | None = None,
+    ) -> RewardOutput:
         """Return what the host makes of the reward."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             batch = copied(self.batch) if batch is None else batch
             wanted = None if differentiate else ()
-            return evaluate_reward(self.reward, batch, gradients_of=wanted, **options)
+            return evaluate_reward(self.reward, batch, gradients_of=wanted, chunk_size=chunk_size, device=device)
 
 
 def assert_close(found: Tensor, wanted: Tensor, what: str, advice: str, tolerance: float = TOLERANCE) -> None:
