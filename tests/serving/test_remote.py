@@ -45,6 +45,15 @@ def test_it_equals_the_local_reward(server: Faulty, transport: str, near_scores:
     assert (local.gradient - distant.gradient).norm() <= near_gradient * local.gradient.norm()
 
 
+def test_8_bits_are_the_nearest_ones(server: Faulty) -> None:
+    """As `uint8`, an image arrives rounded, not cut off."""
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    sent, rounded = (RewardBatch.from_images(x, ["one", "two"]) for x in (images, (images * 255).round() / 255))
+    expected = evaluate_reward(Legibility(), rounded, gradients_of=()).scores
+    distant = evaluate_reward(remote(server, transport="uint8"), sent, gradients_of=()).scores
+    torch.testing.assert_close(distant, expected, rtol=0, atol=1e-6)
+
+
 def test_it_does_not_apply_where_the_local_one_does_not(server: Faulty) -> None:
     """NaN travels, in the scores alone; a batch to which nothing applies is no lost server."""
     batch = Legibility().example()

@@ -91,6 +91,16 @@ def test_what_the_servers_reward_does_wrong(server: Faulty) -> None:
         evaluate_reward(reward, batch("infinite"), on_error="skip")
 
 
+def test_no_call_lasts_longer_than_max_wait(server: Faulty) -> None:
+    """However many tries are left."""
+    reward = remote(server, retries=1000, max_wait=0.7)
+    server.fault = "503"
+    started = time.monotonic()
+    with pytest.raises(ServerLostError, match=r"max_wait=0\.7 s is over; before that, .* answered 503"):
+        evaluate_reward(reward, Legibility().example(), gradients_of=())
+    assert 0.7 <= time.monotonic() - started < 3
+
+
 def test_a_server_that_is_busy_is_asked_again(server: Faulty) -> None:
     """Forty answers of a hundred are 503: every call succeeds in the end, with the right scores."""
     reward, expected = remote(server), evaluate_reward(Legibility(), Legibility().example()).scores

@@ -63,6 +63,17 @@ def test_it_serves_until_it_is_told_to_stop(
     assert time.monotonic() - began < 5
 
 
+def test_it_hears_a_signal_the_moment_it_is_ready() -> None:
+    """Whoever is told that it serves may stop it at once."""
+    code = (
+        "import signal, socket\nfrom rdm_sdk.serving.server import serve\n"
+        "listening = socket.create_server(('127.0.0.1', 0))\n"
+        "serve('jpeg', listening, ready=lambda labels: signal.raise_signal(signal.SIGTERM))\nprint('ended')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ended\n", "")
+
+
 def test_ctrl_c_is_no_error(started: tuple[subprocess.Popen[str], str]) -> None:
     """It is how a server in a terminal is stopped."""
     process, _ = started
