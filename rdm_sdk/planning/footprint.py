@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 
 class Meter(TorchDispatchMode):
@@ -40,19 +40,29 @@ class Meter(TorchDispatchMode):
         return result
 
     def _look_at(self, tensors: Any, made: bool) -> None:
-        for tensor in tree_leaves(tensors):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                place = storage._cdata
-                if place not in self._known:
-                    size = storage.nbytes() if made else 0
-                    self._known[place] = weakref.ref(storage, partial(self._let_go, place, size))
-                    self.live += size
-                    self.peak = max(self.peak, self.live)
+        for tensor in _tensors_in(tensors):
+            storage = tensor.untyped_storage()
+            place = storage._cdata
+            if place not in self._known:
+                size = storage.nbytes() if made else 0
+                self._known[place] = weakref.ref(storage, partial(self._let_go, place, size))
+                self.live += size
+                self.peak = max(self.peak, self.live)
 
     def _let_go(self, place: int, size: int, _: object) -> None:
         del self._known[place]
         self.live -= size
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in an operator's arguments or results; PyTorch's own trees take most of a rehearsal's time."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for one in value:
+            yield from _tensors_in(one)
+    elif isinstance(value, dict):
+        yield from _tensors_in(tuple(value.values()))
 
 
 class LikeCuda(TorchFunctionMode):

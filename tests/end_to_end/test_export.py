@@ -21,6 +21,12 @@ from rdm_sdk import ConfigError, RDMTrainer, digits
 PROMPTS = ["a handwritten seven", "a handwritten two", "the digit four", "three"]
 
 
+@pytest.fixture(scope="session")
+def make_trainer(make_digits_trainer: Callable[..., RDMTrainer]) -> Callable[..., RDMTrainer]:
+    """Return the maker of runs on the embedded teacher, whose pictures are looked at here."""
+    return make_digits_trainer
+
+
 def darkness(images: Tensor, prompts: list[str]) -> Tensor:
     """Score a picture by how dark it is."""
     return -images.mean(dim=(1, 2, 3))

@@ -16,6 +16,12 @@ from rdm_sdk import RDMTrainer, digits
 PROMPTS = ["a handwritten seven", "a handwritten two", "the digit four"]
 
 
+@pytest.fixture(scope="session")
+def make_trainer(make_digits_trainer: Callable[..., RDMTrainer]) -> Callable[..., RDMTrainer]:
+    """Return the maker of runs on the embedded teacher, whose pictures are looked at here."""
+    return make_digits_trainer
+
+
 @pytest.mark.parametrize(
     ("sampler", "settings", "stochastic"),
     [

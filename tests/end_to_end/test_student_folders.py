@@ -31,6 +31,12 @@ JSON = st.recursive(
 )
 
 
+@pytest.fixture(scope="session")
+def make_trainer(make_digits_trainer: Callable[..., RDMTrainer]) -> Callable[..., RDMTrainer]:
+    """Return the maker of runs on the embedded teacher, whose pictures are looked at here."""
+    return make_digits_trainer
+
+
 @pytest.fixture(scope="module")
 def student(make_trainer: Callable[..., RDMTrainer], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student's folder."""

@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from rdm_sdk import ConfigError, DataError, ModelError, RewardError, digits, evaluate, frechet_distance
+from rdm_sdk import ConfigError, DataError, ModelError, RDMTrainer, RewardError, digits, evaluate, frechet_distance
 from rdm_sdk.cli.main import main
 from rdm_sdk.digits.metrics import digit_features
 from rdm_sdk.evaluation.candidates import student_candidates, teacher_candidate
@@ -30,6 +30,12 @@ SMALL: dict[str, Any] = {
     "progress": False,
     "device": "cpu",
 }
+
+
+@pytest.fixture(scope="session")
+def make_trainer(make_digits_trainer: Callable[..., RDMTrainer]) -> Callable[..., RDMTrainer]:
+    """Return the maker of runs on the embedded teacher, whose pictures are looked at here."""
+    return make_digits_trainer
 
 
 @pytest.fixture(scope="module")

@@ -61,12 +61,12 @@ def gradients(family: ModelFamily, between: Callable[[], object] | None = None) 
 
 
 def test_teacher_output_is_bit_equal_before_and_after_training(
-    make_trainer: Callable[..., RDMTrainer], tmp_path: Path
+    make_digits_trainer: Callable[..., RDMTrainer], tmp_path: Path
 ) -> None:
     """The leak check: with trained adapters present, the teacher role is still the untouched base."""
     fresh = load_family(digits.teacher_path(), torch.float32, max_sequence_length=4)
     before = output_of(fresh, "teacher")
-    trainer = make_trainer(tmp_path, learning_rate=1e-2, guidance_scale=1.5, max_steps=3)
+    trainer = make_digits_trainer(tmp_path, learning_rate=1e-2, guidance_scale=1.5, max_steps=3)
     assert torch.equal(output_of(trainer.family, "student"), before)  # adapters start at the teacher
     trainer.train()
     assert torch.equal(output_of(trainer.family, "teacher"), before)
@@ -157,11 +157,11 @@ def test_replay_leaves_the_active_role_as_it_was() -> None:
     assert all(layer.disable_adapters for layer in layers)
 
 
-def test_the_base_is_held_once(make_trainer: Callable[..., RDMTrainer], tmp_path: Path) -> None:
+def test_the_base_is_held_once(make_digits_trainer: Callable[..., RDMTrainer], tmp_path: Path) -> None:
     """The trained module's storages add up to one base, two LoRA adapters and what tells the critic the step."""
     rank, base = 4, DiffusionPipeline.from_pretrained(digits.teacher_path()).transformer
     lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=["attn.to_q", "attn.add_k_proj"])
-    trainer = make_trainer(tmp_path, peft_config=lora)
+    trainer = make_digits_trainer(tmp_path, peft_config=lora)
     trainer.train()
 
     def storage_bytes(module: nn.Module) -> int:

@@ -75,11 +75,11 @@ def test_a_full_copy_of_a_bf16_base_is_trained_in_float32(
     assert not same_bits(before, weights_of_roles(trainer, "student"))
 
 
-def test_a_full_student_runs_in_plain_diffusers(make_trainer: Make, tmp_path: Path) -> None:
+def test_a_full_student_runs_in_plain_diffusers(make_digits_trainer: Make, tmp_path: Path) -> None:
     """The export is the component's folder; a plain pipeline that loads it gives our images."""
     from rdm_sdk.training.export import load_student
 
-    trainer = make_trainer(tmp_path / "run", student_weights="full", learning_rate=1e-3, sampler="ode")
+    trainer = make_digits_trainer(tmp_path / "run", student_weights="full", learning_rate=1e-3, sampler="ode")
     trainer.train()
     trainer.save_model(str(tmp_path / "student"))
     card = (tmp_path / "student" / "README.md").read_text()

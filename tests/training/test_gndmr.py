@@ -254,10 +254,10 @@ class Snapshots(TrainerCallback):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_each_update_changes_its_own_roles(make_trainer: Make, tmp_path: Path, accumulation: int) -> None:
+def test_each_update_changes_its_own_roles(make_digits_trainer: Make, tmp_path: Path, accumulation: int) -> None:
     """Law 7 with a head: critics and student take turns, the teacher's output stays the same bits."""
     watch = Snapshots()
-    trainer = make_trainer(
+    trainer = make_digits_trainer(
         tmp_path,
         ["dm + 0.5*adversarial + 0.1*guidance", (jpeg_like, 0.1)],
         pictures(),

@@ -173,9 +173,11 @@ def test_sizes_that_cannot_be_used_are_refused(make_trainer: Make, tmp_path: Pat
 # ---- A base on several devices ----------------------------------------------------------------------------------
 
 
-def test_a_base_spread_by_a_device_map_stays_where_it_is(make_trainer: Make, plain: RDMTrainer, tmp_path: Path) -> None:
+def test_a_base_spread_by_a_device_map_stays_where_it_is(
+    make_trainer: Make, small_teacher: str, plain: RDMTrainer, tmp_path: Path
+) -> None:
     """The trainer moves nothing of it, and trains as ever."""
-    pipeline = DiffusionPipeline.from_pretrained(digits.teacher_path())
+    pipeline = DiffusionPipeline.from_pretrained(small_teacher)
     # Accelerate adds no hooks where there is one device, so the layers are named.
     places = {name: "cpu" for name, _ in pipeline.transformer.named_children()}
     pipeline.transformer = dispatch_model(pipeline.transformer, places, main_device="cpu", force_hooks=True)

@@ -88,11 +88,11 @@ def weights_of(roles: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_loop_of_ones_own_gives_the_trainers_bits(
-    make_trainer: Callable[..., RDMTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int
+    make_digits_trainer: Callable[..., RDMTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int
 ) -> None:
     """From the same seed, prompts and random state, one step ends with the same weights of student and critic."""
     settings = {"max_steps": 1, "gradient_accumulation_steps": accumulation, "learning_rate": 1e-3}
-    trainer = make_trainer(tmp_path, SPEC, **settings)
+    trainer = make_digits_trainer(tmp_path, SPEC, **settings)
     before = {name: p.detach().clone() for name, p in weights_of(trainer.roles).items()}
     first = FirstStep(trainer, monkeypatch)
     trainer.train()

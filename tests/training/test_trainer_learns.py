@@ -158,9 +158,9 @@ def test_a_callable_on_brightness_raises_brightness(make_trainer: Make, tmp_path
     assert trainer.sample(prompts, seed=0).mean() > before + 0.02
 
 
-def test_distribution_matching_repairs_a_spoiled_student(make_trainer: Make, tmp_path: Path) -> None:
+def test_distribution_matching_repairs_a_spoiled_student(make_digits_trainer: Make, tmp_path: Path) -> None:
     """From a student whose weights were disturbed, "dm" finds the way back to the teacher's digits."""
-    trainer = make_trainer(
+    trainer = make_digits_trainer(
         tmp_path,
         per_device_train_batch_size=16,
         num_generations=8,
