@@ -20,7 +20,11 @@ from rdm_sdk.planning.phases import Phase, Step
 from rdm_sdk.planning.rehearsal import Rehearsal
 from rdm_sdk.rewards.resolve import plan_rewards
 
-by_family = pytest.mark.parametrize("kind", sorted(TINY_PIPELINES))
+USUAL = ("FluxPipeline", "SanaPipeline", "StableDiffusion3Pipeline", "StableDiffusionXLPipeline")
+"""A rectified flow with guidance embedded, another latent space, the digits' family, a UNet."""
+by_family = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in USUAL else pytest.mark.slow) for kind in sorted(TINY_PIPELINES)]
+)
 
 
 @by_family
