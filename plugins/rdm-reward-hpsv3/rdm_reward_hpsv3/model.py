@@ -36,14 +36,15 @@ class _Network(Qwen2VLPreTrainedModel):
         super().__init__(config)
         self.model = Qwen2VLModel(config)
         self.rm_head = nn.Sequential(
-            nn.Linear(config.text_config.hidden_size, 1024),
+            nn.Linear(config.get_text_config().hidden_size, 1024),
             nn.ReLU(),
             nn.Identity(),  # dropout, which counts as a layer in the checkpoint's names
             nn.Linear(1024, 16),
             nn.ReLU(),
             nn.Linear(16, 2),
         )
-        self.post_init()
+        initialize: Any = self.post_init  # transformers leaves it without types
+        initialize()
 
 
 class Scorer(nn.Module):
@@ -78,8 +79,9 @@ class Scorer(nn.Module):
         embedded = torch.cat([before, self._embed_images(*seen), embed(ids)], dim=1)
         states = language(inputs_embeds=embedded, use_cache=False).last_hidden_state
         ends = embedded.shape[1] - longest - 1 + torch.tensor([len(tokens) for tokens in read], device=device)
-        scores: Tensor = self.network.rm_head(states[torch.arange(len(read), device=device), ends].float())
-        return scores[:, 0]  # mu; the other one is how unsure the model is
+        read_at = states[torch.arange(len(read), device=device), ends]
+        mu: Tensor = self.network.rm_head(read_at.float())[:, 0]
+        return mu  # the other output is how unsure the model is
 
     def _embed_images(self, flat: Tensor, grid: tuple[int, int]) -> Tensor:
         """Map patches `[N, h * w, D]` on a grid (h, w) to embeddings `[N, tokens, width]`."""
@@ -119,7 +121,7 @@ def resized(height: int, width: int, unit: int, pixels: int) -> tuple[int, int]:
 def prepare(images: Tensor, unit: int, pixels: int = PIXELS) -> Tensor:
     """Map images `[N, 3, H, W]` in [0, 1] to normalized ones of sides that `unit` divides, as PIL resizes them."""
     images = to_8_bits(images.float())
-    images = resize(images, resized(*images.shape[-2:], unit, pixels))
+    images = resize(images, resized(images.shape[-2], images.shape[-1], unit, pixels))
     mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     return (images - mean) / std
 
@@ -165,7 +167,8 @@ def load_scorer(tensors: Mapping[str, Tensor], base: str, what: str, dtype: torc
             f"checkpoint has {len(embedding)}; pass as base= the Qwen2-VL that it was made of"
         )
     config.text_config.vocab_size = len(embedding)
-    network, report = _Network.from_pretrained(
+    loader: Any = _Network
+    network, report = loader.from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
     shapes = sorted(str(key[0]) for key in report["mismatched_keys"])
@@ -193,7 +196,7 @@ def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {new: tensors[name] for name, new in names.items() if new != "lm_head.weight"}
 
 
-def _load_base(base: str) -> tuple[Qwen2VLConfig, Any]:
+def _load_base(base: str) -> tuple[Any, Any]:
     """Return a Qwen2-VL's config, and its tokenizer with HPSv3's token."""
     try:
         config = AutoConfig.from_pretrained(expanded(base))
