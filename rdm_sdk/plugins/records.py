@@ -19,6 +19,7 @@ KNOWN_PLUGINS = {
     "ocr": "rdm-reward-ocr",
     "pickscore": "rdm-reward-pickscore",
     "safety": "rdm-reward-safety",
+    "unified": "rdm-reward-unified",
     "vlm": "rdm-reward-vlm",
 }
 """The project's own rewards that are installed one by one: bare name to distribution."""

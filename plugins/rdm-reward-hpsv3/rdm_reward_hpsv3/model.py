@@ -79,7 +79,7 @@ class Scorer(nn.Module):
         embedded = torch.cat([before, self._embed_images(*seen), embed(ids)], dim=1)
         states = language(inputs_embeds=embedded, use_cache=False).last_hidden_state
         ends = embedded.shape[1] - longest - 1 + torch.tensor([len(tokens) for tokens in read], device=device)
-        read_at = states[torch.arange(len(read), device=device), ends]
+        read_at: Tensor = states[torch.arange(len(read), device=device), ends]
         mu: Tensor = self.network.rm_head(read_at.float())[:, 0]
         return mu  # the other output is how unsure the model is
 
