@@ -37,7 +37,7 @@ class Detector(nn.Module):
         if self.tokenizer.eos_token_id != words - 1:  # OWLv2 reads a text where the highest of its ids stands
             raise RewardError(
                 f"the tokenizer of {source!r} does not fit its OWLv2: it ends texts with "
-                f"{self.tokenizer.eos_token_id}, the model with {words - 1}; are the tokenizer's files beside the weights?"
+                f"{self.tokenizer.eos_token_id}, the model with {words - 1}; are its files beside the weights?"
             )
         size = self.model.config.vision_config.image_size
         self.processor: Any = Owlv2ImageProcessorPil(size={"height": size, "width": size})

@@ -88,7 +88,8 @@ class Scorer(nn.Module):
         visual = self.network.model.visual
         grids = torch.tensor([[1, *grid]] * len(flat), device=flat.device)
         embedded: Tensor = visual(flat.flatten(0, 1).to(self.network.dtype), grid_thw=grids).pooler_output
-        return embedded.unflatten(0, (len(flat), -1))
+        apart: Tensor = embedded.unflatten(0, (len(flat), -1))
+        return apart
 
     def _tokens(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
