@@ -11,12 +11,15 @@ KNOWN_PLUGINS = {
     "aesthetic": "rdm-reward-aesthetic",
     "clip": "rdm-reward-clip",
     "dino": "rdm-reward-dino",
+    "geneval": "rdm-reward-geneval",
     "hps": "rdm-reward-hps",
+    "hpsv3": "rdm-reward-hpsv3",
     "imagereward": "rdm-reward-imagereward",
     "jpeg": "rdm-reward-jpeg",
     "ocr": "rdm-reward-ocr",
     "pickscore": "rdm-reward-pickscore",
     "safety": "rdm-reward-safety",
+    "unified": "rdm-reward-unified",
     "vlm": "rdm-reward-vlm",
 }
 """The project's own rewards that are installed one by one: bare name to distribution."""

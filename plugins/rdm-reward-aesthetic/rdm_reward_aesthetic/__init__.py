@@ -7,5 +7,5 @@ __version__ = "0.1.0"
 
 @hookimpl
 def rdm_register_rewards(register: RegisterReward) -> None:
-    description = "LAION aesthetics v1 and v2: how much people like a picture"
+    description = "aesthetic predictors (LAION v1 and v2, v2.5 on SigLIP): how much people like a picture"
     register("aesthetic", "rdm_reward_aesthetic.reward:AestheticScore", description=description)
