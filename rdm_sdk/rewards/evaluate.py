@@ -274,8 +274,10 @@ class Started:
 
     def _start(self, rewards: Mapping[str, Reward], chunk: RewardBatch, rows: Mapping[str, Sequence[int]]) -> None:
         for name, reward in rewards.items():
-            # A copy: it runs at the same time as the others, so nobody could tell who changed something in place.
-            given = copied(reward, as_declared(reward, chunk, self.device, rows[name]))
+            given = as_declared(reward, chunk, self.device, rows[name])
+            if not reward.only_reads:
+                # It runs at the same time as the others, so nobody could tell who changed something in place.
+                given = copied(reward, given)
             call = Call(name, reward, given, name in self.graded, self.device, self.time_limit)
             self._asked[name].append(_Asked(call, given, rows[name], len(chunk), len(self.outputs[name])))
             self.outputs[name].append(None)
@@ -348,7 +350,7 @@ def _finished(run: Started) -> Evaluation:
     outputs, rewards, batch = {}, run.rewards, run.batch
     for name, reward in rewards.items():
         if name not in run.skipped:
-            outputs[name] = _merged([output for output in run.outputs[name] if output is not None])
+            outputs[name] = merged([output for output in run.outputs[name] if output is not None])
             sits_out = name in run.may_sit_out and not reward.capabilities.trains
             if run.shown[name] and not sits_out and outputs[name].scores.isnan().all():
                 run.give_up(name, nothing_applies(reward, batch))
@@ -364,8 +366,8 @@ def _finished(run: Started) -> Evaluation:
     )
 
 
-def _merged(outputs: Sequence[RewardOutput]) -> RewardOutput:
-    """Put a reward's chunks together."""
+def merged(outputs: Sequence[RewardOutput]) -> RewardOutput:
+    """Return the outputs of a reward for the chunks of a batch as one."""
     if len(outputs) == 1:
         return outputs[0]
     gradients = [output.gradient for output in outputs if output.gradient is not None]
