@@ -35,6 +35,7 @@ from rdm_sdk.rewards.judging import (
     pulled_back,
     spread,
 )
+from rdm_sdk.rewards.time_limit import limited
 from rdm_sdk.types import RewardOutput
 
 OnError = Literal["raise", "skip"]
@@ -85,8 +86,9 @@ def evaluate_rewards(rewards: Mapping[str, Reward], batch: RewardBatch, **option
             either case: nonsense is never skipped over.
         gradients_of: the names of the rewards whose gradient is wanted; None is all that have one, () is none.
         may_sit_out: the names of the rewards that are taken at their word if they return NaN for all they were shown.
-        time_limit: seconds that a call of an asynchronous reward may take, after which it is cancelled and counts as
-            raising `TimeoutError`; None is no limit. What computes in this thread cannot be cancelled.
+        time_limit: seconds that a call of a reward may take, after which it counts as raising `TimeoutError`; None is
+            no limit. An asynchronous reward is cancelled, one that computes here is interrupted where that can be
+            done (`rewards.time_limit`). Rewards that need the run's models are not limited.
 
     Raises:
         RewardError: a reward returned something of the wrong type or shape, an infinite score, only NaN for what it
@@ -310,7 +312,7 @@ class Started:
         self, rewards: Mapping[str, Reward], chunk: RewardBatch, rows: Mapping[str, Sequence[int]]
     ) -> None:
         for name, reward in rewards.items():
-            with self._charged_to(name):
+            with self._charged_to(name), limited(name, self.time_limit):
                 if name in self.graded:
                     output = differentiated(reward, chunk, self.device, rows[name])
                 else:
