@@ -86,7 +86,9 @@ def main() -> None:
     ]
     middle = {name: statistics.median(turn[name] for turn in turns) for name in clocks}
 
-    def ratio(one: str, other: str) -> float:
+    def ratio(one: str, other: str) -> float | None:
+        if not all(turn[other] for turn in turns):
+            return None  # too short for the clock of another process, which ticks every 10 ms
         return round(statistics.median(turn[one] / turn[other] for turn in turns), 3)
 
     row = {

@@ -47,7 +47,7 @@ def read_answer(body: bytes | bytearray, label: str, images: Sequence[int], grad
     _, tensors = unpack(body)
     scores = _taken(tensors, f"scores/{label}", images[:1])
     if bool(scores.isinf().any()):
-        raise BodyError(f"the scores of {label!r} hold an infinite number")
+        raise BodyError(f"{shown(f'scores/{label}', 80)} holds an infinite number")
     if not gradient:
         return RewardOutput(scores)
     values = _taken(tensors, f"gradient/{label}", images)

@@ -287,7 +287,7 @@ BAD_ANSWERS = [
     ({}, "scores/x' must be floats of shape [2]; got none"),
     ({"scores/x": torch.ones(3), "gradient/x": ONES}, "got [3] torch.float32"),
     ({"scores/x": torch.ones(2, dtype=torch.uint8), "gradient/x": ONES}, "got [2] torch.uint8"),
-    ({"scores/x": torch.tensor([1.0, torch.inf]), "gradient/x": ONES}, "hold an infinite number"),
+    ({"scores/x": torch.tensor([1.0, torch.inf]), "gradient/x": ONES}, "holds an infinite number"),
     ({"scores/x": torch.ones(2)}, "gradient/x' must be floats"),
     ({"scores/x": torch.ones(2), "gradient/x": ONES[:1]}, "of shape [2, 3, 4, 4]; got [1, 3, 4, 4]"),
     ({"scores/x": torch.ones(2), "gradient/x": ONES * torch.nan}, "is not finite"),
