@@ -21,6 +21,7 @@ _PUBLIC = {
     "RewardOutput": "rdm_sdk.types",
     "RewardConfig": "rdm_sdk.rewards.base",
     "Capabilities": "rdm_sdk.rewards.capabilities",
+    "declares": "rdm_sdk.rewards.callables",
     "RewardTerm": "rdm_sdk.rewards.spec",
     "parse_spec": "rdm_sdk.rewards.spec",
     "score_images": "rdm_sdk.rewards.scoring",
@@ -64,6 +65,7 @@ __all__ = [  # noqa: RUF022 - in the order of _PUBLIC
     "RewardOutput",
     "RewardConfig",
     "Capabilities",
+    "declares",
     "RewardTerm",
     "parse_spec",
     "score_images",
@@ -140,6 +142,7 @@ if TYPE_CHECKING:
     from rdm_sdk.rewards.base import Reward as Reward
     from rdm_sdk.rewards.base import RewardBatch as RewardBatch
     from rdm_sdk.rewards.base import RewardConfig as RewardConfig
+    from rdm_sdk.rewards.callables import declares as declares
     from rdm_sdk.rewards.capabilities import Capabilities as Capabilities
     from rdm_sdk.rewards.scoring import score_images as score_images
     from rdm_sdk.rewards.spec import RewardTerm as RewardTerm

@@ -13,10 +13,8 @@ import torch
 
 from rdm_sdk.errors import RewardError
 from rdm_sdk.rewards.base import Reward, RewardBatch
+from rdm_sdk.rewards.time_limit import GRACE, too_slow
 from rdm_sdk.types import RewardOutput
-
-GRACE = 5.0
-"""Seconds beyond its time limit after which a call that could not be cancelled holds up the event loop."""
 
 
 class Call:
@@ -58,7 +56,7 @@ class Call:
             if self._future.done():
                 raise
             raise TimeoutError(
-                f"{_too_slow(self.time_limit)}, and cannot be cancelled: its coroutine computes or sleeps without "
+                f"{too_slow(self.time_limit)}, and cannot be cancelled: its coroutine computes or sleeps without "
                 "awaiting; use await, or asyncio.to_thread for what blocks"
             ) from error
 
@@ -80,17 +78,13 @@ async def _timed(
             output: Any = await reward.gradient_async(given) if graded else await reward.score_async(given)
     except TimeoutError as error:
         if limit.expired():
-            raise TimeoutError(_too_slow(time_limit)) from error
+            raise TimeoutError(too_slow(time_limit)) from error
         raise
     if graded and not isinstance(output, RewardOutput):
         raise RewardError(
             f"reward {name!r}: gradient_async(batch) must return a RewardOutput; got {type(output).__name__}"
         )
     return output if graded else RewardOutput(output), time.perf_counter() - started
-
-
-def _too_slow(time_limit: float | None) -> str:
-    return f"it took longer than its time limit of {time_limit:g} s (reward_timeout of a run)"
 
 
 @cache

@@ -5,19 +5,56 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rdm_sdk.errors import RewardError
+from rdm_sdk.errors import RewardError, nearest
 from rdm_sdk.rewards.base import RESERVED_COLUMNS, Capabilities, Reward, RewardBatch
+
+DECLARABLE = ("gradient", "scope", "prompts", "columns", "range", "dtype", "stochastic", "parameters")
+"""What a function may declare of `Capabilities`; the rest takes a class."""
+_DECLARED = "__rdm_declares__"
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def declares(**capabilities: Any) -> Callable[[_Function], _Function]:
+    """Return a decorator by which a plain function declares what it can do and needs, as a class does.
+
+    `@declares(gradient="autograd")` is for a function that returns a tensor that is differentiable in the images,
+    `scope="group"` for one that compares the samples of a prompt (it may take `group_size`). `columns` are needed
+    beside those that are parameters without a default. The decorated function is the function itself.
+
+    Raises:
+        RewardError: a word that is not in `Capabilities`, or a capability that a function cannot have.
+    """
+    for name in capabilities:
+        if name not in DECLARABLE:
+            raise RewardError(
+                f"declares({name}=...) cannot be used; a function declares {', '.join(DECLARABLE)}."
+                f"{nearest(name, DECLARABLE)} A subclass of Reward declares anything"
+            )
+    if capabilities.get("gradient", "none") not in ("none", "autograd"):
+        raise RewardError(
+            f"declares(gradient={capabilities['gradient']!r}) cannot be used; a function is scored ('none') or "
+            "differentiable ('autograd'); a subclass of Reward writes its gradient itself"
+        )
+    Capabilities(**capabilities)  # a wrong value is an error where it is written
+
+    def declared(function: _Function) -> _Function:
+        setattr(function, _DECLARED, dict(capabilities))
+        return function
+
+    return declared
 
 
 class CallableReward(Reward):
     """A plain function as a reward; None marks a sample to which it does not apply.
 
-    It is scored, never differentiated, so it acts on the student as group-normalized advantages.
+    Unless it declares more (`declares`), it is scored, never differentiated, so it acts on the student as
+    group-normalized advantages.
     """
 
     capabilities = Capabilities()
@@ -29,14 +66,17 @@ class CallableReward(Reward):
         taken = _parameters(function)
         self._takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken)
         self._taken = {p.name for p in taken}
-        needed = tuple(
-            p.name for p in taken if p.name not in RESERVED_COLUMNS and p.default is p.empty and p.kind in _NAMED
-        )
-        self.capabilities = replace(self.capabilities, columns=needed)
+        declared: dict[str, Any] = dict(getattr(function, _DECLARED, {}))
+        given = (*RESERVED_COLUMNS, "group_size") if declared.get("scope") == "group" else RESERVED_COLUMNS
+        needed = [p.name for p in taken if p.name not in given and p.default is p.empty and p.kind in _NAMED]
+        declared["columns"] = tuple(dict.fromkeys([*needed, *declared.get("columns", ())]))
+        self.capabilities = replace(self.capabilities, **declared)
 
     def call(self, batch: RewardBatch) -> object:
         """Call the function with the images, the prompts and the columns that it takes."""
-        given = {"images": batch.images, "prompts": batch.prompts, **batch.columns}
+        given: dict[str, object] = {"images": batch.images, "prompts": batch.prompts, **batch.columns}
+        if self.capabilities.scope == "group":
+            given["group_size"] = batch.group_size
         return self.function(**{name: value for name, value in given.items() if self._takes_all or name in self._taken})
 
     def score(self, batch: RewardBatch) -> Tensor:
@@ -48,7 +88,7 @@ class CallableReward(Reward):
     def read(self, values: object) -> Tensor:
         """Turn what the function returned into scores `[N]`."""
         if isinstance(values, Tensor):
-            return values.detach().float()
+            return values.float() if self.capabilities.gradient == "autograd" else values.detach().float()
         if isinstance(values, np.ndarray):
             values = values.tolist()
         if not isinstance(values, (list, tuple)):

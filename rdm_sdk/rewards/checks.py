@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rdm_sdk.errors import RewardError
-from rdm_sdk.rewards.base import Reward, RewardBatch
+from rdm_sdk.rewards.base import Reward, RewardBatch, all_finite
 
 
 def rows_it_is_for(reward: Reward, batch: RewardBatch) -> list[int]:
@@ -66,7 +66,7 @@ def check_gradient(reward: Reward, batch: RewardBatch, gradient: Tensor | None) 
             f"reward {reward.name!r} must return a gradient of the latents' shape {list(batch.latents.shape)}; "
             f"got {list(gradient.shape)}"
         )
-    if not bool(gradient.isfinite().all()):
+    if not all_finite(gradient):
         raise RewardError(f"reward {reward.name!r} returned a gradient that is not finite")
 
 

@@ -35,6 +35,7 @@ from rdm_sdk.rewards.judging import (
     pulled_back,
     spread,
 )
+from rdm_sdk.rewards.time_limit import limited
 from rdm_sdk.types import RewardOutput
 
 OnError = Literal["raise", "skip"]
@@ -85,8 +86,9 @@ def evaluate_rewards(rewards: Mapping[str, Reward], batch: RewardBatch, **option
             either case: nonsense is never skipped over.
         gradients_of: the names of the rewards whose gradient is wanted; None is all that have one, () is none.
         may_sit_out: the names of the rewards that are taken at their word if they return NaN for all they were shown.
-        time_limit: seconds that a call of an asynchronous reward may take, after which it is cancelled and counts as
-            raising `TimeoutError`; None is no limit. What computes in this thread cannot be cancelled.
+        time_limit: seconds that a call of a reward may take, after which it counts as raising `TimeoutError`; None is
+            no limit. An asynchronous reward is cancelled, one that computes here is interrupted where that can be
+            done (`rewards.time_limit`). Rewards that need the run's models are not limited.
 
     Raises:
         RewardError: a reward returned something of the wrong type or shape, an infinite score, only NaN for what it
@@ -274,8 +276,10 @@ class Started:
 
     def _start(self, rewards: Mapping[str, Reward], chunk: RewardBatch, rows: Mapping[str, Sequence[int]]) -> None:
         for name, reward in rewards.items():
-            # A copy: it runs at the same time as the others, so nobody could tell who changed something in place.
-            given = copied(reward, as_declared(reward, chunk, self.device, rows[name]))
+            given = as_declared(reward, chunk, self.device, rows[name])
+            if not reward.only_reads:
+                # It runs at the same time as the others, so nobody could tell who changed something in place.
+                given = copied(reward, given)
             call = Call(name, reward, given, name in self.graded, self.device, self.time_limit)
             self._asked[name].append(_Asked(call, given, rows[name], len(chunk), len(self.outputs[name])))
             self.outputs[name].append(None)
@@ -308,7 +312,7 @@ class Started:
         self, rewards: Mapping[str, Reward], chunk: RewardBatch, rows: Mapping[str, Sequence[int]]
     ) -> None:
         for name, reward in rewards.items():
-            with self._charged_to(name):
+            with self._charged_to(name), limited(name, self.time_limit):
                 if name in self.graded:
                     output = differentiated(reward, chunk, self.device, rows[name])
                 else:
@@ -348,7 +352,7 @@ def _finished(run: Started) -> Evaluation:
     outputs, rewards, batch = {}, run.rewards, run.batch
     for name, reward in rewards.items():
         if name not in run.skipped:
-            outputs[name] = _merged([output for output in run.outputs[name] if output is not None])
+            outputs[name] = merged([output for output in run.outputs[name] if output is not None])
             sits_out = name in run.may_sit_out and not reward.capabilities.trains
             if run.shown[name] and not sits_out and outputs[name].scores.isnan().all():
                 run.give_up(name, nothing_applies(reward, batch))
@@ -364,8 +368,8 @@ def _finished(run: Started) -> Evaluation:
     )
 
 
-def _merged(outputs: Sequence[RewardOutput]) -> RewardOutput:
-    """Put a reward's chunks together."""
+def merged(outputs: Sequence[RewardOutput]) -> RewardOutput:
+    """Return the outputs of a reward for the chunks of a batch as one."""
     if len(outputs) == 1:
         return outputs[0]
     gradients = [output.gradient for output in outputs if output.gradient is not None]

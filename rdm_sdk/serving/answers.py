@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rdm_sdk.errors import shown
-from rdm_sdk.rewards.base import Capabilities
+from rdm_sdk.rewards.base import Capabilities, all_finite
 from rdm_sdk.serving.tensors import BodyError, pack, unpack
 from rdm_sdk.types import RewardOutput
 
@@ -38,7 +38,7 @@ def pack_answer(outputs: Mapping[str, RewardOutput], gradient_dtype: str = "F32"
     return pack({}, tensors)
 
 
-def read_answer(body: bytes, label: str, images: Sequence[int], gradient: bool) -> RewardOutput:
+def read_answer(body: bytes | bytearray, label: str, images: Sequence[int], gradient: bool) -> RewardOutput:
     """Return what a server said of images of a shape `[N, 3, H, W]`.
 
     Raises:
@@ -46,12 +46,14 @@ def read_answer(body: bytes, label: str, images: Sequence[int], gradient: bool) 
     """
     _, tensors = unpack(body)
     scores = _taken(tensors, f"scores/{label}", images[:1])
+    if bool(scores.isinf().any()):
+        raise BodyError(f"{shown(f'scores/{label}', 80)} holds an infinite number")
     if not gradient:
         return RewardOutput(scores)
     values = _taken(tensors, f"gradient/{label}", images)
     if f"scale/{label}" in tensors:
         values = values * _taken(tensors, f"scale/{label}", images[:1]).reshape(-1, 1, 1, 1)
-    if not bool(values.isfinite().all()):
+    if not all_finite(values):
         raise BodyError(f"the gradient of {label!r} is not finite")
     return RewardOutput(scores, values)
 
@@ -61,8 +63,6 @@ def _taken(tensors: Mapping[str, Tensor], name: str, shape: Sequence[int]) -> Te
     if tensor is None or not tensor.is_floating_point() or list(tensor.shape) != list(shape):
         got = "none" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
         raise BodyError(f"{shown(name, 80)} must be floats of shape {list(shape)}; got {got}")
-    if bool(tensor.isinf().any()):
-        raise BodyError(f"{shown(name, 80)} holds an infinite number")
     return tensor.float()
 
 

@@ -6,7 +6,7 @@ import asyncio
 import random
 import ssl
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,7 +17,7 @@ from rdm_sdk.errors import RDMError, RewardError, nearest, shown
 from rdm_sdk.rewards.awaiting import event_loop
 from rdm_sdk.rewards.base import Capabilities, RewardBatch
 from rdm_sdk.serving.answers import read_answer, read_capabilities
-from rdm_sdk.serving.requests import pack_request
+from rdm_sdk.serving.requests import request_parts
 from rdm_sdk.serving.tensors import CONTENT_TYPE, HEADER_LIMIT, VERSION, BodyError, parse_json
 from rdm_sdk.types import RewardOutput
 
@@ -27,6 +27,11 @@ BACKOFF_LIMIT = 5.0
 AGAIN = frozenset({408, 425, 429, 502, 503, 504})
 """Statuses that pass."""
 ERROR_LIMIT = 2**16
+PIECE = 2**18
+"""Bytes that are given to a connection at a time."""
+
+Body = Sequence[memoryview]
+"""The body of a request, in parts."""
 
 
 class ServerLostError(RDMError, ConnectionError):
@@ -93,7 +98,7 @@ class Client:
         asked = self._request("GET", "/v1/rewards", None, HEADER_LIMIT)
         return self._read_description(asyncio.run_coroutine_threadsafe(asked, event_loop()).result(), wanted)
 
-    def _read_description(self, body: bytes, wanted: str | None) -> Described:
+    def _read_description(self, body: bytearray, wanted: str | None) -> Described:
         url = self.urls[self._first]
         try:
             told = parse_json(body, "the answer")
@@ -129,7 +134,7 @@ class Client:
         """
         groups = described.capabilities.scope == "group"
         try:
-            body = pack_request(
+            body = request_parts(
                 images,
                 rewards=[described.label],
                 prompts=batch.prompts,
@@ -147,19 +152,19 @@ class Client:
         except BodyError as error:
             raise RewardError(f"{self.urls[self._first]} answered nonsense for {described.label!r}: {error}") from error
 
-    def _check_limits(self, body: bytes, images: Any, described: Described) -> None:
+    def _check_limits(self, body: Body, images: Any, described: Described) -> None:
         limits = described.limits
-        side = max(images.shape[2:])
-        if len(body) > limits["body"] or len(images) > limits["images"] or side > limits["side"]:
+        side, size = max(images.shape[2:]), _length(body)
+        if size > limits["body"] or len(images) > limits["images"] or side > limits["side"]:
             raise RewardError(
-                f"{described.label!r} was asked of {len(images)} images of {side} pixels in {len(body)} bytes; its "
+                f"{described.label!r} was asked of {len(images)} images of {side} pixels in {size} bytes; its "
                 f"server takes {limits['images']}, {limits['side']} and {limits['body']}: judge fewer at a time "
                 "(reward_batch_size in a run), or start the server with higher limits"
             )
 
     # ---- The wire -----------------------------------------------------------------------------------------------
 
-    async def _request(self, method: str, path: str, body: bytes | None, limit: int) -> bytes:
+    async def _request(self, method: str, path: str, body: Body | None, limit: int) -> bytearray:
         """Return the body of an answer, tried as often and as long as the patience lasts."""
         patience, last = self.patience, "nothing was tried"
         bound = asyncio.timeout(patience.max_wait)
@@ -182,7 +187,7 @@ class Client:
         tries = f"after {time.monotonic() - started:.1f} s and up to {patience.retries + 1} tries each"
         raise ServerLostError(f"no answer from {', '.join(self.urls)} {tries}: {last}{self.trouble()}")
 
-    async def _try(self, method: str, path: str, body: bytes | None, limit: int) -> tuple[bytes | None, str]:
+    async def _try(self, method: str, path: str, body: Body | None, limit: int) -> tuple[bytearray | None, str]:
         """Return the answer of the server that is asked first, or None and why trying again may help.
 
         Raises:
@@ -190,15 +195,19 @@ class Client:
             ServerLostError: its reward raised.
         """
         url = self.urls[self._first]
-        transport = None if self._uds is None else httpx2.AsyncHTTPTransport(uds=self._uds)
-        headers = self._headers | ({} if body is None else {"Content-Type": CONTENT_TYPE})
+        # Without `verify`, a transport reads all certificates of this machine, for a tenth of a second.
+        transport = None if self._uds is None else httpx2.AsyncHTTPTransport(verify=False, uds=self._uds)
+        headers, content = dict(self._headers), None
+        if body is not None:
+            headers |= {"Content-Type": CONTENT_TYPE, "Content-Length": str(_length(body))}
+            content = _pieces(body)
         verify = _tls() if url.startswith("https") else False
         try:
             # A client for each request: its connections belong to the loop, which may not be there to close them.
             async with (
                 asyncio.timeout(self.patience.timeout),
                 httpx2.AsyncClient(transport=transport, verify=verify, timeout=None) as client,
-                client.stream(method, f"{url.rstrip('/')}{path}", content=body, headers=headers) as response,
+                client.stream(method, f"{url.rstrip('/')}{path}", content=content, headers=headers) as response,
             ):
                 status = response.status_code
                 answer = await _read(response, limit if status == 200 else ERROR_LIMIT)
@@ -218,17 +227,28 @@ class Client:
         raise RewardError(f"{url} answered {status}: {reason}")
 
 
-async def _read(response: Any, limit: int) -> bytes | None:
+def _length(body: Body) -> int:
+    return sum(part.nbytes for part in body)
+
+
+async def _pieces(body: Body) -> AsyncIterator[bytes]:
+    """Yield a body in pieces that fit into a processor's memory, and not the whole of it in one more copy."""
+    for part in body:
+        for start in range(0, part.nbytes, PIECE):
+            yield bytes(part[start : start + PIECE])
+
+
+async def _read(response: Any, limit: int) -> bytearray | None:
     """Return the body of a response, None if it is longer than a limit."""
     parts = bytearray()
     async for part in response.aiter_raw():
         parts += part
         if len(parts) > limit:
             return None
-    return bytes(parts)
+    return parts
 
 
-def _reason(body: bytes) -> tuple[str, bool]:
+def _reason(body: bytes | bytearray) -> tuple[str, bool]:
     """Return what a refusal says, and whether it is that the reward returned nonsense."""
     try:
         told = parse_json(body, "the answer")
@@ -236,7 +256,7 @@ def _reason(body: bytes) -> tuple[str, bool]:
         told = None
     if isinstance(told, dict) and isinstance(told.get("error"), str):
         return told["error"][:1000], told.get("nonsense") is True
-    return shown(body[:200]), False
+    return shown(bytes(body[:200])), False
 
 
 def _sent(columns: Mapping[str, list[object]], needed: Sequence[str], label: str) -> dict[str, list[object]] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import Literal
 from urllib.parse import urlsplit
@@ -35,6 +36,17 @@ class ServedConfig(RewardConfig):
         return Patience(timeout=self.timeout, retries=self.retries, max_wait=self.max_wait)
 
 
+@torch.no_grad()
+def as_sent(images: Tensor, transport: Transport) -> Tensor:
+    """Return images `[N, 3, H, W]` in [0, 1] in the dtype that travels; uint8 is from 0 to 255, rounded."""
+    if transport != "uint8":
+        return images.to(getattr(torch, transport))
+    sent = torch.empty_like(images, dtype=torch.uint8)
+    for image, place in zip(images, sent, strict=True):  # what lies between is short then, and stays in fast memory
+        place.copy_((image * 255).round_().clamp_(0, 255))
+    return sent
+
+
 class ServedReward(Reward):
     """A reward whose scores, and gradients if it has any, come from a server.
 
@@ -43,6 +55,7 @@ class ServedReward(Reward):
 
     capabilities = Capabilities(asynchronous=True, gradient="awaited", parameters=0)
     settled_when_made = True
+    only_reads = True
 
     class Config(ServedConfig):
         pass
@@ -71,11 +84,8 @@ class ServedReward(Reward):
         return await self._ask(batch, gradient=True)
 
     async def _ask(self, batch: RewardBatch, gradient: bool) -> RewardOutput:
-        images = batch.images
-        if self.config.transport == "uint8":
-            images = (images * 255).round_().clamp_(0, 255).to(torch.uint8)
-        else:
-            images = images.to(getattr(torch, self.config.transport))
+        # In a thread: every other asynchronous reward waits on this one's.
+        images = await asyncio.to_thread(as_sent, batch.images, self.config.transport)
         return await self.client.ask(self.described, batch, images, gradient)
 
     def provenance(self) -> dict[str, object]:

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from rdm_sdk.errors import shown
-from rdm_sdk.rewards.base import RESERVED_COLUMNS
-from rdm_sdk.serving.tensors import CONTENT_TYPE, VERSION, BodyError, pack, parse_json, unpack
+from rdm_sdk.rewards.base import RESERVED_COLUMNS, extremes
+from rdm_sdk.serving.tensors import CONTENT_TYPE, VERSION, BodyError, pack_parts, parse_json, unpack
 
 FORMS = (CONTENT_TYPE, "application/json")
 _FIELDS = ("version", "images", "prompts", "columns", "group_size", "rewards", "gradient_dtype")
@@ -45,7 +45,7 @@ class Request:
     """Images to score."""
 
     images: Tensor
-    """RGB, float32 `[N, 3, H, W]` in [0, 1]."""
+    """RGB `[N, 3, H, W]`: floats in [0, 1], or uint8."""
     prompts: list[str] | None = None
     columns: Mapping[str, list[object]] | None = None
     group_size: int = 1
@@ -58,9 +58,19 @@ class Request:
         return len(self.images)
 
 
+def as_floats(images: Tensor) -> Tensor:
+    """Return images of a request in float32, in [0, 1]."""
+    return images.float() if images.is_floating_point() else images.float().div_(255)
+
+
 def pack_request(images: Tensor, **message: Any) -> bytes:
     """Return the body of a request: images `[N, 3, H, W]` in uint8, float16 or float32, and the fields of `Request`."""
-    return pack({name: value for name, value in message.items() if value is not None}, {"images": images})
+    return b"".join(request_parts(images, **message))
+
+
+def request_parts(images: Tensor, **message: Any) -> list[memoryview]:
+    """Return the parts of the body that `pack_request` returns, without a copy of the images."""
+    return pack_parts({name: value for name, value in message.items() if value is not None}, {"images": images})
 
 
 def parse_request(body: bytes | bytearray, content_type: str, limits: Limits) -> Request:
@@ -123,11 +133,10 @@ def _with_arrays(body: bytes | bytearray, limits: Limits) -> tuple[dict[str, Any
     images = tensors["images"]
     _check_size(images.shape, limits)
     if images.dtype == torch.uint8:
-        return message, images / 255
-    images = images.float()
-    if not bool(images.isfinite().all()):
+        return message, images
+    low, high = extremes(images)
+    if not (low > -torch.inf and high < torch.inf):
         raise RequestError(422, "the images hold NaN or infinities")
-    low, high = images.aminmax()
     if low < 0 or high > 1:
         raise RequestError(422, f"the images must lie in [0, 1]; they span [{low:.4g}, {high:.4g}]")
     return message, images
@@ -162,7 +171,7 @@ def _with_pictures(body: bytes | bytearray, limits: Limits) -> tuple[dict[str, A
         pictures.append(pixels)
     if len({pixels.shape for pixels in pictures}) != 1:
         raise RequestError(422, "the images must be of one size, at least one; send another request for each size")
-    return message, torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous() / 255
+    return message, torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 
 def _decoded(text: str, position: int, side: int, left: int) -> np.ndarray[Any, Any]:

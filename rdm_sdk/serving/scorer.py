@@ -10,14 +10,18 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from rdm_sdk.errors import ConfigError, RewardError, described, nearest, shown
 from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.checks import InapplicableError
-from rdm_sdk.rewards.evaluate import evaluate_rewards
+from rdm_sdk.rewards.evaluate import evaluate_rewards, merged
 from rdm_sdk.rewards.resolve import RunReward, WeightedReward
-from rdm_sdk.serving.requests import Request, RequestError
+from rdm_sdk.serving.requests import Request, RequestError, as_floats
 from rdm_sdk.types import RewardOutput
+
+FLOAT_BYTES = 2**24
+"""Bytes of images that become floats at a time on a CPU."""
 
 Answer = dict[str, RewardOutput]
 """What each reward returned, by label; gradients are on the images `[N, 3, H, W]`."""
@@ -52,7 +56,8 @@ class _Job:
         """What jobs must have in common to be judged together."""
         request = self.request
         columns = tuple(sorted(request.columns or ()))
-        return self.labels, self.gradients, request.images.shape[1:], request.prompts is None, columns
+        form = request.images.dtype, request.images.shape[1:]
+        return self.labels, self.gradients, form, request.prompts is None, columns
 
 
 class Scorer:
@@ -179,34 +184,61 @@ class Scorer:
         """Return what the rewards say of all jobs' images, in order."""
         first, requests = jobs[0], [job.request for job in jobs]
         images = requests[0].images if len(jobs) == 1 else torch.cat([request.images for request in requests])
+        group_size = requests[0].group_size if len(jobs) == 1 else 1
         prompts = None if requests[0].prompts is None else [text for one in requests for text in one.prompts or ()]
         columns = {
             name: [value for one in requests for value in (one.columns or {})[name]]
             for name in requests[0].columns or ()
         }
-        group_size = requests[0].group_size if len(jobs) == 1 else 1
         began = time.perf_counter()
-        try:
-            result = evaluate_rewards(
-                {label: self.rewards[label].reward for label in first.labels},
-                RewardBatch.from_images(images, prompts, group_size, columns),
-                chunk_size=self.batch_size,
-                device=self.device,
-                on_error="skip",
-                gradients_of=first.labels if first.gradients else (),
+        size, parts = self._at_a_time(first, images, group_size), []
+        for start in range(0, len(images), size):
+            rows = slice(start, start + size)
+            some = RewardBatch.from_images(
+                as_floats(images[rows]),
+                None if prompts is None else prompts[rows],
+                group_size,
+                {name: values[rows] for name, values in columns.items()},
             )
-        except RewardError as error:
-            raise ScoringError(str(error), nonsense=True) from error
+            parts.append(self._judge(first, some))
         self.counts.batches += 1
         self.counts.images += len(images)
         self.counts.seconds += time.perf_counter() - began
+        return parts[0] if len(parts) == 1 else {label: merged([part[label] for part in parts]) for label in parts[0]}
+
+    def _at_a_time(self, job: _Job, images: Tensor, group_size: int) -> int:
+        """Return how many images become floats at a time, in whole groups.
+
+        On a CPU no more than lie in memory that is used again: with larger arrays, the system's first touch of new
+        memory takes as long as a cheap reward. Rewards that wait for others are asked for all of them at once.
+        """
+        if any(self.rewards[label].capabilities.asynchronous for label in job.labels):
+            return len(images)
+        size = self.batch_size
+        if self.device.type == "cpu":
+            size = max(1, min(size, FLOAT_BYTES // (4 * images[0].numel())))
+        return -(-size // group_size) * group_size
+
+    def _judge(self, job: _Job, batch: RewardBatch) -> Answer:
+        """Return what the rewards that a job asks say of a batch."""
+        try:
+            result = evaluate_rewards(
+                {label: self.rewards[label].reward for label in job.labels},
+                batch,
+                chunk_size=self.batch_size,
+                device=self.device,
+                on_error="skip",
+                gradients_of=job.labels if job.gradients else (),
+            )
+        except RewardError as error:
+            raise ScoringError(str(error), nonsense=True) from error
         answer = dict(result.outputs)
         for label, raised in result.skipped.items():
             if not isinstance(raised, InapplicableError):
                 raise ScoringError(f"the reward {label!r} raised {described(raised)}", nonsense=False) from raised
             # To none of these images: that is for whoever asked to judge, who may have asked about others as well.
-            nothing = torch.full((len(images),), torch.nan)
-            answer[label] = RewardOutput(nothing, torch.zeros_like(images) if first.gradients else None)
+            nothing = torch.full((len(batch),), torch.nan)
+            answer[label] = RewardOutput(nothing, torch.zeros_like(batch.images) if job.gradients else None)
         return answer
 
 

@@ -242,8 +242,9 @@ class RDMConfig(_KnownSettings):
     reward_timeout: float | None = field(
         default=None,
         metadata={
-            "help": "Seconds that a call of an asynchronous, remote or isolated reward may take before it is cancelled "
-            "(then as reward_on_error says); what computes in this process cannot be cancelled and is not limited."
+            "help": "Seconds that a call of a reward may take, a chunk of reward_batch_size at a time; then as "
+            "reward_on_error says. What computes in this process is interrupted once it is back in Python, rewards of "
+            "the run's models are not limited."
         },
     )
 

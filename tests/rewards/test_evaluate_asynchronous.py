@@ -279,3 +279,18 @@ def test_starting_does_not_wait() -> None:
     assert time.perf_counter() - began < 0.25
     assert list(started.collect().outputs) == ["a", "bright"]
     assert time.perf_counter() - began >= 0.3
+
+
+@pytest.mark.parametrize("only_reads", [False, True])
+def test_a_reward_that_only_reads_is_given_no_copy(only_reads: bool) -> None:
+    """The others are."""
+    seen: list[int] = []
+
+    async def look(images, prompts):
+        seen.append(images.data_ptr())
+        return [0.0] * len(prompts)
+
+    reward, images = as_reward(look), torch.rand(2, 3, 4, 4)
+    reward.only_reads = only_reads
+    evaluate_reward(reward, RewardBatch.from_images(images))
+    assert (seen == [images.data_ptr()]) is only_reads

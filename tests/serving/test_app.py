@@ -13,7 +13,7 @@ import torch
 from live_servers import Reader, Spread
 from test_protocol import CONTENT_TYPE, hostile_bodies, images, png
 
-from rdm_sdk import ConfigError
+from rdm_sdk import ConfigError, RewardBatch
 from rdm_sdk.digits.reward import Legibility
 from rdm_sdk.rewards.evaluate import evaluate_reward
 from rdm_sdk.rewards.resolve import resolve_rewards
@@ -298,6 +298,28 @@ def test_what_waits_is_judged_together(busy: Any) -> None:
         assert future.result(5)["reader"].scores.tolist() == [100.0 + i] * (1 + i % 2)
     assert other.result(5)["reader"].scores.tolist() == [150.0]
     assert sorted(reader.sizes) == [1, 2, 7]  # 1 + 2 + 1 + 2 + 1; another 2 would be 9
+
+
+def test_large_images_become_floats_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole groups, and what is answered is what all of them together would be."""
+    reader, spread, several = Reader(), Spread(), torch.rand(9, 3, 8, 8)
+    eight_bits = (several * 255).round().to(torch.uint8)
+    scorer = Scorer(resolve_rewards([reader, spread]), "cpu")
+    fields: dict[str, Any] = {"prompts": list("012345678"), "columns": {"extra": list(range(9))}}
+    whole = scorer.submit(Request(eight_bits, group_size=3, **fields), False).result(5)
+    monkeypatch.setattr("rdm_sdk.serving.scorer.FLOAT_BYTES", 4 * 192 * 2)
+    parts = scorer.submit(Request(eight_bits, group_size=3, **fields), False).result(5)
+    slopes = scorer.submit(Request(several, group_size=3, rewards=("spread",)), True).result(5)
+    scorer.close()
+    assert reader.sizes == spread.sizes[:4] == [9, 3, 3, 3]
+    assert whole["reader"].scores.tolist() == pytest.approx(
+        [2 * i + float(eight_bits[i].float().mean() / 255) for i in range(9)]
+    )
+    for label in ("reader", "spread"):
+        torch.testing.assert_close(parts[label].scores, whole[label].scores)
+    torch.testing.assert_close(slopes["spread"].scores, Spread().score(RewardBatch.from_images(several, None, 3)))
+    assert slopes["spread"].gradient is not None
+    assert slopes["spread"].gradient.shape == several.shape
 
 
 def test_groups_are_never_judged_with_others(busy: Any) -> None:

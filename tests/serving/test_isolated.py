@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -64,6 +65,15 @@ def test_it_equals_the_local_reward() -> None:
     assert torch.equal(local.gradient, distant.gradient)  # type: ignore[arg-type]
     assert legibility().child.process.pid != os.getpid()
     assert legibility().provenance()["served"]["reward"] == "legibility"  # type: ignore[index]
+
+
+def test_a_call_reads_no_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take a tenth of a second each time, and a private socket has no certificate."""
+    loaded: list[object] = []
+    monkeypatch.setattr(ssl, "create_default_context", lambda *given, **more: loaded.append(given))
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *given, **more: loaded.append(given))
+    assert evaluate_reward(legibility(), Legibility().example()).scores.isfinite().any()
+    assert not loaded
 
 
 @parametrize_reward_checks(legibility, batch=lambda: Legibility().example())
