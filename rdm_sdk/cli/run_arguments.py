@@ -89,7 +89,7 @@ class Run:
                 raise ConfigError(
                     f"--{spec.name} describes adapters, and student_weights='full' with critic_weights='full' has none"
                     if self.config.start_from is None
-                    else f"--{spec.name} describes adapters, and those of start_from={self.config.start_from!r} are taken"
+                    else f"--{spec.name} describes adapters, and start_from={self.config.start_from!r} has its own"
                 )
         if str(getattr(self.config.eval_strategy, "value", self.config.eval_strategy)) != "no":
             raise ConfigError(

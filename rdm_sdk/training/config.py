@@ -344,7 +344,7 @@ class RDMConfig(_KnownSettings):
             )
 
     def _name_checkpointing(self) -> None:
-        """Give activation checkpointing its older name, all that earlier transformers know; there either turns it on."""
+        """Give activation checkpointing its older name too, the only one that earlier transformers know."""
         if not hasattr(TrainingArguments, "activation_checkpointing"):
             self.gradient_checkpointing = bool(self.activation_checkpointing or self.gradient_checkpointing)
             self.activation_checkpointing = self.gradient_checkpointing

@@ -34,7 +34,7 @@ def finished(make_trainer: Make, tmp_path_factory: pytest.TempPathFactory) -> tu
 def test_a_run_starts_as_the_student_that_it_is_given(
     finished: tuple[RDMTrainer, Path], make_trainer: Make, tmp_path: Path
 ) -> None:
-    """It makes the same pictures, with the same adapters; teacher and critics are as ever; then it learns and exports."""
+    """It makes the same pictures, with the same adapters; critics are as ever; then it learns and exports."""
     before, folder = finished
     fresh = make_trainer(tmp_path / "fresh").sample(PROMPTS, **NOISE)
     trainer = make_trainer(tmp_path / "run", rewards="dm + 0.1*legibility", start_from=str(folder), max_steps=1)
@@ -74,7 +74,7 @@ def test_what_cannot_be_started_from_is_refused(
     folder = finished[1]
     with pytest.raises(ModelError, match=r"has no base.json, so it is no student"):
         make_trainer(tmp_path, start_from=str(tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match="peft_config and start_from=.* were given"):
+    with pytest.raises(ConfigError, match=r"peft_config and start_from=.* were given"):
         make_trainer(tmp_path, start_from=str(folder), peft_config=LoraConfig(r=4))
     with pytest.raises(ConfigError, match="holds a LoRA, and student_weights='full'"):
         make_trainer(tmp_path, start_from=str(folder), student_weights="full")
@@ -102,4 +102,4 @@ def test_plan_and_command_line_know_it(
     assert next(row.parameters for row in plan.rows if row.role == "student") == count
     flags = ["train", "--model", "digits", "--use_cpu", "--start_from", str(folder), "--output_dir", str(tmp_path)]
     assert main([*flags, "--lora_r", "8"]) == 2
-    assert "--lora_r describes adapters, and those of start_from=" in capsys.readouterr().err
+    assert "--lora_r describes adapters, and start_from=" in capsys.readouterr().err
