@@ -27,7 +27,7 @@ from rdm_sdk.training.judge import Judge
 from rdm_sdk.training.step import DistillationStep
 from rdm_sdk.types import Condition, Denoiser
 
-SCHEDULE, STEPS, MODES, WIDTH = FlowSchedule(), 4, 8, 0.1
+SCHEDULE, STEPS, MODES, WIDTH = FlowSchedule(), 4, 8, 0.2
 POLICY = FewStepPolicy(SCHEDULE, (1.0, 0.75, 0.5, 0.25))
 ANGLES = torch.arange(MODES) * (2 * math.pi / MODES)
 CENTERS = 1.4 * torch.stack([ANGLES.cos(), ANGLES.sin()], 1)
@@ -143,7 +143,7 @@ def distill(models: RingModels, num_steps: int, batch: int, frame_every: int) ->
     """Train the student, and return a frame of its start and one of every so many steps."""
     settings = RDMConfig(num_generations=8, critic_steps=5, use_cpu=True, report_to="none")
     step = DistillationStep(Judge(models, resolve_rewards("dm"), settings), settings)
-    rates = {"student": 5e-4, "fake": 2e-3}
+    rates = {"student": 1e-3, "fake": 3e-3}
     optimizers = {
         role: torch.optim.Adam(models.parameters_of(role), rate, betas=(0.0, 0.99)) for role, rate in rates.items()
     }

@@ -45,8 +45,7 @@ def card(folder: Path) -> str:
 def test_custom_reward(example: Any) -> None:
     """Function and class are in the run; the class's option too."""
     text = card(example("custom_reward", *SMALL) / "student")
-    assert "Sharpness" in text
-    assert "radius=2" in text
+    assert "0.2*sharpness[radius=2]" in text
     assert "0.1*ink" in text
 
 
