@@ -36,12 +36,12 @@ def main() -> None:
         step.begin([{"prompts": prompts, "columns": {}}], number)
         for turn in range(settings.critic_steps):
             for loss in step.critic_losses(turn):
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             step.end_critics()  # clips, and stops at what is not finite
             critic.step()
             critic.zero_grad()
         result = step.student_loss(0)
-        result.loss.backward()  # type: ignore[no-untyped-call]
+        result.loss.backward()
         step.end(number + 1)
         torch.nn.utils.clip_grad_norm_(models.parameters_of("student"), settings.max_grad_norm)
         student.step()

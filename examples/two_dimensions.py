@@ -154,11 +154,11 @@ def distill(models: RingModels, num_steps: int, batch: int, frame_every: int) ->
         step.begin([{"prompts": ["the ring"] * batch, "columns": {}}], number)
         for turn in range(settings.critic_steps):
             for loss in step.critic_losses(turn):
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             step.end_critics()
             optimizers["fake"].step()
             optimizers["fake"].zero_grad()
-        step.student_loss(0).loss.backward()  # type: ignore[no-untyped-call]
+        step.student_loss(0).loss.backward()
         step.end(number + 1)
         optimizers["student"].step()
         optimizers["student"].zero_grad()
