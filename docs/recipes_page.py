@@ -16,16 +16,19 @@ HEAD = """# Recipes
 
 <!-- Written by docs/recipes_page.py from examples/recipes/*.yaml; change the recipes there. -->
 
-Settings to start from, as files in `examples/recipes/`: `rdm-sdk train --config examples/recipes/NAME.yaml --prompts prompts.txt`. The tests run each for a step on a tiny random pipeline of its
-class. Rates and weights are starting points, from what others published and from the digits.
+Settings to start from, as files in `examples/recipes/`; `rdm-sdk train --config examples/recipes/NAME.yaml --prompts
+prompts.txt` runs one. The tests run each for a step on a tiny random pipeline of its class. Rates and weights are
+starting points, from what others published and from the digits.
 
 | recipe | what | rewards | rates: student, critics | LoRA rank | batch | guidance | on published weights |
 |---|---|---|---|---|---|---|---|
 """
 TAIL = """
-Batch is samples in a micro-batch, times micro-batches in a step. **Memory** is what `rdm-sdk plan --config examples/recipes/NAME.yaml --memory 24` says: it reads the base's configs from the hub, which could not be
-reached where this was written; [models](models.md#on-a-gpu) has what was measured at published shapes. **Hours** are not known for any base but the digits (five minutes on two cores): a step's seconds
-in that table, times `max_steps`, is the nearest that there is.
+Batch is samples in a micro-batch, times micro-batches in a step. **Memory** is what `rdm-sdk plan --config
+examples/recipes/NAME.yaml --memory 24` says: it reads the base's configs from the hub, which could not be reached where
+this was written; [models](models.md#on-a-gpu) has what was measured at published shapes. **Hours** are known for no
+base but the digits (five minutes on two cores): a step's seconds in that table, times `max_steps`, is the nearest that
+there is.
 """
 
 
