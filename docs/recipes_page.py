@@ -16,9 +16,10 @@ HEAD = """# Recipes
 
 <!-- Written by docs/recipes_page.py from examples/recipes/*.yaml; change the recipes there. -->
 
-Settings to start from, as files in `examples/recipes/`; `rdm-sdk train --config examples/recipes/NAME.yaml --prompts
-prompts.txt` runs one. The tests run each for a step on a tiny random pipeline of its class. Rates and weights are
-starting points, from what others published and from the digits.
+Settings to start from, as files in the repository's `examples/recipes/` (no wheel has them). `rdm-sdk train --config
+examples/recipes/NAME.yaml --prompts prompts.txt` runs one with your prompts; `digits` needs none. The tests run each
+for a step on a tiny random pipeline of its class. Rates and weights are starting points, from what others published and
+from the digits.
 
 | recipe | what | rewards | rates: student, critics | LoRA rank | batch | guidance | on published weights |
 |---|---|---|---|---|---|---|---|

@@ -38,7 +38,7 @@ def run_all(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for program, *words in commands(page):
         assert program == "rdm-sdk"
         if words[0] == "train":
-            words = [*words, "--use_cpu", "--report_to", "none", "--disable_tqdm"]
+            words = [*words, "--use_cpu", "--report_to", "none", "--disable_tqdm", "true"]
         assert main(words) == 0, words
 
 
