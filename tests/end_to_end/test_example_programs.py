@@ -96,6 +96,7 @@ def test_rewards_elsewhere(example: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "isolated" in card(folder / "student")
 
 
+@pytest.mark.slow
 def test_several_gpus(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """As one process; `test_distributed.py` runs two."""
     assert (example("several_gpus", *SMALL) / "student" / "inference.json").is_file()
@@ -167,13 +168,8 @@ def test_two_dimensions_is_matched(example: Any) -> None:
 BASES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline")
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(kind, marks=[] if kind == "StableDiffusionPipeline" else pytest.mark.slow)
-        for kind in (*BASES, "FluxPipeline", "QwenImagePipeline")
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*BASES, "FluxPipeline", "QwenImagePipeline"])
 def test_text_to_image(example: Any, kind: str, tmp_path: Path) -> None:
     """Tiny pipelines of the classes that the docstring names, with a scored reward beside `dm`."""
     TINY_PIPELINES[kind]().save_pretrained(tmp_path / "base")
