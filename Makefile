@@ -9,7 +9,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 # A process per core; a file's tests stay together, for the sake of the fixtures that they share.
 PARALLEL := -n logical --dist loadfile
 
-.PHONY: demo test test-all lint types docs teacher clean
+.PHONY: demo test test-all lint types docs wheels teacher clean
 
 demo: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/rdm-sdk demo --output demo
@@ -32,7 +32,13 @@ types: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
 	$(BIN)/python docs/settings_page.py
+	$(BIN)/python docs/recipes_page.py
 	$(BIN)/mkdocs build --strict
+
+# Of the SDK and of every plugin, tried together in a fresh environment; `.ci/wheels.py --help` has more.
+wheels: $(VENV)/.installed
+	rm -rf dist
+	$(BIN)/python .ci/wheels.py --out dist
 
 teacher: $(VENV)/.installed
 	$(BIN)/python benchmarks/digits_teacher.py --out build/digits

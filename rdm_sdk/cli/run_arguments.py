@@ -67,10 +67,12 @@ class Run:
 
     @property
     def loras(self) -> tuple[LoraConfig | None, LoraConfig | None]:
-        """The LoRA of the student and that of the critics, None for what is trained in full."""
+        """The LoRA of the student and that of the critics, None for what is trained in full or as `start_from` is."""
         given = self.arguments
         lora = LoraConfig(r=given.lora_r, lora_alpha=given.lora_alpha, target_modules=given.lora_target_modules)
         student, critic = (kind == "full" for kind in (self.config.student_weights, self.config.critic_weights))
+        if self.config.start_from is not None and not student:
+            return None, None  # the critics take after the student
         return None if student else lora, None if critic else lora
 
     def check(self) -> None:
@@ -86,6 +88,8 @@ class Run:
             if spec.name.startswith("lora_") and getattr(self.arguments, spec.name) != spec.default:
                 raise ConfigError(
                     f"--{spec.name} describes adapters, and student_weights='full' with critic_weights='full' has none"
+                    if self.config.start_from is None
+                    else f"--{spec.name} describes adapters, and start_from={self.config.start_from!r} has its own"
                 )
         if str(getattr(self.config.eval_strategy, "value", self.config.eval_strategy)) != "no":
             raise ConfigError(

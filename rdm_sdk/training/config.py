@@ -253,6 +253,10 @@ class RDMConfig(_KnownSettings):
         default="lora",
         metadata={"help": "What of the student is trained: LoRA adapters on the base, or a full copy of it."},
     )
+    start_from: str | None = field(
+        default=None,
+        metadata={"help": "Folder of a finished student of the same base, to start from it; None is the base itself."},
+    )
     critic_weights: Literal["lora", "full"] = field(
         default="lora", metadata={"help": "What of the critics is trained: LoRA adapters on the base, or full copies."}
     )
@@ -341,10 +345,7 @@ class RDMConfig(_KnownSettings):
             )
 
     def _name_checkpointing(self) -> None:
-        """Give activation checkpointing its older name, the only one that earlier versions of transformers know.
-
-        There, either of the two names turns it on.
-        """
+        """Give activation checkpointing its older name too, the only one that earlier transformers know."""
         if not hasattr(TrainingArguments, "activation_checkpointing"):
             self.gradient_checkpointing = bool(self.activation_checkpointing or self.gradient_checkpointing)
             self.activation_checkpointing = self.gradient_checkpointing
@@ -373,8 +374,7 @@ class RDMConfig(_KnownSettings):
 
 
 CLIP_RANGES = {"sum": 0.2, "mean": 1e-4}
-"""PPO's for true ratios (arXiv 1707.06347), and Flow-GRPO's for averaged ones (arXiv 2505.05470), whose logarithms are
-smaller by the number of dimensions."""
+"""PPO's for true ratios (arXiv 1707.06347); Flow-GRPO's (2505.05470) for averaged ones, smaller by the dimension."""
 
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:

@@ -26,6 +26,9 @@ from rdm_sdk.rewards.spec import show_spec, without_places
 from rdm_sdk.training.config import RDMConfig
 from rdm_sdk.training.student_base import (
     BASE,
+    PEFT_FOLDER,
+    PEFT_PREFIX,
+    PEFT_WEIGHTS,
     check_adapters_fit,
     check_base,
     describe_base,
@@ -36,8 +39,6 @@ from rdm_sdk.training.student_base import (
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """What `load_lora_weights` reads, of the pipelines that have it."""
-PEFT_FOLDER = "peft"
-PEFT_WEIGHTS = f"{PEFT_FOLDER}/adapter_model.safetensors"
 CALL = "inference.json"
 """The arguments of a pipeline call that samples the student."""
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -132,7 +133,7 @@ def _save_lora(staged: Path, family: ModelFamily) -> None:
     family.save_lora(staged, state, config.to_dict())
     (staged / PEFT_FOLDER).mkdir()
     save_file(
-        {f"base_model.model.{name}": tensor for name, tensor in state.items()},
+        {f"{PEFT_PREFIX}{name}": tensor for name, tensor in state.items()},
         staged / PEFT_WEIGHTS,
         metadata={"format": "pt"},
     )

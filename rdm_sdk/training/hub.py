@@ -11,8 +11,8 @@ from transformers.trainer_utils import HubStrategy
 
 from rdm_sdk.errors import ConfigError
 from rdm_sdk.training.config import RDMConfig
-from rdm_sdk.training.export import CALL, PEFT_FOLDER, SCHEDULER, WEIGHTS
-from rdm_sdk.training.student_base import BASE
+from rdm_sdk.training.export import CALL, SCHEDULER, WEIGHTS
+from rdm_sdk.training.student_base import BASE, PEFT_FOLDER
 
 logger = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ from rdm_sdk.training.export import check_exportable
 from rdm_sdk.training.method_settings import MethodSettings
 from rdm_sdk.training.models import Models, forked
 from rdm_sdk.training.monitor import Monitor
+from rdm_sdk.training.start import check_start, load_start
 from rdm_sdk.training.step_rules import judged_at_endpoints, judged_at_replay, uses_advantages, uses_fields
 from rdm_sdk.types import Condition, Denoiser, Experience, RewardOutput, Samples
 
@@ -237,6 +238,7 @@ def add_run_roles(
     configs: Mapping[str, LoraConfig | None],
     rewards: Sequence[WeightedReward],
     steps_told: int,
+    start_from: str | None = None,
 ) -> None:
     """Add to a family the roles of a run, those that are modules of rewards among them, and warn of full copies.
 
@@ -244,15 +246,20 @@ def add_run_roles(
         configs: role to its LoRA, or to None for a full copy of the base.
         rewards: some of which may bring a module to train.
         steps_told: K, if critics are told the student's step, and 0 if not.
+        start_from: the folder of a finished student whose weights the student gets.
 
     Raises:
-        ModelError: the student's adapters could not be exported.
+        ModelError: the student's adapters could not be exported, or the finished student is another base's.
     """
+    if start_from is not None:
+        check_start(start_from, family)
     if configs.get(STUDENT) is not None:
         check_exportable(family)
     with torch.random.fork_rng(devices=[]):  # so that a head changes nothing about the student's initial weights
         heads = dict(reward_heads(rewards, family, steps_told))
     family.add_roles(configs, heads, steps_told)
+    if start_from is not None:
+        load_start(start_from, family)
     for role, network in family.roles.copies.items():
         count = sum(parameter.numel() for parameter in network.parameters())
         logger.warning(

@@ -17,6 +17,10 @@ from rdm_sdk.families.targets import adapters_of
 
 BASE = "base.json"
 """The file of an export that describes the base."""
+PEFT_FOLDER = "peft"
+PEFT_WEIGHTS = f"{PEFT_FOLDER}/adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before the names of an adapter's tensors."""
 TENSORS, VALUES = 24, 16
 """How many of the base's tensors are sampled, and how many values of each."""
 CLOSE = 0.005
@@ -137,7 +141,7 @@ def check_adapters_fit(network: nn.Module, file: Path, component: str) -> None:
         with safe_open(file, framework="pt") as tensors:
             names = list(tensors.keys())
             for name in names:
-                prefix = next((p for p in ("base_model.model.", f"{component}.") if name.startswith(p)), "")
+                prefix = next((p for p in (PEFT_PREFIX, f"{component}.") if name.startswith(p)), "")
                 layer, _, side = name.removeprefix(prefix).removesuffix(".weight").rpartition(".")
                 if layer not in layers or not _fits(layers[layer], side, tensors.get_slice(name).get_shape()):
                     odd.append(name)

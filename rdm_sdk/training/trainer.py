@@ -52,7 +52,7 @@ class RDMTrainer(Trainer):
         callbacks: `transformers` callbacks.
         optimizers: must be left alone: the trained weights are made in here; `args` names optimizer and schedule.
         peft_config: LoRA of the student; rank 16 and alpha 16 on the family's usual layers by default. None where
-            `args.student_weights` is "full".
+            `args.student_weights` is "full", or `args.start_from` is set.
         fake_peft_config: LoRA of the critics; the student's by default. None where `args.critic_weights` is "full".
         weighting: a `Weighting` of your own, in place of the one that `args.weighting` names.
 
@@ -95,7 +95,7 @@ class RDMTrainer(Trainer):
             max_sequence_length=args.max_sequence_length,
         )
         set_seed(args.seed)  # the adapters' initial weights are part of the run
-        add_run_roles(self.family, roles, self.rewards, args.steps_told)
+        add_run_roles(self.family, roles, self.rewards, args.steps_told, args.start_from)
         self.roles = self.family.roles
         self.critic_optimizer: CriticOptimizer | None = None
         self._staged: Path | None = None

@@ -20,6 +20,7 @@ from rdm_sdk.plugins.registry import registry
 from rdm_sdk.rewards.base import Reward
 from rdm_sdk.rewards.resolve import RunReward, WeightedReward
 from rdm_sdk.training.config import RDMConfig
+from rdm_sdk.training.start import starting_lora
 from rdm_sdk.training.weighting import ANCHOR, Weighting, make_weighting
 
 
@@ -37,7 +38,8 @@ def role_configs(
     """Return the networks that are trained: role to its LoRA, or to None for a full copy of the base.
 
     Raises:
-        ConfigError: a LoRA config cannot be used, or is given for a role that is trained in full.
+        ConfigError: a LoRA config cannot be used, or is given for a role that is trained in full or has one already.
+        ModelError: there is no finished student to start from.
     """
     given = (
         ("peft_config", peft_config, "student_weights", args.student_weights),
@@ -48,6 +50,8 @@ def role_configs(
             raise ConfigError(f"{argument} describes adapters, and {setting}='full' trains a copy of the base; use one")
         if lora is not None:
             check_lora_config(lora, argument)
+    if args.start_from is not None:
+        peft_config = starting_lora(args.start_from, args.student_weights, peft_config)
     student = peft_config or LoraConfig(r=16, lora_alpha=16)
     critic = fake_peft_config or student
     heads = {reward.capabilities.trains for reward in rewards if reward.capabilities.head}

@@ -15,14 +15,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
+EXAMPLE_TESTS = TESTS / "end_to_end" / "test_example_programs.py"
 FILES = sorted(path for folder in ("benchmarks", "examples") for path in (ROOT / folder).rglob("*.py"))
 SCRIPTS = [path for path in FILES if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_every_script_has_a_test(script: Path) -> None:
-    """A script is run by the function of its name here, or has a file of tests of its own."""
-    here = f"test_{script.stem}" in globals()
+    """A script is run by the function of its name here or among the examples' tests, or has a file of tests."""
+    here = f"test_{script.stem}" in globals() or f"def test_{script.stem}(" in EXAMPLE_TESTS.read_text("utf-8")
     elsewhere = [path for path in TESTS.rglob(f"test_{script.stem}.py") if f"{script.stem}" in path.read_text()]
     assert here or elsewhere, f"{script.relative_to(ROOT)} is run by no test: add test_{script.stem} to this file"
 

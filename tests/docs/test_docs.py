@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import recipes_page
 import settings_page
 import yaml
 
@@ -104,5 +105,25 @@ def test_a_missing_docstring_is_found(source: str, expected: bool) -> None:
 def test_every_page_is_in_the_menu() -> None:
     """A page that mkdocs.yml does not name is one that nobody finds."""
     menu = yaml.safe_load((DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
-    pages = [page for entry in menu for page in entry.values()]
+    assert [next(iter(entry)) for entry in menu] == ["Home", "Tutorials", "How to", "Reference", "Explanation"]
+    sections = [part for entry in menu for part in entry.values()]
+    pages = [page for part in sections for page in ([part] if isinstance(part, str) else map(page_of, part))]
     assert sorted(pages) == sorted(path.name for path in DOCS.glob("*.md"))
+
+
+def page_of(entry: dict[str, str]) -> str:
+    """Return the file of an entry of the menu."""
+    (page,) = entry.values()
+    return page
+
+
+def test_the_recipes_page_is_up_to_date() -> None:
+    """`python docs/recipes_page.py` would write what is there."""
+    assert recipes_page.PAGE.read_text(encoding="utf-8") == recipes_page.page()
+
+
+def test_the_examples_page_names_every_example() -> None:
+    """And nothing that is not there."""
+    named = set(re.findall(r"`(\w+\.(?:py|ipynb))`", (DOCS / "examples.md").read_text(encoding="utf-8")))
+    folder = DOCS.parent / "examples"
+    assert named == {path.name for path in folder.iterdir() if path.suffix in (".py", ".ipynb")} - {"shared.py"}

@@ -57,7 +57,7 @@ def test_demo(tmp_path, capsys):
 
 
 def test_demo_and_example_use_public_names_only():
-    """The demo and the example import nothing of the package but its public names."""
+    """The demo and the first example import nothing of the package but its public names."""
     for path in (ROOT / "rdm_sdk" / "digits" / "demo.py", ROOT / "examples" / "quickstart.py"):
         imports = re.findall(r"^(?:from|import) (rdm_sdk\S*)", path.read_text(encoding="utf-8"), re.M)
         assert set(imports) == {"rdm_sdk"}, (path, imports)
