@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 
+from rdm_sdk.training.run_record import RunRecord
+from rdm_sdk.training.watch import Watch
+
 if TYPE_CHECKING:
     from rdm_sdk.training.trainer import RDMTrainer
 
@@ -99,3 +102,8 @@ class Bookkeeper(TrainerCallback):
         self.trainer.models.move_average()
         if args.log_images and state.global_step % args.log_images == 0 and args.should_save:
             self.trainer.write_images(Path(str(args.output_dir)) / "images" / f"step_{state.global_step:06d}.png")
+
+
+def run_callbacks(trainer: RDMTrainer) -> list[TrainerCallback]:
+    """Return what looks after a run beside its step."""
+    return [Bookkeeper(trainer), RunRecord(trainer.rewards, trainer.family.base_name), Watch(trainer)]
