@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from rdm_sdk.training.run_record import RunRecord
+from rdm_sdk.training.trackers import TellTrackers
 from rdm_sdk.training.watch import Watch
 
 if TYPE_CHECKING:
@@ -91,8 +92,8 @@ def speak_plainly(trainer: Trainer) -> None:
 class Bookkeeper(TrainerCallback):
     """Epochs for the sampler, the moving average, pictures."""
 
-    def __init__(self, trainer: RDMTrainer) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: RDMTrainer, trackers: TellTrackers) -> None:
+        self.trainer, self.trackers = trainer, trackers
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.trainer._sampler is not None:
@@ -101,9 +102,13 @@ class Bookkeeper(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.models.move_average()
         if args.log_images and state.global_step % args.log_images == 0 and args.should_save:
-            self.trainer.write_images(Path(str(args.output_dir)) / "images" / f"step_{state.global_step:06d}.png")
+            name = f"step_{state.global_step:06d}.png"
+            path = self.trainer.write_images(Path(str(args.output_dir)) / "images" / name)
+            self.trackers.show(path, state.global_step)
 
 
 def run_callbacks(trainer: RDMTrainer) -> list[TrainerCallback]:
     """Return what looks after a run beside its step."""
-    return [Bookkeeper(trainer), RunRecord(trainer.rewards, trainer.family.base_name), Watch(trainer)]
+    trackers = TellTrackers(trainer)
+    record = RunRecord(trainer.rewards, trainer.family.base_name)
+    return [Bookkeeper(trainer, trackers), record, trackers, Watch(trainer)]
