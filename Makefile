@@ -32,6 +32,7 @@ types: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
 	$(BIN)/python docs/settings_page.py
+	$(BIN)/python docs/logs_page.py
 	$(BIN)/mkdocs build --strict
 
 teacher: $(VENV)/.installed

@@ -234,7 +234,7 @@ def _lagging(run: _Run) -> Iterable[Finding]:
             yield Finding(
                 "critic",
                 figure,
-                f"{name!r}'s critic lags behind the student: the mean square of the error that it makes for all "
+                f"the critic of {name!r} lags behind the student: the mean square of the error that it makes for all "
                 f"samples of a prompt alike is {mean:.2g}, and that of all it tells the student {told:.2g}. Raise "
                 "critic_steps or critic_learning_rate, or lower learning_rate.",
             )

@@ -23,7 +23,7 @@ from rdm_sdk.files import replacing
 TEMPLATE = Path(__file__).with_name("template.html.j2")
 MOST_PICTURES = 24
 """Pictures of one run in a page."""
-OPEN = ("Losses", "Rewards", "Matching", "Gradients")
+OPEN = ("Losses", "Rewards", "Matching", "Variety", "Gradients")
 """Groups of curves that are open at first."""
 
 
