@@ -33,6 +33,7 @@ docs: $(VENV)/.installed
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
 	$(BIN)/python docs/settings_page.py
 	$(BIN)/python docs/recipes_page.py
+	$(BIN)/python docs/logs_page.py
 	$(BIN)/mkdocs build --strict
 
 # Of the SDK and of every plugin, tried together in a fresh environment; `.ci/wheels.py --help` has more.

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -55,6 +55,9 @@ class RewardOutput:
     """d reward / d latents `[N, *x]`, None for a reward without a gradient."""
     magnitude: Tensor | None = None
     """`[N]`, what the gradient is measured against in group statistics; None means its own mean |g|."""
+    figures: Mapping[str, Tensor] = field(default_factory=dict)
+    """What else there is to log, `[N]` each by a name of one word: its mean over the samples that the reward applies to
+    becomes `<reward>/<name>`. Of rewards that bring a `field` alone."""
 
 
 @dataclass(frozen=True)

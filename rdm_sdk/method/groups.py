@@ -88,6 +88,19 @@ def moments(values: Tensor, total: Callable[[Tensor], Tensor] = _alone) -> tuple
     return mean, (squares / (count - 1).clamp_min(1)).sqrt()
 
 
+def group_deviation(samples: Tensor, group_size: int) -> Tensor:
+    """Return how far samples `[N, *x]` of a group lie from each other: a value's standard deviation in its group.
+
+    Averaged over values and groups, in the samples' units; a scalar. 0 where all samples of every group are alike.
+
+    Raises:
+        ValueError: N is not a multiple of `group_size`, or a group has one sample.
+    """
+    if group_size < 2 or len(samples) % group_size:
+        raise ValueError(f"{len(samples)} samples do not divide into groups of two or more: {group_size}")
+    return samples.float().reshape(-1, group_size, *samples.shape[1:]).std(1).mean()
+
+
 def group_scale(magnitudes: Tensor, group_size: int, normalization: Normalization = "group") -> Tensor:
     """Return the divisor of each sample's gradient field, `[N]`, from per-sample magnitudes `[N]`.
 

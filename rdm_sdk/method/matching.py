@@ -80,6 +80,27 @@ def critic_lag(residual: Tensor, profile: Tensor, group_size: int, leave_one_out
     return (kept * shape * lag).reshape(residual.shape)
 
 
+def shared_square(values: Tensor, group_size: int) -> Tensor:
+    """Return the square of what a group's samples have in common, per value: `[N]`, unbiased, so it may be negative.
+
+    The mean over dimensions of v_i times the mean of the other v_j; its expectation is |E v|^2 / D where the samples
+    of a group are independent (a U-statistic). Of residuals x_0 - D_fake(x_t) it is 0 for an exact critic, whatever
+    their scatter, and grows as the critic lags behind.
+
+    Args:
+        values: `[N, *x]`, group-major.
+        group_size: samples per group, two or more.
+
+    Raises:
+        ValueError: N is not a multiple of `group_size`, or there is no other sample in a group.
+    """
+    if group_size < 2 or len(values) % group_size:
+        raise ValueError(f"{len(values)} samples do not divide into groups of two or more: {group_size}")
+    grouped = values.float().reshape(-1, group_size, values[0].numel())
+    others = (grouped.sum(1, keepdim=True) - grouped) / (group_size - 1)
+    return (grouped * others).mean(2).flatten()
+
+
 def lag_profile(schedule: NoiseSchedule, sigma: Tensor) -> Tensor:
     """Return sigma^2 / (alpha^2 + sigma^2) `[N]`: how far D(x_t) moves when data of unit variance shift by one.
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
-from rdm_sdk.method.matching import denoising_loss
+from rdm_sdk.method.matching import denoising_loss, shared_square
 from rdm_sdk.rewards.base import Capabilities, Reward, RewardBatch
-from rdm_sdk.rewards.context import TEACHER, Renoised, contrast
+from rdm_sdk.rewards.context import TEACHER, DiffusionContext, Renoised, contrast
 from rdm_sdk.types import RewardOutput
 
 
@@ -28,7 +31,27 @@ class DistributionMatching(Reward):
         def pair(draw: Renoised) -> tuple[Tensor, Tensor]:
             return draw.x_0(TEACHER), draw.x_0("fake")
 
-        return contrast(context, batch.latents, batch.group_size, pair, context.critic_correction)
+        output = contrast(context, batch.latents, batch.group_size, pair, context.critic_correction)
+        return replace(output, figures=self._figures(context, batch))
+
+    @staticmethod
+    def _figures(context: DiffusionContext, batch: RewardBatch) -> dict[str, Tensor]:
+        """Return what tells a critic that follows from one that lags, from predictions that are there already.
+
+        All are mean squares per value of a latent: "gap" of D_real - D_fake, "error" of x_0 - D_fake, and "lag" of the
+        part of that error which a group's samples have in common (`shared_square`). For an exact critic the lag is 0,
+        and gap plus error is the square of x_0 - D_real: the gap is what of it the student could still learn.
+        Groups of one sample have no lag to tell.
+        """
+        x_0, size = batch.latents, batch.group_size
+        found: dict[str, list[Tensor]] = {"gap": [], "error": [], "lag": []}
+        for draw in context.renoise(x_0, size):
+            fake = draw.x_0("fake")
+            found["gap"].append((draw.x_0(TEACHER) - fake).float().square().flatten(1).mean(1))
+            found["error"].append((x_0 - fake).float().square().flatten(1).mean(1))
+            if size > 1:
+                found["lag"].append(shared_square(x_0 - fake, size))
+        return {name: torch.stack(values).mean(0) for name, values in found.items() if values}
 
     def score(self, batch: RewardBatch) -> Tensor:
         return self.field(batch).scores

@@ -117,4 +117,10 @@ def judged_with_models(reward: Reward, batch: RewardBatch, differentiate: bool) 
             f"reward {reward.name!r} must return one magnitude per sample, shape [{len(batch)}], or None; got "
             f"{list(magnitude.shape)}"
         )
-    return RewardOutput(checked_scores(reward, batch, output.scores), output.gradient, magnitude)
+    for name, values in output.figures.items():
+        if values.shape != (len(batch),):
+            raise RewardError(
+                f"reward {reward.name!r} must return one value per sample for its figure {name!r}, shape "
+                f"[{len(batch)}]; got {list(values.shape)}"
+            )
+    return RewardOutput(checked_scores(reward, batch, output.scores), output.gradient, magnitude, output.figures)

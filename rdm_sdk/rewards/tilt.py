@@ -38,7 +38,7 @@ def tilted(output: RewardOutput, batch: RewardBatch, scale: ScoreScale) -> Rewar
                 group_covariance(context.schedule, draw.x_t, draw.sigma, batch.latents, advantage, batch.group_size)
             )
         magnitudes.append(residual_magnitude(batch.latents, draw.x_0(TEACHER)))
-    return RewardOutput(output.scores, torch.stack(fields).mean(0), torch.stack(magnitudes).mean(0))
+    return RewardOutput(output.scores, torch.stack(fields).mean(0), torch.stack(magnitudes).mean(0), output.figures)
 
 
 def _by_gradient(gradient: Tensor, scores: Tensor, draw: Renoised, group_size: int, scale: ScoreScale) -> Tensor:

@@ -10,18 +10,23 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 
+from rdm_sdk.training.run_file import RunFile
+from rdm_sdk.training.run_record import RunRecord
+from rdm_sdk.training.trackers import TellTrackers
+from rdm_sdk.training.watch import Watch
+
 if TYPE_CHECKING:
     from rdm_sdk.training.trainer import RDMTrainer
 
 WHAT_TO_WATCH = (
-    "What to watch: 'from the teacher', how far the student's predictions are from the teacher's (per value), falls; "
-    "the critic's loss falls, then wavers; rewards are in their own units, higher is better. All figures go to the "
-    "trackers and into trainer_state.json."
+    "What to watch: 'gap', how far teacher and critic are apart (mean square), falls once the critic has learned; "
+    "'diversity', how different a prompt's samples are, stays; rewards are in their own units, higher is better. All "
+    "figures go to the trackers and into trainer_state.json."
 )
 
 _TRACKED = re.compile(
     r"loss|grad_norm|learning_rate|epoch|total_flos|frac_reward_zero_std|(loss|weights|weighting|ratio|cost|rewards)/.*"
-    r"|.*/(pull|critic_grad_norm|residual|critic_loss)|(.*_)?(runtime|per_second|loss)"
+    r"|.*/(pull|critic_grad_norm|residual|critic_loss|gap|error|lag)|student/.*|(.*_)?(runtime|per_second|loss)"
 )
 """The names of a run's figures; the line shows the few that are named below."""
 
@@ -45,7 +50,8 @@ def log_line(logs: Mapping[str, Any], step: int, max_steps: int) -> str:
     # The score of a reward with a residual is a ratio of log-densities, whose level says nothing.
     scores = [(name, value) for name, value in each("rewards/(.+)/mean") if name not in residuals]
     parts = [f"step {step}/{max_steps}"]
-    parts += [f"{name} {value:.3g} from the teacher" for name, value in residuals.items()]
+    parts += [f"{name} gap {value:.3g}" for name, value in each("(.+)/gap")]
+    parts += [f"diversity {value:.3g}" for _, value in each("(student/diversity)")]
     parts += [f"{name} {value:.4g}" for name, value in scores]
     parts += [f"evaluation: {name} {value:.4g}" for name, value in each("eval_rewards/(.+)/mean")]
     parts += [f"{name} skipped {value:.0%}" for name, value in each("rewards/(.+)/skipped") if value]
@@ -88,8 +94,8 @@ def speak_plainly(trainer: Trainer) -> None:
 class Bookkeeper(TrainerCallback):
     """Epochs for the sampler, the moving average, pictures."""
 
-    def __init__(self, trainer: RDMTrainer) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: RDMTrainer, trackers: TellTrackers) -> None:
+        self.trainer, self.trackers = trainer, trackers
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.trainer._sampler is not None:
@@ -98,4 +104,13 @@ class Bookkeeper(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.models.move_average()
         if args.log_images and state.global_step % args.log_images == 0 and args.should_save:
-            self.trainer.write_images(Path(str(args.output_dir)) / "images" / f"step_{state.global_step:06d}.png")
+            name = f"step_{state.global_step:06d}.png"
+            path = self.trainer.write_images(Path(str(args.output_dir)) / "images" / name)
+            self.trackers.show(path, state.global_step)
+
+
+def run_callbacks(trainer: RDMTrainer) -> list[TrainerCallback]:
+    """Return what looks after a run beside its step."""
+    trackers = TellTrackers(trainer)
+    record = RunRecord(trainer.rewards, trainer.family.base_name)
+    return [Bookkeeper(trainer, trackers), record, RunFile(trainer), trackers, Watch(trainer)]

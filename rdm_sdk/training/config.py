@@ -7,11 +7,11 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from transformers import TrainingArguments
+from transformers import IntervalStrategy, TrainingArguments
 
 from rdm_sdk.errors import ConfigError, nearest
 from rdm_sdk.rewards.routes import parse_route
-from rdm_sdk.training.inherited import check_inherited
+from rdm_sdk.training.inherited import check_inherited, name_checkpointing
 from rdm_sdk.training.rules import check_rules, settle_types
 from rdm_sdk.training.weighting import make_weighting
 
@@ -277,9 +277,16 @@ class RDMConfig(_KnownSettings):
         default=False, metadata={"help": "Decode large images in overlapping tiles, to save memory; seams are blended."}
     )
 
-    # ---- Pictures
+    # ---- Looking at the run
     log_images: int = field(
         default=0, metadata={"help": "Write a grid of student, teacher and critic x_0 every so many steps; 0 is never."}
+    )
+    watch: Literal["warn", "stop", "off"] = field(
+        default="warn",
+        metadata={
+            "help": "Where a reward is gamed, samples become alike, the student drifts or the critic lags: say so, or "
+            "end the run as well. It looks at every log."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -296,7 +303,7 @@ class RDMConfig(_KnownSettings):
         check_inherited(self)
         make_weighting(self.weighting)  # so that a typo is found here
         parse_route(self.reward_route)
-        self._name_checkpointing()
+        name_checkpointing(self)
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]
         except (ValueError, ImportError) as error:  # transformers' own checks
@@ -338,17 +345,13 @@ class RDMConfig(_KnownSettings):
             )
 
     def _check_batch(self) -> None:
+        if self.watch == "stop" and IntervalStrategy(self.logging_strategy) == IntervalStrategy.NO:
+            raise ConfigError("watch='stop' looks at what is logged, and logging_strategy='no' logs nothing")
         if self.per_device_train_batch_size % self.num_generations:
             raise ConfigError(
                 f"per_device_train_batch_size={self.per_device_train_batch_size} counts samples and must be a multiple "
                 f"of num_generations={self.num_generations}, so that groups stay whole"
             )
-
-    def _name_checkpointing(self) -> None:
-        """Give activation checkpointing its older name too, the only one that earlier transformers know."""
-        if not hasattr(TrainingArguments, "activation_checkpointing"):
-            self.gradient_checkpointing = bool(self.activation_checkpointing or self.gradient_checkpointing)
-            self.activation_checkpointing = self.gradient_checkpointing
 
     @property
     def sizes(self) -> list[tuple[int | None, int | None]]:

@@ -54,9 +54,9 @@ def look(models: RunModels, judge: Judge, prompts: Sequence[str]) -> list[tuple[
 
 
 def figures(outputs: Mapping[str, RewardOutput], prefix: str) -> dict[str, float]:
-    """Return the mean of every reward, over the samples it is for, as `<prefix>_rewards/<name>/mean`.
+    """Return mean and deviation of every reward, over the samples it is for: `<prefix>_rewards/<name>/mean` and `/std`.
 
-    The first of them is also `<prefix>_loss`, negated, so that `load_best_model_at_end` has something to go by.
+    The first mean is also `<prefix>_loss`, negated, so that `load_best_model_at_end` has something to go by.
 
     Raises:
         RDMError: there are none.
@@ -65,4 +65,6 @@ def figures(outputs: Mapping[str, RewardOutput], prefix: str) -> dict[str, float
     if not scores:
         raise RDMError("every reward was skipped in evaluate(), or is for none of its prompts: nothing to report")
     found = {f"{prefix}_rewards/{name}/mean": of.nanmean().item() for name, of in scores.items()}
-    return found | {f"{prefix}_loss": -next(iter(found.values()))}
+    spread = {name: of[~of.isnan()] for name, of in scores.items()}
+    deviations = {f"{prefix}_rewards/{n}/std": of.std().item() if len(of) > 1 else 0.0 for n, of in spread.items()}
+    return found | deviations | {f"{prefix}_loss": -next(iter(found.values()))}

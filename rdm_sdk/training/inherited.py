@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import MISSING, fields
 from typing import Any
 
+from transformers import TrainingArguments
+
 from rdm_sdk.errors import ConfigError
 
 _NO_LABELS = "there are no labels and no metrics of predictions: rewards judge images"
@@ -74,3 +76,16 @@ def _is_nothing(value: object) -> bool:
     from transformers.trainer_pt_utils import AcceleratorConfig
 
     return value in (None, False, "", "no") or value in ([], {}) or value == AcceleratorConfig()
+
+
+def name_checkpointing(config: Any) -> None:
+    """Give activation checkpointing its older name, the only one that earlier versions of transformers know.
+
+    There, either of the two names turns it on.
+
+    Args:
+        config: an `RDMConfig` before transformers has rewritten what was given.
+    """
+    if not hasattr(TrainingArguments, "activation_checkpointing"):
+        config.gradient_checkpointing = bool(config.activation_checkpointing or config.gradient_checkpointing)
+        config.activation_checkpointing = config.gradient_checkpointing

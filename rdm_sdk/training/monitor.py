@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from rdm_sdk.method.groups import group_deviation
 from rdm_sdk.method.objective import zero_std_share
 from rdm_sdk.rewards.evaluate import Evaluation
 from rdm_sdk.rewards.resolve import WeightedReward
@@ -39,6 +40,12 @@ class Monitor:
         self._values.clear()
         return {name: total / count for name, (total, count) in sums.items()}
 
+    def variety(self, samples: Tensor, group_size: int) -> None:
+        """Take down how different the student's samples `[N, *x]` are: those of a prompt, and all of them."""
+        for name, size in (("diversity", group_size), ("deviation", len(samples))):
+            if size > 1:
+                self.log(f"student/{name}", group_deviation(samples, size))
+
     def evaluation(self, result: Evaluation, skips: bool) -> None:
         """Take down what rewards took, and which were skipped (where that is allowed)."""
         for name, seconds in result.seconds.items():
@@ -67,6 +74,8 @@ class Monitor:
         self.log(f"rewards/{name}/zero_std", zero_std, len(groups))
         if output.magnitude is not None:
             self.log(f"{name}/residual", output.magnitude[~missing].mean(), count)
+        for figure, values in output.figures.items():
+            self.log(f"{name}/{figure}", values[~missing].mean(), count)
         if judged.route == "advantage":
             self.log("frac_reward_zero_std", zero_std, len(groups))
 

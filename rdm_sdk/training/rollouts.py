@@ -69,9 +69,12 @@ class Rollouts:
 
     def collect(self, inputs: dict[str, Any]) -> Experience:
         """Roll the student out for a micro-batch of prompts; score the endpoints if a reward acts by its scores."""
-        if not self.judge.uses_advantages:
-            return self._roll_out(inputs, to_the_end=self.settings.critic_rollouts == "shared")
-        experience = self._roll_out(inputs, to_the_end=True)
+        scored = self.judge.uses_advantages
+        experience = self._roll_out(inputs, to_the_end=scored or self.settings.critic_rollouts == "shared")
+        done = experience.rollout  # followed to the end, but where critics have rollouts of their own
+        self.monitor.variety(select_steps(done.x_0, done.depths - 1), self.settings.num_generations)
+        if not scored:
+            return experience
         endpoints = experience.samples_at(torch.full_like(experience.steps, self.policy.num_steps - 1))
         return replace(experience, scored=self.judge.score_endpoints(endpoints))
 

@@ -234,12 +234,11 @@ def test_what_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("name", "values", "remark"),
     [
-        ("dm/residual", [1.0] * 20 + [0.5] * 20 + [0.8] * 20, "the student may drift"),
-        ("dm/residual", [1.0] * 20 + [0.5] * 40, None),
+        ("dm/residual", [0.2] * 20 + [0.3] * 40, None),  # as of healthy runs, whose samples become sharper
         ("frac_reward_zero_std", [0.1] * 10 + [0.9] * 10, "advantages are empty"),
         ("ratio/ess", [0.9] * 10 + [0.3] * 10, "used too often"),
         ("grad_norm", [0.1] * 10 + [10.0] * 10, "may diverge"),
-        ("dm/critic_loss", [0.3] * 10 + [0.6] * 10, "the critic lags"),
+        ("dm/critic_loss", [0.3] * 10 + [0.6] * 10, None),  # the same
         ("loss/policy", [0.3] * 10 + [0.6] * 10, None),
     ],
 )

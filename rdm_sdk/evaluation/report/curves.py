@@ -35,8 +35,8 @@ KINDS = (
         "(.+)/critic_loss",
         "Losses",
         "squared error",
-        "How well {0}'s critic denoises the student's samples. It falls fast at first and then stays; a rise says that "
-        "the critic lags behind the student: more critic_steps, or a higher critic_learning_rate.",
+        "How well {0}'s critic denoises the student's samples. It falls fast at first; then it follows the samples, "
+        "and rises while they become sharper and more different. The lag tells whether the critic keeps up.",
     ),
     Kind(
         "rewards/(.+)/mean",
@@ -79,8 +79,41 @@ KINDS = (
         "(.+)/residual",
         "Matching",
         "mean |x_0 - D(x_t)|",
-        "How far the student's samples are from what the teacher makes of them ({0}). It falls and then stays; a rise "
-        "late in the run is drift.",
+        "How far the student's samples are from what the teacher makes of them ({0}). Most of it is noise that the "
+        "teacher cannot know, more for sharp samples, so it may rise in a healthy run; the gap is the rest.",
+    ),
+    Kind(
+        "(.+)/gap",
+        "Matching",
+        "mean square of D_real - D_fake, per latent value",
+        "How far teacher and critic are apart: what {0} still tells the student. It rises while the critic learns, "
+        "then falls, and stays where rewards pull as hard; four times its least, and more than the error, is drift.",
+    ),
+    Kind(
+        "(.+)/error",
+        "Matching",
+        "mean square of x_0 - D_fake, per latent value",
+        "What {0}'s critic cannot know of a re-noised sample. It follows how sharp and how different samples are.",
+    ),
+    Kind(
+        "(.+)/lag",
+        "Matching",
+        "square per latent value, may be negative",
+        "The error that {0}'s critic makes for all samples of a prompt alike. It wavers around 0; on average more than "
+        "half of the gap says that the critic lags behind: more critic_steps, or a higher critic_learning_rate.",
+    ),
+    Kind(
+        "student/diversity",
+        "Variety",
+        "standard deviation of a latent value",
+        "How different the samples of a prompt are. It rises while they become sharper, then stays; half of its best "
+        "is a collapse.",
+    ),
+    Kind(
+        "student/deviation",
+        "Variety",
+        "standard deviation of a latent value",
+        "How different all samples of a batch are. It stays; half of its best is a collapse.",
     ),
     Kind(
         "frac_reward_zero_std",
@@ -116,6 +149,25 @@ KINDS = (
     Kind("learning_rate", "Gradients", "learning rate", "The student's, by its schedule."),
     Kind("cost/(.+)_forwards", "Costs", "samples", "Network evaluations of the {0} so far, on one process."),
     Kind("cost/(.+)", "Costs", "count", "{0} so far, on one process."),
+    Kind(
+        "eval_loss",
+        "Evaluation in training",
+        "score, native units",
+        "The first reward's mean on the evaluation prompts, negated: what load_best_model_at_end goes by.",
+    ),
+    Kind(
+        "eval_rewards/(.+)/mean",
+        "Evaluation in training",
+        "score, native units",
+        "What {0} thinks of finished samples for the evaluation prompts, always from the same noise. It rises with the "
+        "training's; if it falls while that rises, the reward is gamed.",
+    ),
+    Kind(
+        "eval_rewards/(.+)/std",
+        "Evaluation in training",
+        "score, native units",
+        "How much scores of {0} differ among these samples: what a fall of the mean is measured by.",
+    ),
     Kind("eval_(.+)", "Evaluation in training", "", "Of the evaluation prompts: {0}."),
     Kind("(.+)", "Other", "", "{0}, as logged."),
 )

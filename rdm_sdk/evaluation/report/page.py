@@ -16,14 +16,14 @@ from rdm_sdk.errors import ConfigError, DataError
 from rdm_sdk.evaluation.report.curves import Curve, curves_of
 from rdm_sdk.evaluation.report.plots import COLORS, plot
 from rdm_sdk.evaluation.report.reading import RunLog, read_run
-from rdm_sdk.evaluation.report.remarks import remarks
+from rdm_sdk.evaluation.report.remarks import remarks, told
 from rdm_sdk.evaluation.result import EvaluationResult, Row
 from rdm_sdk.files import replacing
 
 TEMPLATE = Path(__file__).with_name("template.html.j2")
 MOST_PICTURES = 24
 """Pictures of one run in a page."""
-OPEN = ("Losses", "Rewards", "Matching", "Gradients")
+OPEN = ("Losses", "Rewards", "Matching", "Variety", "Gradients")
 """Groups of curves that are open at first."""
 
 
@@ -98,7 +98,7 @@ def _card(name: str, run: RunLog, curves: Sequence[Curve], number: int) -> dict[
     facts.append(("rewards", ", ".join(_reward(part) for part in run.record.get("rewards", []))))
     seconds = next((row["train_runtime"] for row in reversed(run.history) if "train_runtime" in row), None)
     facts.append(("took", "" if seconds is None else f"{seconds / 60:.1f} minutes"))
-    found = remarks(curves, number)
+    found = [*told(run.history), *remarks(curves, number)]
     if 0 < run.step < run.max_steps:
         found.insert(0, f"It has not come to its end: {run.step} of {run.max_steps} steps.")
     return {"name": name, "facts": [(key, value) for key, value in facts if value], "remarks": found}

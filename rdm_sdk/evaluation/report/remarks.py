@@ -1,14 +1,25 @@
-"""What a run's logs say about whether it went well: sentences, from rules that can be read here."""
+"""What a run's logs say about whether it went well: sentences, from rules that can be read here.
+
+The watch (`training/watch_rules.py`) has judged matching, variety and held-out rewards while the run went on; what is
+told here beside its findings are the figures that it does not look at.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rdm_sdk.evaluation.report.curves import Curve
+from rdm_sdk.training.watch import FINDING
 
 LATE = 0.25
 """The part of a run that is its end."""
+
+
+def told(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what the watch has said while the run went on, in order."""
+    return [f"The watch at step {row['step']}: {row[FINDING]}" for row in history if FINDING in row]
 
 
 def remarks(curves: Sequence[Curve], run: int) -> list[str]:
@@ -26,20 +37,12 @@ def remarks(curves: Sequence[Curve], run: int) -> list[str]:
 def _of(name: str, values: list[float]) -> list[str]:
     late = values[-max(1, int(LATE * len(values))) :]
     end, least = sum(late) / len(late), min(_smoothed(values))
-    if name.endswith("/residual") and end > 1.2 * least:
-        return [
-            f"{name} ended {end / least - 1:.0%} above its lowest: the student may drift. Stop earlier, or lower rates."
-        ]
     if name == "grad_norm" and least > 0 and end > 20 * least:
         return [f"{name} ended at {end / least:.0f} times its lowest: the run may diverge. Lower learning_rate."]
     if name == "frac_reward_zero_std" and end > 0.5:
         return [f"{name} ended at {end:.2f}: in most groups all samples score alike, and advantages are empty."]
     if name == "ratio/ess" and end < 0.5:
         return [f"{name} ended at {end:.2f}: rollouts are used too often. Lower num_iterations."]
-    if name.endswith("/critic_loss") and end > 1.5 * least > 0:
-        return [
-            f"{name} ended {end / least - 1:.0%} above its lowest: the critic lags. Raise critic_steps or its rate."
-        ]
     return []
 
 
