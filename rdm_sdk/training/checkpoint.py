@@ -182,7 +182,8 @@ def save_critic_optimizer(directory: Path, state: dict[str, Any]) -> None:
 
 def load_critic_optimizer(directory: Path, device: torch.device) -> dict[str, Any]:
     """Return what `save_critic_optimizer` wrote, on a device."""
-    state: dict[str, Any] = torch.load(directory / CRITIC_OPTIMIZER, map_location=device, weights_only=True)
+    place = "cpu" if device.type == "cpu" else device  # "cpu:0", as accelerate has it, is none that PyTorch knows
+    state: dict[str, Any] = torch.load(directory / CRITIC_OPTIMIZER, map_location=place, weights_only=True)
     return state
 
 
