@@ -267,8 +267,10 @@ def _check_same_networks(folder: Path, state: RunState, mine: RunState, has_ema:
         )
 
 
-def restore_random(directory: str | Path, device: torch.device) -> None:
-    """Put the run's random state back into PyTorch's global generator, of which Trainer keeps one per process."""
+def restore_random(directory: str | Path | None, device: torch.device) -> None:
+    """Put a checkpoint's random state, the same for any number of processes, back into PyTorch's global generator."""
+    if directory is None:
+        return
     with safe_open(Path(directory) / WEIGHTS, framework="pt") as file:
         set_global_state(device, file.get_tensor(RANDOM))
 

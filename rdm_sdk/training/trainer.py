@@ -288,11 +288,8 @@ class RDMTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the step's figures beside Trainer's."""
         if "loss" in logs:
-            logs = (
-                logs
-                | self.monitor.averages(self.judge.processes)
-                | {name: float(count) for name, count in self.costs().items()}
-            )
+            averages = self.monitor.averages(self.judge.processes)
+            logs = logs | averages | {name: float(count) for name, count in self.costs().items()}
         super().log(logs, start_time)
 
     # ---- Saving and resuming ------------------------------------------------------------------------------------
@@ -399,8 +396,7 @@ class RDMTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint_folder: str | None) -> None:
         super()._load_rng_state(checkpoint_folder)
-        if checkpoint_folder is not None:
-            checkpoint.restore_random(checkpoint_folder, self.args.device)
+        checkpoint.restore_random(checkpoint_folder, self.args.device)
 
     def _load_best_model(self) -> None:
         """Put the best checkpoint's weights and moving average in place (`load_best_model_at_end`)."""

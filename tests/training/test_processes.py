@@ -1,4 +1,4 @@
-"""Two processes of four samples are one of eight, here as threads with networks of their own; and nobody disturbs it."""
+"""Two processes of four samples are one of eight, here as threads, each with its networks; nobody disturbs it."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def descend(parameters: list[torch.nn.Parameter], rate: float) -> None:
 
 
 def test_two_of_four_are_one_of_eight() -> None:
-    """Weights to 1e-6, and the rewards' adaptive weights: with fields, tilts, scores, statistics of the batch, reuse."""
+    """Weights to 1e-6, and the adaptive weights: with fields, tilts, scores, statistics of the batch, reuse."""
     prompts = [prompt for prompt in digits.prompts()[:4] for _ in range(2)]
     threads = Threads()
     steps = [step_of(Processes()), *(step_of(threads.process(index)) for index in range(2))]
@@ -146,7 +146,7 @@ def disturbing(images: Tensor, prompts: list[str]) -> Tensor:
 
 
 def test_a_reward_does_not_touch_the_runs_noise(make_trainer: Callable[..., RDMTrainer], tmp_path: Path) -> None:
-    """With a reward that reseeds and draws at every call, the run is bit for bit that with one which does not."""
+    """With a reward that reseeds and draws at every call, the run is bit for bit as without."""
     ends = []
     for number, reward in enumerate((brightness, disturbing)):
         trainer = make_trainer(tmp_path / str(number), ["dm", (reward, 0.5)], critic_steps=1, learning_rate=1e-3)
