@@ -88,7 +88,7 @@ class Experience:
     condition: Condition
     rollout: Rollout
     plan: Tensor
-    """The step k that each sample is trained at in each use, int64 `[num_iterations, N]`."""
+    """The step k that each sample of all processes is trained at in each use, int64 `[num_iterations, processes N]`."""
     use: int
     """Which use this is, from 0."""
     x_0: Tensor
@@ -98,11 +98,13 @@ class Experience:
     """Importance weights of this use's states, `[N]`; exactly 1 in the first use."""
     scored: Mapping[str, RewardOutput]
     """What the scored rewards said of the endpoints; asked once per rollout."""
+    start: int = 0
+    """Where these N are among the samples of all processes."""
 
     @property
     def steps(self) -> Tensor:
         """Return the steps k of this use, int64 `[N]`."""
-        return self.plan[self.use]
+        return self.plan[self.use, self.start : self.start + len(self.prompts)]
 
     @property
     def states(self) -> Tensor:

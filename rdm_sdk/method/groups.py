@@ -19,7 +19,8 @@ EPS = 1e-4
 """What is added to a standard deviation before it divides scores, as in TRL."""
 
 
-def _alone(sums: Tensor) -> Tensor:
+def alone(sums: Tensor) -> Tensor:
+    """Return the total over all processes of a run that has one."""
     return sums
 
 
@@ -39,7 +40,7 @@ def group_advantage(
     group_size: int,
     scale: ScoreScale = "group",
     eps: float = EPS,
-    total: Callable[[Tensor], Tensor] = _alone,
+    total: Callable[[Tensor], Tensor] = alone,
 ) -> Tensor:
     """Turn scores `[N]` into advantages `[N]`: minus the group mean, over a standard deviation.
 
@@ -75,7 +76,7 @@ def group_advantage(
     return (centered / (deviation + eps)).float().flatten()
 
 
-def moments(values: Tensor, total: Callable[[Tensor], Tensor] = _alone) -> tuple[Tensor, Tensor]:
+def moments(values: Tensor, total: Callable[[Tensor], Tensor] = alone) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation (unbiased) of the values that are not NaN, float64 scalars; 0 of none.
 
     `total` adds a tensor up over the processes of a run, each of which has values of its share.
@@ -101,12 +102,18 @@ def group_deviation(samples: Tensor, group_size: int) -> Tensor:
     return samples.float().reshape(-1, group_size, *samples.shape[1:]).std(1).mean()
 
 
-def group_scale(magnitudes: Tensor, group_size: int, normalization: Normalization = "group") -> Tensor:
+def group_scale(
+    magnitudes: Tensor,
+    group_size: int,
+    normalization: Normalization = "group",
+    total: Callable[[Tensor], Tensor] = alone,
+) -> Tensor:
     """Return the divisor of each sample's gradient field, `[N]`, from per-sample magnitudes `[N]`.
 
     "group" averages the magnitudes inside the group, so that relative magnitudes survive (GNDM); "sample" is DMD2;
     "batch" averages over everything. NaN magnitudes are left out; where nothing is left, the divisor is 0. With
-    `group_size=1`, "group" is "sample". A field is never centered.
+    `group_size=1`, "group" is "sample". A field is never centered. `total` adds a tensor up over the processes of a
+    run: "batch" is over all of them.
 
     Raises:
         ValueError: `magnitudes` is not `[N]`, or N is not a multiple of `group_size`.
@@ -121,11 +128,18 @@ def group_scale(magnitudes: Tensor, group_size: int, normalization: Normalizatio
     elif normalization == "group":
         divisor = (present.sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp_min(1)).expand_as(grouped)
     else:
-        divisor = (present.sum() / valid.sum().clamp_min(1)).expand_as(grouped)
+        summed, count = total(torch.stack([present.sum(), valid.sum().to(present.dtype)]))
+        divisor = (summed / count.clamp_min(1)).expand_as(grouped)
     return divisor.flatten()
 
 
-def scale_field(field: Tensor, magnitudes: Tensor, group_size: int, normalization: Normalization) -> Tensor:
+def scale_field(
+    field: Tensor,
+    magnitudes: Tensor,
+    group_size: int,
+    normalization: Normalization,
+    total: Callable[[Tensor], Tensor] = alone,
+) -> Tensor:
     """Divide a gradient field `[N, *x]` by its `group_scale`; a vanishing scale is floored at float32's epsilon.
 
     "rms" divides by the root mean square of the field itself over its group instead, whatever the magnitudes say.
@@ -134,5 +148,5 @@ def scale_field(field: Tensor, magnitudes: Tensor, group_size: int, normalizatio
         squares = field.square().flatten(1).mean(1).masked_fill(magnitudes.isnan(), torch.nan)
         divisor = group_scale(squares, group_size, "group").sqrt()
     else:
-        divisor = group_scale(magnitudes, group_size, normalization)
+        divisor = group_scale(magnitudes, group_size, normalization, total)
     return field / per_sample(divisor.clamp_min(torch.finfo(torch.float32).eps), field)

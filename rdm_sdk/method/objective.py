@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rdm_sdk.method.groups import EPS, Normalization, ScoreScale, group_advantage, moments, scale_field
+from rdm_sdk.method.groups import EPS, Normalization, ScoreScale, alone, group_advantage, moments, scale_field
 from rdm_sdk.method.importance import clip_fraction
 from rdm_sdk.method.losses import clipped_surrogate
 from rdm_sdk.types import RewardOutput
@@ -20,24 +20,32 @@ Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 # ---- Fields ---------------------------------------------------------------------------------------------------------
 
 
-def normalize(outputs: Mapping[str, RewardOutput], group_size: int, normalization: Normalization) -> dict[str, Tensor]:
+def normalize(
+    outputs: Mapping[str, RewardOutput],
+    group_size: int,
+    normalization: Normalization,
+    total: Callable[[Tensor], Tensor] = alone,
+) -> dict[str, Tensor]:
     """Return the field `[N, *x]` of every reward with a gradient, in comparable units.
 
     It is the direction in which the reward wants each x_0 to move (GNDM, arXiv 2603.28460, our reading): its gradient,
     divided by a statistic of the reward's magnitudes at the latents (for distribution matching and tilts DMD2's mean
     |x_0 - D_real|, otherwise mean |gradient|). A sample's |gradient| by itself is never that statistic: it would blow
     up what a satisfied reward has left to teach, so "sample" means "group" for rewards without magnitudes. A reward
-    that applies to none of the samples has no field.
+    that applies to none of the samples has no field. `total` adds a tensor up over the processes of a run, for
+    statistics of the batch.
     """
     fields = {}
     for name, output in outputs.items():
-        if output.gradient is not None and not output.scores.isnan().all():
+        if output.gradient is not None:
             magnitude, statistic = output.magnitude, normalization
             if magnitude is None:
                 magnitude = output.gradient.abs().flatten(1).mean(1)
                 statistic = "group" if normalization == "sample" else normalization
             magnitude = magnitude.masked_fill(output.scores.isnan(), torch.nan)  # not applicable: in no statistic
-            fields[name] = scale_field(output.gradient, magnitude, group_size, statistic)
+            field = scale_field(output.gradient, magnitude, group_size, statistic, total)
+            if not output.scores.isnan().all():  # asked late: it is in the statistics of other processes all the same
+                fields[name] = field
     return fields
 
 
@@ -55,17 +63,13 @@ def combine(fields: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tenso
 # ---- Scores ---------------------------------------------------------------------------------------------------------
 
 
-def _alone(sums: Tensor) -> Tensor:
-    return sums
-
-
 def aggregate(
     scores: Mapping[str, Tensor],
     weights: Mapping[str, float],
     group_size: int,
     scale: ScoreScale,
     aggregation: Aggregation,
-    total: Callable[[Tensor], Tensor] = _alone,
+    total: Callable[[Tensor], Tensor] = alone,
 ) -> Tensor | None:
     """Return the advantages `[N]` of several rewards' scores `[N]`, or None if none of them has a weight.
 

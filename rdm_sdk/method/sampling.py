@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rdm_sdk.method.draws import Draws
 from rdm_sdk.method.importance import log_ratio
 from rdm_sdk.method.noise import NoiseSchedule
 from rdm_sdk.method.transitions import TRANSITIONS, Reduction, Transition, TransitionKind, step
@@ -92,43 +93,51 @@ def sample_each_step(student: Denoiser, noise: Tensor, policy: FewStepPolicy) ->
 
 
 @torch.no_grad()
-def rollout(student_of: StudentOf, noise: Tensor, depths: Tensor, policy: FewStepPolicy) -> Rollout:
+def rollout(
+    student_of: StudentOf, noise: Tensor, depths: Tensor, policy: FewStepPolicy, draws: Draws | None = None
+) -> Rollout:
     """Simulate the student from noise (DMD2's backward simulation, arXiv 2405.14867), each sample to its own depth.
 
     Args:
         student_of: only samples still on their way are computed.
         noise: `[N, *x]`.
-        depths: how many steps each sample takes, int64 `[N]` in [1, K].
+        depths: how many steps each sample takes, int64 `[N]` in [1, K]; with `draws`, the samples of all processes.
         policy: the sampler.
+        draws: this process's share of the random numbers; by default there is one process.
     """
+    draws = Draws() if draws is None else draws
+    mine = draws.mine(depths)
     states = noise.new_zeros(policy.num_steps, *noise.shape)
     x_0 = torch.zeros_like(states)
     states[0] = noise
     for k in range(int(depths.max())):
-        rows = (depths > k).nonzero()[:, 0]
+        more = k + 1 < policy.num_steps
+        rows, fresh = draws.normal_for(depths > k, noise.shape[1:] if more else (0,), noise.dtype)
+        if not len(rows):  # those of other processes go on
+            continue
         steps = torch.full_like(rows, k)
         predicted = student_of(rows)(states[k, rows], policy.levels(steps))
         x_0[k, rows] = predicted
-        if k + 1 < policy.num_steps:
-            states[k + 1, rows] = step(
-                policy.transition(states[k, rows], predicted, steps), torch.randn_like(predicted)
-            )
-    return Rollout(states, x_0, depths)
+        if more:
+            states[k + 1, rows] = step(policy.transition(states[k, rows], predicted, steps), fresh)
+    return Rollout(states, x_0, mine)
 
 
 @torch.no_grad()
-def redraw(done: Rollout, x_0: Tensor, steps: Tensor, policy: FewStepPolicy) -> None:
+def redraw(done: Rollout, x_0: Tensor, steps: Tensor, policy: FewStepPolicy, draws: Draws | None = None) -> None:
     """Let trajectories go on from what the student says now: in place, x_0 at steps k and the state after it.
 
-    `x_0` `[N, *x]` is its prediction at the stored states of steps k (`[N]`). What follows a redrawn state is still an
+    `x_0` `[N, *x]` is its prediction at the stored states of steps k (`[N]`; with `draws`, of all processes' samples,
+    whose share of the random numbers this process takes). What follows a redrawn state is still an
     older student's; who visits the steps in order draws each of them anew before it counts.
     """
-    columns = torch.arange(len(steps), device=steps.device)
-    done.x_0[steps, columns] = x_0
-    rows = (steps + 1 < policy.num_steps).nonzero()[:, 0]
-    at = steps[rows]
+    draws = Draws() if draws is None else draws
+    mine = draws.mine(steps)
+    done.x_0[mine, torch.arange(len(mine), device=mine.device)] = x_0
+    rows, fresh = draws.normal_for(steps + 1 < policy.num_steps, x_0.shape[1:], x_0.dtype)
+    at = mine[rows]
     transition = policy.transition(done.states[at, rows], x_0[rows], at)
-    done.states[at + 1, rows] = step(transition, torch.randn_like(x_0[rows]))
+    done.states[at + 1, rows] = step(transition, fresh)
 
 
 @torch.no_grad()

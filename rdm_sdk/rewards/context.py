@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rdm_sdk.errors import RewardError
-from rdm_sdk.method.draws import Spread, draw_uniform
+from rdm_sdk.method.draws import Draws, Spread, draw_uniform
 from rdm_sdk.method.matching import (
     critic_lag,
     lag_profile,
@@ -67,6 +67,9 @@ class DiffusionContext:
     """The student's step that made each sample, int64 `[N]`, where critics are told it; None where they are not."""
     carries_back: bool = False
     """Whether the teacher's predictions keep their graph, so that `Renoised.carry_back` works."""
+    draws: Draws = field(default_factory=Draws)
+    """Where random numbers come from. On several processes each is drawn for the samples of all, so all have to ask for
+    as many, in the same order."""
     _drawn: list[tuple[Tensor, list[Renoised]]] = field(default_factory=list, init=False, repr=False, compare=False)
     """The latest samples that draws were made for, with these draws."""
 
@@ -79,14 +82,16 @@ class DiffusionContext:
         return self._draw(count, 1, self.critic_times, device)
 
     def _draw(self, count: int, group_size: int, times: Times, device: torch.device) -> Tensor:
-        uniform = draw_uniform(self.spread, count // group_size, group_size, device)
+        draws = self.draws
+        groups = draws.count * count // group_size
+        uniform = draws.mine(draw_uniform(self.spread, groups, group_size, device, draws.generator))
         ends = (torch.as_tensor(end, dtype=uniform.dtype, device=device).expand(count) for end in times)
         return self.schedule.levels(uniform, *ends)
 
     def add_noise(self, x_0: Tensor, sigma: Tensor) -> Tensor:
         """Return x_t `[N, *x]` for `x_0` `[N, *x]` at noise levels `[N]`, with fresh noise, in float32 or more."""
         # Whatever x_0 is in, because some versions of PyTorch draw other numbers in bfloat16.
-        return add_noise(self.schedule, x_0, torch.randn_like(x_0, dtype=torch.float32), sigma)
+        return add_noise(self.schedule, x_0, self.draws.normal(len(x_0), x_0.shape[1:], x_0.device), sigma)
 
     def renoise(self, x_0: Tensor, group_size: int) -> list[Renoised]:
         """Return the batch's `num_draws` renoising draws; the same ones to every reward that asks.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from rdm_sdk.method.groups import ScoreScale, group_advantage, group_scale
+from rdm_sdk.method.groups import ScoreScale, alone, group_advantage, group_scale
 from rdm_sdk.method.matching import residual_magnitude
 from rdm_sdk.method.noise import per_sample
 from rdm_sdk.method.tilting import group_covariance
@@ -14,7 +16,9 @@ from rdm_sdk.rewards.context import TEACHER, Renoised
 from rdm_sdk.types import RewardOutput
 
 
-def tilted(output: RewardOutput, batch: RewardBatch, scale: ScoreScale) -> RewardOutput:
+def tilted(
+    output: RewardOutput, batch: RewardBatch, scale: ScoreScale, total: Callable[[Tensor], Tensor] = alone
+) -> RewardOutput:
     """Return what a reward does to the teacher's denoiser, in place of its gradient at x_0.
 
     With a weight of lambda, `dm` and this field together match the student to p_real exp(lambda r / deviation) in place
@@ -24,16 +28,17 @@ def tilted(output: RewardOutput, batch: RewardBatch, scale: ScoreScale) -> Rewar
     A reward with a gradient is carried through the teacher's Jacobian, and its deviation is that under the teacher's
     posterior, the root of grad r Cov grad r. One without is seen through the covariance of its group, and its deviation
     is that of the group's scores. `scale` says over what the deviation is taken: "group", "batch", or "none" for
-    rewards in native units.
+    rewards in native units. `total` adds a tensor up over the processes of a run: "batch" is over all of them.
     """
     fields, magnitudes = [], []
     context = batch.require_context("a tilt")
+    if output.gradient is None:
+        advantage = group_advantage(output.scores, batch.group_size, scale, total=total)
+        advantage = advantage.masked_fill(output.scores.isnan(), torch.nan)
     for draw in context.renoise(batch.latents, batch.group_size):
         if output.gradient is not None:
-            fields.append(_by_gradient(output.gradient, output.scores, draw, batch.group_size, scale))
+            fields.append(_by_gradient(output.gradient, output.scores, draw, batch.group_size, scale, total))
         else:
-            advantage = group_advantage(output.scores, batch.group_size, scale)
-            advantage = advantage.masked_fill(output.scores.isnan(), torch.nan)
             fields.append(
                 group_covariance(context.schedule, draw.x_t, draw.sigma, batch.latents, advantage, batch.group_size)
             )
@@ -41,11 +46,18 @@ def tilted(output: RewardOutput, batch: RewardBatch, scale: ScoreScale) -> Rewar
     return RewardOutput(output.scores, torch.stack(fields).mean(0), torch.stack(magnitudes).mean(0), output.figures)
 
 
-def _by_gradient(gradient: Tensor, scores: Tensor, draw: Renoised, group_size: int, scale: ScoreScale) -> Tensor:
+def _by_gradient(
+    gradient: Tensor,
+    scores: Tensor,
+    draw: Renoised,
+    group_size: int,
+    scale: ScoreScale,
+    total: Callable[[Tensor], Tensor],
+) -> Tensor:
     field = draw.carry_back(gradient)
     if scale == "none":
         return field
     # A network's Jacobian is only nearly symmetric and positive, so a sample's variance can come out negative.
     variance = (gradient * field).flatten(1).sum(1).abs().masked_fill(scores.isnan(), torch.nan)
-    deviation = group_scale(variance, group_size, scale).sqrt()
+    deviation = group_scale(variance, group_size, scale, total).sqrt()
     return field / per_sample(deviation.clamp_min(torch.finfo(torch.float32).eps), field)

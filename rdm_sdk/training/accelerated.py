@@ -14,4 +14,5 @@ def processes_of(accelerator: Accelerator) -> Processes:
         accelerator.num_processes,
         lambda tensor, how: accelerator.reduce(tensor, reduction=how),
         lambda value: gather_object([value]),
+        accelerator.process_index,
     )

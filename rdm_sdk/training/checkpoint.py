@@ -25,15 +25,18 @@ from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.training.checkpoint_folders import newest_whole, verify
 from rdm_sdk.training.identity import RunIdentity, check_same_run
 from rdm_sdk.training.models import RunModels
-from rdm_sdk.training.rollouts import read_rollouts
+from rdm_sdk.training.randomness import global_state, set_global_state
+from rdm_sdk.training.redistribution import read_share
 from rdm_sdk.training.step import DistillationStep
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 4
+FORMAT = 5
 WEIGHTS, STATE = "rdm_state.safetensors", "rdm_state.json"
 TRAINER_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 CRITIC_OPTIMIZER = "critic_optimizer.pt"
+RANDOM = "random"
+"""The tensor of the random state, which is the same for any number of processes."""
 
 
 @dataclass(frozen=True)
@@ -79,16 +82,20 @@ def capture(step: DistillationStep, models: RunModels, identity: RunIdentity) ->
     )
 
 
-def restore(step: DistillationStep, models: RunModels, state: RunState, rollouts: Path) -> None:
-    """Let a step with its models go on from a checkpoint; `rollouts` is the file of this process's stored rollouts."""
+def restore(step: DistillationStep, models: RunModels, state: RunState, folder: Path) -> None:
+    """Let a step with its models go on from a checkpoint, whatever number of processes wrote it."""
+    before, now = state.identity.processes, step.processes
     if models.ema is not None:
         models.ema.optimization_step = state.ema_steps or 0
     step.rollouts.stored.clear()
     if state.stored_rollouts:
-        step.rollouts.load(rollouts)
+        step.rollouts.load(read_share(folder, before, now.index, now.count, models.device))
     models.roles.forwards.clear()
-    models.roles.forwards.update(state.forwards)
-    step.monitor.spent = Counter(state.costs)
+    # Counted in samples of a process, of which each now has another share; the critics' steps are those of all.
+    models.roles.forwards.update({role: count * before // now.count for role, count in state.forwards.items()})
+    step.monitor.spent = Counter(
+        {name: count if name == "critic_steps" else count * before // now.count for name, count in state.costs.items()}
+    )
     step.weights = dict(state.weights)
     step.weighting.load_state_dict(state.weighting)
 
@@ -128,22 +135,24 @@ def find(wanted: str | Path | bool | None, output_dir: Path) -> Path | None:
     return folder
 
 
-def save_state(directory: Path, family: ModelFamily, ema: list[Tensor] | None, state: RunState) -> None:
-    """Write every role's raw weights, the moving average and the run state."""
+def save_state(
+    directory: Path, family: ModelFamily, ema: list[Tensor] | None, state: RunState, device: torch.device
+) -> None:
+    """Write every role's raw weights, the moving average, the run state and the random state of the run's device."""
     tensors = {
         f"{role}.{name}": tensor
         for role in family.roles.trainable_roles
         for name, tensor in family.roles.role_state_dict(role).items()
     }
     tensors |= {f"ema.{i}": tensor.detach().cpu().contiguous() for i, tensor in enumerate(ema or [])}
-    save_file(tensors, directory / WEIGHTS)
+    save_file(tensors | {RANDOM: global_state(device)}, directory / WEIGHTS)
     (directory / STATE).write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
 
 
-def check(directory: str | Path, mine: RunState, rollouts: Path) -> RunState:
+def check(directory: str | Path, mine: RunState, index: int) -> RunState:
     """Return the run state of a checkpoint that can be read and belongs to the run whose state is `mine`.
 
-    `rollouts` is the file of this process's stored rollouts, which must be there if the run has any.
+    `index` is that of this process, whose share of stored rollouts must be there if the run has any.
 
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged, of another kind, or of a run with another base,
@@ -152,7 +161,7 @@ def check(directory: str | Path, mine: RunState, rollouts: Path) -> RunState:
     folder = Path(directory)
     _check_complete(folder, mine)
     try:
-        state = _read(folder, rollouts)
+        state = _read(folder, index, mine.identity.processes)
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             has_ema = any(name.startswith("ema.") for name in file.keys())  # noqa: SIM118 - it is no mapping
     except DAMAGED as error:
@@ -161,7 +170,7 @@ def check(directory: str | Path, mine: RunState, rollouts: Path) -> RunState:
             "checkpoint."
         ) from error
     _check_same_networks(folder, state, mine, has_ema)
-    for change in check_same_run(state.identity, mine.identity, str(folder), state.stored_rollouts):
+    for change in check_same_run(state.identity, mine.identity, str(folder)):
         logger.warning(f"resuming with another {change}")
     return state
 
@@ -173,7 +182,8 @@ def save_critic_optimizer(directory: Path, state: dict[str, Any]) -> None:
 
 def load_critic_optimizer(directory: Path, device: torch.device) -> dict[str, Any]:
     """Return what `save_critic_optimizer` wrote, on a device."""
-    state: dict[str, Any] = torch.load(directory / CRITIC_OPTIMIZER, map_location=device, weights_only=True)
+    place = "cpu" if device.type == "cpu" else device  # "cpu:0", as accelerate has it, is none that PyTorch knows
+    state: dict[str, Any] = torch.load(directory / CRITIC_OPTIMIZER, map_location=place, weights_only=True)
     return state
 
 
@@ -214,8 +224,11 @@ def _check_complete(folder: Path, mine: RunState) -> None:
         )
 
 
-def _read(folder: Path, rollouts: Path) -> RunState:
-    """Return the run state after trying to read every other file; raises whatever goes wrong."""
+def _read(folder: Path, index: int, count: int) -> RunState:
+    """Return the run state after trying to read every other file that process `index` of `count` goes on with.
+
+    Raises whatever goes wrong.
+    """
     saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
     if saved.get("format") != FORMAT:
         raise CheckpointError(
@@ -227,9 +240,7 @@ def _read(folder: Path, rollouts: Path) -> RunState:
         if (folder / name).is_file():
             torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
     if state.stored_rollouts:
-        if not rollouts.is_file():
-            raise CheckpointError(f"cannot resume from {str(folder)!r}: {rollouts.name} missing")
-        read_rollouts(rollouts, torch.device("cpu"))
+        read_share(folder, state.identity.processes, index, count, torch.device("cpu"))
     return state
 
 
@@ -254,6 +265,14 @@ def _check_same_networks(folder: Path, state: RunState, mine: RunState, has_ema:
             f"checkpoint {str(folder)!r} was made {'with' if has_ema else 'without'} a moving average of the "
             f"student; set ema_decay {'above 0' if has_ema else 'to 0'} to resume from it"
         )
+
+
+def restore_random(directory: str | Path | None, device: torch.device) -> None:
+    """Put a checkpoint's random state, the same for any number of processes, back into PyTorch's global generator."""
+    if directory is None:
+        return
+    with safe_open(Path(directory) / WEIGHTS, framework="pt") as file:
+        set_global_state(device, file.get_tensor(RANDOM))
 
 
 def load_weights(directory: str | Path, family: ModelFamily) -> dict[int, Tensor]:

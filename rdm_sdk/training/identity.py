@@ -35,6 +35,8 @@ FIXED_BY_TRANSFORMERS = frozenset(
 )
 """Settings of transformers that make another run. All others but `RATES` are about logging, saving and hardware."""
 
+MICRO_BATCH = "per_device_train_batch_size * processes"
+
 
 @dataclass(frozen=True)
 class RunIdentity:
@@ -57,6 +59,8 @@ def run_settings(args: RDMConfig) -> dict[str, Any]:
     names = {f.name for f in fields(args) if f.name not in inherited} - PLACES | RATES | FIXED_BY_TRANSFORMERS
     content: dict[str, Any] = args.to_dict()  # type: ignore[no-untyped-call] # with plain values in the place of enums
     kept: dict[str, Any] = json.loads(json.dumps({name: content[name] for name in sorted(names)}))
+    # Who has which sample is no matter: two processes of 4 are one of 8.
+    kept[MICRO_BATCH] = kept.pop("per_device_train_batch_size") * args.world_size
     return kept
 
 
@@ -68,7 +72,7 @@ def prompts_digest(dataset: Dataset | None) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_same_run(before: RunIdentity, now: RunIdentity, folder: str, stored_rollouts: bool) -> list[str]:
+def check_same_run(before: RunIdentity, now: RunIdentity, folder: str) -> list[str]:
     """Return what a resumed run changes about its settings, each as "name: before -> now".
 
     Raises:
@@ -84,8 +88,6 @@ def check_same_run(before: RunIdentity, now: RunIdentity, folder: str, stored_ro
         refused.append("other prompts, or in another order")
     if before.processes != now.processes:
         changes["processes"] = f"number of processes: {before.processes} -> {now.processes}"
-        if stored_rollouts:  # each process has kept its own
-            refused.append(changes["processes"])
     if refused:
         raise CheckpointError(
             f"checkpoint {folder!r} is of another run ({'; '.join(refused)}); resume with the same settings, or begin "

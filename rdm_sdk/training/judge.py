@@ -21,8 +21,10 @@ from rdm_sdk.rewards.resolve import WeightedReward, carried_back
 from rdm_sdk.rewards.tilt import tilted
 from rdm_sdk.training.export import check_exportable
 from rdm_sdk.training.method_settings import MethodSettings
-from rdm_sdk.training.models import Models, forked
+from rdm_sdk.training.models import Models
 from rdm_sdk.training.monitor import Monitor
+from rdm_sdk.training.processes import Processes
+from rdm_sdk.training.randomness import Randomness
 from rdm_sdk.training.start import check_start, load_start
 from rdm_sdk.training.step_rules import judged_at_endpoints, judged_at_replay, uses_advantages, uses_fields
 from rdm_sdk.types import Condition, Denoiser, Experience, RewardOutput, Samples
@@ -38,6 +40,7 @@ class Judge:
         rewards: all of the run's, with and without weight.
         settings: an `RDMConfig`, or any object with the same fields.
         monitor: takes every figure of the run down; a new one by default.
+        processes: of a run on several devices.
     """
 
     def __init__(
@@ -46,9 +49,13 @@ class Judge:
         rewards: Sequence[WeightedReward],
         settings: MethodSettings,
         monitor: Monitor | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.models, self.rewards, self.settings = models, rewards, settings
         self.monitor = Monitor() if monitor is None else monitor
+        self.processes = Processes() if processes is None else processes
+        self.randomness = Randomness(models.device, self.processes)
+        """Where the random numbers of the run's steps come from."""
 
     @property
     def critics(self) -> list[tuple[WeightedReward, str]]:
@@ -93,6 +100,7 @@ class Judge:
             critic_times=critic_times,
             steps=steps if settings.steps_told else None,
             carries_back=carries_back,
+            draws=self.randomness.draws,
         )
         return models.complete(context, condition)
 
@@ -130,10 +138,14 @@ class Judge:
         left = [reward for reward in judged_at_replay(self.rewards) if reward.label not in experience.scored]
         batch = self.batch(experience.samples)
         outputs = self.score(left, batch)
-        for reward in left:
-            output = outputs.get(reward.label)
-            if reward.route == "tilt" and reward.weight and output and not output.scores.isnan().all():
-                outputs[reward.label] = tilted(output, batch, self.settings.scale_rewards)
+        tilting = {reward.label: reward for reward in left if reward.route == "tilt" and reward.weight}
+        here = [label for label in tilting if label in outputs and not bool(outputs[label].scores.isnan().all())]
+        scale, total = self.settings.scale_rewards, self.processes.total
+        for label in self.processes.anywhere(here) if scale == "batch" else here:
+            if label in here:
+                outputs[label] = tilted(outputs[label], batch, scale, total)
+            else:  # other processes wait for this one's part of the batch's statistics, which is none
+                tilted(nothing(batch.latents, tilting[label].differentiated), batch, scale, total)
         return dict(experience.scored) | outputs
 
     def score_endpoints(self, endpoints: Samples) -> Answers:
@@ -195,7 +207,7 @@ class Judge:
         if any(reward.weight for reward in rewards):
             yield
             return
-        with forked(self.models.device):
+        with self.randomness.undisturbed():
             yield
 
     def record(self, outputs: Mapping[str, RewardOutput]) -> None:
@@ -203,6 +215,12 @@ class Judge:
         for reward in self.rewards:
             if reward.label in outputs:
                 self.monitor.reward(reward, outputs[reward.label], self.settings.num_generations)
+
+
+def nothing(latents: Tensor, gradient: bool) -> RewardOutput:
+    """Return what a reward that applies to none of some samples `[N, *x]` says of them."""
+    missing = torch.full((len(latents),), torch.nan, device=latents.device)
+    return RewardOutput(missing, torch.zeros_like(latents) if gradient else None)
 
 
 class Answers(Mapping[str, RewardOutput]):

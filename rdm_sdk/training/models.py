@@ -25,6 +25,7 @@ from rdm_sdk.rewards.context import DiffusionContext
 from rdm_sdk.training.data import PromptCache
 from rdm_sdk.training.faults import FiniteWatch
 from rdm_sdk.training.method_settings import MethodSettings
+from rdm_sdk.training.randomness import forked
 from rdm_sdk.training.step_rules import is_guided
 from rdm_sdk.types import Condition, Denoiser
 
@@ -76,13 +77,6 @@ class Models(Protocol):
     def complete(self, context: DiffusionContext, condition: Condition) -> DiffusionContext:
         """Return a context with all that model-aware rewards can ask beside the denoisers, as far as it exists."""
         ...
-
-
-@contextmanager
-def forked(device: torch.device) -> Iterator[None]:
-    """Put the random state of the CPU and of a device back after the block."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
 
 
 class RunModels:

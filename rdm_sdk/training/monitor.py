@@ -34,11 +34,14 @@ class Monitor:
         """Take a figure down, as the mean of `count` ones."""
         self._values[name].append((value.detach().item() if isinstance(value, Tensor) else float(value), count))
 
-    def averages(self) -> dict[str, float]:
-        """Return the mean of every figure since the last call."""
+    def averages(self, processes: Processes | None = None) -> dict[str, float]:
+        """Return the mean of every figure since the last call, over all processes."""
         sums = {name: _summed(values) for name, values in self._values.items()}
         self._values.clear()
-        return {name: total / count for name, (total, count) in sums.items()}
+        everyone = [sums] if processes is None else processes.gather(sums)
+        names = dict.fromkeys(name for one in everyone for name in one)
+        together = {name: [one[name] for one in everyone if name in one] for name in names}
+        return {name: sum(s for s, _ in sums) / (sum(n for _, n in sums) or 1) for name, sums in together.items()}
 
     def variety(self, samples: Tensor, group_size: int) -> None:
         """Take down how different the student's samples `[N, *x]` are: those of a prompt, and all of them."""
@@ -80,13 +83,12 @@ class Monitor:
             self.log("frac_reward_zero_std", zero_std, len(groups))
 
     def pulls(self, pulls: Mapping[str, float], counts: Mapping[str, int]) -> None:
-        """Take down the mean |normalized, unweighted gradient| of each reward over the `counts` samples it applies to.
+        """Take down the mean |normalized, unweighted gradient| of each reward, and over how many samples it is.
 
-        A reward that applies to no sample of the micro-batch has no pull, not one of 0.
+        A reward that applies to no sample of the micro-batch has no pull, not one of 0. One that acts by advantages has
+        0 where no sample was at a step with a density, and as such it counts where none was on any process.
         """
         for name, pull in pulls.items():
-            if not counts[name]:
-                continue
             self._pulls[name].append((pull, counts[name]))
             self.log(f"{name}/pull", pull, counts[name])
 
@@ -104,16 +106,17 @@ class Monitor:
 
         Rewards that were skipped, or applied to none, are missing.
         """
-        sums = torch.zeros(len(names), 4, dtype=torch.float64, device=device)
+        sums = torch.zeros(len(names), 5, dtype=torch.float64, device=device)
         for row, name in enumerate(names):
-            sums[row] = torch.tensor([*_summed(self._pulls.get(name, [])), *_summed(self._scores.get(name, []))])
+            pulls, scores = self._pulls.get(name, []), self._scores.get(name, [])
+            sums[row] = torch.tensor([len(pulls), *_summed(pulls), *_summed(scores)])
         self._pulls.clear()
         self._scores.clear()
         sums = processes.reduce(sums, "sum")
         return {
-            name: RewardStatistics(pull / pulled, score / scored)
-            for name, (pull, pulled, score, scored) in zip(names, sums.tolist(), strict=True)
-            if pulled and scored
+            name: RewardStatistics(pull / pulled if pulled else 0.0, score / scored)
+            for name, (pulls, pull, pulled, score, scored) in zip(names, sums.tolist(), strict=True)
+            if pulls and scored
         }
 
 

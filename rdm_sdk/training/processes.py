@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +26,16 @@ class Processes:
     """`(tensor, how)` to the sum or mean of all processes' tensors, on each of them."""
     gather: Callable[[object], list[Any]] = _only
     """A value to the list of all processes' values, on each of them."""
+    index: int = 0
+    """Which process this is, from 0; a micro-batch of all processes holds their samples in this order."""
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Return the sum of all processes' tensors."""
+        return self.reduce(sums, "sum")
+
+    def anywhere(self, names: Iterable[str]) -> list[str]:
+        """Return the names that any process gives, sorted, so that all of them go through them in the same order."""
+        return sorted({name for given in self.gather(sorted(names)) for name in given})
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace gradients by their mean over the processes.

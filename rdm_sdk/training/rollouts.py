@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,6 @@ from rdm_sdk.method.importance import truncated_weights
 from rdm_sdk.method.sampling import StudentOf, plan_steps, redraw, replay_log_ratio, rollout, state_log_ratio
 from rdm_sdk.training.judge import Judge
 from rdm_sdk.training.method_settings import MethodSettings
-from rdm_sdk.training.processes import Processes
 from rdm_sdk.training.step_rules import steps_stored
 from rdm_sdk.types import Condition, Experience, RewardOutput, Rollout, Samples, select, select_steps
 
@@ -41,11 +40,11 @@ class Rollouts:
     Args:
         judge: scores the endpoints, where a reward acts by its scores; its models' student is rolled out.
         settings: an `RDMConfig`, or any object with the same fields.
-        processes: whether a rollout is used again is decided for all of them together.
     """
 
-    def __init__(self, judge: Judge, settings: MethodSettings, processes: Processes) -> None:
-        self.judge, self.settings, self.processes = judge, settings, processes
+    def __init__(self, judge: Judge, settings: MethodSettings) -> None:
+        self.judge, self.settings, self.processes = judge, settings, judge.processes
+        self.draws = judge.randomness.draws
         self.models, self.monitor, self.policy = judge.models, judge.monitor, judge.models.policy
         self.experiences: list[Experience] = []
         """What this optimizer step trains on, one per micro-batch."""
@@ -82,21 +81,19 @@ class Rollouts:
         """Roll the student out for prompts, group-major, as far as their first use goes or to the end."""
         settings, prompts, policy = self.settings, inputs["prompts"], self.policy
         condition = self.models.encode(prompts)
-        noise = torch.randn(len(prompts), *self._shape, device=self.models.device)
+        draws, device = self.draws, self.models.device
+        noise = draws.normal(len(prompts), self._shape, device)
         # A trajectory stopped at the last step has no density, so it is of no use where only scores teach.
         last = policy.num_steps if self.judge.uses_fields else policy.num_random_steps
-        groups = len(prompts) // settings.num_generations
-        plan = plan_steps(
-            draw_steps(settings.spread, groups, settings.num_generations, last, noise.device),
-            settings.num_iterations,
-            last,
-        )
-        depths = torch.full_like(plan[0], policy.num_steps) if to_the_end else plan[0] + 1
-        done = rollout(self._student_of(condition), noise, depths, policy)
+        groups = draws.count * len(prompts) // settings.num_generations
+        first = draw_steps(settings.spread, groups, settings.num_generations, last, device, draws.generator)
+        plan = plan_steps(first, settings.num_iterations, last)
+        depths = torch.full_like(first, policy.num_steps) if to_the_end else first + 1
+        done = rollout(self._student_of(condition), noise, depths, policy, draws)
         self.monitor.spent["rollouts"] += len(prompts)
-        weights = torch.ones(len(prompts), device=noise.device)
-        x_0 = select_steps(done.x_0, plan[0])
-        return Experience(prompts, inputs["columns"], condition, done, plan, 0, x_0, weights, {})
+        x_0, weights = select_steps(done.x_0, draws.mine(first)), torch.ones(len(prompts), device=device)
+        start = draws.index * len(prompts)
+        return Experience(prompts, inputs["columns"], condition, done, plan, 0, x_0, weights, {}, start)
 
     def _student_of(self, condition: Condition) -> StudentOf:
         """Return the student's denoiser by rows of a condition."""
@@ -183,7 +180,7 @@ class Rollouts:
             self._check_first_ratio(experience, x_0.detach())
         elif not self.judge.uses_advantages:
             # No score hangs on how these trajectories ended, so the states that later uses start from are kept fresh.
-            redraw(experience.rollout, x_0.detach(), experience.steps, self.policy)
+            redraw(experience.rollout, x_0.detach(), experience.plan[experience.use], self.policy, self.draws)
         return x_0
 
     def _check_first_ratio(self, experience: Experience, x_0: Tensor) -> None:
@@ -214,10 +211,10 @@ class Rollouts:
         """Write the stored rollouts; none, no file."""
         write_rollouts(path, list(self.stored))
 
-    def load(self, path: Path) -> None:
-        """Take up what `save` wrote, in place of what is stored."""
+    def load(self, stored: Iterable[list[Experience]]) -> None:
+        """Take up what was saved, in place of what is stored."""
         self.stored.clear()
-        self.stored.extend(read_rollouts(path, self.models.device))
+        self.stored.extend(stored)
 
 
 def rollouts_path(checkpoint: str | Path, process_index: int) -> Path:
@@ -241,6 +238,7 @@ def write_rollouts(path: Path, stored: Sequence[Sequence[Experience]]) -> None:
     metadata = {
         "prompts": json.dumps([one.prompts for one in experiences]),
         "uses": json.dumps([one.use for one in experiences]),
+        "starts": json.dumps([one.start for one in experiences]),
         "scored": json.dumps([list(one.scored) for one in experiences]),
         "sizes": json.dumps([len(together) for together in stored]),
     }
@@ -257,13 +255,13 @@ def read_rollouts(path: Path, device: torch.device) -> list[list[Experience]]:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     prompts, uses = json.loads(metadata["prompts"]), json.loads(metadata["uses"])
     experiences = []
-    scores = json.loads(metadata["scored"])
-    for i, (texts, use, names) in enumerate(zip(prompts, uses, scores, strict=True)):
+    scores, starts = json.loads(metadata["scored"]), json.loads(metadata["starts"])
+    for i, (texts, use, start, names) in enumerate(zip(prompts, uses, starts, scores, strict=True)):
         rollout = Rollout(**{name: tensors[f"{i}.rollout.{name}"] for name in _TRAJECTORY})
         prefix = f"{i}.scored."
         scored = {name: RewardOutput(tensors[prefix + name]) for name in names}
-        plan = tensors[f"{i}.plan"]
-        x_0 = select_steps(rollout.x_0, plan[use])
-        experiences.append(Experience(texts, {}, {}, rollout, plan, use, x_0, tensors[f"{i}.weights"], scored))
+        plan, weights = tensors[f"{i}.plan"], tensors[f"{i}.weights"]
+        x_0 = select_steps(rollout.x_0, plan[use, start : start + len(texts)])
+        experiences.append(Experience(texts, {}, {}, rollout, plan, use, x_0, weights, scored, start))
     remaining = iter(experiences)
     return [list(islice(remaining, size)) for size in json.loads(metadata["sizes"])]

@@ -73,7 +73,7 @@ class RunKeeper:
         folder, self._found = checkpoint.find(wanted, self.output_dir), None
         if folder is not None:
             mine = checkpoint.capture(self.step, self.models, self.identity)
-            self._found = checkpoint.check(folder, mine, rollouts_path(folder, self.args.process_index))
+            self._found = checkpoint.check(folder, mine, self.step.processes.index)
             self.identity = replace(self.identity, run=self._found.identity.run)
         if self.args.save_strategy != SaveStrategy.NO:
             checkpoint_folders.refuse_other_runs(self.output_dir, self.identity.run)
@@ -84,7 +84,7 @@ class RunKeeper:
         if self._found is None:
             raise CheckpointError("a checkpoint is loaded through train(resume_from_checkpoint=...)")
         self.load_weights(folder)
-        checkpoint.restore(self.step, self.models, self._found, rollouts_path(folder, self.args.process_index))
+        checkpoint.restore(self.step, self.models, self._found, Path(folder))
 
     def load_weights(self, folder: str) -> None:
         """Put the weights and the moving average of a checkpoint in place."""
@@ -122,6 +122,6 @@ class RunKeeper:
             shadow = None if self.models.ema is None else self.models.ema.shadow_params
             with tempfile.TemporaryDirectory(dir=target, prefix=".state-") as scratch:
                 state = checkpoint.capture(self.step, self.models, self.identity)
-                checkpoint.save_state(Path(scratch), self.models.family, shadow, state)
+                checkpoint.save_state(Path(scratch), self.models.family, shadow, state, self.models.device)
                 move_into(Path(scratch), target)
         self.step.rollouts.save(rollouts_path(target, self.args.process_index))

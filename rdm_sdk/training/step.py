@@ -14,9 +14,8 @@ from rdm_sdk.method.losses import pathwise_loss
 from rdm_sdk.method.noise import per_sample
 from rdm_sdk.method.objective import aggregate, combine, normalize, policy_loss, policy_pull
 from rdm_sdk.method.sampling import replay_log_ratio
-from rdm_sdk.training.judge import Judge
+from rdm_sdk.training.judge import Judge, nothing
 from rdm_sdk.training.method_settings import MethodSettings
-from rdm_sdk.training.processes import Processes
 from rdm_sdk.training.rollouts import Rollouts, Window
 from rdm_sdk.training.weighting import Weighting, make_weighting, weigh
 from rdm_sdk.types import Experience, RewardOutput
@@ -54,20 +53,12 @@ class DistillationStep:
         judge: the rewards, and the models that they ask; its monitor takes the step's figures down too.
         settings: an `RDMConfig`, or any object with the same fields.
         weighting: sets the rewards' weights from step to step; by default they are those of the rewards.
-        processes: of a run on several devices.
     """
 
-    def __init__(
-        self,
-        judge: Judge,
-        settings: MethodSettings,
-        weighting: Weighting | None = None,
-        processes: Processes | None = None,
-    ) -> None:
+    def __init__(self, judge: Judge, settings: MethodSettings, weighting: Weighting | None = None) -> None:
         self.models, self.judge, self.settings = judge.models, judge, settings
-        self.monitor = judge.monitor
-        self.processes = Processes() if processes is None else processes
-        self.rollouts = Rollouts(judge, settings, self.processes)
+        self.monitor, self.processes = judge.monitor, judge.processes
+        self.rollouts = Rollouts(judge, settings)
         self.targets = {reward.label: reward.weight for reward in judge.rewards}
         self.weighting = make_weighting("fixed") if weighting is None else weighting
         self.weights = weigh(self.weighting, self.targets, {}, 0)
@@ -82,6 +73,7 @@ class DistillationStep:
         It happens for all micro-batches together, as the critics' updates do, so that gradient accumulation does not
         change the two time scales.
         """
+        self.judge.randomness.begin()
         self.rollouts.begin(window, step)
         self._advantages = []
 
@@ -123,22 +115,24 @@ class DistillationStep:
         Raises:
             RDMError: the loss is not finite, or there is nothing to learn from.
         """
-        settings = self.settings
         experience, x_0 = self.rollouts.replay(position)
         outputs = self.judge.judge(experience)
         if self.judge.uses_advantages and not self._advantages:
             # Not before: rewards that are awaited have been at it since the rollouts, beside the critics and `dm`.
             self._advantages = self._normalize_scores()
-        fields = normalize(outputs, settings.num_generations, settings.normalization)
+        fields = self._fields(outputs, x_0.detach())
         field = combine(fields, self.weights)
         self._has_field = field is not None
         applies = {name: ~output.scores.isnan() for name, output in outputs.items()}
+        counts = {name: int(rows.sum()) for name, rows in applies.items()}
         pulls = {name: float(field[applies[name]].abs().mean()) for name, field in fields.items()}
         losses = [] if field is None else [self._pathwise(experience, x_0, field)]
         if self._advantages and experience.scored:
-            policy, policy_pulls = self._policy(experience, x_0, self._advantages[position])
+            policy, policy_pulls, transitions = self._policy(experience, x_0, self._advantages[position])
             losses, pulls = losses + policy, pulls | policy_pulls
-        self.monitor.pulls(pulls, {name: int(rows.sum()) for name, rows in applies.items()})
+        else:
+            transitions = {}
+        self.monitor.pulls({name: pull for name, pull in pulls.items() if counts[name]}, counts | transitions)
         if not outputs:
             raise RDMError("every reward was skipped, so there is nothing to learn from; the warnings above say why")
         # Every weight may be 0 for now: a cold start without distribution matching.
@@ -149,6 +143,17 @@ class DistillationStep:
             )
         self.judge.record(outputs)
         return StudentLoss(loss, outputs, pulls)
+
+    def _fields(self, outputs: Mapping[str, RewardOutput], x_0: Tensor) -> dict[str, Tensor]:
+        """Return each reward's normalized gradient at x_0 `[N, *x]`; statistics of the batch are over all processes."""
+        settings = self.settings
+        if settings.normalization == "batch" and self.processes.count > 1:
+            here = [name for name, output in outputs.items() if output.gradient is not None]
+            outputs = {
+                name: outputs[name] if name in here else nothing(x_0, gradient=True)
+                for name in self.processes.anywhere(here)
+            }
+        return normalize(outputs, settings.num_generations, settings.normalization, self.processes.total)
 
     def _pathwise(self, experience: Experience, x_0: Tensor, field: Tensor) -> Tensor:
         """Return the loss that moves x_0 `[N, *x]` along a field."""
@@ -173,10 +178,12 @@ class DistillationStep:
 
         def advantages(weights: Mapping[str, float]) -> Tensor | None:
             how = settings.scale_rewards, settings.multi_objective_aggregation
-            return aggregate(scores, weights, settings.num_generations, *how, self._total)
+            return aggregate(scores, weights, settings.num_generations, *how, self.processes.total)
 
         # A reward that was skipped on every process must not add to the size of the sum.
-        counts = self._total(torch.stack([(~values.isnan()).sum().double() for values in scores.values()])).tolist()
+        counts = self.processes.total(
+            torch.stack([(~values.isnan()).sum().double() for values in scores.values()])
+        ).tolist()
         applies = [label for label, count in zip(scores, counts, strict=True) if count]
         together = advantages({label: self.weights[label] if label in applies else 0.0 for label in scores})
         single = {label: advantages({other: float(other == label) for other in scores}) for label in scores}
@@ -191,13 +198,10 @@ class DistillationStep:
             result.append(Advantages(None if together is None else together[rows], alone))
         return result
 
-    def _total(self, sums: Tensor) -> Tensor:
-        return self.processes.reduce(sums, "sum")
-
     def _policy(
         self, experience: Experience, x_0: Tensor, advantages: Advantages
-    ) -> tuple[list[Tensor], dict[str, float]]:
-        """Return the loss that makes good transitions likelier, if one counts, and each reward's pull."""
+    ) -> tuple[list[Tensor], dict[str, float], dict[str, int]]:
+        """Return the loss that makes good transitions likelier, if one counts, and each reward's pull over how many."""
         settings, policy = self.settings, self.models.policy
         rows = (experience.steps < policy.num_random_steps).nonzero()[:, 0]
         predicted, steps = x_0[rows], experience.steps[rows]
@@ -205,9 +209,11 @@ class DistillationStep:
         dimensions = x_0[0].numel()
         averaged = settings.ratio_reduction == "mean"
         joint = log_ratios * dimensions if averaged else log_ratios
-        pulls = policy_pull(joint, predicted, {name: alone[rows] for name, alone in advantages.alone.items()})
+        alone = {name: values[rows] for name, values in advantages.alone.items()}
+        pulls = policy_pull(joint, predicted, alone)
+        transitions = {name: int((~values.isnan()).sum()) for name, values in alone.items()}
         if advantages.together is None:
-            return [], pulls
+            return [], pulls, transitions
         result = policy_loss(
             log_ratios,
             advantages.together[rows],
@@ -218,7 +224,7 @@ class DistillationStep:
         )
         self.monitor.log("loss/policy", result.loss)
         self.monitor.log("ratio/clip_fraction", result.clipped)
-        return [result.loss], pulls
+        return [result.loss], pulls, transitions
 
     def end(self, next_step: int) -> None:
         """Average and check the student's gradient, weigh the rewards for the next optimizer step, keep the rollouts.
@@ -234,6 +240,7 @@ class DistillationStep:
         statistics = self.monitor.step_statistics(self.targets, self.processes, self.models.device)
         self.weights = weigh(self.weighting, self.targets, statistics, next_step)
         self.rollouts.keep()
+        self.judge.randomness.end()
 
     def _check_student_gradient(self) -> None:
         norm = nn.utils.get_total_norm([p.grad for p in self.models.parameters_of(STUDENT) if p.grad is not None])

@@ -125,11 +125,9 @@ class RDMTrainer(Trainer):
         if args.text_encoders == "drop":
             prompts = all_prompts(self.train_dataset, self.eval_dataset)
             self.models.encode_and_drop(prompts, quiet=bool(args.disable_tqdm))
-        if args.process_index:
-            torch.manual_seed(args.seed + args.process_index)  # other noise than the first process, same weights
-        self.judge = Judge(self.models, self.rewards, args)
+        self.judge = Judge(self.models, self.rewards, args, processes=processes_of(self.accelerator))
         self.monitor, self.weighting = self.judge.monitor, weighting
-        self.step = DistillationStep(self.judge, args, weighting, processes_of(self.accelerator))
+        self.step = DistillationStep(self.judge, args, weighting)
         self.keeper = RunKeeper(args, self.step, self.models, self.train_dataset, self.accelerator.wait_for_everyone)
 
     # ---- The step -----------------------------------------------------------------------------------------------
@@ -289,7 +287,8 @@ class RDMTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the step's figures beside Trainer's."""
         if "loss" in logs:
-            logs = logs | self.monitor.averages() | {name: float(count) for name, count in self.costs().items()}
+            averages = self.monitor.averages(self.judge.processes)
+            logs = logs | averages | {name: float(count) for name, count in self.costs().items()}
         super().log(logs, start_time)
 
     # ---- Saving and resuming ------------------------------------------------------------------------------------
@@ -393,6 +392,10 @@ class RDMTrainer(Trainer):
         if self.critic_optimizer is not None:
             saved = checkpoint.load_critic_optimizer(Path(checkpoint_folder), self.args.device)
             self.critic_optimizer.load_state_dict(saved)
+
+    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
+        super()._load_rng_state(checkpoint_folder)
+        checkpoint.restore_random(checkpoint_folder, self.args.device)
 
     def _load_best_model(self) -> None:
         """Put the best checkpoint's weights and moving average in place (`load_best_model_at_end`)."""
