@@ -18,8 +18,9 @@ from rdm_sdk import digits
 from rdm_sdk.cli.console import Parser, one_line
 from rdm_sdk.errors import ConfigError, RDMError, nearest
 from rdm_sdk.families.load import find_folder
-from rdm_sdk.training.config import RDMConfig, check_known
+from rdm_sdk.training.config import RDMConfig
 from rdm_sdk.training.data import load_prompts
+from rdm_sdk.training.rules import check_known
 
 
 @dataclass

@@ -9,10 +9,10 @@ from typing import Any, Literal, Self
 
 from transformers import IntervalStrategy, TrainingArguments
 
-from rdm_sdk.errors import ConfigError, nearest
+from rdm_sdk.errors import ConfigError
 from rdm_sdk.rewards.routes import parse_route
 from rdm_sdk.training.inherited import check_inherited, name_checkpointing
-from rdm_sdk.training.rules import check_rules, settle_types
+from rdm_sdk.training.rules import check_known, check_rules, settle_types
 from rdm_sdk.training.weighting import make_weighting
 
 
@@ -395,10 +395,3 @@ def parse_resolution(text: str) -> tuple[int, int]:
     if match is None:
         raise ConfigError(f"resolutions: {text!r} is no size; write height x width in pixels, such as '1024x832'")
     return int(match[1]), int(match[2])
-
-
-def check_known(names: list[str], known: list[str]) -> None:
-    """Raise `ConfigError` for the first setting that does not exist, naming the nearest one that does."""
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"unknown setting {name!r}.{nearest(name, known)}")

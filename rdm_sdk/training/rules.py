@@ -150,3 +150,10 @@ def check_rules(config: TrainingArguments) -> None:
         if not rule.holds(value):
             meant = f".{nearest(str(value), rule.choices)}" if rule.choices else ""
             raise ConfigError(f"{names}={value!r} cannot be used; it must be {rule.wanted}{meant}")
+
+
+def check_known(names: list[str], known: list[str]) -> None:
+    """Raise `ConfigError` for the first setting that does not exist, naming the nearest one that does."""
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"unknown setting {name!r}.{nearest(name, known)}")

@@ -287,8 +287,7 @@ class RDMTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the step's figures beside Trainer's."""
         if "loss" in logs:
-            averages = self.monitor.averages(self.judge.processes)
-            logs = logs | averages | {name: float(count) for name, count in self.costs().items()}
+            logs = logs | self.monitor.averages(self.judge.processes) | {k: float(v) for k, v in self.costs().items()}
         super().log(logs, start_time)
 
     # ---- Saving and resuming ------------------------------------------------------------------------------------

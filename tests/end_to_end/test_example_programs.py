@@ -198,7 +198,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (tmp_path / "outputs" / "student" / "inference.json").is_file()
 
 
-def test_examples_use_public_names_or_say_where_from() -> None:
+def test_examples_have_docstrings_and_are_twelve_or_more() -> None:
     """There are twelve programs or more; each begins with what it is, and how it is run at full size."""
     programs = [path for path in EXAMPLES.glob("*.py") if path.stem != "shared"]
     assert len(programs) >= 12
