@@ -93,7 +93,8 @@ class Course:
     @cached_property
     def before(self) -> np.ndarray:
         """Medians of `LASTING` levels, all that end before now."""
-        return np.median(np.lib.stride_tricks.sliding_window_view(self.levels[:-LASTING], LASTING), axis=1)
+        windows = np.lib.stride_tricks.sliding_window_view(self.levels[:-LASTING], LASTING)
+        return np.asarray(np.median(windows, axis=1))
 
     def highest(self) -> tuple[int, float]:
         """Return the best level before now, and the step it was left at."""
