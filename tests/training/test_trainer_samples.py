@@ -95,7 +95,7 @@ def test_evaluate_scores_finished_samples(make_trainer: Make, tmp_path: Path) ->
     assert torch.equal(torch.get_rng_state(), random)
     assert trainer.costs() == costs
     other = trainer.evaluate(["a handwritten seven"], metric_key_prefix="test")
-    assert other.keys() - {"epoch"} == {"test_rewards/legibility/mean", "test_loss"}
+    assert other.keys() - {"epoch"} == {"test_rewards/legibility/mean", "test_rewards/legibility/std", "test_loss"}
 
 
 def test_evaluation_during_training(make_trainer: Make, tmp_path: Path) -> None:
