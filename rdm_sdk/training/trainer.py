@@ -21,7 +21,7 @@ from rdm_sdk.families.roles import STUDENT
 from rdm_sdk.rewards.resolve import RewardFuncs, resolve_rewards
 from rdm_sdk.training import checkpoint, hub, validation
 from rdm_sdk.training.accelerated import processes_of
-from rdm_sdk.training.callbacks import Bookkeeper, speak_plainly
+from rdm_sdk.training.callbacks import speak_plainly, standing_callbacks
 from rdm_sdk.training.config import RDMConfig
 from rdm_sdk.training.data import GroupSampler, all_prompts, collate, load_prompts
 from rdm_sdk.training.export import save_student, student_info
@@ -33,7 +33,6 @@ from rdm_sdk.training.models import RunModels
 from rdm_sdk.training.optimizers import CriticOptimizer, critic_optimizer, restart_rates
 from rdm_sdk.training.pictures import image_grid
 from rdm_sdk.training.run_keeper import RunKeeper
-from rdm_sdk.training.run_record import RunRecord
 from rdm_sdk.training.step import DistillationStep
 from rdm_sdk.training.weighting import Weighting, make_weighting
 
@@ -102,7 +101,7 @@ class RDMTrainer(Trainer):
         self._window: list[dict[str, Any]] = []
         self._position = 0
         self._sampler: GroupSampler | None = None
-        # The bookkeeper comes first, so that a user's callbacks see the step's finished state.
+        # The standing ones come first, so that a user's callbacks see the step's finished state.
         super().__init__(
             model=self.roles,
             args=args,
@@ -110,7 +109,7 @@ class RDMTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[Bookkeeper(self), RunRecord(self.rewards, self.family.base_name), *(callbacks or [])],
+            callbacks=[*standing_callbacks(self), *(callbacks or [])],
         )
         speak_plainly(self)
         validation.check_hosted(args, self.roles, self.is_deepspeed_enabled or self.is_fsdp_enabled)
