@@ -23,7 +23,7 @@ a key in the YAML of `rdm-sdk train --config`, or a flag such as `--num_generati
 `output_dir`, `max_steps` and `bf16`, are inherited from transformers'
 [TrainingArguments](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments);
 but `per_device_train_batch_size` counts samples and must be a multiple of `num_generations`, and those that the method
-does not do, such as `fp16` and `torch_compile`, are [refused](trainer.md#settings-of-transformers).
+does not do, such as `fp16` and `deepspeed`, are [refused](trainer.md#settings-of-transformers).
 
 A misspelt name, a choice that does not exist or a value out of range is a `ConfigError`; for the first two it names
 what was probably meant.

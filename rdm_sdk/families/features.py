@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 
@@ -23,7 +24,9 @@ def block_output(block: nn.Module, run: Callable[[], object]) -> Tensor:
 
     handle = block.register_forward_hook(keep)
     try:
-        run()
+        # A compiled network would not see the hook.
+        with torch.compiler.set_stance("force_eager"):
+            run()
     finally:
         handle.remove()
     return seen[0].float()

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -328,11 +328,15 @@ class Roles(nn.Module):
         self.check_recomputing()
         networks: list[Any] = [self.backbone, *self.copies.values()]
         for network in networks:
-            network.enable_gradient_checkpointing(
-                partial(checkpoint, use_reentrant=False, context_fn=self._checkpoint_contexts)
-            )
+            network.enable_gradient_checkpointing(self._recomputed)
 
     activation_checkpointing_enable = gradient_checkpointing_enable
+
+    def _recomputed(self, block: Callable[..., Any], *inputs: Any) -> Any:
+        """Run a block, and once more in the backward pass; in a compiled network the role is part of the graph."""
+        if torch.compiler.is_compiling():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=self._checkpoint_contexts)
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), self.use(self._role)  # a block's forward runs within its role's

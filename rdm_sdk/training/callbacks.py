@@ -1,4 +1,4 @@
-"""What happens around an optimizer step: epochs, moving average, pictures, and what the console shows."""
+"""What happens around an optimizer step: compiling, epochs, moving average, pictures, and what the console shows."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.state import AcceleratorState
+from accelerate.utils import DynamoBackend
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 
+from rdm_sdk.families.compiled import compile_networks, compiling_seconds
 from rdm_sdk.training.run_file import RunFile
 from rdm_sdk.training.run_record import RunRecord
 from rdm_sdk.training.trackers import TellTrackers
@@ -91,6 +94,31 @@ def speak_plainly(trainer: Trainer) -> None:
         trainer.add_callback(ConsoleLog())
 
 
+class Compiling(TrainerCallback):
+    """Compiles the networks under the roles, where the settings ask for it, and tells once what it took."""
+
+    def __init__(self) -> None:
+        self._before = 0.0
+        self._told = False
+
+    def on_init_end(self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
+        if not args.torch_compile:
+            return
+        compile_networks([model.backbone, *model.copies.values()], args.torch_compile_backend, args.torch_compile_mode)
+        # Otherwise accelerate compiles what holds the roles, which nobody calls.
+        AcceleratorState().dynamo_plugin.backend = DynamoBackend.NO
+        self._before = compiling_seconds()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if args.torch_compile and not self._told and state.is_world_process_zero:
+            self._told = True
+            tqdm.write(
+                f"torch_compile: compiling with {args.torch_compile_backend!r} took "
+                f"{compiling_seconds() - self._before:.0f} s of the first step; another shape of inputs, such as those "
+                "of samples for an evaluation, is compiled when it first comes"
+            )
+
+
 class Bookkeeper(TrainerCallback):
     """Epochs for the sampler, the moving average, pictures."""
 
@@ -110,7 +138,7 @@ class Bookkeeper(TrainerCallback):
 
 
 def run_callbacks(trainer: RDMTrainer) -> list[TrainerCallback]:
-    """Return what looks after a run beside its step."""
+    """Return the callbacks of every run, in their order."""
     trackers = TellTrackers(trainer)
     record = RunRecord(trainer.rewards, trainer.family.base_name)
-    return [Bookkeeper(trainer, trackers), record, RunFile(trainer), trackers, Watch(trainer)]
+    return [Compiling(), Bookkeeper(trainer, trackers), record, RunFile(trainer), trackers, Watch(trainer)]

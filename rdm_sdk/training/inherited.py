@@ -20,10 +20,6 @@ _OWN_GRADIENTS = (
 _OWN_SAMPLER = "prompts are drawn by the method's own sampler, which keeps groups whole"
 _OWN_CHECKPOINTING = "blocks are run again under the role of their forward, which leaves nothing to choose"
 _SCRIPT = "it is for scripts, which ask for it themselves: call train(), evaluate() or sample()"
-_COMPILE = (
-    "it would compile nothing, since roles take turns on one network; pass a loaded pipeline after "
-    "pipe.transformer.compile() (pipe.unet.compile())"
-)
 _SHARDS = "only plain distributed data parallel works; start with 'accelerate launch' or torchrun"
 
 UNSUPPORTED = {
@@ -32,7 +28,6 @@ UNSUPPORTED = {
     **dict.fromkeys(("label_smoothing_factor", "label_names", "include_for_metrics"), _NO_LABELS),
     "neftune_noise_alpha": "it adds noise to the embeddings of a language model, and text encoders are not trained",
     "auto_find_batch_size": "a smaller batch is another run; 'rdm-sdk plan' says beforehand what fits",
-    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), _COMPILE),
     "optim_target_modules": "it is for optimizers of full language models; peft_config.target_modules names layers",
     "average_tokens_across_devices": _NO_TOKENS,
     "include_num_input_tokens_seen": _NO_TOKENS,

@@ -81,6 +81,9 @@ _RULES = {
     "min_effective_sample_size": Rule("a share of the samples, in [0, 1]", lambda share: 0 <= share <= 1),
     "guidance_scale": Rule("0 or more (1 is no guidance)", lambda scale: scale >= 0),
     "shift": _or_none(_POSITIVE),
+    "torch_compile_mode": _or_none(
+        _one_of(("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"))
+    ),
 }
 
 

@@ -101,7 +101,7 @@ class RDMTrainer(Trainer):
         self._window: list[dict[str, Any]] = []
         self._position = 0
         self._sampler: GroupSampler | None = None
-        # The bookkeeper comes first, so that a user's callbacks see the step's finished state.
+        # The standing ones come first, so that a user's callbacks see the step's finished state.
         super().__init__(
             model=self.roles,
             args=args,

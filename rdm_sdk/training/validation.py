@@ -15,6 +15,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
 from rdm_sdk.errors import ConfigError, DataError, nearest
+from rdm_sdk.families.compiled import check_compiler
 from rdm_sdk.families.roles import STUDENT, TEACHER, Roles, check_lora_config
 from rdm_sdk.plugins.registry import registry
 from rdm_sdk.rewards.base import Reward
@@ -78,6 +79,8 @@ def check_arguments(args: object, optimizers: Sequence[object]) -> None:
             raise ConfigError(
                 f"report_to={name!r} needs its package, which is not installed; install it or leave it out"
             )
+    if args.torch_compile:
+        check_compiler(str(args.torch_compile_backend), args.torch_compile_mode, args.device)
     try:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError) as error:

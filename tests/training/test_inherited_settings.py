@@ -31,6 +31,7 @@ DONE = {
     "bf16": "test_full_copies.py, test_gpu.py",
     "tf32": "transformers sets PyTorch's switch",
     **dict.fromkeys(("activation_checkpointing", "gradient_checkpointing"), "test_memory.py"),
+    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), "test_compiling.py"),
     "torch_empty_cache_steps": LOOP,
     **dict.fromkeys(("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node"), LOOP),
     **dict.fromkeys(("logging_nan_inf_filter", "log_level", "log_level_replica", "disable_tqdm"), LOOP),
@@ -62,7 +63,6 @@ DONE = {
 OTHER: dict[str, Any] = {
     "label_names": ["labels"],
     "include_for_metrics": ["inputs"],
-    **dict.fromkeys(("torch_compile_backend", "torch_compile_mode"), "eager"),
     "optim_target_modules": "all-linear",
     "include_num_input_tokens_seen": "all",
     "gradient_checkpointing_kwargs": {"use_reentrant": False},
