@@ -41,7 +41,8 @@ class Monitor:
         everyone = [sums] if processes is None else processes.gather(sums)
         names = dict.fromkeys(name for one in everyone for name in one)
         together = {name: [one[name] for one in everyone if name in one] for name in names}
-        return {name: sum(s for s, _ in sums) / (sum(n for _, n in sums) or 1) for name, sums in together.items()}
+        totals = {name: (sum(s for s, _ in sums), sum(n for _, n in sums)) for name, sums in together.items()}
+        return {name: total / count for name, (total, count) in totals.items() if count}
 
     def variety(self, samples: Tensor, group_size: int) -> None:
         """Take down how different the student's samples `[N, *x]` are: those of a prompt, and all of them."""

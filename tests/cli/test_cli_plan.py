@@ -35,6 +35,7 @@ VALUES: dict[str, Any] = {
     "lr_scheduler_kwargs": {"num_cycles": 2},
     **dict.fromkeys(("log_level", "log_level_replica"), "info"),
     "dataloader_multiprocessing_context": "spawn",
+    "torch_compile_mode": "reduce-overhead",
 }
 """Fields whose other value is not simply the next number, choice or text."""
 BESIDE: dict[str, dict[str, Any]] = {"dataloader_prefetch_factor": {"dataloader_num_workers": 1}}
@@ -86,11 +87,12 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     def plan(planner: Planner, args: RDMConfig, rewards: str, student: Any, critic: Any) -> MemoryPlan:
         found.update(dataclasses.asdict(RunArguments(model=str(planner.model), rewards=rewards)))
         found.update({name: getattr(args, name) for name in FIELDS if hasattr(args, name)})
-        lora = student or critic
-        found.update(lora_r=lora.r, lora_alpha=lora.lora_alpha, lora_target_modules=lora.target_modules)
+        if lora := student or critic:  # there is none where the run starts from a student
+            found.update(lora_r=lora.r, lora_alpha=lora.lora_alpha, lora_target_modules=lora.target_modules)
         return MemoryPlan((), "nothing")
 
     monkeypatch.setattr(Planner, "plan", plan)
+    monkeypatch.setattr("rdm_sdk.training.validation.check_compiler", lambda *_: None)  # it wants a C++ compiler
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a seven\n")
     return found

@@ -13,7 +13,16 @@ import pytest
 import torch
 from planned_runs import plan_of, settings
 from torch import nn
-from transformers import BlipConfig, CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
+from transformers import (
+    BlipConfig,
+    CLIPConfig,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
+    Qwen2VLConfig,
+)
 from transformers import Qwen2_5_VLConfig as VlmConfig
 from transformers import Qwen2_5_VLForConditionalGeneration as Vlm
 from true_shapes import write_configs
@@ -108,6 +117,39 @@ QWEN_VL_3B: dict[str, Any] = {
 }
 
 
+QWEN_7B: dict[str, Any] = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    "tie_word_embeddings": False,
+}
+OWL_V2: dict[str, Any] = {
+    "hidden_size": 768,
+    "image_size": 960,
+    "patch_size": 16,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+}
+
+
+def hpsv3() -> list[nn.Module]:
+    """Its vocabulary is Qwen2-VL's without what pads it, and a token for the score."""
+    from rdm_reward_hpsv3.model import _Network
+
+    vision = {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "mlp_ratio": 4, "num_heads": 16}
+    return [_Network(Qwen2VLConfig(text_config=QWEN_7B | {"vocab_size": 151658}, vision_config=vision))]
+
+
+def unified() -> list[nn.Module]:
+    vision = QWEN_VL_3B["vision_config"] | {"out_hidden_size": 3584}
+    return [Vlm(VlmConfig(text_config=QWEN_7B, vision_config=vision, tie_word_embeddings=False))]
+
+
 def aesthetic() -> list[nn.Module]:
     from rdm_reward_aesthetic.reward import make_head
 
@@ -133,6 +175,12 @@ MODELS: dict[str, Callable[[], list[nn.Module]]] = {
     "dino": lambda: [Dinov2Model(Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14))],
     "imagereward": image_reward,
     "vlm": lambda: [Vlm(VlmConfig(**QWEN_VL_3B))],
+    "hpsv3": hpsv3,
+    "unified": unified,
+    "geneval": lambda: [
+        Owlv2ForObjectDetection(Owlv2Config(vision_config=OWL_V2)),
+        CLIPModel(CLIPConfig(**CLIP_VIT_L)),
+    ],
 }
 """What the rewards load by default, built without weights."""
 ELSEWHERE = {"ocr", "safety", "remote", "isolated"}

@@ -224,10 +224,10 @@ def test_hostile_texts_are_refused_at_once(reader: str, kind: str, length: int) 
     """In less than a second, whatever they are made of, quoting little of them; as long as is read, and far longer."""
     for beginning in BEGINNINGS:
         text = (beginning + HOSTILE[kind] * length)[: length - 1] + "?"
-        started = time.perf_counter()
+        started = time.process_time()
         with pytest.raises(RDMError) as caught:
             READERS[reader](text)
-        assert time.perf_counter() - started < 1
+        assert time.process_time() - started < 1
         assert isinstance(caught.value, RewardError if reader == "reward" else ConfigError)
         assert "column" in str(caught.value)
         assert len(str(caught.value)) < 500
@@ -238,10 +238,10 @@ def test_reading_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rdm_sdk.rewards.grammar.MAX_LENGTH", 10_000_000)
 
     def seconds(reader: str, text: str) -> float:
-        started = time.perf_counter()
+        started = time.process_time()
         with pytest.raises(RDMError):
             READERS[reader](text)
-        return time.perf_counter() - started
+        return time.process_time() - started
 
     for reader, beginning in (("reward", "dm[x="), ("route", "gradient["), ("weighting", "balance[decay=")):
         for part in HOSTILE.values():

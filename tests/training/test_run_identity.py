@@ -42,7 +42,7 @@ def test_every_setting_is_of_one_kind() -> None:
         ({"seed": 1}, "seed: 42 -> 1"),
         ({"prompts": digits.prompts()[::-1]}, "other prompts"),
         ({"num_generations": 8}, "num_generations: 4 -> 8"),
-        ({"per_device_train_batch_size": 16}, "per_device_train_batch_size: 8 -> 16"),
+        ({"per_device_train_batch_size": 16}, "per_device_train_batch_size * processes: 8 -> 16"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps: 1 -> 2"),
         ({"guidance_scale": 2.0}, "guidance_scale: 1.0 -> 2.0"),
         ({"sampler": "ode"}, "sampler: 'renoise' -> 'ode'"),

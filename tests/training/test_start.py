@@ -92,14 +92,20 @@ def test_what_cannot_be_started_from_is_refused(
 
 
 def test_plan_and_command_line_know_it(
-    finished: tuple[RDMTrainer, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], small_config: Any
+    finished: tuple[RDMTrainer, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    small_config: Any,
+    small_teacher: str,
 ) -> None:
     """A plan counts the student's adapters; flags that describe others are refused."""
     before, folder = finished
-    plan = plan_memory(digits.teacher_path(), small_config(tmp_path, start_from=str(folder)))
+    plan = plan_memory(small_teacher, small_config(tmp_path, start_from=str(folder)))
     count = sum(parameter.numel() for parameter in before.parameters_of("student"))
     assert "rank 4, alpha 12" in str(plan)
     assert next(row.parameters for row in plan.rows if row.role == "student") == count
-    flags = ["train", "--model", "digits", "--use_cpu", "--start_from", str(folder), "--output_dir", str(tmp_path)]
+    flags = ["train", "--model", small_teacher, "--use_cpu", "--start_from", str(folder), "--output_dir", str(tmp_path)]
+    (tmp_path / "prompts.txt").write_text("a seven\n")
+    flags += ["--prompts", str(tmp_path / "prompts.txt")]
     assert main([*flags, "--lora_r", "8"]) == 2
     assert "--lora_r describes adapters, and start_from=" in capsys.readouterr().err

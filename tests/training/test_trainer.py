@@ -202,7 +202,7 @@ def test_activation_checkpointing_has_both_names(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: dict[str, bool], on: bool
 ) -> None:
     """Before transformers had a field of the newer name, Trainer read the older one; a changed copy is as it says."""
-    monkeypatch.setattr("rdm_sdk.training.config.TrainingArguments", object)
+    monkeypatch.setattr("rdm_sdk.training.inherited.TrainingArguments", object)
     monkeypatch.setattr("transformers.TrainingArguments.__post_init__", lambda self: None)
     config = RDMConfig(output_dir=str(tmp_path), **given)
     assert config.gradient_checkpointing is config.activation_checkpointing is on
