@@ -54,3 +54,65 @@ def test_a_process_per_gpu(tmp_path: Path) -> None:
     assert len(noise) == 1
     assert len(sums) == torch.cuda.device_count()
     assert len(set(sums)) == 1
+
+
+GO_ON = """
+import sys, torch
+from pathlib import Path
+from transformers import TrainerCallback
+from rdm_sdk import RDMConfig, RDMTrainer, digits
+
+folder, until = sys.argv[1], int(sys.argv[2])
+processes = int(__import__("os").environ.get("WORLD_SIZE", "1"))
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop |= state.global_step >= until
+
+
+def bright(images, prompts):
+    return images.mean(dim=(1, 2, 3)).tolist()
+
+
+trainer = RDMTrainer(
+    digits.teacher_path(),
+    ["dm", (bright, 0.2)],
+    RDMConfig(output_dir=folder, max_steps=4, per_device_train_batch_size=8 // processes, num_generations=2,
+              guidance_scale=1.0, max_sequence_length=4, critic_steps=1, num_iterations=2, weighting="balance",
+              min_effective_sample_size=0.0, save_steps=1, logging_steps=1, disable_tqdm=True, use_cpu=True,
+              report_to="none"),
+    digits.prompts(),
+    callbacks=[Stop()],
+)
+trainer.train(resume_from_checkpoint=True)
+if trainer.args.process_index == 0:
+    torch.save({f"{role}.{name}": p for role in ("student", "fake") for name, p in trainer.roles.parameters_of(role).items()},
+               Path(folder) / "weights.pt")
+"""
+
+
+def go_on(folder: Path, processes: int, until: int) -> dict[str, torch.Tensor]:
+    """Run up to a step from wherever the folder's run is; return the weights."""
+    folder.mkdir(exist_ok=True)
+    script = folder.parent / "go_on.py"
+    script.write_text(GO_ON)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launch, str(script), str(folder), str(until)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights: dict[str, torch.Tensor] = torch.load(folder / "weights.pt")
+    return weights
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    """Two processes, then one, then two again: the run that two processes make; stored rollouts are shared out anew."""
+    whole = go_on(tmp_path / "whole", 2, until=4)
+    for processes, until in ((2, 1), (1, 2), (2, 4)):  # it changes in the middle of a rollout's uses, and between them
+        weights = go_on(tmp_path / "changed", processes, until)
+    assert weights.keys() == whole.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(
+            weights[name], tensor, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
