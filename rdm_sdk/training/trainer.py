@@ -50,8 +50,7 @@ class RDMTrainer(Trainer):
         processing_class: handed to `Trainer` as it is; the method itself needs none.
         callbacks: `transformers` callbacks.
         optimizers: must be left alone: the trained weights are made in here; `args` names optimizer and schedule.
-        peft_config: LoRA of the student; rank 16 and alpha 16 on the family's usual layers by default. None where
-            `args.student_weights` is "full", or `args.start_from` is set.
+        peft_config: the student's LoRA (rank and alpha 16 by default); None with full weights or `args.start_from`.
         fake_peft_config: LoRA of the critics; the student's by default. None where `args.critic_weights` is "full".
         weighting: a `Weighting` of your own, in place of the one that `args.weighting` names.
 
