@@ -78,14 +78,15 @@ def evaluate(
         steps: numbers of steps of the students, for those that can be sampled with others than their trained one.
         rewards: as `RDMTrainer`'s `reward_funcs`; weights mean nothing here.
         samples: images per row, a multiple of the number of prompts.
-        reference_steps, reference_samples: of the teacher's samples; None is as many as `samples`.
+        reference_steps: of the teacher's samples.
+        reference_samples: how many of them; None is as many as `samples`.
         real: real images `[N, 3, H, W]`, float in [0, 1], for FID as published figures mean it.
         guidance_scale: the teacher's; the one that students were trained with.
         call: arguments of the pipeline calls, such as `height`; by default those of the students' `inference.json`.
-        batch_size, seed: images sampled at a time; and the noise, the same for every row.
+        batch_size: images sampled at a time.
+        seed: of the noise, the same for every row.
         device: where the models work; by default a GPU, if there is one, for a base that is named.
-        output: a folder for images, by their content, so that none is sampled twice, and for `eval.json`, `table.md`
-            and `grid.png`. None keeps nothing.
+        output: a folder for images, so that none is sampled twice, and for tables and grid; None keeps nothing.
         progress: show bars.
 
     Raises:
