@@ -87,8 +87,9 @@ trainer = RDMTrainer(
 )
 trainer.train(resume_from_checkpoint=True)
 if trainer.args.process_index == 0:
-    torch.save({f"{role}.{name}": p for role in ("student", "fake") for name, p in trainer.roles.parameters_of(role).items()},
-               Path(folder) / "weights.pt")
+    of = trainer.roles.parameters_of
+    weights = {f"{role}.{name}": p for role in ("student", "fake") for name, p in of(role).items()}
+    torch.save(weights, Path(folder) / "weights.pt")
 """
 
 
