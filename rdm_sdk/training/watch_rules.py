@@ -5,7 +5,7 @@ Nothing here is tuned to a model: a figure is compared with the run itself, in u
 - A log is noisy, so figures are looked at in **levels**: medians of up to 50 stretches of the run, which are single
   logs at first. *Now* are the last five levels, and each of them must be beyond the bound: a finding has lasted for a
   tenth of the run, and for five logs at least.
-- Its **best** is the best median of five levels before.
+- Its **best** is the best median of seven levels before: three spikes among them make no best.
 - The bound is as far from the best as **matters** (below), and at least three times the figure's noise, the robust
   deviation of one level from the next.
 
@@ -30,7 +30,9 @@ import numpy as np
 LEVELS = 50
 """Into how many levels a run is divided, at most twice as finely as it is short of logs."""
 LASTING = 5
-"""Levels that a best is the median of, and that a finding must last for."""
+"""Levels that a finding must last for; there must be as many before."""
+REMEMBERED = 7
+"""Levels that a best is the median of, where there are so many before now."""
 NOISES = 3.0
 """A change below so many deviations of a level from the next is no change."""
 LEFT = 0.5
@@ -92,19 +94,24 @@ class Course:
 
     @cached_property
     def before(self) -> np.ndarray:
-        """Medians of `LASTING` levels, all that end before now."""
-        windows = np.lib.stride_tricks.sliding_window_view(self.levels[:-LASTING], LASTING)
+        """Medians of `REMEMBERED` levels in a row, all that end before now."""
+        windows = np.lib.stride_tricks.sliding_window_view(self.levels[:-LASTING], self.remembered)
         return np.asarray(np.median(windows, axis=1))
+
+    @property
+    def remembered(self) -> int:
+        """How many levels each of `before` is the median of."""
+        return min(REMEMBERED, len(self.levels) - LASTING)
 
     def highest(self) -> tuple[int, float]:
         """Return the best level before now, and the step it was left at."""
         at = int(self.before.argmax())
-        return int(self.steps[at + LASTING - 1]), float(self.before[at])
+        return int(self.steps[at + self.remembered - 1]), float(self.before[at])
 
     def lowest(self) -> tuple[int, float]:
         """Return the lowest level before now, and the step it was left at."""
         at = int(self.before.argmin())
-        return int(self.steps[at + LASTING - 1]), float(self.before[at])
+        return int(self.steps[at + self.remembered - 1]), float(self.before[at])
 
     def is_below(self, bound: float) -> bool:
         """Whether all of now is below."""
@@ -162,7 +169,7 @@ class _Run:
             course = self.course(figure)
             if course is None:
                 continue
-            step, first = int(course.steps[LASTING - 1]), float(course.before[0])
+            step, first = int(course.steps[course.remembered - 1]), float(course.before[0])
             if course.is_above(first + max(self.unit(figure, course, step), NOISES * course.noise)):
                 found.append(f"{name!r} rose from {first:.3g} to {course.latest:.3g}")
         return found

@@ -79,7 +79,6 @@ def test_healthy_runs_raise_no_alarm() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="measured: 4 of 200, where 2 are allowed; the wavering of small batches is not held off yet")
 def test_false_alarms_are_rarer_than_one_run_in_a_hundred() -> None:
     """Two hundred runs, looked at after every third log."""
     found = alarms(range(200), every=3)
