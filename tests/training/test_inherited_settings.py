@@ -182,7 +182,10 @@ def test_an_evaluation_that_cannot_be_made_is_refused(
 )
 @pytest.mark.usefixtures("no_training")
 def test_every_figure_of_an_evaluation_can_choose(make_trainer: Make, tmp_path: Path, metric: str | None) -> None:
-    make_trainer(tmp_path, "dm + 0*legibility", eval_dataset=["a seven"], **BEST, metric_for_best_model=metric)
+    trainer = make_trainer(
+        tmp_path, "dm + 0*legibility", eval_dataset=["a seven"], **BEST, metric_for_best_model=metric
+    )
+    assert trainer.args.metric_for_best_model == (metric or "loss")
 
 
 # ---- Optimizers -------------------------------------------------------------------------------------------------
