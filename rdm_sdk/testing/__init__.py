@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         tiny_t5_tokenizer,
         tiny_tokenizer,
     )
+    from rdm_sdk.testing.tiny_llava import save_tiny_llava, save_tiny_llava_processor
 
 _HOME = {
     "CHECKS": "reward_checks",
@@ -53,6 +54,8 @@ _HOME = {
     "randomized": "tiny",
     "run_reward_checks": "reward_kit",
     "save_tiny_clip": "tiny",
+    "save_tiny_llava": "tiny_llava",
+    "save_tiny_llava_processor": "tiny_llava",
     "tiny_clip_config": "tiny",
     "tiny_gemma_tokenizer": "tiny",
     "tiny_qwen_tokenizer": "tiny",
@@ -77,6 +80,8 @@ __all__ = [
     "randomized",
     "run_reward_checks",
     "save_tiny_clip",
+    "save_tiny_llava",
+    "save_tiny_llava_processor",
     "tiny_clip_config",
     "tiny_gemma_tokenizer",
     "tiny_qwen_tokenizer",

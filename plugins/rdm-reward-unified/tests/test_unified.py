@@ -9,53 +9,20 @@ import torch
 from rdm_reward_unified import reward as module
 from rdm_reward_unified.reward import UnifiedReward, answers
 from rdm_reward_unified.text import AXES, FINAL
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlavaForConditionalGeneration
 
 from rdm_sdk import RewardBatch, RewardError, score_images
-from rdm_sdk.testing import check_reward, example_images
+from rdm_sdk.testing import check_reward, example_images, save_tiny_llava
 
-SIZE, PATCH = 32, 8
+SIZE = 32
 WORDS = ["Final", "Score", ":", "1", "2", "3", "4", "5", "fox", "boat", "red", "a", "two", "at", "night"]
 VOCABULARY = ["<pad>", "<unk>", "<image>", "USER", "ASSISTANT", *WORDS]
-TEMPLATE = (
-    "{% for message in messages %}USER : {% for part in message.content %}"
-    "{% if part.type == 'image' %}<image> {% else %}{{ part.text }}{% endif %}{% endfor %} {% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT :{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny LLaVA on disk, which can say yes and no."""
-    path, words = tmp_path_factory.mktemp("llava"), [*VOCABULARY, "Yes", "No"]
-    spell = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    spell.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=spell, pad_token="<pad>", unk_token="<unk>")
-    tokenizer.add_tokens(["<image>"], special_tokens=True)
-    pixels = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
-    options = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    LlavaProcessor(pixels, tokenizer, patch_size=PATCH, chat_template=TEMPLATE, **options).save_pretrained(path)
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    vision = CLIPVisionConfig(**tower, num_hidden_layers=2, image_size=SIZE, patch_size=PATCH)
-    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
-    text = LlamaConfig(**tower, **ends, vocab_size=len(words), num_hidden_layers=2, num_key_value_heads=2)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=2))
-        for parameter in model.parameters():  # as small as they start, images and prompts would hardly matter
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.25)
-    model.save_pretrained(path)
-    return str(path)
+    return str(save_tiny_llava(tmp_path_factory.mktemp("llava"), [*VOCABULARY, "Yes", "No"], image_size=SIZE))
 
 
 @pytest.fixture(scope="module")

@@ -8,19 +8,10 @@ import torch
 from rdm_reward_vlm import judge
 from rdm_reward_vlm.reward import VlmJudge
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlavaForConditionalGeneration
 
 from rdm_sdk import RewardBatch, RewardError, score_images
-from rdm_sdk.testing import check_reward, save_tiny_clip
+from rdm_sdk.testing import check_reward, save_tiny_clip, save_tiny_llava, save_tiny_llava_processor
 from rdm_sdk.testing.batches import PROMPTS as KIT_PROMPTS
 from rdm_sdk.vision import CLIP_MEAN, CLIP_STD
 
@@ -33,49 +24,12 @@ VOCABULARY = list(
         + [word for prompt in KIT_PROMPTS for word in prompt.split()]
     )
 )
-TEMPLATE = (
-    "{% for message in messages %}USER : {% for part in message.content %}"
-    "{% if part.type == 'image' %}<image> {% else %}{{ part.text }}{% endif %}{% endfor %} {% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT :{% endif %}"
-)
-
-
-def save_processor(folder, vocabulary=VOCABULARY, template=TEMPLATE):
-    """Write a processor with a tokenizer of whole words; punctuation is cut off."""
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
-    tokenizer.add_tokens(["<image>"], special_tokens=True)
-    crop = {"height": SIZE, "width": SIZE}
-    pixels = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=crop)
-    LlavaProcessor(
-        pixels,
-        tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=template,
-    ).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny LLaVA on disk."""
-    path = tmp_path_factory.mktemp("llava")
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    vision = CLIPVisionConfig(**tower, num_hidden_layers=3, image_size=SIZE, patch_size=PATCH)
-    text = LlamaConfig(**tower, vocab_size=len(VOCABULARY), num_hidden_layers=2, num_key_value_heads=2)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlavaForConditionalGeneration(
-            LlavaConfig(vision_config=vision, text_config=text, image_token_id=VOCABULARY.index("<image>"))
-        )
-        for parameter in model.parameters():  # as small as they start, images and prompts would hardly matter
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.25)
-    model.save_pretrained(path)
-    save_processor(path)
-    return path
+    return save_tiny_llava(tmp_path_factory.mktemp("llava"), VOCABULARY, image_size=SIZE)
 
 
 @pytest.fixture
@@ -174,7 +128,7 @@ def test_question_without_the_prompt(folder):
 def test_answers_that_are_no_tokens(copy):
     """A tokenizer that cannot say yes in one token is an error that says so."""
     words = [{"Yes": "Y", "yes": "y"}.get(word, word) for word in VOCABULARY]
-    save_processor(copy, words, TEMPLATE)
+    save_tiny_llava_processor(copy, words, SIZE)
     with pytest.raises(RewardError, match=r"no single token for 'Yes'"):
         make(copy)
 
