@@ -110,7 +110,7 @@ def go_on(folder: Path, processes: int, until: int) -> dict[str, torch.Tensor]:
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     """Two processes, then one, then two again: the run that two processes make; stored rollouts are shared out anew."""
     whole = go_on(tmp_path / "whole", 2, until=4)
-    for processes, until in ((2, 1), (1, 2), (2, 4)):  # it changes in the middle of a rollout's uses, and between them
+    for processes, until in ((2, 1), (1, 3), (2, 4)):  # it changes in the middle of a rollout's two uses, both ways
         weights = go_on(tmp_path / "changed", processes, until)
     assert weights.keys() == whole.keys()
     for name, tensor in whole.items():
