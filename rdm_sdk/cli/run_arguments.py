@@ -223,5 +223,12 @@ def _read_yaml(path: str) -> dict[str, Any]:
     environment = content.pop("env", None) or {}
     if not isinstance(environment, dict):
         raise ConfigError(f"--config: env in {path} must map names of environment variables to values")
-    os.environ.update({str(name): str(value) for name, value in environment.items()})
+    for name, value in environment.items():
+        try:
+            os.environ[str(name)] = str(value)
+        except (ValueError, OSError) as error:
+            raise ConfigError(
+                f"--config: env in {path} has {name!r}: {value!r}, which the system does not take for an environment "
+                f"variable: {one_line(error)}"
+            ) from error
     return content

@@ -49,6 +49,8 @@ def check(content: str | bytes, path: Path) -> None:
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(content=st.one_of(MAPPINGS, MAPPINGS, TEXTS))
 @example(content="model: digits\nparallelism_config: false\n")  # its class raised a TypeError
+@example(content="model: digits\nenv: {'=': x}\n")  # the system raised a ValueError
+@example(content="model: digits\nenv: {'': x}\n")  # and an OSError
 def test_any_yaml_is_settings_or_an_error_of_this_package(
     content: str | bytes, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from rdm_sdk.training import checkpoint_folders
 
 STEPS = 12
+MANY_STEPS = 60
+"""Of a run that is killed more than ten times, however fast the machine is."""
 PROGRAM = """
 import sys, time, torch
 torch.set_num_threads(1)
@@ -33,11 +35,11 @@ print("finished", flush=True)
 """
 
 
-def start(folder: Path, until: str = "ready") -> subprocess.Popen[str]:
+def start(folder: Path, until: str = "ready", steps: int = STEPS) -> subprocess.Popen[str]:
     """Start the run, or go on with it, and return its process when it has printed a line that begins like this."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(folder), str(STEPS)],
+        [sys.executable, "-c", PROGRAM, str(folder), str(steps)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -50,16 +52,16 @@ def start(folder: Path, until: str = "ready") -> subprocess.Popen[str]:
     raise AssertionError(process.stderr.read() if process.stderr else "")
 
 
-def finish(folder: Path) -> None:
+def finish(folder: Path, steps: int = STEPS) -> None:
     """Let the run go on to its end."""
-    process = start(folder)
+    process = start(folder, steps=steps)
     _, errors = process.communicate(timeout=250)
     assert process.returncode == 0, errors
 
 
-def same_end(one: Path, other: Path) -> bool:
+def same_end(one: Path, other: Path, steps: int = STEPS) -> bool:
     """Return whether two runs have ended with the same bits: weights, averages and Trainer's history."""
-    first, second = (folder / f"checkpoint-{STEPS}" for folder in (one, other))
+    first, second = (folder / f"checkpoint-{steps}" for folder in (one, other))
     a, b = (load_file(folder / "rdm_state.safetensors") for folder in (first, second))
     equal = a.keys() == b.keys() and all(bool((a[name] == b[name]).all()) for name in a)
     files = ("optimizer.pt", "critic_optimizer.pt", "scheduler.pt")
@@ -95,17 +97,26 @@ def test_a_stopped_run_saves_and_goes_on(uninterrupted: Path, tmp_path: Path, nu
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
-def test_twenty_kills(uninterrupted: Path, tmp_path: Path, number: signal.Signals) -> None:
-    """At random moments, writing checkpoints included: every time it goes on, and the end is the same bits."""
+def test_twenty_kills(tmp_path: Path, number: signal.Signals) -> None:
+    """At random moments, writing checkpoints included: every time it goes on, and the end is the same bits.
+
+    A moment is some of the run's lines after it is ready, and some time after the last of them.
+    """
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    killed.mkdir()
     moments = random.Random(0)
     stopped = 0
-    while stopped < 20 and not (tmp_path / f"checkpoint-{STEPS}").exists():
-        process = start(tmp_path)
-        time.sleep(moments.uniform(0.0, 1.5))
+    while stopped < 20 and not (killed / f"checkpoint-{MANY_STEPS}").exists():
+        process = start(killed, steps=MANY_STEPS)
+        assert process.stdout is not None
+        for _ in range(moments.randrange(4)):
+            process.stdout.readline()
+        time.sleep(moments.uniform(0.0, 0.15))
         process.send_signal(number)
         process.communicate(timeout=100)
         stopped += 1
-        assert checkpoint_folders.newest_whole(tmp_path)[1] == []
-    finish(tmp_path)
-    assert same_end(uninterrupted, tmp_path)
+        assert checkpoint_folders.newest_whole(killed)[1] == []
+    for folder in (whole, killed):
+        finish(folder, MANY_STEPS)
+    assert same_end(whole, killed, MANY_STEPS)
     assert stopped >= 10
