@@ -16,7 +16,12 @@ def run(arguments: Sequence[str]) -> int:
     parser = Parser(prog="rdm-sdk new-reward", description=HELP)
     parser.add_argument("name", help="owner/name, such as acme/sharpness")
     parser.add_argument("--output", type=Path, default=Path(), help="the folder that it is written into")
+    parser.add_argument(
+        "--remote",
+        action="store_true",
+        help="made to be served: its users ask a server ('rdm-sdk serve'), and need the SDK alone",
+    )
     options = parser.parse_args(arguments)
-    folder = scaffold.new_reward(options.name, options.output)
+    folder = scaffold.new_reward(options.name, options.output, options.remote)
     print(f"wrote {folder}; next: cd {folder} && pip install -e '.[dev]' && pytest")
     return 0

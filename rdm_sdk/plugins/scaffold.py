@@ -22,12 +22,26 @@ FILES = {
     "test.py.template": "tests/test_$module.py",
 }
 """Template to the file it becomes."""
+REMOTE_FILES = FILES | {
+    "README_remote.md.template": "README.md",
+    "init_remote.py.template": "$package/__init__.py",
+    "remote.py.template": "$package/remote.py",
+    "test_remote.py.template": "tests/test_$module.py",
+}
+"""The same of a reward that is made to be served; of two that become one file, the later counts."""
+DEV = 'dev = ["pytest>=8"]'
+REMOTE_EXTRAS = """# What only those who serve the reward install: add what its model needs, such as "transformers>=5".
+server = ["rdm-sdk[serve]>=$minimum,<$limit"]
+dev = ["pytest>=8", "$distribution[server]"]"""
 MAX_LENGTH = 80
 """Characters of a new reward's name, which becomes the name of folders and files."""
 
 
-def new_reward(name: str, directory: Path) -> Path:
+def new_reward(name: str, directory: Path, remote: bool = False) -> Path:
     """Write a distribution for the reward `owner/name` into a new folder below `directory` and return the folder.
+
+    One for a `remote` reward has it twice: itself, as `owner/name-model`, to be served, and `owner/name`, which asks
+    the server.
 
     Raises:
         ConfigError: the name is not `owner/name`, or the folder exists already.
@@ -51,7 +65,9 @@ def new_reward(name: str, directory: Path) -> Path:
         "classname": f"{classname}Reward" if keyword.iskeyword(classname) else classname,
         "minimum": f"{major}.{minor}",
         "limit": f"{major}.{int(minor) + 1}",
+        "variable": slug.replace("-", "_").upper(),
     }
+    values["extras"] = Template(REMOTE_EXTRAS if remote else DEV).substitute(values)
     target = directory / values["distribution"]
     if target.exists():
         raise ConfigError(f"{target} exists already; nothing was written. Remove it or choose another --output")
@@ -61,7 +77,7 @@ def new_reward(name: str, directory: Path) -> Path:
         raise ConfigError(f"{directory} cannot be written into: {error}") from error
     with tempfile.TemporaryDirectory(dir=directory, prefix=".new-reward-") as scratch:
         staged = Path(scratch) / "distribution"
-        for source, destination in FILES.items():
+        for source, destination in (REMOTE_FILES if remote else FILES).items():
             text = files("rdm_sdk.plugins").joinpath("templates", "reward", source).read_text(encoding="utf-8")
             path = staged / Template(destination).substitute(values)
             path.parent.mkdir(parents=True, exist_ok=True)

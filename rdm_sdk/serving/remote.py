@@ -102,8 +102,10 @@ class Remote(ServedReward):
     name = "remote"
 
     class Config(ServedConfig):
-        url: str | tuple[str, ...]
+        url: str | tuple[str, ...] | None = None
         """The server's address, or a list of equal servers, tried in turn."""
+        url_env: str | None = None
+        """The environment variable that holds the address where `url` is not given; several are parted by commas."""
         reward: str | None = None
         """Which of the server's rewards; not needed where it serves one."""
         token_env: str | None = None
@@ -111,26 +113,56 @@ class Remote(ServedReward):
 
         @field_validator("url")
         @classmethod
-        def _are_addresses(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-            urls = (value,) if isinstance(value, str) else value
-            if not urls:
+        def _are_addresses(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+            if value == ():
                 raise ValueError("at least one address is needed")
-            for url in urls:
-                parts = urlsplit(url)
-                if parts.scheme not in ("http", "https") or not parts.hostname:
-                    raise ValueError(f"{shown(url, 80)} is no address such as 'http://judge:8000'")
-                if parts.username or parts.password or parts.query:
-                    raise ValueError(
-                        "an address may hold no password and no query; name the token's variable, token_env"
-                    )
+            for url in _listed(value):
+                _check_address(url)
             return value
 
     config: Config
 
     def __init__(self, config: RewardConfig | None = None, **options: object) -> None:
         super().__init__(config, **options)
-        urls = (self.config.url,) if isinstance(self.config.url, str) else self.config.url
+        urls = _addresses(self.config)
         self.connect(Client(urls, self.config.patience, _token(self.config.token_env)), self.config.reward)
+
+
+def _listed(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if value is None else (value,) if isinstance(value, str) else value
+
+
+def _check_address(url: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{shown(url, 80)} is no address such as 'http://judge:8000'")
+    if parts.username or parts.password or parts.query:
+        raise ValueError("an address may hold no password and no query; name the token's variable, token_env")
+
+
+def _addresses(config: Remote.Config) -> tuple[str, ...]:
+    """Return the addresses of the servers, from the options or from the environment variable that they name.
+
+    Raises:
+        RewardError: there are none, or the variable holds something else.
+    """
+    urls = _listed(config.url)
+    if urls:
+        return urls
+    if config.url_env is None:
+        raise RewardError('where is the server? Give url="http://judge:8000", or url_env=, a variable that holds it')
+    urls = tuple(part.strip() for part in os.environ.get(config.url_env, "").split(",") if part.strip())
+    if not urls:
+        raise RewardError(
+            f"where is the server? Set the environment variable {config.url_env} to its address, such as "
+            'http://judge:8000, or give url="http://judge:8000"'
+        )
+    try:
+        for url in urls:
+            _check_address(url)
+    except ValueError as error:
+        raise RewardError(f"the environment variable {config.url_env}: {error}") from error
+    return urls
 
 
 def _token(variable: str | None) -> str | None:

@@ -3,47 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import uvicorn
 from torch import Tensor
 
 from rdm_sdk import Capabilities, Reward, RewardBatch, RewardConfig, RewardOutput
 from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.serving.answers import pack_answer
 from rdm_sdk.serving.app import make_app
+from rdm_sdk.serving.local import App
+from rdm_sdk.serving.local import ThreadedServer as LiveServer
 from rdm_sdk.serving.remote import Remote
 from rdm_sdk.serving.requests import Limits
 from rdm_sdk.serving.scorer import Scorer
 from rdm_sdk.serving.tensors import CONTENT_TYPE
-
-App = Callable[[MutableMapping[str, Any], Any, Any], Awaitable[None]]
-
-
-class LiveServer:
-    """An ASGI application behind a port of this machine, in a thread."""
-
-    def __init__(self, app: App) -> None:
-        self.listening = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}"
-        config = uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listening]}, daemon=True)
-        self.thread.start()
-
-    def stop(self, at_once: bool = False) -> None:
-        """End it; at once, connections are cut."""
-        self.server.force_exit = at_once
-        self.server.should_exit = True
-        self.thread.join(10)
-        self.listening.close()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,6 +96,36 @@ def test_a_new_reward_passes_its_own_tests_at_once(tmp_path: Path, run: Run) -> 
     assert "failed" not in said
     info = run("-m", "rdm_sdk.cli.main", "rewards", "info", "acme/fine-Grain_2")
     assert "rdm_reward_acme_fine_grain_2.reward:FineGrain2" in info
+
+
+@pytest.mark.slow
+def test_a_new_remote_reward_passes_its_own_tests_at_once(tmp_path: Path, run: Run) -> None:
+    """Both of its rewards keep the contract, one through a real server; the thin one needs an address, and says so."""
+    folder = new_reward("acme/fine-Grain_2", tmp_path, remote=True)
+    install(run, folder, tmp_path / "site")
+    told = run("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(folder))
+    assert re.search(r"\d+ passed", told)
+    assert "failed" not in told
+    assert "declares no gradient" not in told  # among what was skipped
+    assert "acme/fine-Grain_2-model" in run("-m", "rdm_sdk.cli.main", "rewards", "list")
+    told = run("-m", "rdm_sdk.cli.main", "rewards", "check", "acme/fine-Grain_2", expect=2)
+    assert "Set the environment variable ACME_FINE_GRAIN_2_URL to its address" in told
+
+
+def test_what_a_remote_reward_is_made_of(tmp_path: Path) -> None:
+    """The model's packages are an extra; users ask for the reward by its plain name, servers by another."""
+    folder = new_reward("acme/fine-Grain_2", tmp_path, remote=True)
+    written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    package = "rdm_reward_acme_fine_grain_2"
+    assert written == {
+        *("pyproject.toml", "README.md", "tests/test_acme_fine_grain_2.py"),
+        *(f"{package}/{name}.py" for name in ("__init__", "remote", "reward")),
+    }
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    assert [line.partition(">")[0] for line in project["dependencies"]] == ["rdm-sdk"]
+    assert project["optional-dependencies"]["server"][0].startswith("rdm-sdk[serve]>=")
+    for path in folder.rglob("*"):
+        assert not path.is_file() or "$" not in path.read_text()
 
 
 @pytest.mark.parametrize("name", ["sharpness", "acme/", "/x", "acme/a b", "acme/x/y", "ac.me/x", ""])

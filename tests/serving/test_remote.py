@@ -165,6 +165,9 @@ def test_images_can_be_scored_without_a_run(server: Faulty) -> None:
         ({"url": "ftp://judge"}, "is no address"),
         ({"url": ()}, "at least one address"),
         ({"url": "http://user:hush@judge"}, "may hold no password"),
+        ({"url": None}, "where is the server? Give url="),
+        ({"url": None, "url_env": "NO_URL"}, "Set the environment variable NO_URL to its address"),
+        ({"url": None, "url_env": "WRONG_URL"}, "the environment variable WRONG_URL: 'judge:8000' is no address"),
         ({"timeout": 0}, "timeout"),
         ({"transport": "float64"}, "transport"),
     ],
@@ -174,12 +177,23 @@ def test_what_is_wrong_is_found_when_it_is_made(
 ) -> None:
     """A RewardError, within the set time, before anything is trained."""
     monkeypatch.setenv("WRONG_TOKEN", "hushh")
+    monkeypatch.setenv("WRONG_URL", "http://judge:8000, judge:8000")
     started = time.monotonic()
     with pytest.raises(RewardError) as caught:
         remote(server, **(QUICK | options))
     assert words in str(caught.value)
     assert "hush" not in str(caught.value) or "may hold no password" in words
     assert time.monotonic() - started < 3
+
+
+def test_its_address_may_stand_in_the_environment(server: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several are parted by commas; an option wins, and no file holds the address."""
+    monkeypatch.setenv("JUDGE_URL", f"{server.url}, http://127.0.0.1:9")
+    made = remote(server, url=None, url_env="JUDGE_URL")
+    assert made.client.urls == [server.url, "http://127.0.0.1:9"]
+    assert server.url not in json.dumps(made.provenance())
+    monkeypatch.setenv("JUDGE_URL", "http://127.0.0.1:9")
+    assert remote(server, url_env="JUDGE_URL").client.urls == [server.url]
 
 
 @pytest.mark.parametrize("answer", [b"{}", b"<html>", b"[1]", b'{"version": 1, "rewards": {}, "limits": {}}'])
