@@ -26,7 +26,7 @@ def page() -> str:
         parts += [f"\n## {group}\n", "\n| figure | unit | what it is, and what is normal |\n|---|---|---|\n"]
         for kind in KINDS:
             if kind.group == group:
-                name = kind.pattern.replace("(.+)", "<name>")
+                name = kind.pattern.replace("(.+)", "<name>", 1).replace("(.+)", "<figure>")
                 parts.append(
                     f"| `{name}` | {kind.unit.replace('|', chr(92) + '|')} | {kind.meaning.format('`<name>`')} |\n"
                 )

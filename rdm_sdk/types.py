@@ -58,6 +58,19 @@ class RewardOutput:
     figures: Mapping[str, Tensor] = field(default_factory=dict)
     """What else there is to log, `[N]` each by a name of one word: its mean over the samples that the reward applies to
     becomes `<reward>/<name>`. Of rewards that bring a `field` alone."""
+    logged: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the reward logged itself (`RewardBatch.log`), `[N]` each, NaN for samples of which it logged nothing: its
+    mean over the others becomes `rewards/<reward>/<name>`. The host puts it here."""
+
+    def part(self, rows: slice) -> RewardOutput:
+        """Return the output of some of the samples."""
+        return RewardOutput(
+            self.scores[rows],
+            None if self.gradient is None else self.gradient[rows],
+            None if self.magnitude is None else self.magnitude[rows],
+            {name: values[rows] for name, values in self.figures.items()},
+            {name: values[rows] for name, values in self.logged.items()},
+        )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from rdm_sdk._version import __version__
 from rdm_sdk.errors import RewardError, check_texts
 from rdm_sdk.rewards.capabilities import Capabilities as Capabilities
 from rdm_sdk.rewards.context import DiffusionContext
+from rdm_sdk.rewards.logged import checked_figure
 from rdm_sdk.rewards.spec import checked_model, is_secret
 from rdm_sdk.types import RewardOutput
 
@@ -48,6 +49,10 @@ class RewardBatch:
     """The run's models, for rewards that need them; others may be judged without it, in chunks."""
     weights: Tensor | None = None
     """Importance weights `[N]` of the samples where they come from a rollout of an earlier student; None is all 1."""
+    step: int | None = None
+    """The optimizer step that the samples are made for, from 0; None outside of training, `evaluate()` included."""
+    logged: dict[str, Tensor] | None = field(default_factory=dict, repr=False, compare=False)
+    """What the reward has logged so far, `[N]` each; None for a part of a batch, of which nobody would read it."""
     _decoded: _Decoded = field(default_factory=_Decoded, init=False, repr=False, compare=False)
 
     @classmethod
@@ -57,6 +62,7 @@ class RewardBatch:
         prompts: Sequence[str] | None = None,
         group_size: int = 1,
         columns: Mapping[str, list[object]] | None = None,
+        step: int | None = None,
     ) -> RewardBatch:
         """Return a batch of finished RGB images `[N, 3, H, W]`, float in [0, 1]; gradients are then on the images.
 
@@ -92,12 +98,29 @@ class RewardBatch:
             group_size=group_size,
             decode=lambda pixels: pixels,
             columns=columns or {},
+            step=step,
         )
         batch._decoded.images = batch.latents  # whose range has been looked at
         return batch
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def log(self, name: str, values: Tensor | Sequence[float | None] | float) -> None:
+        """Log a figure of the samples: a run shows its mean as `rewards/<reward>/<name>`, `score_images` all of it.
+
+        Of several calls with one name, the last counts.
+
+        Args:
+            name: a word.
+            values: one per sample, `[N]`, None or NaN where there is none; or a number, which counts for all of them.
+
+        Raises:
+            RewardError: a name or values that cannot be logged, or a part of the batch that `score` was given.
+        """
+        if self.logged is None:
+            raise RewardError(f"log({name!r}, ...): a part of a batch cannot log; call it on the batch that you got")
+        self.logged[name] = checked_figure(name, values, len(self))
 
     @property
     def images(self) -> Tensor:
@@ -140,7 +163,14 @@ class RewardBatch:
         for start in range(0, len(self), size):
             rows = slice(start, start + size)
             columns = {name: values[rows] for name, values in self.columns.items()}
-            yield replace(self, latents=self.latents[rows], prompts=self.prompts[rows], columns=columns, context=None)
+            yield replace(
+                self,
+                latents=self.latents[rows],
+                prompts=self.prompts[rows],
+                columns=columns,
+                context=None,
+                logged=None,
+            )
 
     def select(self, picked: Sequence[int]) -> RewardBatch:
         """Return a batch of some samples, in the order of their rows; images that are decoded come along."""
@@ -151,6 +181,7 @@ class RewardBatch:
             prompts=[self.prompts[row] for row in picked],
             columns={name: [values[row] for row in picked] for name, values in self.columns.items()},
             weights=None if self.weights is None else self.weights[rows.to(self.weights.device)],
+            logged=None,
         )
         images = self._decoded.images
         return selected if images is None else selected.with_images(images[rows.to(images.device)])
@@ -164,6 +195,12 @@ class RewardBatch:
     def with_latents(self, latents: Tensor) -> RewardBatch:
         """Return the same batch with other latents (used to differentiate with respect to them)."""
         return replace(self, latents=latents)
+
+    def with_nothing_logged(self) -> RewardBatch:
+        """Return the same batch, sharing what is decoded, for a reward of which nothing is logged yet."""
+        batch = replace(self, logged={})
+        object.__setattr__(batch, "_decoded", self._decoded)  # the dataclass is frozen for those who are given it
+        return batch
 
     def average(self, losses: Tensor) -> Tensor:
         """Return the mean of losses `[N]` over the current student's samples: importance-weighted where need be."""

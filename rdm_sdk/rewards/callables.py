@@ -1,9 +1,12 @@
-"""Plain functions as rewards: `f(images=, prompts=, **columns) -> list[float | None]`, as in TRL."""
+"""Plain functions as rewards: `f(images=, prompts=, **columns) -> list[float | None]`, as in TRL.
+
+One that has an argument called `step` or `log` is given `RewardBatch.step` or `RewardBatch.log`.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -16,6 +19,8 @@ from rdm_sdk.rewards.base import RESERVED_COLUMNS, Capabilities, Reward, RewardB
 
 DECLARABLE = ("gradient", "scope", "prompts", "columns", "range", "dtype", "stochastic", "parameters")
 """What a function may declare of `Capabilities`; the rest takes a class."""
+HOSTS = ("step", "log")
+"""What a function is given of the batch if its signature names it, and never in place of a column."""
 _DECLARED = "__rdm_declares__"
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
@@ -67,7 +72,7 @@ class CallableReward(Reward):
         self._takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken)
         self._taken = {p.name for p in taken}
         declared: dict[str, Any] = dict(getattr(function, _DECLARED, {}))
-        given = (*RESERVED_COLUMNS, "group_size") if declared.get("scope") == "group" else RESERVED_COLUMNS
+        given = (*RESERVED_COLUMNS, *HOSTS, *(["group_size"] if declared.get("scope") == "group" else []))
         needed = [p.name for p in taken if p.name not in given and p.default is p.empty and p.kind in _NAMED]
         declared["columns"] = tuple(dict.fromkeys([*needed, *declared.get("columns", ())]))
         self.capabilities = replace(self.capabilities, **declared)
@@ -77,7 +82,17 @@ class CallableReward(Reward):
         given: dict[str, object] = {"images": batch.images, "prompts": batch.prompts, **batch.columns}
         if self.capabilities.scope == "group":
             given["group_size"] = batch.group_size
-        return self.function(**{name: value for name, value in given.items() if self._takes_all or name in self._taken})
+        given = {name: value for name, value in given.items() if self._takes_all or name in self._taken}
+        return self.function(**given | {name: getattr(batch, name) for name in HOSTS if name in self._taken})
+
+    def applies(self, prompts: Sequence[str], columns: Mapping[str, Sequence[object]]) -> list[bool]:
+        for name in HOSTS:
+            if name in self._taken and name in columns:
+                raise RewardError(
+                    f"reward function {self.name!r} has an argument {name!r}, which is the run's ({_MEANING[name]}), "
+                    f"and the data has a column of that name; rename the column, or the argument"
+                )
+        return super().applies(prompts, columns)
 
     def score(self, batch: RewardBatch) -> Tensor:
         return self.read(self.call(batch))
@@ -114,6 +129,7 @@ class AsyncCallableReward(CallableReward):
         return self.read(await returned if inspect.isawaitable(returned) else returned)
 
 
+_MEANING = {"step": "the optimizer step, None outside of training", "log": "log(name, values) logs a figure"}
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 

@@ -32,9 +32,11 @@ from rdm_sdk.rewards.judging import (
     differentiated,
     inapplicable,
     judged_with_models,
+    logged_by,
     pulled_back,
     spread,
 )
+from rdm_sdk.rewards.logged import together
 from rdm_sdk.rewards.time_limit import limited
 from rdm_sdk.types import RewardOutput
 
@@ -296,10 +298,12 @@ class Started:
         reward = self.awaited[name]
         scores = checked_scores(reward, asked.given, output.scores)
         if chunk is None:
-            scores = spread(scores, asked.rows, asked.count, self.batch.latents.device, torch.nan)
-            self.outputs[name][asked.place] = RewardOutput(scores)
+            where = asked.rows, asked.count, self.batch.latents.device
+            logged = logged_by(asked.given, *where)
+            self.outputs[name][asked.place] = RewardOutput(spread(scores, *where, torch.nan), logged=logged)
         else:
-            self.outputs[name][asked.place] = pulled_back(reward, chunk, asked.rows, scores, output.gradient)
+            answer = RewardOutput(scores, output.gradient)
+            self.outputs[name][asked.place] = pulled_back(reward, asked.given, chunk, asked.rows, answer)
 
     def judge_whole(self, batch: RewardBatch) -> None:
         """Judge the batch by the rewards that see the run's models."""
@@ -319,9 +323,9 @@ class Started:
                     given = as_declared(reward, chunk, self.device, rows[name])
                     with torch.no_grad(), unchanged(reward, given):
                         scores = reward.score(given)
-                    checked = checked_scores(reward, given, scores)
-                    checked = spread(checked, rows[name], len(chunk), chunk.latents.device, torch.nan)
-                    output = RewardOutput(checked)
+                    where = rows[name], len(chunk), chunk.latents.device
+                    checked = spread(checked_scores(reward, given, scores), *where, torch.nan)
+                    output = RewardOutput(checked, logged=logged_by(given, *where))
                 self.outputs[name].append(output)
 
     def _remaining(self, rewards: Mapping[str, Reward]) -> list[tuple[str, Reward]]:
@@ -373,7 +377,9 @@ def merged(outputs: Sequence[RewardOutput]) -> RewardOutput:
     if len(outputs) == 1:
         return outputs[0]
     gradients = [output.gradient for output in outputs if output.gradient is not None]
-    return RewardOutput(torch.cat([output.scores for output in outputs]), torch.cat(gradients) if gradients else None)
+    logged = together([output.logged for output in outputs], [len(output.scores) for output in outputs])
+    scores = torch.cat([output.scores for output in outputs])
+    return RewardOutput(scores, torch.cat(gradients) if gradients else None, logged=logged)
 
 
 def _now(device: torch.device) -> float:

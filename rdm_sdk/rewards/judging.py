@@ -34,10 +34,15 @@ def as_declared(
         chunk = chunk.select(rows)
     columns = {name: list(values) for name, values in chunk.columns.items()}
     images = chunk.images if pixels else None
-    chunk = replace(chunk, prompts=list(chunk.prompts), columns=columns, context=None)
+    chunk = replace(chunk, prompts=list(chunk.prompts), columns=columns, context=None, logged={})
     if images is not None:
         return chunk.with_images(images.detach().to(device, dtype))
     return chunk.with_latents(chunk.latents.detach().to(device, dtype))
+
+
+def logged_by(given: RewardBatch, rows: Sequence[int], count: int, device: torch.device) -> dict[str, Tensor]:
+    """Return what a reward logged of the rows that it was shown, as figures of all `count`, NaN for the others."""
+    return {name: spread(values, rows, count, device, torch.nan) for name, values in (given.logged or {}).items()}
 
 
 def inapplicable(chunk: RewardBatch, graded: bool) -> RewardOutput:
@@ -75,16 +80,18 @@ def differentiated(reward: Reward, chunk: RewardBatch, device: torch.device, row
             f"reward {reward.name!r} declares gradient='autograd', but its scores carry no gradient: remove no_grad, "
             "detach, PIL or NumPy from score(), or declare gradient='none'"
         )
-    return pulled_back(reward, chunk, rows, checked, gradient)
+    return pulled_back(reward, judged, chunk, rows, RewardOutput(checked, gradient))
 
 
 def pulled_back(
-    reward: Reward, chunk: RewardBatch, rows: Sequence[int], scores: Tensor, gradient: Tensor | None
+    reward: Reward, given: RewardBatch, chunk: RewardBatch, rows: Sequence[int], output: RewardOutput
 ) -> RewardOutput:
     """Return the output of a whole chunk, from the scores `[n]` and the gradient of the rows that a reward was shown.
 
     The gradient is on what it reads, images `[n, 3, H, W]` or latents `[n, *x]`, and becomes one on the latents.
+    `given` is the batch of these rows, which holds what the reward logged.
     """
+    scores, gradient = output.scores, output.gradient
     pixels = reward.capabilities.space == "pixel"
     read = chunk.tracked_images if pixels else chunk.latents
     wanted = (len(rows), *read.shape[1:])
@@ -96,11 +103,13 @@ def pulled_back(
         gradient = gradient.masked_fill(per_sample(scores.isnan().to(gradient.device), gradient), 0)
     gradient = spread(gradient, rows, len(chunk), chunk.latents.device, 0.0)
     scores = spread(scores, rows, len(chunk), chunk.latents.device, torch.nan)
-    return RewardOutput(scores, chunk.pull_back(gradient).float() if pixels else gradient)
+    logged = logged_by(given, rows, len(chunk), chunk.latents.device)
+    return RewardOutput(scores, chunk.pull_back(gradient).float() if pixels else gradient, logged=logged)
 
 
 def judged_with_models(reward: Reward, batch: RewardBatch, differentiate: bool) -> RewardOutput:
     """Return the field, or the scores alone, of a reward that needs the run's models."""
+    batch = batch.with_nothing_logged()
     output = reward.field(batch) if differentiate else RewardOutput(reward.score(batch))
     if not isinstance(output, RewardOutput):
         raise RewardError(
@@ -123,4 +132,5 @@ def judged_with_models(reward: Reward, batch: RewardBatch, differentiate: bool) 
                 f"reward {reward.name!r} must return one value per sample for its figure {name!r}, shape "
                 f"[{len(batch)}]; got {list(values.shape)}"
             )
-    return RewardOutput(checked_scores(reward, batch, output.scores), output.gradient, magnitude, output.figures)
+    logged = logged_by(batch, range(len(batch)), len(batch), batch.latents.device)
+    return replace(output, scores=checked_scores(reward, batch, output.scores), logged=logged)

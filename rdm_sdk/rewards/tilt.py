@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def tilted(
                 group_covariance(context.schedule, draw.x_t, draw.sigma, batch.latents, advantage, batch.group_size)
             )
         magnitudes.append(residual_magnitude(batch.latents, draw.x_0(TEACHER)))
-    return RewardOutput(output.scores, torch.stack(fields).mean(0), torch.stack(magnitudes).mean(0), output.figures)
+    return replace(output, gradient=torch.stack(fields).mean(0), magnitude=torch.stack(magnitudes).mean(0))
 
 
 def _by_gradient(

@@ -20,12 +20,15 @@ TOLD = ("gradient", "scope", "prompts", "columns", "range", "stochastic")
 def pack_answer(outputs: Mapping[str, RewardOutput], gradient_dtype: str = "F32") -> bytes:
     """Return the body of an answer: per reward `scores/NAME`, float32 `[N]`, and maybe `gradient/NAME`.
 
+    What a reward logged is `logged/NAME/FIGURE`, float32 `[N]`.
+
     As "F16", each sample's gradient is divided by its largest entry, which is `scale/NAME`, float32 `[N]`: gradients of
     single pixels would vanish in float16 otherwise.
     """
     tensors: dict[str, Tensor] = {}
     for label, output in outputs.items():
         tensors[f"scores/{label}"] = output.scores.float()
+        tensors |= {f"logged/{label}/{name}": values.float() for name, values in output.logged.items()}
         if output.gradient is None:
             continue
         gradient = output.gradient.float()
@@ -48,14 +51,16 @@ def read_answer(body: bytes | bytearray, label: str, images: Sequence[int], grad
     scores = _taken(tensors, f"scores/{label}", images[:1])
     if bool(scores.isinf().any()):
         raise BodyError(f"{shown(f'scores/{label}', 80)} holds an infinite number")
+    prefix = f"logged/{label}/"
+    logged = {name[len(prefix) :]: _taken(tensors, name, images[:1]) for name in tensors if name.startswith(prefix)}
     if not gradient:
-        return RewardOutput(scores)
+        return RewardOutput(scores, logged=logged)
     values = _taken(tensors, f"gradient/{label}", images)
     if f"scale/{label}" in tensors:
         values = values * _taken(tensors, f"scale/{label}", images[:1]).reshape(-1, 1, 1, 1)
     if not all_finite(values):
         raise BodyError(f"the gradient of {label!r} is not finite")
-    return RewardOutput(scores, values)
+    return RewardOutput(scores, values, logged=logged)
 
 
 def _taken(tensors: Mapping[str, Tensor], name: str, shape: Sequence[int]) -> Tensor:

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 
 from rdm_sdk._version import __version__
 from rdm_sdk.serving.answers import described_capabilities, pack_answer
-from rdm_sdk.serving.requests import FORMS, Limits, Request, RequestError, parse_request
+from rdm_sdk.serving.requests import FIELDS, FORMS, Limits, Request, RequestError, parse_request
 from rdm_sdk.serving.scorer import Answer, Scorer, ScoringError
 from rdm_sdk.serving.tensors import CONTENT_TYPE, VERSION
 
@@ -82,8 +82,9 @@ class Service:
         """Score images.
 
         The body is a safetensors file with one array `images` ([N, 3, H, W] in [0, 1]; F16, F32, or U8 of 0 to 255),
-        and a JSON text in its metadata under `rdm`: version, prompts, columns, group_size, rewards. Or it is that JSON
-        with `images` as a list of PNG files in base64; scores are then JSON, null where a reward does not apply.
+        and a JSON text in its metadata under `rdm`: version, prompts, columns, group_size, rewards, step. Or it is
+        that JSON with `images` as a list of PNG files in base64; scores are then JSON, null where a reward does not
+        apply.
         """
         return await self._counted("/v1/score", request, gradients=False)
 
@@ -117,7 +118,7 @@ class Service:
         del body
         answer = await asyncio.wrap_future(self.scorer.submit(asked, gradients))
         if as_json:
-            return JSONResponse({"version": VERSION, "scores": {n: _listed(o.scores) for n, o in answer.items()}})
+            return JSONResponse({"version": VERSION} | _as_json(answer))
         return Response(await run_in_threadpool(_packed, answer, asked), media_type=CONTENT_TYPE)
 
     async def _body(self, request: HttpRequest) -> bytearray:
@@ -151,7 +152,8 @@ class Service:
             for label, weighted in self.scorer.rewards.items()
         }
         limits = {"body": self.limits.body, "images": self.limits.images, "side": self.limits.side}
-        return JSONResponse({"version": VERSION, "sdk_version": __version__, "limits": limits, "rewards": rewards})
+        told = {"version": VERSION, "sdk_version": __version__, "limits": limits, "fields": FIELDS}
+        return JSONResponse(told | {"rewards": rewards})
 
     async def health(self) -> JSONResponse:
         """Return that the server is there; no token is asked for."""
@@ -178,6 +180,17 @@ class Service:
 
 def _packed(answer: Answer, request: Request) -> bytes:
     return pack_answer(answer, request.gradient_dtype)
+
+
+def _as_json(answer: Answer) -> dict[str, Any]:
+    """Return scores by label, and what rewards logged, where they did."""
+    scores = {label: _listed(output.scores) for label, output in answer.items()}
+    logged = {
+        label: {name: _listed(values) for name, values in output.logged.items()}
+        for label, output in answer.items()
+        if output.logged
+    }
+    return {"scores": scores} | ({"logged": logged} if logged else {})
 
 
 def _listed(scores: Any) -> list[float | None]:

@@ -58,6 +58,8 @@ class Described:
     capabilities: Capabilities
     provenance: Mapping[str, object]
     limits: Mapping[str, int]
+    fields: frozenset[str]
+    """What the server takes beside what every version of it took."""
 
 
 class Client:
@@ -119,7 +121,10 @@ class Client:
             entry = rewards[label]
             if not isinstance(entry, dict) or not isinstance(entry.get("provenance"), dict):
                 raise BodyError(f"it says nothing of {label!r}")
-            return Described(label, read_capabilities(entry.get("capabilities")), entry["provenance"], limits)
+            capabilities, fields = read_capabilities(entry.get("capabilities")), told.get("fields", [])
+            if not (isinstance(fields, list) and all(isinstance(name, str) for name in fields)):
+                raise BodyError(f"these are no fields: {shown(fields, 120)}")
+            return Described(label, capabilities, entry["provenance"], limits, frozenset(fields))
         except BodyError as error:
             raise RewardError(f"{url} is no server of rewards: {error}. Start one with 'rdm-sdk serve'") from error
 
@@ -141,6 +146,7 @@ class Client:
                 columns=_sent(batch.columns, described.capabilities.columns, described.label),
                 group_size=batch.group_size if groups else None,
                 gradient_dtype="F16" if images.element_size() < 4 else "F32",
+                step=batch.step if "step" in described.fields else None,
             )
         except ValueError as error:  # a NaN in a column
             raise RewardError(f"what {described.label!r} is asked cannot be sent: {error}") from error

@@ -86,7 +86,10 @@ class ServedReward(Reward):
     async def _ask(self, batch: RewardBatch, gradient: bool) -> RewardOutput:
         # In a thread: every other asynchronous reward waits on this one's.
         images = await asyncio.to_thread(as_sent, batch.images, self.config.transport)
-        return await self.client.ask(self.described, batch, images, gradient)
+        output = await self.client.ask(self.described, batch, images, gradient)
+        for name, values in output.logged.items():
+            batch.log(name, values)
+        return output
 
     def provenance(self) -> dict[str, object]:
         return super().provenance() | {"served": dict(self.described.provenance)}

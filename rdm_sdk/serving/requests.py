@@ -18,7 +18,8 @@ from rdm_sdk.rewards.base import RESERVED_COLUMNS, extremes
 from rdm_sdk.serving.tensors import CONTENT_TYPE, VERSION, BodyError, pack_parts, parse_json, unpack
 
 FORMS = (CONTENT_TYPE, "application/json")
-_FIELDS = ("version", "images", "prompts", "columns", "group_size", "rewards", "gradient_dtype")
+FIELDS = ("version", "images", "prompts", "columns", "group_size", "rewards", "gradient_dtype", "step")
+"""What a request may say; a client is told, and sends an older server no more than that one knows."""
 
 
 class RequestError(Exception):
@@ -53,6 +54,8 @@ class Request:
     """The labels of those that are asked; None is all that are served."""
     gradient_dtype: str = "F32"
     """How gradients travel back: "F32", or "F16" with a factor per sample."""
+    step: int | None = None
+    """The optimizer step of the run that asks, from 0."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -88,9 +91,9 @@ def parse_request(body: bytes | bytearray, content_type: str, limits: Limits) ->
         message, images = _with_arrays(body, limits) if form == CONTENT_TYPE else _with_pictures(body, limits)
     except BodyError as error:
         raise RequestError(400, str(error)) from error
-    unknown = sorted(message.keys() - set(_FIELDS))
+    unknown = sorted(message.keys() - set(FIELDS))
     if unknown:
-        raise RequestError(400, f"the field {shown(unknown[0], 60)} is unknown; there are {', '.join(_FIELDS)}")
+        raise RequestError(400, f"the field {shown(unknown[0], 60)} is unknown; there are {', '.join(FIELDS)}")
     return _checked(message, images)
 
 
@@ -114,8 +117,11 @@ def _checked(message: Mapping[str, Any], images: Tensor) -> Request:
     gradient_dtype = message.get("gradient_dtype", "F32")
     if gradient_dtype not in ("F32", "F16"):
         raise RequestError(422, f"gradient_dtype must be 'F32' or 'F16'; got {shown(gradient_dtype, 40)}")
+    step = message.get("step")
+    if step is not None and (type(step) is not int or step < 0):
+        raise RequestError(422, f"step must be a whole number from 0 on; got {shown(step, 40)}")
     named = None if rewards is None else tuple(dict.fromkeys(rewards))
-    return Request(images, prompts, columns, group_size, named, gradient_dtype)
+    return Request(images, prompts, columns, group_size, named, gradient_dtype, step)
 
 
 def _texts(value: object, count: int | None = None) -> bool:

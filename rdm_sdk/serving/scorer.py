@@ -57,7 +57,7 @@ class _Job:
         request = self.request
         columns = tuple(sorted(request.columns or ()))
         form = request.images.dtype, request.images.shape[1:]
-        return self.labels, self.gradients, form, request.prompts is None, columns
+        return self.labels, self.gradients, form, request.prompts is None, columns, request.step
 
 
 class Scorer:
@@ -173,12 +173,7 @@ class Scorer:
         start = 0
         for job in jobs:
             rows = slice(start, start := start + len(job.request))
-            job.future.set_result(
-                {
-                    label: RewardOutput(output.scores[rows], None if output.gradient is None else output.gradient[rows])
-                    for label, output in answer.items()
-                }
-            )
+            job.future.set_result({label: output.part(rows) for label, output in answer.items()})
 
     def _evaluate(self, jobs: Sequence[_Job]) -> Answer:
         """Return what the rewards say of all jobs' images, in order."""
@@ -199,6 +194,7 @@ class Scorer:
                 None if prompts is None else prompts[rows],
                 group_size,
                 {name: values[rows] for name, values in columns.items()},
+                requests[0].step,
             )
             parts.append(self._judge(first, some))
         self.counts.batches += 1

@@ -153,6 +153,30 @@ def chunk_invariant(subject: Subject) -> Remark | None:
 
 
 @check("chunk_invariant")
+def logs_the_same_in_chunks(subject: Subject) -> Remark | None:
+    """What the reward logs (`batch.log`) at a step of a run has the same mean in chunks as at once."""
+    if subject.reward.capabilities.stochastic:
+        return Remark("skipped", "the reward is declared stochastic")
+    batch = replace(subject.batch, step=0)
+    whole = subject.judge(copied(batch)).logged
+    if not whole:
+        return Remark("skipped", "the reward logs nothing")
+    parts = subject.judge(copied(batch), chunk_size=subject.chunk).logged
+    require(
+        whole.keys() == parts.keys(),
+        f"it logs {', '.join(whole)} of a batch and {', '.join(parts) or 'nothing'} in chunks of {subject.chunk}; log "
+        "the same figures at every call, NaN where there is no value",
+    )
+    advice = "log one value per sample: what a run shows must not depend on reward_batch_size"
+    for name, values in whole.items():
+        part, all_of_it = (figure.nanmean().reshape(1) for figure in (parts[name], values))
+        if not (part.isnan().all() and all_of_it.isnan().all()):
+            what = f"in chunks of {subject.chunk}, means of the logged {name!r}"
+            assert_close(part, all_of_it, what, advice, 1e-3)
+    return None
+
+
+@check("chunk_invariant")
 def permutation_equivariant(subject: Subject) -> Remark | None:
     """Shuffling images and prompts together shuffles the scores, and nothing else."""
     if subject.reward.capabilities.stochastic:

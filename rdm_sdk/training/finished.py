@@ -56,7 +56,8 @@ def look(models: RunModels, judge: Judge, prompts: Sequence[str]) -> list[tuple[
 def figures(outputs: Mapping[str, RewardOutput], prefix: str) -> dict[str, float]:
     """Return mean and deviation of every reward, over the samples it is for: `<prefix>_rewards/<name>/mean` and `/std`.
 
-    The first mean is also `<prefix>_loss`, negated, so that `load_best_model_at_end` has something to go by.
+    What a reward logged itself is `<prefix>_rewards/<name>/<figure>`. The first mean is also `<prefix>_loss`, negated,
+    so that `load_best_model_at_end` has something to go by.
 
     Raises:
         RDMError: there are none.
@@ -67,4 +68,6 @@ def figures(outputs: Mapping[str, RewardOutput], prefix: str) -> dict[str, float
     found = {f"{prefix}_rewards/{name}/mean": of.nanmean().item() for name, of in scores.items()}
     spread = {name: of[~of.isnan()] for name, of in scores.items()}
     deviations = {f"{prefix}_rewards/{n}/std": of.std().item() if len(of) > 1 else 0.0 for n, of in spread.items()}
-    return found | deviations | {f"{prefix}_loss": -next(iter(found.values()))}
+    logged = {f"{prefix}_rewards/{n}/{f}": v.nanmean().item() for n, o in outputs.items() for f, v in o.logged.items()}
+    logged = {name: value for name, value in logged.items() if value == value}  # NaN for all is nothing logged
+    return logged | found | deviations | {f"{prefix}_loss": -next(iter(found.values()))}

@@ -56,6 +56,8 @@ class Judge:
         self.processes = Processes() if processes is None else processes
         self.randomness = Randomness(models.device, self.processes)
         """Where the random numbers of the run's steps come from."""
+        self.step: int | None = None
+        """The optimizer step that is under way, from 0."""
 
     @property
     def critics(self) -> list[tuple[WeightedReward, str]]:
@@ -129,6 +131,7 @@ class Judge:
             columns=samples.columns,
             context=self.context(samples.condition, samples.steps, trained),
             weights=samples.weights,
+            step=self.step,
         )
 
     # ---- What they return ---------------------------------------------------------------------------------------

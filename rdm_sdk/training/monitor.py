@@ -62,6 +62,7 @@ class Monitor:
     def reward(self, judged: WeightedReward, output: RewardOutput, group_size: int) -> None:
         """Take down what a reward said of a micro-batch; means are over the samples that it applies to."""
         scores, name = output.scores, judged.label
+        self.logged(name, output.logged)
         missing = scores.isnan()
         self.log(f"rewards/{name}/nan", missing.sum())
         self.log(f"rewards/{name}/applies", (~missing).float().mean(), len(scores))
@@ -82,6 +83,13 @@ class Monitor:
             self.log(f"{name}/{figure}", values[~missing].mean(), count)
         if judged.route == "advantage":
             self.log("frac_reward_zero_std", zero_std, len(groups))
+
+    def logged(self, reward: str, figures: Mapping[str, Tensor]) -> None:
+        """Take down what a reward logged itself, `[N]` each; NaN is no value."""
+        for figure, values in figures.items():
+            known = values[~values.isnan()]
+            if len(known):
+                self.log(f"rewards/{reward}/{figure}", known.mean(), len(known))
 
     def pulls(self, pulls: Mapping[str, float], counts: Mapping[str, int]) -> None:
         """Take down the mean |normalized, unweighted gradient| of each reward, and over how many samples it is.

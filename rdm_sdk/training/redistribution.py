@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from rdm_sdk.errors import CheckpointError
+from rdm_sdk.rewards.evaluate import merged
 from rdm_sdk.training.rollouts import read_rollouts, rollouts_path
 from rdm_sdk.types import Experience, RewardOutput, Rollout, select_steps
 
@@ -56,13 +56,19 @@ def _together(parts: Sequence[Experience]) -> Experience:
         use=first.use,
         x_0=torch.cat([part.x_0 for part in parts]),
         weights=torch.cat([part.weights for part in parts]),
-        scored={label: RewardOutput(torch.cat([_scores(part, label) for part in parts])) for label in labels},
+        scored={label: merged([_output(part, label) for part in parts]) for label in labels},
     )
 
 
-def _scores(part: Experience, label: str) -> Tensor:
-    """Return a reward's scores `[N]`, NaN where the process that had these samples has skipped it."""
-    return part.scored[label].scores if label in part.scored else torch.full_like(part.weights, torch.nan)
+def _output(part: Experience, label: str) -> RewardOutput:
+    """Return what a reward said, NaN where the process that had these samples has skipped it."""
+    return part.scored[label] if label in part.scored else RewardOutput(torch.full_like(part.weights, torch.nan))
+
+
+def _moved(output: RewardOutput, device: torch.device) -> RewardOutput:
+    """Return what a scored reward said, on a device."""
+    logged = {name: values.to(device) for name, values in output.logged.items()}
+    return RewardOutput(output.scores.to(device), logged=logged)
 
 
 def _part(whole: Experience, index: int, count: int, device: torch.device) -> Experience:
@@ -84,6 +90,6 @@ def _part(whole: Experience, index: int, count: int, device: torch.device) -> Ex
         use=whole.use,
         x_0=select_steps(rollout.x_0, plan[whole.use, share]),
         weights=whole.weights[share].to(device),
-        scored={label: RewardOutput(output.scores[share].to(device)) for label, output in whole.scored.items()},
+        scored={label: _moved(output.part(share), device) for label, output in whole.scored.items()},
         start=share.start,
     )

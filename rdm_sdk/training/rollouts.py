@@ -234,12 +234,14 @@ def write_rollouts(path: Path, stored: Sequence[Sequence[Experience]]) -> None:
     for i, one in enumerate(experiences):
         tensors |= {f"{i}.{name}": getattr(one, name) for name in _FIELDS}
         tensors |= {f"{i}.rollout.{name}": getattr(one.rollout, name) for name in _TRAJECTORY}
-        tensors |= {f"{i}.scored.{name}": output.scores for name, output in one.scored.items()}
+        for name, output in one.scored.items():
+            tensors[f"{i}.scored.{name}"] = output.scores
+            tensors |= {f"{i}.logged.{figure}.{name}": values for figure, values in output.logged.items()}
     metadata = {
         "prompts": json.dumps([one.prompts for one in experiences]),
         "uses": json.dumps([one.use for one in experiences]),
         "starts": json.dumps([one.start for one in experiences]),
-        "scored": json.dumps([list(one.scored) for one in experiences]),
+        "scored": json.dumps([{name: list(o.logged) for name, o in one.scored.items()} for one in experiences]),
         "sizes": json.dumps([len(together) for together in stored]),
     }
     with replacing(path) as staged:
@@ -259,7 +261,10 @@ def read_rollouts(path: Path, device: torch.device) -> list[list[Experience]]:
     for i, (texts, use, start, names) in enumerate(zip(prompts, uses, starts, scores, strict=True)):
         rollout = Rollout(**{name: tensors[f"{i}.rollout.{name}"] for name in _TRAJECTORY})
         prefix = f"{i}.scored."
-        scored = {name: RewardOutput(tensors[prefix + name]) for name in names}
+        scored = {
+            name: RewardOutput(tensors[prefix + name], logged={f: tensors[f"{i}.logged.{f}.{name}"] for f in figures})
+            for name, figures in names.items()
+        }
         plan, weights = tensors[f"{i}.plan"], tensors[f"{i}.weights"]
         x_0 = select_steps(rollout.x_0, plan[use, start : start + len(texts)])
         experiences.append(Experience(texts, {}, {}, rollout, plan, use, x_0, weights, scored, start))

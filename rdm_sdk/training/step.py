@@ -73,6 +73,7 @@ class DistillationStep:
         It happens for all micro-batches together, as the critics' updates do, so that gradient accumulation does not
         change the two time scales.
         """
+        self.judge.step = step
         self.judge.randomness.begin()
         self.rollouts.begin(window, step)
         self._advantages = []
@@ -88,8 +89,10 @@ class DistillationStep:
         for samples in batches:
             for reward, role in self.judge.critics:
                 with self.judge.undisturbed(reward):
-                    loss = reward.reward.training_loss(self.judge.batch(samples, trained=role))
+                    batch = self.judge.batch(samples, trained=role)
+                    loss = reward.reward.training_loss(batch)
                     yield loss / len(batches)
+                self.monitor.logged(reward.label, batch.logged or {})
                 self.monitor.log(f"{reward.label}/critic_loss", loss)
 
     def end_critics(self) -> None:
@@ -241,6 +244,7 @@ class DistillationStep:
         self.weights = weigh(self.weighting, self.targets, statistics, next_step)
         self.rollouts.keep()
         self.judge.randomness.end()
+        self.judge.step = None
 
     def _check_student_gradient(self) -> None:
         norm = nn.utils.get_total_norm([p.grad for p in self.models.parameters_of(STUDENT) if p.grad is not None])

@@ -150,6 +150,8 @@ BAD_ARRAYS = [
     (pack_request(images(), rewards=[]), 422, "at least one"),
     (pack_request(images(), rewards="clip"), 422, "a list of names"),
     (pack_request(images(), gradient_dtype="F64"), 422, "must be 'F32' or 'F16'"),
+    (pack_request(images(), step=-1), 422, "a whole number from 0 on"),
+    (pack_request(images(), step=True), 422, "a whole number from 0 on"),
     (b"x" * (2**20 + 1), 413, "at most 1048576"),
 ]
 
@@ -293,6 +295,7 @@ BAD_ANSWERS = [
     ({"scores/x": torch.ones(2), "gradient/x": ONES * torch.nan}, "is not finite"),
     ({"scores/x": torch.ones(2), "gradient/x": ONES, "scale/x": torch.tensor([1.0, torch.nan])}, "is not finite"),
     ({"scores/x": torch.ones(2), "gradient/x": ONES, "scale/x": torch.ones(3)}, "got [3]"),
+    ({"scores/x": torch.ones(2), "gradient/x": ONES, "logged/x/y": torch.ones(3)}, "logged/x/y' must be floats"),
 ]
 
 

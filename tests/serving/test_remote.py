@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 import re
 import subprocess
@@ -14,17 +16,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from live_servers import QUICK, Faulty, Spread, remote, serving
+from PIL import Image
 
-from rdm_sdk import RDMTrainer, RewardBatch, RewardError, score_images
+from rdm_sdk import Capabilities, RDMTrainer, Reward, RewardBatch, RewardError, score_images
 from rdm_sdk.digits.reward import Legibility
 from rdm_sdk.rewards.evaluate import evaluate_reward
 from rdm_sdk.rewards.resolve import plan_rewards, resolve_rewards
 from rdm_sdk.serving.remote import Remote
+from rdm_sdk.serving.requests import Request
+from rdm_sdk.serving.scorer import Scorer
 from rdm_sdk.testing import example_batch, parametrize_reward_checks
 
 pytestmark = pytest.mark.usefixtures("sound")
@@ -43,6 +49,52 @@ def test_it_equals_the_local_reward(server: Faulty, transport: str, near_scores:
     assert local.gradient is not None
     assert distant.gradient is not None
     assert (local.gradient - distant.gradient).norm() <= near_gradient * local.gradient.norm()
+
+
+class Logging(Reward):
+    """Logs the step that it is told, and the light of every image; differentiable."""
+
+    name = "logging"
+    capabilities = Capabilities(gradient="autograd")
+
+    def score(self, batch: RewardBatch) -> torch.Tensor:
+        batch.log("step", -1 if batch.step is None else batch.step)
+        batch.log("light", batch.images.mean(dim=(1, 2, 3)))
+        return batch.images.mean(dim=(1, 2, 3))
+
+
+def test_the_step_goes_there_and_what_is_logged_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without a gradient; an older server, which lists no fields, is not sent the step."""
+    images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with serving([Logging()]) as app:
+        made = Remote(url=app.url)
+        for graded in (None, ()):
+            for step in (None, 3):
+                batch = RewardBatch.from_images(images, step=step)
+                local, distant = (evaluate_reward(one, batch, gradients_of=graded) for one in (Logging(), made))
+                assert distant.logged["step"].tolist() == [-1 if step is None else step] * 4
+                torch.testing.assert_close(distant.logged, local.logged, rtol=0, atol=0)
+        monkeypatch.setattr("rdm_sdk.serving.app.FIELDS", ())
+        older = Remote(url=app.url)
+        assert evaluate_reward(older, batch).logged["step"].tolist() == [-1] * 4
+        picture = io.BytesIO()
+        Image.new("RGB", (4, 4), (255, 0, 0)).save(picture, "PNG")
+        body = {"images": [base64.b64encode(picture.getvalue()).decode()], "step": 5}
+        told = httpx2.post(f"{app.url}/v1/score", json=body).json()
+        assert told["logged"]["logging"]["step"] == [5]
+
+
+def test_requests_of_other_steps_are_judged_apart() -> None:
+    """Two that wait are put together only where the step is the same."""
+    scorer = Scorer(resolve_rewards([Logging()]), "cpu")
+    try:
+        requests = [Request(torch.rand(2, 3, 8, 8), step=step) for step in (0, 0, 1, None)]
+        with scorer._changed:  # so that nothing is taken before all of it waits
+            futures = [scorer.submit(request, False) for request in requests]
+        steps = [future.result()["logging"].logged["step"].tolist() for future in futures]
+    finally:
+        scorer.close()
+    assert steps == [[0, 0], [0, 0], [1, 1], [-1, -1]]
 
 
 def test_8_bits_are_the_nearest_ones(server: Faulty) -> None:

@@ -36,7 +36,7 @@ def experience(seed: int, num: int = 4, use: int = 1, scored: tuple[str, ...] = 
         use=use,
         x_0=draw(num, 2, 2),
         weights=draw(num).exp(),
-        scored={name: RewardOutput(values) for name, values in scores.items()},
+        scored={name: RewardOutput(values, logged={"ink": -values}) for name, values in scores.items()},
     )
 
 
@@ -51,6 +51,8 @@ def assert_same(got: Experience, written: Experience) -> None:
     for name in ("states", "x_0", "depths"):
         assert bits(getattr(got.rollout, name)) == bits(getattr(written.rollout, name)), name
     assert {n: bits(o.scores) for n, o in got.scored.items()} == {n: bits(o.scores) for n, o in written.scored.items()}
+    for name, output in written.scored.items():
+        assert {n: bits(v) for n, v in got.scored[name].logged.items()} == {"ink": bits(output.logged["ink"])}
     assert (got.prompts, got.use) == (written.prompts, written.use)
     assert (got.condition, got.columns) == ({}, {})
     assert bits(got.states) == bits(written.states)

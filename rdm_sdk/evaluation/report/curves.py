@@ -67,6 +67,12 @@ KINDS = (
     ),
     Kind("rewards/(.+)/skipped", "Rewards", "share of batches, 0 to 1", "How often {0} failed and was skipped."),
     Kind("rewards/(.+)/seconds", "Costs", "seconds per batch", "What evaluating {0} takes."),
+    Kind(
+        "rewards/(.+)/(.+)",
+        "Rewards",
+        "as the reward says",
+        "What {0} logs itself (`batch.log`): the mean over the samples that it has a value for.",
+    ),
     Kind("weights/(.+)", "Weights", "weight", "What {0} weighs beside the others; constant unless weighting adapts."),
     Kind("weighting/(.+)", "Weights", "", "What the weighting goes by: {0}."),
     Kind(
@@ -167,6 +173,12 @@ KINDS = (
         "Evaluation in training",
         "score, native units",
         "How much scores of {0} differ among these samples: what a fall of the mean is measured by.",
+    ),
+    Kind(
+        "eval_rewards/(.+)/(.+)",
+        "Evaluation in training",
+        "as the reward says",
+        "What {0} logs itself of these samples.",
     ),
     Kind("eval_(.+)", "Evaluation in training", "", "Of the evaluation prompts: {0}."),
     Kind("(.+)", "Other", "", "{0}, as logged."),
