@@ -51,19 +51,29 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
+    from rdm_sdk.rewards.base import Reward, check_class
+    from rdm_sdk.rewards.resolve import is_by_place, load_reward, target_of
     from rdm_sdk.rewards.spec import parse_spec
 
-    name = parse_spec(options.name)[0].name  # options and a variant may be written along
-    entry, target = registry().find(name), registry().load(name)
-    print(f"{entry.name}  ({entry.distribution}, {entry.target})\n")
-    print(inspect.cleandoc(target.__doc__ or entry.description or "no description"))
-    capabilities = getattr(target, "capabilities", None)
-    if capabilities is None:
-        print("\na plain function: scored, not differentiated; takes no options")
+    term = parse_spec(options.name)[0]  # options and a variant may be written along
+    target = target_of(term)
+    is_class = isinstance(target, type) and issubclass(target, Reward)
+    capabilities = None if is_class else load_reward(term).capabilities  # a plain function loads nothing
+    description = ""
+    if is_by_place(term):
+        print(f"{term.variant}  (by its place, {term.name}:{term.variant})\n")
+    else:
+        entry = registry().find(term.name)
+        print(f"{entry.name}  ({entry.distribution}, {entry.target})\n")
+        description = entry.description
+    print(inspect.cleandoc(target.__doc__ or description or "no description"))
+    if capabilities is not None:
+        print(f"\na plain function: {'differentiated' if capabilities.gradient != 'none' else 'only scored'}")
+        _print_declared(capabilities)
+        print("\noptions: none; a Reward class has some")
         return 0
-    declared = [(f.name, str(getattr(capabilities, f.name))) for f in dataclasses.fields(capabilities)]
-    print("\ndeclares:")
-    print_table([(name, value) for name, value in declared if value not in ("None", "()", "False")])
+    check_class(target)
+    _print_declared(target.capabilities)
     fields = target.Config.model_fields
     print("\noptions:" if fields else "\noptions: none")
     print_table(
@@ -78,6 +88,12 @@ def _info(options: argparse.Namespace) -> int:
         ]
     )
     return 0
+
+
+def _print_declared(capabilities: Any) -> None:
+    declared = [(f.name, str(getattr(capabilities, f.name))) for f in dataclasses.fields(capabilities)]
+    print("\ndeclares:")
+    print_table([(name, value) for name, value in declared if value not in ("None", "()", "False")])
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -145,7 +145,7 @@ def plan_rewards(
 def _declared(term: RewardTerm, given: Reward | None) -> tuple[Capabilities, RewardConfig, Reward | None]:
     """Return what a reward declares, its options, and the object if there is one without loading anything."""
     if given is None:
-        target = _target_of(term)
+        target = target_of(term)
         if isinstance(target, type) and issubclass(target, Reward):
             check_class(target)
             if not target.settled_when_made:
@@ -248,7 +248,7 @@ def load_reward(term: RewardTerm) -> Reward:
     Raises:
         RewardError: the reward is unknown, its plugin is broken, or it does not take one of the options.
     """
-    target = _target_of(term)
+    target = target_of(term)
     if is_by_place(term):
         name, origin, owner = str(term.variant), "", f"the module {term.name}"
     else:
@@ -295,7 +295,7 @@ def is_by_place(term: RewardTerm) -> bool:
         return False
 
 
-def _target_of(term: RewardTerm) -> Any:
+def target_of(term: RewardTerm) -> Any:
     """Import and return what a term names: a class or a function.
 
     Raises:

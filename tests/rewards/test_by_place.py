@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +11,20 @@ import pytest
 import torch
 
 from rdm_sdk import Reward, RewardError, score_images
+from rdm_sdk.cli.main import main
 from rdm_sdk.rewards.resolve import plan_rewards, resolve_rewards
 
 MODULE = """
 import torch
-from rdm_sdk import Capabilities, Reward, RewardConfig
+from rdm_sdk import Capabilities, Reward, RewardConfig, declares
 
 def ink(images, **columns):
     return (1 - images).mean((1, 2, 3)).tolist()
+
+@declares(gradient="autograd", range=(0.0, 1.0))
+def paper_tensor(images, wanted, **columns):
+    'How light an image is.'
+    return images.mean((1, 2, 3))
 
 def paper(images, **columns):
     return images.mean((1, 2, 3)).tolist()
@@ -47,6 +54,23 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     yield f"{name}.rewards"
     for loaded in [key for key in sys.modules if key.split(".")[0] == name]:
         del sys.modules[loaded]
+
+
+def test_what_they_declare_is_shown(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """By `rdm-sdk rewards info module:name`, as of registered ones; what is no reward is an error."""
+    assert main(["rewards", "info", f"{module}:paper_tensor"]) == 0
+    told = capsys.readouterr().out
+    assert f"paper_tensor  (by its place, {module}:paper_tensor)" in told
+    assert "How light an image is." in told
+    assert "a plain function: differentiated" in told
+    assert re.search(r"gradient +autograd", told)
+    assert re.search(r"columns +\('wanted',\)", told)
+    assert main(["rewards", "info", f"{module}:ink"]) == 0
+    assert "a plain function: only scored" in capsys.readouterr().out
+    assert main(["rewards", "info", f"{module}:Scaled"]) == 0
+    assert re.search(r"factor +float +default 1.0", capsys.readouterr().out)
+    assert main(["rewards", "info", f"{module}:LIMIT"]) == 2
+    assert "names neither a Reward class nor a function" in capsys.readouterr().err
 
 
 def test_functions_and_classes_are_found_by_their_place(module: str) -> None:
