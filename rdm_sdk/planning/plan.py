@@ -24,7 +24,7 @@ from rdm_sdk.planning.blueprint import blueprint
 from rdm_sdk.planning.footprint import bytes_of, bytes_of_all, count_of
 from rdm_sdk.planning.phases import Phase, Step
 from rdm_sdk.planning.rehearsal import Rehearsal
-from rdm_sdk.rewards.resolve import PlannedReward, RewardFuncs, plan_rewards
+from rdm_sdk.rewards.resolve import PlannedReward, RewardFuncs, plan_rewards, split_held_out
 from rdm_sdk.training.config import RDMConfig
 from rdm_sdk.training.judge import reward_heads
 from rdm_sdk.training.models import check_fits
@@ -123,12 +123,13 @@ class Planner:
         fake_peft_config: LoraConfig | None = None,
     ) -> MemoryPlan:
         """Return what a run takes; see `plan_memory`."""
-        rewards = plan_rewards(reward_funcs, args.reward_weights, args.reward_route)
-        check_run(args, rewards, {})
+        found = plan_rewards(reward_funcs, args.reward_weights, args.reward_route, args.eval_rewards)
+        rewards, held_out = split_held_out(found, args.eval_rewards)
+        check_run(args, rewards, {}, held_out=held_out)
         draft = self._draft(args, role_configs(args, rewards, peft_config, fake_peft_config), rewards)
         check_fits(draft.family, args)
         phases = Step(draft.rehearsal(args), args, rewards).phases()
-        plans = (MemoryPlan(tuple(_rows(draft, args, rewards, phase)), phase.name) for phase in phases)
+        plans = (MemoryPlan(tuple(_rows(draft, args, found, phase)), phase.name) for phase in phases)
         return max(plans, key=lambda plan: plan.total)
 
     def _draft(

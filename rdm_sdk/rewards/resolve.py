@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from math import isfinite
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from rdm_sdk.errors import RewardError, described, nearest
 from rdm_sdk.plugins.hookspecs import REWARD_NAME
@@ -19,6 +19,7 @@ from rdm_sdk.rewards.callables import as_reward
 from rdm_sdk.rewards.routes import Route, choose_routes
 from rdm_sdk.rewards.spec import RewardTerm, checked_model, label_terms, make_term, parse_spec
 
+AnyReward = TypeVar("AnyReward", bound="RunReward")
 RewardLike: TypeAlias = str | RewardTerm | Reward | Callable[..., object] | Mapping[str, Any]
 RewardFuncs: TypeAlias = RewardLike | Sequence[RewardLike | tuple[RewardLike, float]] | None
 
@@ -94,6 +95,7 @@ def resolve_rewards(
     reward_funcs: RewardFuncs,
     weights: Sequence[float] | Mapping[str, float] | None = None,
     reward_route: str = "gradient",
+    held_out: str | None = None,
 ) -> list[WeightedReward]:
     """Turn `reward_funcs` into rewards with weights and routes; None means distribution matching alone.
 
@@ -103,19 +105,21 @@ def resolve_rewards(
             a list of these and of pairs `(one of these, weight)`.
         weights: factors on top of those above: one per reward, in order, or by the name that logs call a reward.
         reward_route: how the rewards act, as `RDMConfig.reward_route`: "tilt[ink=gradient]".
+        held_out: the spec of further rewards, which come last and have weight 0; see `split_held_out`.
 
     Raises:
         RewardError: an unknown name, a malformed spec, the same reward twice, a wrong option, weights that do not fit,
             or a reward that cannot take the route it is given.
         ConfigError: a malformed `reward_route`.
     """
-    return [planned.make() for planned in plan_rewards(reward_funcs, weights, reward_route)]
+    return [planned.make() for planned in plan_rewards(reward_funcs, weights, reward_route, held_out)]
 
 
 def plan_rewards(
     reward_funcs: RewardFuncs,
     weights: Sequence[float] | Mapping[str, float] | None = None,
     reward_route: str = "gradient",
+    held_out: str | None = None,
 ) -> list[PlannedReward]:
     """Return what `resolve_rewards` makes its rewards of: all that can be known, and checked, without loading a model.
 
@@ -125,21 +129,36 @@ def plan_rewards(
     found = _resolve("dm" if reward_funcs is None else reward_funcs)
     if not found:
         raise RewardError("no rewards given: pass at least one, such as reward_funcs='dm'")
-    labels = label_terms([term for term, _ in found], [term for term, _ in found if is_by_place(term)])
+    watching: list[_Found] = [(term, None) for term in _held_out(held_out)]
+    terms = [term for term, _ in (*found, *watching)]
+    labels = label_terms(terms, [term for term in terms if is_by_place(term)])
     if weights is not None:
-        factors = _factors(labels, weights)
+        factors = _factors(labels[: len(found)], weights)
         found = [_scaled(item, factor) for item, factor in zip(found, factors, strict=True)]
+    own = len(found)
+    found += watching
     for term, given in found:
         if given is None and not is_by_place(term):
             registry().find(term.name)  # unknown names are found before the first reward's module is imported
     declared = [_declared(term, given) for term, given in found]
-    routes = choose_routes({label: one[0] for label, one in zip(labels, declared, strict=True)}, reward_route)
+    capable = [(label, one[0]) for label, one in zip(labels, declared, strict=True)]
+    routes = choose_routes(dict(capable[:own]), reward_route) | choose_routes(dict(capable[own:]), "gradient")
     return [
         PlannedReward(
             label=label, term=term, route=routes[label], capabilities=capabilities, config=config, given=given
         )
         for label, (term, _), (capabilities, config, given) in zip(labels, found, declared, strict=True)
     ]
+
+
+def split_held_out(rewards: Sequence[AnyReward], held_out: str | None) -> tuple[list[AnyReward], list[AnyReward]]:
+    """Return the rewards of a run, and those of the spec `held_out`, which were resolved with them."""
+    own = len(rewards) - len(_held_out(held_out))
+    return list(rewards[:own]), list(rewards[own:])
+
+
+def _held_out(spec: str | None) -> list[RewardTerm]:
+    return [] if spec is None else [term.model_copy(update={"weight": 0.0}) for term in parse_spec(spec)]
 
 
 def _declared(term: RewardTerm, given: Reward | None) -> tuple[Capabilities, RewardConfig, Reward | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -12,7 +11,7 @@ from transformers import IntervalStrategy, TrainingArguments
 from rdm_sdk.errors import ConfigError
 from rdm_sdk.rewards.routes import parse_route
 from rdm_sdk.training.inherited import check_inherited, name_checkpointing
-from rdm_sdk.training.rules import check_known, check_rules, settle_types
+from rdm_sdk.training.rules import check_known, check_rules, parse_resolution, settle_types
 from rdm_sdk.training.weighting import make_weighting
 
 
@@ -248,6 +247,14 @@ class RDMConfig(_KnownSettings):
         },
     )
 
+    eval_rewards: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rewards that judge what evaluate() makes of eval_dataset and nothing else: held out, as a spec "
+            "such as 'clip + hps:v2.1'."
+        },
+    )
+
     # ---- Weights and memory
     student_weights: Literal["lora", "full"] = field(
         default="lora",
@@ -383,15 +390,3 @@ CLIP_RANGES = {"sum": 0.2, "mean": 1e-4}
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:
     if not holds:
         raise ConfigError(f"{name}={value!r} cannot be used; it must be {wanted}")
-
-
-def parse_resolution(text: str) -> tuple[int, int]:
-    """Return height and width of "1024x832".
-
-    Raises:
-        ConfigError: it is no such text.
-    """
-    match = re.fullmatch(r"\s*(\d+)\s*x\s*(\d+)\s*", str(text))
-    if match is None:
-        raise ConfigError(f"resolutions: {text!r} is no size; write height x width in pixels, such as '1024x832'")
-    return int(match[1]), int(match[2])

@@ -41,6 +41,7 @@ class Judge:
         settings: an `RDMConfig`, or any object with the same fields.
         monitor: takes every figure of the run down; a new one by default.
         processes: of a run on several devices.
+        held_out: rewards that judge finished samples alone, in an evaluation.
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class Judge:
         settings: MethodSettings,
         monitor: Monitor | None = None,
         processes: Processes | None = None,
+        held_out: Sequence[WeightedReward] = (),
     ) -> None:
-        self.models, self.rewards, self.settings = models, rewards, settings
+        self.models, self.rewards, self.settings, self.held_out = models, rewards, settings, held_out
         self.monitor = Monitor() if monitor is None else monitor
         self.processes = Processes() if processes is None else processes
         self.randomness = Randomness(models.device, self.processes)
@@ -189,8 +191,9 @@ class Judge:
 
     @property
     def of_images(self) -> dict[str, Any]:
-        """The rewards that can judge finished samples, by label."""
-        return {one.label: one.reward for one in self.rewards if not one.capabilities.needs_models}
+        """The rewards that can judge finished samples, by label; those that are held out come last."""
+        everything = (*self.rewards, *self.held_out)
+        return {one.label: one.reward for one in everything if not one.capabilities.needs_models}
 
     @property
     def options(self) -> dict[str, Any]:
@@ -200,7 +203,8 @@ class Judge:
             "device": settings.reward_device,
             "offload": settings.reward_offload,
             "on_error": settings.reward_on_error,
-            "may_sit_out": [reward.label for reward in self.rewards if not reward.weight],  # watching stops no run
+            # Watching stops no run.
+            "may_sit_out": [one.label for one in (*self.rewards, *self.held_out) if not one.weight],
             "time_limit": settings.reward_timeout,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache, reduce
@@ -160,3 +161,15 @@ def check_known(names: list[str], known: list[str]) -> None:
     for name in names:
         if name not in known:
             raise ConfigError(f"unknown setting {name!r}.{nearest(name, known)}")
+
+
+def parse_resolution(text: str) -> tuple[int, int]:
+    """Return height and width of "1024x832".
+
+    Raises:
+        ConfigError: it is no such text.
+    """
+    match = re.fullmatch(r"\s*(\d+)\s*x\s*(\d+)\s*", str(text))
+    if match is None:
+        raise ConfigError(f"resolutions: {text!r} is no size; write height x width in pixels, such as '1024x832'")
+    return int(match[1]), int(match[2])

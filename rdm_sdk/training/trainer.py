@@ -18,7 +18,7 @@ from transformers.trainer_utils import TrainOutput
 from rdm_sdk.errors import ConfigError, DataError, RDMError
 from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import STUDENT
-from rdm_sdk.rewards.resolve import RewardFuncs, resolve_rewards
+from rdm_sdk.rewards.resolve import RewardFuncs
 from rdm_sdk.training import checkpoint, hub, validation
 from rdm_sdk.training.accelerated import processes_of
 from rdm_sdk.training.callbacks import run_callbacks, speak_plainly
@@ -82,9 +82,9 @@ class RDMTrainer(Trainer):
         validation.check_arguments(args, optimizers)
         train_dataset = None if train_dataset is None else load_prompts(train_dataset)
         eval_dataset = None if eval_dataset is None else load_prompts(eval_dataset, "eval_dataset")
-        self.rewards = resolve_rewards(reward_funcs, args.reward_weights, args.reward_route)
+        self.rewards, self.held_out = validation.run_rewards(reward_funcs, args)
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        validation.check_run(args, self.rewards, datasets, weighting)
+        validation.check_run(args, self.rewards, datasets, weighting, self.held_out)
         roles = validation.role_configs(args, self.rewards, peft_config, fake_peft_config)
         self.family = load_family(
             model,
@@ -124,7 +124,7 @@ class RDMTrainer(Trainer):
         if args.text_encoders == "drop":
             prompts = all_prompts(self.train_dataset, self.eval_dataset)
             self.models.encode_and_drop(prompts, quiet=bool(args.disable_tqdm))
-        self.judge = Judge(self.models, self.rewards, args, processes=processes_of(self.accelerator))
+        self.judge = Judge(self.models, self.rewards, args, None, processes_of(self.accelerator), self.held_out)
         self.monitor, self.weighting = self.judge.monitor, weighting
         self.step = DistillationStep(self.judge, args, weighting)
         self.keeper = RunKeeper(args, self.step, self.models, self.train_dataset, self.accelerator.wait_for_everyone)
@@ -261,8 +261,8 @@ class RDMTrainer(Trainer):
         """Sample the student for the evaluation prompts, always with the same noise, and score the samples.
 
         Returns:
-            The mean of every reward that can judge finished samples, over those it is for, as
-            `<metric_key_prefix>_rewards/<name>/mean`; the first, negated, is `<metric_key_prefix>_loss` too.
+            The mean of every reward that can judge finished samples (also of `args.eval_rewards`), over those it is
+            for, as `<metric_key_prefix>_rewards/<name>/mean`; the first, negated, is `<metric_key_prefix>_loss` too.
 
         Raises:
             ConfigError: no reward judges finished samples, or there are no evaluation prompts.

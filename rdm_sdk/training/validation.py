@@ -19,10 +19,20 @@ from rdm_sdk.families.compiled import check_compiler
 from rdm_sdk.families.roles import STUDENT, TEACHER, Roles, check_lora_config
 from rdm_sdk.plugins.registry import registry
 from rdm_sdk.rewards.base import Reward
-from rdm_sdk.rewards.resolve import RunReward, WeightedReward
+from rdm_sdk.rewards.resolve import RewardFuncs, RunReward, WeightedReward, resolve_rewards, split_held_out
 from rdm_sdk.training.config import RDMConfig
 from rdm_sdk.training.start import starting_lora
 from rdm_sdk.training.weighting import ANCHOR, Weighting, make_weighting
+
+
+def run_rewards(reward_funcs: RewardFuncs, args: RDMConfig) -> tuple[list[WeightedReward], list[WeightedReward]]:
+    """Return the rewards of a run, and those that judge its evaluations alone, under labels that tell all apart.
+
+    Raises:
+        RewardError, ConfigError: as `resolve_rewards`.
+    """
+    found = resolve_rewards(reward_funcs, args.reward_weights, args.reward_route, args.eval_rewards)
+    return split_held_out(found, args.eval_rewards)
 
 
 def critic_roles(rewards: Sequence[RunReward]) -> list[str]:
@@ -92,11 +102,16 @@ def check_run(
     rewards: Sequence[RunReward],
     datasets: Mapping[str, Dataset | None],
     weighting: Weighting | None = None,
+    held_out: Sequence[RunReward] = (),
 ) -> None:
-    """Raise `ConfigError` or `DataError` for what cannot work together, before the base is loaded."""
+    """Raise `ConfigError` or `DataError` for what cannot work together, before the base is loaded.
+
+    `held_out` are the rewards of the setting `eval_rewards`.
+    """
     _check_trackers(args)
+    _check_held_out(held_out, datasets)
     if "eval_dataset" in datasets:
-        _check_evaluation(args, rewards, datasets["eval_dataset"])
+        _check_evaluation(args, [*rewards, *held_out], datasets["eval_dataset"])
     if not any(reward.weight for reward in rewards):
         raise ConfigError("every reward has weight 0, so nothing would be learned; give one a weight other than 0")
     if weighting is not None and (isinstance(weighting, type) or not isinstance(weighting, Weighting)):
@@ -130,12 +145,37 @@ def check_run(
             raise ConfigError(f"a reward declares trains={role!r}, which is not a critic's; give its role another name")
     if critic_roles(rewards) and args.critic_steps == 0:
         raise ConfigError("critic_steps=0 would leave the critics of the rewards untrained; use at least 1")
-    grouped = [reward.label for reward in rewards if reward.capabilities.scope == "group"]
+    grouped = [reward.label for reward in (*rewards, *held_out) if reward.capabilities.scope == "group"]
     if grouped and args.num_generations == 1:
         raise ConfigError(
             f"reward {grouped[0]!r} compares the samples of one prompt, and num_generations=1 leaves nothing to "
             "compare with; use at least 2"
         )
+    _check_columns(rewards, datasets)
+    _check_applies(rewards, datasets)
+
+
+def _check_held_out(held_out: Sequence[RunReward], datasets: Mapping[str, Dataset | None]) -> None:
+    """Raise `ConfigError` or `DataError` for rewards that are to judge an evaluation alone, and cannot."""
+    for reward in held_out:
+        if reward.capabilities.needs_models:
+            raise ConfigError(
+                f"eval_rewards: {reward.label!r} needs the models of a run, and what is evaluated are finished images; "
+                "leave it out"
+            )
+    if "eval_dataset" in datasets:
+        evaluated = datasets["eval_dataset"]
+        if held_out and evaluated is None:
+            raise ConfigError(
+                f"eval_rewards names {held_out[0].label!r}, which would judge nothing: pass eval_dataset, the prompts "
+                "that evaluate() samples"
+            )
+        _check_columns(held_out, {"eval_dataset": evaluated})
+        _check_applies(held_out, {"eval_dataset": evaluated})
+
+
+def _check_columns(rewards: Sequence[RunReward], datasets: Mapping[str, Dataset | None]) -> None:
+    """Raise `DataError` if a dataset lacks a column that a reward needs."""
     for reward in rewards:
         for argument, dataset in datasets.items():
             for column in reward.capabilities.columns:
@@ -144,7 +184,6 @@ def check_run(
                         f"reward {reward.label!r} needs a column {column!r}, and {argument} has none."
                         f"{nearest(column, dataset.column_names)} It has: {', '.join(dataset.column_names)}"
                     )
-    _check_applies(rewards, datasets)
 
 
 def _check_applies(rewards: Sequence[RunReward], datasets: Mapping[str, Dataset | None]) -> None:
@@ -176,8 +215,8 @@ def _applies_somewhere(reward: Reward, dataset: Dataset) -> bool:
 
 
 NO_EVALUATION = (
-    "evaluate() needs eval_dataset and a reward that judges images, beside or instead of 'dm'; add one with weight 0 "
-    "to watch it without training on it, such as 'dm + 0*legibility'"
+    "evaluate() needs eval_dataset and a reward that judges images, beside or instead of 'dm'; name one in "
+    "eval_rewards to hold it out, or add one with weight 0 to watch it in training as well, such as 'dm + 0*legibility'"
 )
 
 

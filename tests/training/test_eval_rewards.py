@@ -1,0 +1,113 @@
+"""Rewards that judge a run's evaluations and nothing else (`eval_rewards`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from rdm_sdk import ConfigError, DataError, RDMConfig, RDMTrainer, RewardError, plan_memory
+from rdm_sdk.rewards.resolve import plan_rewards, split_held_out
+
+Make = Callable[..., RDMTrainer]
+PROMPTS = ["a zero", "a one"]
+
+asked: list[int] = []
+
+
+def held(images: Any, prompts: Any) -> Any:
+    """A held-out reward, named by its place; takes down what it is shown."""
+    asked.append(len(images))
+    return images.mean(dim=(1, 2, 3)).tolist()
+
+
+def wants(images: Any, wanted: Any) -> Any:
+    return [1.0] * len(images)
+
+
+def test_they_judge_evaluations_and_leave_training_alone(make_trainer: Make, tmp_path: Path, losses_of: Any) -> None:
+    """Their mean is logged and chooses the best; the run is, to the bit, the one without them."""
+    asked.clear()
+    settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "eval_dataset": PROMPTS}
+    plain = make_trainer(tmp_path / "plain", "dm + 0.1*legibility", **settings)
+    plain.train()
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1}
+    best |= {"metric_for_best_model": "eval_rewards/held/mean", "greater_is_better": True}
+    trainer = make_trainer(
+        tmp_path / "held", "dm + 0.1*legibility", eval_rewards="test_eval_rewards:held", **settings, **best
+    )
+    assert [reward.label for reward in trainer.rewards] == ["dm", "legibility"]
+    trainer.train()
+    assert asked == [2, 2]  # once per evaluation, whatever trains
+    assert losses_of(trainer) == losses_of(plain)
+    assert not any("rewards/held" in name for row in trainer.state.log_history if "loss" in row for name in row)
+    rows = [row for row in trainer.state.log_history if "eval_loss" in row]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["eval_loss"] == -row["eval_rewards/legibility/mean"]  # as without them
+    assert trainer.state.best_metric == max(row["eval_rewards/held/mean"] for row in rows)
+
+
+def test_dm_alone_is_evaluated_by_them(make_trainer: Make, tmp_path: Path) -> None:
+    """A run without another reward that judges images has its figures from them."""
+    trainer = make_trainer(tmp_path, "dm", eval_rewards="legibility", eval_dataset=PROMPTS)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == -metrics["eval_rewards/legibility/mean"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"eval_rewards": "held_out"}, RewardError, "unknown reward 'held_out'"),
+        ({"eval_rewards": ""}, RewardError, "the reward spec is empty"),
+        ({"eval_rewards": "guidance"}, ConfigError, "'guidance' needs the models of a run"),
+        ({"eval_rewards": "legibility"}, RewardError, "two rewards have the name 'legibility'"),
+        ({"eval_rewards": "test_eval_rewards:held", "eval_dataset": None}, ConfigError, "pass eval_dataset"),
+        ({"eval_rewards": "test_eval_rewards:wants"}, DataError, "needs a column 'wanted', and eval_dataset has none"),
+        (
+            {
+                "eval_rewards": "test_eval_rewards:wants",
+                "eval_dataset": Dataset.from_dict({"prompt": PROMPTS, "wanted": [None, None]}),
+            },
+            DataError,
+            "'wants' is for none of the prompts of eval_dataset",
+        ),
+        (
+            {
+                "eval_rewards": "test_eval_rewards:held",
+                "eval_strategy": "steps",
+                "save_strategy": "best",
+                "metric_for_best_model": "rewards/hold/mean",
+            },
+            ConfigError,
+            "Did you mean 'rewards/held/mean'",
+        ),
+        ({"eval_rewards": "test_eval_rewards:held", "reward_route": "tilt[held=tilt]"}, RewardError, "'held', which"),
+        ({"eval_rewards": "jpeg", "reward_weights": [1.0, 1.0, 1.0]}, RewardError, "3 entries for 2 rewards"),
+    ],
+)
+def test_what_cannot_be_held_out(
+    make_trainer: Make, tmp_path: Path, no_training: None, settings: dict[str, Any], error: Any, words: str
+) -> None:
+    """Found when the trainer is made, before the base is loaded."""
+    with pytest.raises(error) as caught:
+        make_trainer(tmp_path, "dm + 0.1*legibility", model="no/base", **({"eval_dataset": PROMPTS} | settings))
+    assert words in str(caught.value)
+
+
+def test_they_are_told_apart_from_the_runs_own() -> None:
+    """Variants of one reward get the labels that they would have together, and weights of the run's are its own."""
+    found = plan_rewards("dm + 0.5*hps:v2", [1.0, 2.0], "gradient", "hps:v2.1 + 3*jpeg")
+    own, held_out = split_held_out(found, "hps:v2.1 + 3*jpeg")
+    assert [(one.label, one.weight) for one in own] == [("dm", 1.0), ("hps:v2", 1.0)]
+    assert [(one.label, one.weight) for one in held_out] == [("hps:v2.1", 0.0), ("jpeg", 0.0)]
+
+
+def test_their_models_are_planned_for(small_teacher: str) -> None:
+    """They stay on the device between evaluations."""
+    args = RDMConfig(use_cpu=True, eval_rewards="clip", max_sequence_length=4)
+    rows = {row.role: row.parameters for row in plan_memory(small_teacher, args, "dm").rows}
+    assert rows["reward clip"] == next(iter(plan_rewards("clip"))).capabilities.parameters
