@@ -1,4 +1,4 @@
-"""Tools for rewards that look at pictures: preprocessing that equals PIL's, checked weights, CLIP."""
+"""Tools for rewards that look at pictures: preprocessing that equals PIL's, checked weights, CLIP, references."""
 
 from rdm_sdk.vision.clip import (
     CLIP_VIT_H,
@@ -9,6 +9,7 @@ from rdm_sdk.vision.clip import (
     load_clip,
 )
 from rdm_sdk.vision.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, ImageTransform, resize
+from rdm_sdk.vision.references import PictureColumn
 from rdm_sdk.vision.weights import (
     PretrainedConfig,
     expanded,
@@ -28,6 +29,7 @@ __all__ = [
     "ClipEncoder",
     "ClipReward",
     "ImageTransform",
+    "PictureColumn",
     "PretrainedConfig",
     "clip_from_open_clip",
     "convert_open_clip",
