@@ -60,9 +60,9 @@ def padded(rows: Sequence[Condition], lengths: Mapping[str, int], device: torch.
     for name in rows[0]:
         tensors = [row[name] for row in rows]
         if name not in lengths:
-            condition[name] = torch.stack(tensors).to(device)
+            condition[name] = torch.stack(tensors).to(device, non_blocking=True)
             continue
-        together = pad_sequence(tensors, batch_first=True).to(device)
+        together = pad_sequence(tensors, batch_first=True).to(device, non_blocking=True)
         missing = lengths[name] - together.shape[1]
         condition[name] = nn.functional.pad(together, (*[0] * (2 * (together.ndim - 2)), 0, missing))
     return condition
