@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -17,6 +17,14 @@ Denoiser: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 Condition: TypeAlias = dict[str, Tensor]
 """What a prompt encodes to: named tensors whose first dimension is the batch."""
+
+
+def read_all(scalars: Sequence[Tensor]) -> list[float]:
+    """Return the values of tensors of one value each; the device that they are on is waited for once."""
+    if not scalars:
+        return []
+    values: list[float] = torch.stack([s.detach().to(scalars[0].device, torch.float64) for s in scalars]).tolist()
+    return values
 
 
 def select(condition: Condition, rows: Tensor) -> Condition:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rdm_sdk.errors import ConfigError, ModelError
 from rdm_sdk.families.compiled import compiled_in_place
+from rdm_sdk.families.encodings import encoded
 from rdm_sdk.families.features import block_output
 from rdm_sdk.families.fingerprint import fingerprint
 from rdm_sdk.families.finite import check_decoded, check_encoding
@@ -58,6 +59,8 @@ class ModelFamily(ABC):
     """Tokens per prompt in a pipeline call that does not say `max_sequence_length`; 0 where it has no such argument."""
     max_sequence_length: int = 0
     """Tokens per prompt in this run."""
+    masks: tuple[tuple[str, str], ...] = ()
+    """Tensors of the condition `[N, tokens, ...]`, each with the mask `[N, tokens]` that hides its padding."""
     no_checkpointing: str = ""
     """Why the backbone's blocks must not be run again in the backward pass, as for people; empty where they may."""
 
@@ -189,19 +192,16 @@ class ModelFamily(ABC):
         )
 
     def condition(self, prompts: Sequence[str | None], guidance_scale: float = 1.0) -> Condition:
-        """Return everything that the backbone is told beside x_t and its noise level, `[N, ...]`.
-
-        Prompts are encoded one at a time: in a batch, an encoding's last bits depend on the prompts beside it.
+        """Return everything that the backbone is told beside x_t and its noise level, `[N, ...]`; one batch of prompts.
 
         Args:
             prompts: N prompts; None is no prompt.
             guidance_scale: where the backbone is told it (`guidance` is "embedded"), it becomes a part: "guidance".
         """
-        rows = [self.encode_no_prompt() if prompt is None else self.encode_prompts([prompt]) for prompt in prompts]
-        condition = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        condition = encoded(prompts, self.encode_prompts, self.encode_no_prompt)
         check_encoding(condition, prompts, self.text_encoders())
         if self.guidance == "embedded":
-            condition["guidance"] = torch.full((len(rows),), guidance_scale, device=self.device)
+            condition["guidance"] = torch.full((len(prompts),), guidance_scale, device=self.device)
         return condition
 
     # ---- Sizes --------------------------------------------------------------------------------------------------

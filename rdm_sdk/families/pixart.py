@@ -29,6 +29,7 @@ class MaskedTextFamily(ModelFamily):
 
     component = "transformer"
     call_length = 300
+    masks = (("encoder_hidden_states", "encoder_attention_mask"),)
     tokens_besides: int
     """How many tokens of `max_sequence_length` are never the prompt's own."""
     pipeline_unit: int

@@ -32,6 +32,7 @@ class QwenImageFamily(PackedFlowFamily):
     """
 
     call_length = 512
+    masks = (("encoder_hidden_states", "encoder_hidden_states_mask"),)
 
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
         super().__init__(pipeline, max_sequence_length)

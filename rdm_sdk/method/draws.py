@@ -40,20 +40,25 @@ class Draws:
         """Draw standard normal numbers for `count` samples of each process; return this one's, `[count, *shape]`."""
         return self.mine(torch.randn(self.count * count, *shape, generator=self.generator, device=device))
 
-    def normal_for(self, chosen: Tensor, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def normal_for(
+        self, chosen: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Draw standard normal numbers for some of all processes' samples.
 
         Args:
-            chosen: for which ones, bool `[count N]`.
+            chosen: for which ones, bool `[count N]`; on the CPU, nobody waits for the device.
             shape: of one sample.
             dtype: of the numbers.
+            device: of the generator and the numbers; None is that of `chosen`.
 
         Returns:
             This process's rows among them, int64 `[n]`, and their numbers, `[n, *shape]`.
         """
-        rows = self.mine(chosen).nonzero()[:, 0]
+        device = chosen.device if device is None else device
+        chosen = chosen.cpu()
+        rows = self.mine(chosen).nonzero()[:, 0].to(device, non_blocking=True)
         sizes = [len(rows)] if self.count == 1 else chosen.reshape(self.count, -1).sum(1).tolist()
-        numbers = torch.randn(sum(sizes), *shape, generator=self.generator, device=chosen.device, dtype=dtype)
+        numbers = torch.randn(sum(sizes), *shape, generator=self.generator, device=device, dtype=dtype)
         return rows, numbers.split(sizes)[self.index]
 
 

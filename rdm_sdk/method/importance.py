@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rdm_sdk.method.transitions import Reduction, Transition, log_density
+from rdm_sdk.method.transitions import Reduction, Transition, check_random, density_of_random
 
 
 def log_ratio(new: Transition, old: Transition, x_next: Tensor, reduction: Reduction = "sum") -> Tensor:
@@ -17,7 +17,14 @@ def log_ratio(new: Transition, old: Transition, x_next: Tensor, reduction: Reduc
     Raises:
         ValueError: a transition is deterministic and has no density.
     """
-    difference = (log_density(new, x_next) - log_density(old, x_next).detach()).flatten(1)
+    for transition in (new, old):
+        check_random(transition)
+    return log_ratio_of_random(new, old, x_next, reduction)
+
+
+def log_ratio_of_random(new: Transition, old: Transition, x_next: Tensor, reduction: Reduction = "sum") -> Tensor:
+    """Return what `log_ratio` does for transitions that are known to be random: std > 0, which nobody checks."""
+    difference = (density_of_random(new, x_next) - density_of_random(old, x_next).detach()).flatten(1)
     return difference.sum(1) if reduction == "sum" else difference.mean(1)
 
 

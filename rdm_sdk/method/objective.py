@@ -12,7 +12,7 @@ from torch import Tensor
 from rdm_sdk.method.groups import EPS, Normalization, ScoreScale, alone, group_advantage, moments, scale_field
 from rdm_sdk.method.importance import clip_fraction
 from rdm_sdk.method.losses import clipped_surrogate
-from rdm_sdk.types import RewardOutput
+from rdm_sdk.types import RewardOutput, read_all
 
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 
@@ -36,15 +36,17 @@ def normalize(
     statistics of the batch.
     """
     fields = {}
-    for name, output in outputs.items():
-        if output.gradient is not None:
+    graded = {name: output for name, output in outputs.items() if output.gradient is not None}
+    absent = read_all([output.scores.isnan().all() for output in graded.values()])
+    for (name, output), missing in zip(graded.items(), absent, strict=True):
+        if output.gradient is not None:  # for mypy
             magnitude, statistic = output.magnitude, normalization
             if magnitude is None:
                 magnitude = output.gradient.abs().flatten(1).mean(1)
                 statistic = "group" if normalization == "sample" else normalization
             magnitude = magnitude.masked_fill(output.scores.isnan(), torch.nan)  # not applicable: in no statistic
             field = scale_field(output.gradient, magnitude, group_size, statistic, total)
-            if not output.scores.isnan().all():  # asked late: it is in the statistics of other processes all the same
+            if not missing:  # asked late: it is in the statistics of other processes all the same
                 fields[name] = field
     return fields
 
@@ -150,12 +152,20 @@ def policy_pull(log_ratios: Tensor, x_0: Tensor, advantages: Mapping[str, Tensor
         return dict.fromkeys(advantages, 0.0)
     (slope,) = torch.autograd.grad(log_ratios.sum(), x_0, retain_graph=True)
     sizes = slope.abs().flatten(1).mean(1)
-    return {name: float((a.abs() * sizes).nanmean()) for name, a in advantages.items() if not a.isnan().all()}
+    given = advantages.values()
+    values = read_all([(a.abs() * sizes).nanmean() for a in given] + [a.isnan().all() for a in given])
+    found = zip(advantages, values[: len(advantages)], values[len(advantages) :], strict=True)
+    return {name: pull for name, pull, absent in found if not absent}
 
 
 def zero_std_share(scores: Tensor, group_size: int) -> Tensor:
     """Return the share of groups whose scores `[N]` are all equal or NaN: they teach nothing through advantages."""
+    return constant_groups(scores, group_size).float().mean()
+
+
+def constant_groups(scores: Tensor, group_size: int) -> Tensor:
+    """Return of each group whether its scores (of `[N]`) are all equal or NaN, bool `[P]`."""
     groups = scores.reshape(-1, group_size)
     missing = groups.isnan()
     highest, lowest = groups.masked_fill(missing, -torch.inf).amax(1), groups.masked_fill(missing, torch.inf).amin(1)
-    return (highest <= lowest).float().mean()
+    return highest <= lowest

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from rdm_sdk.method.draws import Draws
-from rdm_sdk.method.importance import log_ratio
+from rdm_sdk.method.importance import log_ratio_of_random
 from rdm_sdk.method.noise import NoiseSchedule
 from rdm_sdk.method.transitions import TRANSITIONS, Reduction, Transition, TransitionKind, step
 from rdm_sdk.types import Denoiser, Rollout, select_steps
@@ -36,11 +37,12 @@ class FewStepPolicy:
     @property
     def num_random_steps(self) -> int:
         """How many of the first steps have a density."""
-        return 0 if self.kind == "ode" else self.num_steps - 1
+        deterministic = self.kind == "ode" or (self.kind != "renoise" and self.eta == 0)
+        return 0 if deterministic else self.num_steps - 1
 
     def levels(self, steps: Tensor) -> Tensor:
         """Return the noise levels `[N]` at steps k, int64 `[N]` in [0, K]; level K is 0."""
-        return torch.tensor([*self.sigmas, 0.0], dtype=torch.float32, device=steps.device)[steps]
+        return _grid(self.sigmas, steps.device)[steps]
 
     def times(self, steps: Tensor) -> tuple[Tensor, Tensor]:
         """Return the times `[N]` of the levels that steps k (int64 `[N]`) lead to and start from."""
@@ -110,9 +112,10 @@ def rollout(
     states = noise.new_zeros(policy.num_steps, *noise.shape)
     x_0 = torch.zeros_like(states)
     states[0] = noise
-    for k in range(int(depths.max())):
+    known = depths.cpu()  # at once: whoever asks the device at every step waits for it at every step
+    for k in range(int(known.max())):
         more = k + 1 < policy.num_steps
-        rows, fresh = draws.normal_for(depths > k, noise.shape[1:] if more else (0,), noise.dtype)
+        rows, fresh = draws.normal_for(known > k, noise.shape[1:] if more else (0,), noise.dtype, noise.device)
         if not len(rows):  # those of other processes go on
             continue
         steps = torch.full_like(rows, k)
@@ -134,7 +137,7 @@ def redraw(done: Rollout, x_0: Tensor, steps: Tensor, policy: FewStepPolicy, dra
     draws = Draws() if draws is None else draws
     mine = draws.mine(steps)
     done.x_0[mine, torch.arange(len(mine), device=mine.device)] = x_0
-    rows, fresh = draws.normal_for(steps + 1 < policy.num_steps, x_0.shape[1:], x_0.dtype)
+    rows, fresh = draws.normal_for(steps + 1 < policy.num_steps, x_0.shape[1:], x_0.dtype, x_0.device)
     at = mine[rows]
     transition = policy.transition(done.states[at, rows], x_0[rows], at)
     done.states[at + 1, rows] = step(transition, fresh)
@@ -148,15 +151,20 @@ def state_log_ratio(
 
     The student as it is now is evaluated at every state before k; a sample at step 0 has had no transition, so its
     log-ratio is exactly 0. `reduction` is over the dimensions of one transition; transitions always add up.
+
+    Raises:
+        ValueError: a state before step k was left by a transition without a density.
     """
-    total = torch.zeros(len(steps), device=done.states.device)
-    for k in range(int(steps.max())):
-        rows = (steps > k).nonzero()[:, 0]
+    total, known = torch.zeros(len(steps), device=done.states.device), steps.cpu()
+    last = int(known.max())
+    _check_density(policy, last)
+    for k in range(last):
+        rows = (known > k).nonzero()[:, 0].to(steps.device, non_blocking=True)
         at = torch.full_like(rows, k)
         state = done.states[k, rows]
         now = policy.transition(state, student_of(rows)(state, policy.levels(at)), at)
         then = policy.transition(state, done.x_0[k, rows], at)
-        total[rows] += log_ratio(now, then, done.states[k + 1, rows], reduction)
+        total[rows] += log_ratio_of_random(now, then, done.states[k + 1, rows], reduction)
     return total
 
 
@@ -170,11 +178,26 @@ def replay_log_ratio(
     Raises:
         ValueError: a step is the last, or the sampler is deterministic: no density.
     """
-    if bool((steps >= policy.num_random_steps).any()):
-        raise ValueError(f"only the first {policy.num_random_steps} steps of {policy.kind!r} have a density")
+    if len(steps):
+        _check_density(policy, int(steps.max()) + 1)
     state, then = select_steps(done.states, steps, rows), select_steps(done.x_0, steps, rows)
     new, old = (policy.transition(state, prediction, steps) for prediction in (x_0, then))
-    return log_ratio(new, old, select_steps(done.states, steps + 1, rows), reduction)
+    return log_ratio_of_random(new, old, select_steps(done.states, steps + 1, rows), reduction)
+
+
+def _check_density(policy: FewStepPolicy, count: int) -> None:
+    """Raise `ValueError` unless the first `count` steps have a density."""
+    if count > policy.num_random_steps:
+        raise ValueError(
+            f"step {count - 1} of {policy.kind!r} has no density, and so no ratio: only the first "
+            f"{policy.num_random_steps} of its {policy.num_steps} have one"
+        )
+
+
+@lru_cache(maxsize=64)
+def _grid(sigmas: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return a grid's noise levels on a device, with the final zero: made once, because making it waits for it."""
+    return torch.tensor([*sigmas, 0.0], dtype=torch.float32, device=device)
 
 
 def plan_steps(first: Tensor, num_iterations: int, num_steps: int) -> Tensor:

@@ -112,11 +112,21 @@ def log_density(transition: Transition, x_next: Tensor) -> Tensor:
         ValueError: a transition is deterministic (std = 0) and so has no density. The last step of a few-step
             sampler is one; train it pathwise.
     """
+    check_random(transition)
+    return density_of_random(transition, x_next)
+
+
+def check_random(transition: Transition) -> None:
+    """Raise `ValueError` if a transition is deterministic; waits for the device."""
     if not bool((transition.std > 0).all()):
         raise ValueError(
             "a transition with std = 0 has no density, so it has no log-probability and no ratio; the last sampling "
             "step (sigma_next = 0) is such a one: leave it out here and train it pathwise"
         )
+
+
+def density_of_random(transition: Transition, x_next: Tensor) -> Tensor:
+    """Return what `log_density` does for transitions that are known to be random: std > 0, which nobody checks."""
     std = per_sample(transition.std.float(), x_next)
     residual = (x_next.float() - transition.mean.float()) / std
     return -0.5 * residual.square() - std.log() - 0.5 * math.log(2 * math.pi)

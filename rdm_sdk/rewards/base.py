@@ -217,8 +217,8 @@ def extremes(values: Tensor) -> tuple[float, float]:
     """Return the smallest and the largest of some floats, both NaN if one is; 0 and 0 if there are none."""
     if not values.numel():
         return 0.0, 0.0
-    low, high = values.detach().aminmax()
-    return float(low), float(high)
+    low, high = torch.stack(values.detach().aminmax()).tolist()  # one wait for the device
+    return low, high
 
 
 def all_finite(values: Tensor) -> bool:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rdm_sdk.errors import RewardError
-from rdm_sdk.rewards.base import Reward, RewardBatch, all_finite
+from rdm_sdk.rewards.base import Reward, RewardBatch
+from rdm_sdk.types import RewardOutput
 
 
 def rows_it_is_for(reward: Reward, batch: RewardBatch) -> list[int]:
@@ -57,17 +58,22 @@ def checked_scores(reward: Reward, batch: RewardBatch, scores: object) -> Tensor
     return scores
 
 
-def check_gradient(reward: Reward, batch: RewardBatch, gradient: Tensor | None) -> None:
-    """Raise unless a gradient, where there is one, has the latents' shape and is finite."""
-    if gradient is None:
-        return
-    if gradient.shape != batch.latents.shape:
+def is_finite_gradient(reward: Reward, batch: RewardBatch, output: RewardOutput) -> Tensor:
+    """Return whether a gradient is finite, or there is none: a scalar on its device, for whoever waits for that.
+
+    Raises:
+        RewardError: the gradient has another shape than the latents.
+    """
+    gradient = output.gradient
+    if gradient is not None and gradient.shape != batch.latents.shape:
         raise RewardError(
             f"reward {reward.name!r} must return a gradient of the latents' shape {list(batch.latents.shape)}; "
             f"got {list(gradient.shape)}"
         )
-    if not all_finite(gradient):
-        raise RewardError(f"reward {reward.name!r} returned a gradient that is not finite")
+    if gradient is None or not gradient.numel():
+        return torch.ones_like(output.scores.sum())
+    low, high = gradient.detach().aminmax()  # both NaN if a value is
+    return (low > -torch.inf) & (high < torch.inf)
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from rdm_sdk.rewards.awaiting import Call
 from rdm_sdk.rewards.base import Capabilities, Reward, RewardBatch
 from rdm_sdk.rewards.checks import (
     InapplicableError,
-    check_gradient,
     checked_scores,
+    is_finite_gradient,
     nothing_applies,
     rows_it_is_for,
     unchanged,
@@ -38,7 +38,7 @@ from rdm_sdk.rewards.judging import (
 )
 from rdm_sdk.rewards.logged import together
 from rdm_sdk.rewards.time_limit import limited
-from rdm_sdk.types import RewardOutput
+from rdm_sdk.types import RewardOutput, read_all
 
 OnError = Literal["raise", "skip"]
 
@@ -353,15 +353,21 @@ class Started:
 
 def _finished(run: Started) -> Evaluation:
     """Put the chunks together, and check what only the whole shows."""
-    outputs, rewards, batch = {}, run.rewards, run.batch
-    for name, reward in rewards.items():
-        if name not in run.skipped:
-            outputs[name] = merged([output for output in run.outputs[name] if output is not None])
-            sits_out = name in run.may_sit_out and not reward.capabilities.trains
-            if run.shown[name] and not sits_out and outputs[name].scores.isnan().all():
-                run.give_up(name, nothing_applies(reward, batch))
-            else:
-                check_gradient(reward, batch, outputs[name].gradient)
+    rewards, batch = run.rewards, run.batch
+    outputs = {
+        name: merged([output for output in run.outputs[name] if output is not None])
+        for name in rewards
+        if name not in run.skipped
+    }
+    absent = [output.scores.isnan().all() for output in outputs.values()]
+    finite = [is_finite_gradient(rewards[name], batch, output) for name, output in outputs.items()]
+    flags = read_all([*absent, *finite])
+    for name, is_absent, is_finite in zip(outputs, flags, flags[len(outputs) :], strict=False):
+        sits_out = name in run.may_sit_out and not rewards[name].capabilities.trains
+        if run.shown[name] and not sits_out and is_absent:
+            run.give_up(name, nothing_applies(rewards[name], batch))
+        elif not is_finite:
+            raise RewardError(f"reward {rewards[name].name!r} returned a gradient that is not finite")
     kept = [name for name in rewards if name not in run.skipped]
     return Evaluation(
         {name: outputs[name] for name in kept},

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rdm_sdk.errors import ConfigError, ModelError
 from rdm_sdk.families.base import Guidance
+from rdm_sdk.families.encodings import full_lengths, padded, rows_without_padding
 from rdm_sdk.families.roles import TEACHER
 from rdm_sdk.families.targets import linear_layers
 from rdm_sdk.method.noise import Prediction, to_x_0
@@ -149,6 +150,22 @@ def samples_stand_alone(subject: ModelSubject) -> None:
             relative_difference(alone, together[place : place + 1]) < CLOSE,
             "x_0 differs when a sample is denoised alone; use every sample's own sigma (not sigma[0]) and mask",
         )
+
+
+@check("denoises", "encodes_no_prompt")
+def masks_hide_padding(subject: ModelSubject) -> None:
+    """Where there are `masks`, what they hide of an encoding changes no x_0: it is kept as zeros."""
+    family = subject.family
+    condition = family.condition([PROMPTS[0], None])
+    for pair in family.masks:
+        for name in pair:
+            require(name in condition, f"masks names {name!r}, and encode_prompts() returns {', '.join(condition)}")
+    kept = rows_without_padding(condition, family.masks)
+    again = padded(kept, full_lengths(condition, family.masks), family.device)
+    require(
+        torch.equal(subject.denoise(subject.teacher(again)), subject.denoise(subject.teacher(condition))),
+        "x_0 is another when what masks hide is 0; leave masks alone where the backbone looks at padded tokens",
+    )
 
 
 @check("denoises")

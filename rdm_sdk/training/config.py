@@ -278,6 +278,9 @@ class RDMConfig(_KnownSettings):
             "datasets is encoded at the start."
         },
     )
+    prompt_cache: str | None = field(
+        default=None, metadata={"help": "Folder to keep encoded prompts in, for later starts too; None is memory."}
+    )
     vae_offload: bool = field(default=False, metadata={"help": "Keep the VAE on the CPU between uses."})
     vae_slicing: bool = field(default=False, metadata={"help": "Decode one image at a time, to save memory."})
     vae_tiling: bool = field(

@@ -1,9 +1,8 @@
-"""Prompts: where they come from, how groups are formed, and their cached encodings."""
+"""Prompts: where they come from, and how groups are formed."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
 
-from rdm_sdk.errors import ConfigError, DataError, nearest
+from rdm_sdk.errors import DataError, nearest
 from rdm_sdk.rewards.base import RESERVED_COLUMNS
 from rdm_sdk.training.prompt_files import read_prompt_file
-from rdm_sdk.types import Condition
 
 
 def load_prompts(source: object, argument: str = "train_dataset") -> Dataset:
@@ -49,12 +47,6 @@ def load_prompts(source: object, argument: str = "train_dataset") -> Dataset:
             raise DataError(f"{argument} has a column {name!r}, which is what rewards are given; rename it")
     _check_texts(source["prompt"], argument)
     return source
-
-
-def all_prompts(*datasets: Dataset | None) -> list[str]:
-    """Return every prompt of some datasets, each once, in order."""
-    given = [dataset for dataset in datasets if dataset is not None]
-    return list(dict.fromkeys(prompt for dataset in given for prompt in dataset["prompt"]))
 
 
 def _check_texts(prompts: Iterable[object], argument: str) -> None:
@@ -104,52 +96,3 @@ class GroupSampler(Sampler[int]):
             for _ in range(self.num_iterations):
                 for index in order[start : min(start + self.together, self.padded)]:
                     yield from [index] * self.group_size
-
-
-class PromptCache:
-    """Encoded prompts, the most recently used ones kept (on the CPU), so that an epoch encodes each prompt once.
-
-    Args:
-        encode: encodes a list of prompts, None being no prompt.
-        device: where conditions are needed.
-        capacity: how many prompts are kept; None is all.
-        encoded: called after new prompts were encoded.
-    """
-
-    def __init__(
-        self,
-        encode: Callable[[list[str | None]], Condition],
-        device: torch.device,
-        capacity: int | None = 256,
-        encoded: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._encode, self._device, self._capacity, self._encoded = encode, device, capacity, encoded
-        self._rows: OrderedDict[str | None, Condition] = OrderedDict()
-
-    def __call__(self, prompts: Sequence[str | None]) -> Condition:
-        """Return the condition of the prompts, `[N, ...]`, in their order."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
-        for prompt in new:
-            # One at a time: in a batch, an encoding's last bits depend on the prompts beside it, and a resumed run,
-            # which starts with an empty cache, would not repeat the uninterrupted one.
-            self._rows[prompt] = {name: tensor[0].cpu() for name, tensor in self._encode([prompt]).items()}
-        if new:
-            self._encoded()
-        rows = [self._rows[prompt] for prompt in prompts]
-        for prompt in prompts:
-            self._rows.move_to_end(prompt)
-        while self._capacity is not None and len(self._rows) > self._capacity:
-            self._rows.popitem(last=False)
-        return {name: torch.stack([row[name] for row in rows]).to(self._device) for name in rows[0]}
-
-    def bytes_per_prompt(self) -> int:
-        """Return how much memory a prompt that is kept takes (the last one's)."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in next(reversed(self._rows.values())).values())
-
-    def close(self, reason: str) -> None:
-        """Answer for the prompts that are kept alone from now on; others raise a `ConfigError` with the reason."""
-
-        def refuse(prompts: list[str | None]) -> Condition:
-            raise ConfigError(f"the prompt {prompts[0]!r} cannot be encoded: {reason}")
-
-        self._encode = refuse

@@ -26,7 +26,7 @@ PLACES = frozenset(
     {
         *("reward_batch_size", "reward_device", "reward_offload", "reward_on_error", "log_images"),
         *("reward_timeout", "watch", "eval_rewards"),
-        *("text_encoders", "vae_offload", "vae_slicing", "vae_tiling"),
+        *("text_encoders", "prompt_cache", "vae_offload", "vae_slicing", "vae_tiling"),
     }
 )
 """Settings of the method that change where and when things are computed, not what."""

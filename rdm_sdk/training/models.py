@@ -9,22 +9,20 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
-import psutil
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from rdm_sdk.errors import CheckpointError, ConfigError, DataError, check_texts
 from rdm_sdk.families.base import ModelFamily
-from rdm_sdk.families.placement import Offload, drop_text_encoders, slice_vae, tile_vae
+from rdm_sdk.families.placement import Offload, slice_vae, tile_vae
 from rdm_sdk.families.roles import STUDENT, TEACHER
 from rdm_sdk.method.noise import FlowSchedule
 from rdm_sdk.method.sampling import FewStepPolicy, sample, sample_each_step
 from rdm_sdk.rewards.context import DiffusionContext
-from rdm_sdk.training.data import PromptCache
 from rdm_sdk.training.faults import FiniteWatch
 from rdm_sdk.training.method_settings import MethodSettings
+from rdm_sdk.training.prompt_cache import PromptCache
 from rdm_sdk.training.randomness import forked
 from rdm_sdk.training.step_rules import is_guided
 from rdm_sdk.types import Condition, Denoiser
@@ -120,32 +118,11 @@ class RunModels:
         self.encode = PromptCache(
             partial(family.condition, guidance_scale=settings.guidance_scale),
             self.device,
-            capacity=None if settings.text_encoders == "drop" else 256,
             encoded=encoders.release,
+            masks=family.masks,
         )
         if offload:
             self.encode([None])  # now, because its first use is while the student's graph takes the memory
-
-    def encode_and_drop(self, prompts: Sequence[str], quiet: bool = False) -> None:
-        """Encode every prompt of the run, and let go of the text encoders (`text_encoders="drop"`).
-
-        Raises:
-            ConfigError: the encodings do not fit into memory.
-        """
-        self.encode([None])
-        needed, free = self.encode.bytes_per_prompt() * len(prompts), psutil.virtual_memory().available
-        if needed > free:
-            raise ConfigError(
-                f"text_encoders='drop' keeps the encodings of all {len(prompts)} prompts in memory, {needed / 1e9:.1f} "
-                f"GB, and {free / 1e9:.1f} GB are free; use text_encoders='offload'"
-            )
-        for prompt in tqdm(prompts, desc="encoding prompts", disable=quiet):
-            self.encode([prompt])
-        drop_text_encoders(self.family)
-        self.encode.close(
-            "text_encoders='drop' has let go of the encoders, and it is not among the datasets' prompts; add it there, "
-            "or use text_encoders='offload'"
-        )
 
     @contextmanager
     def vae_at_hand(self) -> Iterator[None]:

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rdm_sdk.method.groups import group_deviation
-from rdm_sdk.method.objective import zero_std_share
+from rdm_sdk.method.groups import group_deviation, moments
+from rdm_sdk.method.objective import constant_groups
 from rdm_sdk.rewards.evaluate import Evaluation
 from rdm_sdk.rewards.resolve import WeightedReward
 from rdm_sdk.training.processes import Processes
 from rdm_sdk.training.weighting import RewardStatistics, Weighting
-from rdm_sdk.types import RewardOutput
+from rdm_sdk.types import RewardOutput, read_all
 
 logger = logging.getLogger(__name__)
 
@@ -26,16 +26,37 @@ class Monitor:
     def __init__(self) -> None:
         self.spent = Counter({"rollouts": 0, "critic_steps": 0, "reward_calls": 0})
         """What the run has cost beside network evaluations."""
-        self._values: dict[str, list[tuple[float, int]]] = defaultdict(list)
-        self._pulls: dict[str, list[tuple[float, int]]] = defaultdict(list)
-        self._scores: dict[str, list[tuple[float, int]]] = defaultdict(list)
+        self._values: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        self._pulls: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        self._scores: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        self._waiting: list[tuple[dict[str, list[tuple[float, float]]], str, Tensor | float, Tensor | float]] = []
+        """Where a figure belongs, its name, its mean, and of how many: read together, once per step."""
 
-    def log(self, name: str, value: Tensor | float, count: int = 1) -> None:
-        """Take a figure down, as the mean of `count` ones."""
-        self._values[name].append((value.detach().item() if isinstance(value, Tensor) else float(value), count))
+    def log(self, name: str, value: Tensor | float, count: Tensor | float = 1) -> None:
+        """Take a figure down, as the mean of `count` ones, which may be 0; nobody waits for tensors until it is read.
+
+        They are scalars.
+        """
+        self._note(self._values, name, value, count)
+
+    def _note(
+        self, notes: dict[str, list[tuple[float, float]]], name: str, value: Tensor | float, count: Tensor | float
+    ) -> None:
+        self._waiting.append((notes, name, _kept(value), _kept(count)))
+
+    def _read(self) -> None:
+        """Read what has been taken down; the device is waited for once."""
+        waiting, self._waiting = self._waiting, []
+        pairs = [part for _, _, value, count in waiting for part in (value, count)]
+        known = iter(read_all([part for part in pairs if isinstance(part, Tensor)]))
+        numbers = [next(known) if isinstance(part, Tensor) else part for part in pairs]
+        for (notes, name, _, _), value, count in zip(waiting, numbers[::2], numbers[1::2], strict=True):
+            if count or notes is self._pulls:
+                notes[name].append((value, count))
 
     def averages(self, processes: Processes | None = None) -> dict[str, float]:
         """Return the mean of every figure since the last call, over all processes."""
+        self._read()
         sums = {name: _summed(values) for name, values in self._values.items()}
         self._values.clear()
         everyone = [sums] if processes is None else processes.gather(sums)
@@ -64,25 +85,22 @@ class Monitor:
         scores, name = output.scores, judged.label
         self.logged(name, output.logged)
         missing = scores.isnan()
+        count = (~missing).sum()
         self.log(f"rewards/{name}/nan", missing.sum())
         self.log(f"rewards/{name}/applies", (~missing).float().mean(), len(scores))
-        valid = scores[~missing]
-        if not len(valid):
-            return
-        mean, count = valid.mean().item(), len(valid)
-        self._scores[name].append((mean, count))
+        mean, deviation = moments(scores)
+        self._note(self._scores, name, mean, count)
         self.log(f"rewards/{name}/mean", mean, count)
-        self.log(f"rewards/{name}/std", valid.std() if count > 1 else 0.0, count)
-        groups = scores.reshape(-1, group_size)
-        groups = groups[~groups.isnan().all(1)]
-        zero_std = zero_std_share(groups.flatten(), group_size)
-        self.log(f"rewards/{name}/zero_std", zero_std, len(groups))
+        self.log(f"rewards/{name}/std", deviation, count)
+        there = ~missing.reshape(-1, group_size).all(1)
+        zero_std = mean_where(constant_groups(scores, group_size).float(), there)
+        self.log(f"rewards/{name}/zero_std", zero_std, there.sum())
         if output.magnitude is not None:
-            self.log(f"{name}/residual", output.magnitude[~missing].mean(), count)
+            self.log(f"{name}/residual", mean_where(output.magnitude, ~missing), count)
         for figure, values in output.figures.items():
-            self.log(f"{name}/{figure}", values[~missing].mean(), count)
+            self.log(f"{name}/{figure}", mean_where(values, ~missing), count)
         if judged.route == "advantage":
-            self.log("frac_reward_zero_std", zero_std, len(groups))
+            self.log("frac_reward_zero_std", zero_std, there.sum())
 
     def logged(self, reward: str, figures: Mapping[str, Tensor]) -> None:
         """Take down what a reward logged itself, `[N]` each; NaN is no value."""
@@ -98,7 +116,7 @@ class Monitor:
         0 where no sample was at a step with a density, and as such it counts where none was on any process.
         """
         for name, pull in pulls.items():
-            self._pulls[name].append((pull, counts[name]))
+            self._note(self._pulls, name, pull, counts[name])
             self.log(f"{name}/pull", pull, counts[name])
 
     def weighting(self, weights: Mapping[str, float], strategy: Weighting) -> None:
@@ -115,13 +133,16 @@ class Monitor:
 
         Rewards that were skipped, or applied to none, are missing.
         """
-        sums = torch.zeros(len(names), 5, dtype=torch.float64, device=device)
-        for row, name in enumerate(names):
+        self._read()
+        rows = []
+        for name in names:
             pulls, scores = self._pulls.get(name, []), self._scores.get(name, [])
-            sums[row] = torch.tensor([len(pulls), *_summed(pulls), *_summed(scores)])
+            rows.append([len(pulls), *_summed(pulls), *_summed(scores)])
         self._pulls.clear()
         self._scores.clear()
-        sums = processes.reduce(sums, "sum")
+        sums = torch.tensor(rows, dtype=torch.float64)
+        if processes.count > 1:
+            sums = processes.reduce(sums.to(device), "sum")
         return {
             name: RewardStatistics(pull / pulled if pulled else 0.0, score / scored)
             for name, (pulls, pull, pulled, score, scored) in zip(names, sums.tolist(), strict=True)
@@ -129,6 +150,17 @@ class Monitor:
         }
 
 
-def _summed(means: Sequence[tuple[float, int]]) -> tuple[float, int]:
+def mean_where(values: Tensor, chosen: Tensor) -> Tensor:
+    """Return the mean of those of `values` `[N, ...]` whose row is chosen (bool `[N]`), a scalar; 0 where none is."""
+    rows = chosen.reshape(-1, *[1] * (values.ndim - 1))
+    count = chosen.sum() * (values.numel() // max(len(values), 1))
+    return values.masked_fill(~rows, 0.0).sum() / count.clamp_min(1)
+
+
+def _kept(figure: Tensor | float) -> Tensor | float:
+    return figure.detach() if isinstance(figure, Tensor) else float(figure)
+
+
+def _summed(means: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Return sum and count of what means are of."""
     return sum(mean * count for mean, count in means), sum(count for _, count in means)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -16,9 +17,10 @@ from rdm_sdk.method.objective import aggregate, combine, normalize, policy_loss,
 from rdm_sdk.method.sampling import replay_log_ratio
 from rdm_sdk.training.judge import Judge, nothing
 from rdm_sdk.training.method_settings import MethodSettings
+from rdm_sdk.training.monitor import mean_where
 from rdm_sdk.training.rollouts import Rollouts, Window
 from rdm_sdk.training.weighting import Weighting, make_weighting, weigh
-from rdm_sdk.types import Experience, RewardOutput
+from rdm_sdk.types import Experience, RewardOutput, read_all
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class DistillationStep:
         self.weights = weigh(self.weighting, self.targets, {}, 0)
         """What each reward weighs in this optimizer step."""
         self._advantages: list[Advantages] = []
+        self._losses: list[Tensor] = []
         self._has_field = False
         self._student_checked = False
 
@@ -76,7 +79,7 @@ class DistillationStep:
         self.judge.step = step
         self.judge.randomness.begin()
         self.rollouts.begin(window, step)
-        self._advantages = []
+        self._advantages, self._losses = [], []
 
     # ---- Critics ------------------------------------------------------------------------------------------------
 
@@ -116,7 +119,7 @@ class DistillationStep:
         """Judge a micro-batch of the window by every reward, and return the student's loss.
 
         Raises:
-            RDMError: the loss is not finite, or there is nothing to learn from.
+            RDMError: there is nothing to learn from. That the loss is finite, `end` sees.
         """
         experience, x_0 = self.rollouts.replay(position)
         outputs = self.judge.judge(experience)
@@ -126,9 +129,7 @@ class DistillationStep:
         fields = self._fields(outputs, x_0.detach())
         field = combine(fields, self.weights)
         self._has_field = field is not None
-        applies = {name: ~output.scores.isnan() for name, output in outputs.items()}
-        counts = {name: int(rows.sum()) for name, rows in applies.items()}
-        pulls = {name: float(field[applies[name]].abs().mean()) for name, field in fields.items()}
+        counts, pulls = _pulls_of(fields, outputs)
         losses = [] if field is None else [self._pathwise(experience, x_0, field)]
         if self._advantages and experience.scored:
             policy, policy_pulls, transitions = self._policy(experience, x_0, self._advantages[position])
@@ -140,10 +141,7 @@ class DistillationStep:
             raise RDMError("every reward was skipped, so there is nothing to learn from; the warnings above say why")
         # Every weight may be 0 for now: a cold start without distribution matching.
         loss = torch.stack(losses).sum() if losses else 0.0 * x_0.sum()
-        if not bool(loss.isfinite()):
-            raise RDMError(
-                f"the student's loss is {loss.item()}; lower the learning rates or look at log_images. {OTHERWISE}"
-            )
+        self._losses.append(loss.detach())
         self.judge.record(outputs)
         return StudentLoss(loss, outputs, pulls)
 
@@ -214,7 +212,8 @@ class DistillationStep:
         joint = log_ratios * dimensions if averaged else log_ratios
         alone = {name: values[rows] for name, values in advantages.alone.items()}
         pulls = policy_pull(joint, predicted, alone)
-        transitions = {name: int((~values.isnan()).sum()) for name, values in alone.items()}
+        counts = read_all([(~values.isnan()).sum() for values in alone.values()])
+        transitions = {name: int(count) for name, count in zip(alone, counts, strict=True)}
         if advantages.together is None:
             return [], pulls, transitions
         result = policy_loss(
@@ -235,7 +234,7 @@ class DistillationStep:
         Called once after the backward passes of all micro-batches, before the student's optimizer steps.
 
         Raises:
-            RDMError: the gradient is not finite, or none comes where one was expected at first.
+            RDMError: a loss or the gradient is not finite, or no gradient comes where one was expected at first.
         """
         self.processes.average_gradients(self.models.parameters_of(STUDENT))
         self._check_student_gradient()
@@ -248,12 +247,30 @@ class DistillationStep:
 
     def _check_student_gradient(self) -> None:
         norm = nn.utils.get_total_norm([p.grad for p in self.models.parameters_of(STUDENT) if p.grad is not None])
-        if not bool(norm.isfinite()):
-            raise RDMError(f"the student's gradient norm is {norm.item()}; lower learning_rate. {OTHERWISE}")
+        size, *losses = read_all([norm, *self._losses])
+        for loss in losses:
+            if not math.isfinite(loss):
+                raise RDMError(
+                    f"the student's loss is {loss}; lower the learning rates or look at log_images. {OTHERWISE}"
+                )
+        if not math.isfinite(size):
+            raise RDMError(f"the student's gradient norm is {size}; lower learning_rate. {OTHERWISE}")
         if self._has_field and not self._student_checked:
-            if norm == 0:
+            if size == 0:
                 raise RDMError("no gradient reaches the student: are all reward weights 0, or all rewards constant?")
             self._student_checked = True
+
+
+def _pulls_of(
+    fields: Mapping[str, Tensor], outputs: Mapping[str, RewardOutput]
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Return to how many samples each reward applies, and the mean |g| of each field `[N, *x]` over them."""
+    applies = {name: ~output.scores.isnan() for name, output in outputs.items()}
+    counts = [rows.sum() for rows in applies.values()]
+    pulls = [mean_where(field.abs(), applies[name]) for name, field in fields.items()]
+    values = read_all(counts + pulls)
+    known = {name: int(count) for name, count in zip(applies, values, strict=False)}
+    return known, dict(zip(fields, values[len(counts) :], strict=True))
 
 
 def _scores_of(experience: Experience, label: str) -> Tensor:

@@ -23,7 +23,7 @@ from rdm_sdk.training import checkpoint, hub, validation
 from rdm_sdk.training.accelerated import processes_of
 from rdm_sdk.training.callbacks import run_callbacks, speak_plainly
 from rdm_sdk.training.config import RDMConfig
-from rdm_sdk.training.data import GroupSampler, all_prompts, collate, load_prompts
+from rdm_sdk.training.data import GroupSampler, collate, load_prompts
 from rdm_sdk.training.export import save_student, student_info
 from rdm_sdk.training.faults import explained
 from rdm_sdk.training.finished import figures, look, score_finished
@@ -32,6 +32,7 @@ from rdm_sdk.training.judge import Judge, add_run_roles
 from rdm_sdk.training.models import RunModels
 from rdm_sdk.training.optimizers import CriticOptimizer, critic_optimizer, restart_rates
 from rdm_sdk.training.pictures import image_grid
+from rdm_sdk.training.prompt_encoding import prepare_prompts
 from rdm_sdk.training.run_keeper import RunKeeper
 from rdm_sdk.training.step import DistillationStep
 from rdm_sdk.training.weighting import Weighting, make_weighting
@@ -121,10 +122,9 @@ class RDMTrainer(Trainer):
         """Make the step and its parts."""
         args = self.args
         self.models = RunModels(self.family, args, args.device)
-        if args.text_encoders == "drop":
-            prompts = all_prompts(self.train_dataset, self.eval_dataset)
-            self.models.encode_and_drop(prompts, quiet=bool(args.disable_tqdm))
-        self.judge = Judge(self.models, self.rewards, args, None, processes_of(self.accelerator), self.held_out)
+        processes = processes_of(self.accelerator)
+        prepare_prompts(self.models, args, processes, self.train_dataset, self.eval_dataset)
+        self.judge = Judge(self.models, self.rewards, args, None, processes, self.held_out)
         self.monitor, self.weighting = self.judge.monitor, weighting
         self.step = DistillationStep(self.judge, args, weighting)
         self.keeper = RunKeeper(args, self.step, self.models, self.train_dataset, self.accelerator.wait_for_everyone)

@@ -84,6 +84,8 @@ def check_arguments(args: object, optimizers: Sequence[object]) -> None:
             "critic_* in RDMConfig, or override create_optimizer()"
         )
     check_writable(str(args.output_dir), "output_dir")
+    if args.prompt_cache is not None:
+        check_writable(args.prompt_cache, "prompt_cache")
     for name in args.report_to or ():
         if name in INTEGRATION_TO_CALLBACK and name not in (*get_available_reporting_integrations(), "flyte"):
             raise ConfigError(
@@ -272,7 +274,7 @@ def check_same_plugins(num_processes: int) -> None:
 
 def check_writable(folder: str, argument: str) -> None:
     """Raise `ConfigError` if a folder cannot be written to, or could not be made; nothing is made here."""
-    path = Path(folder).absolute()
+    path = Path(folder).expanduser().absolute()
     there = next(place for place in (path, *path.parents) if place.exists())
     try:
         with tempfile.TemporaryFile(dir=there):

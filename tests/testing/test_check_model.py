@@ -32,7 +32,7 @@ def test_every_family_keeps_the_contract(kind: str) -> None:
     results = check_model(TINY_PIPELINES[kind])
     left_out = ["guides_as_the_pipeline"] if kind == "FluxPipeline" else []
     assert [result.name for result in results if result.status != "passed"] == left_out
-    assert len(results) == len(MODEL_CHECKS) == 20
+    assert len(results) == len(MODEL_CHECKS) == 21
 
 
 # ---- Planted faults ---------------------------------------------------------------------------------------------
@@ -177,6 +177,17 @@ class WrongExample(SD3Family):
         return {name: tensor[:, :-1] for name, tensor in super().example_encoding(count).items()}
 
 
+class IgnoredMask(SD3Family):
+    """It declares a mask, and its backbone is not told of it."""
+
+    masks = (("encoder_hidden_states", "mask"),)
+
+    def encode_prompts(self, prompts: list[str]) -> Condition:
+        encoded = super().encode_prompts(prompts)
+        tokens = torch.arange(encoded["encoder_hidden_states"].shape[1])
+        return encoded | {"mask": (tokens < 9).expand(len(prompts), -1)}
+
+
 FAULTS: dict[str, type[SD3Family]] = {
     "declarations": UnknownTarget,
     "encodes_prompts": UnpaddedPrompts,
@@ -185,6 +196,7 @@ FAULTS: dict[str, type[SD3Family]] = {
     "denoises": DoubledChannels,
     "samples_stand_alone": FirstLevelForAll,
     "follows_prompt_and_level": DeafToPrompts,
+    "masks_hide_padding": IgnoredMask,
     "grid": TwoGrids,
     "steps_as_the_scheduler": WrongKind,
     "decodes": DetachedDecoder,

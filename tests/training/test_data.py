@@ -13,7 +13,8 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rdm_sdk.training.data import GroupSampler, PromptCache, collate, load_prompts
+from rdm_sdk.training.data import GroupSampler, collate, load_prompts
+from rdm_sdk.training.prompt_cache import PromptCache
 from rdm_sdk.types import Condition
 
 modest = settings(max_examples=60, deadline=None, derandomize=True, database=None)

@@ -98,7 +98,9 @@ def test_prompts_that_do_not_fit_into_memory_are_refused(
     make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before hours of encoding, with what is needed and what there is."""
-    monkeypatch.setattr("rdm_sdk.training.models.psutil.virtual_memory", lambda: type("", (), {"available": 1000})())
+    monkeypatch.setattr(
+        "rdm_sdk.training.prompt_encoding.psutil.virtual_memory", lambda: type("", (), {"available": 1000})()
+    )
     with pytest.raises(ConfigError, match=r"encodings of all 10 prompts in memory, 0\.0 GB, and 0\.0 GB are free"):
         make_trainer(tmp_path, text_encoders="drop")
 
