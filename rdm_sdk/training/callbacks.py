@@ -14,6 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from rdm_sdk.families.compiled import compile_networks, compiling_seconds
 from rdm_sdk.training.run_file import RunFile
+from rdm_sdk.training.run_log import KeepLog
 from rdm_sdk.training.run_record import RunRecord
 from rdm_sdk.training.trackers import TellTrackers
 from rdm_sdk.training.watch import Watch
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 WHAT_TO_WATCH = (
     "What to watch: 'gap', how far teacher and critic are apart (mean square), falls once the critic has learned; "
     "'diversity', how different a prompt's samples are, stays; rewards are in their own units, higher is better. All "
-    "figures go to the trackers and into trainer_state.json."
+    "figures go to the trackers and into log.jsonl."
 )
 
 _TRACKED = re.compile(
@@ -141,4 +142,6 @@ def run_callbacks(trainer: RDMTrainer) -> list[TrainerCallback]:
     """Return the callbacks of every run, in their order."""
     trackers = TellTrackers(trainer)
     record = RunRecord(trainer.rewards, trainer.family.base_name)
-    return [Compiling(), Bookkeeper(trainer, trackers), record, RunFile(trainer), trackers, Watch(trainer)]
+    # The log's file is the last: what the watch finds is a row of it.
+    parts = [Compiling(), Bookkeeper(trainer, trackers), record, RunFile(trainer), trackers]
+    return [*parts, Watch(trainer), KeepLog(trainer)]
