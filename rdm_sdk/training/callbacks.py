@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from rdm_sdk.families.compiled import compile_networks, compiling_seconds
+from rdm_sdk.training.pictures import logged_pictures, too_many
 from rdm_sdk.training.run_file import RunFile
 from rdm_sdk.training.run_log import KeepLog
 from rdm_sdk.training.run_record import RunRecord
@@ -20,6 +21,7 @@ from rdm_sdk.training.trackers import TellTrackers
 from rdm_sdk.training.watch import Watch
 
 if TYPE_CHECKING:
+    from rdm_sdk.training.config import RDMConfig
     from rdm_sdk.training.trainer import RDMTrainer
 
 WHAT_TO_WATCH = (
@@ -136,6 +138,15 @@ class Bookkeeper(TrainerCallback):
             name = f"step_{state.global_step:06d}.png"
             path = self.trainer.write_images(Path(str(args.output_dir)) / "images" / name)
             self.trackers.show(path, state.global_step)
+            if args.log_images_limit is not None:
+                self._thin_out(path.parent, state.global_step, args)
+
+    @staticmethod
+    def _thin_out(folder: Path, step: int, args: RDMConfig) -> None:
+        """Remove the pictures that are too many; those of later steps are of a run that was taken back."""
+        until = {at: path for at, path in logged_pictures(folder) if at <= step}
+        for at in too_many(list(until), args.log_images, args.log_images_limit or len(until)):
+            until[at].unlink()
 
 
 def run_callbacks(trainer: RDMTrainer) -> list[TrainerCallback]:

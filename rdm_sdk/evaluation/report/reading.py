@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,11 @@ from rdm_sdk.errors import DataError
 from rdm_sdk.evaluation.result import FILE as EVALUATION
 from rdm_sdk.training.checkpoint import STATE
 from rdm_sdk.training.checkpoint_folders import newest_whole, step_of
+from rdm_sdk.training.pictures import logged_pictures
 from rdm_sdk.training.run_log import LOG, parsed, read_log, whole_history
 from rdm_sdk.training.run_record import RECORD
 
 STATES = "trainer_state.json"
-_PICTURE = re.compile(r"step_(\d+)\.png")
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,6 @@ def read_run(folder: str | Path) -> RunLog:
     history = _history(path, above / LOG, state)
     if not history:
         raise DataError(f"{str(path)!r} has no logs in it; was logging_steps larger than the run?")
-    pictures = [(int(match[1]), p) for p in above.glob("images/*.png") if (match := _PICTURE.fullmatch(p.name))]
     record = _record(above, newest.parent)
     evaluation = next((p for place in dict.fromkeys((above, given)) for p in _evaluations(place)), None)
     return RunLog(
@@ -72,7 +70,7 @@ def read_run(folder: str | Path) -> RunLog:
         max(int(state.get("global_step", 0)), int(history[-1]["step"])),
         int(state.get("max_steps", 0)) or max(0, int(record.get("settings", {}).get("max_steps", 0))),
         record,
-        sorted(pictures),
+        logged_pictures(above / "images"),
         None if evaluation is None else _read(evaluation),
         None if evaluation is None or not (grid := evaluation.with_name("grid.png")).is_file() else grid,
     )
