@@ -12,9 +12,11 @@ INTRODUCTION = """# What a run logs
 
 <!-- Written by docs/logs_page.py from rdm_sdk/evaluation/report/curves.py; change the sentences there. -->
 
-Every figure by its name in `trainer_state.json` and in the trackers (which put `train/` or `eval/` before it), with its
-unit and what is normal. `<name>` is a reward's, as the log calls it. A figure is the mean since the last log. Beside
-them stand Trainer's `epoch`, `step`, `total_flos`, `train_...` and `..._runtime`, and the sentences of
+Every figure by its name in `log.jsonl` of the output folder, a line per log, in `trainer_state.json` that stands there
+at the end, and in the trackers (which put `train/` or `eval/` before it), with its unit and what is normal. The states
+in checkpoints keep the last 50 logs alone, so that they stay small; a run that goes on from one finds the rest in the
+file beside it. `<name>` is a reward's, as the log calls it. A figure is the mean since the last log. Beside them stand
+Trainer's `epoch`, `step`, `total_flos`, `train_...` and `..._runtime`, and the sentences of
 [the watch](trainer.md#the-watch) under `watch`, with their `watch_kind` and `watch_figure`.
 """
 

@@ -13,18 +13,21 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from rdm_sdk.families.compiled import compile_networks, compiling_seconds
+from rdm_sdk.training.pictures import logged_pictures, too_many
 from rdm_sdk.training.run_file import RunFile
+from rdm_sdk.training.run_log import KeepLog
 from rdm_sdk.training.run_record import RunRecord
 from rdm_sdk.training.trackers import TellTrackers
 from rdm_sdk.training.watch import Watch
 
 if TYPE_CHECKING:
+    from rdm_sdk.training.config import RDMConfig
     from rdm_sdk.training.trainer import RDMTrainer
 
 WHAT_TO_WATCH = (
     "What to watch: 'gap', how far teacher and critic are apart (mean square), falls once the critic has learned; "
     "'diversity', how different a prompt's samples are, stays; rewards are in their own units, higher is better. All "
-    "figures go to the trackers and into trainer_state.json."
+    "figures go to the trackers and into log.jsonl."
 )
 
 _TRACKED = re.compile(
@@ -135,10 +138,21 @@ class Bookkeeper(TrainerCallback):
             name = f"step_{state.global_step:06d}.png"
             path = self.trainer.write_images(Path(str(args.output_dir)) / "images" / name)
             self.trackers.show(path, state.global_step)
+            if args.log_images_limit is not None:
+                self._thin_out(path.parent, state.global_step, args)
+
+    @staticmethod
+    def _thin_out(folder: Path, step: int, args: RDMConfig) -> None:
+        """Remove the pictures that are too many; those of later steps are of a run that was taken back."""
+        until = {at: path for at, path in logged_pictures(folder) if at <= step}
+        for at in too_many(list(until), args.log_images, args.log_images_limit or len(until)):
+            until[at].unlink()
 
 
 def run_callbacks(trainer: RDMTrainer) -> list[TrainerCallback]:
     """Return the callbacks of every run, in their order."""
     trackers = TellTrackers(trainer)
     record = RunRecord(trainer.rewards, trainer.family.base_name)
-    return [Compiling(), Bookkeeper(trainer, trackers), record, RunFile(trainer), trackers, Watch(trainer)]
+    # The log's file is the last: what the watch finds is a row of it.
+    parts = [Compiling(), Bookkeeper(trainer, trackers), record, RunFile(trainer), trackers]
+    return [*parts, Watch(trainer), KeepLog(trainer)]

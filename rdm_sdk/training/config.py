@@ -80,8 +80,7 @@ class RDMConfig(_KnownSettings):
 
     # ---- Distribution matching
     guidance_scale: float = field(
-        default=4.5,
-        metadata={"help": "Classifier-free guidance of the teacher, uncond + s (cond - uncond); 1 is none."},
+        default=4.5, metadata={"help": "Classifier-free guidance of the teacher: uncond + s (cond - uncond); 1: none."}
     )
     min_time: float = field(
         default=0.02,
@@ -290,6 +289,9 @@ class RDMConfig(_KnownSettings):
     # ---- Looking at the run
     log_images: int = field(
         default=0, metadata={"help": "Write a grid of student, teacher and critic x_0 every so many steps; 0 is never."}
+    )
+    log_images_limit: int | None = field(
+        default=None, metadata={"help": "How many of them to keep: the first, the last, and evenly in between."}
     )
     watch: Literal["warn", "stop", "off"] = field(
         default="warn",

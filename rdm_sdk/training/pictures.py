@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,6 +42,31 @@ def image_grid(rows: Sequence[tuple[str, Tensor]], path: str | Path, scale: int 
     with replacing(path) as staged:
         canvas.save(staged, format="PNG")
     return path
+
+
+_LOGGED = re.compile(r"step_(\d+)\.png")
+
+
+def logged_pictures(folder: Path) -> list[tuple[int, Path]]:
+    """Return the pictures that `log_images` has written into a folder, each with its step, in their order."""
+    return sorted((int(match[1]), path) for path in folder.glob("*.png") if (match := _LOGGED.fullmatch(path.name)))
+
+
+def too_many(steps: Sequence[int], every: int, most: int) -> list[int]:
+    """Return which of some ascending steps to leave out, so that at most `most` are left, at even distances.
+
+    The first and the last stay, and those at multiples of `every`, or of twice, four times, ... as much: what is left
+    out once would be left out later as well.
+
+    Args:
+        steps: ascending, at least one.
+        every: the distance at which pictures are written.
+        most: 2 or more.
+    """
+    first, last, stride = steps[0], steps[-1], every
+    while len({first, last, *range(stride, last + 1, stride)}) > most:
+        stride *= 2
+    return [step for step in steps[1:-1] if step % stride]
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

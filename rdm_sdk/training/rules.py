@@ -67,6 +67,10 @@ _RULES = {
     "reward_timeout": _or_none(_POSITIVE),
     "reward_device": Rule("a device such as 'cpu' or 'cuda:1'", lambda device: device is None or _is_device(device)),
     **dict.fromkeys(("critic_steps", "log_images", "critic_max_grad_norm"), _AT_LEAST_0),
+    "log_images, log_images_limit": Rule(
+        "log_images above 0 and log_images_limit 2 or more, or log_images_limit None",
+        lambda given: given[1] is None or (given[0] > 0 and given[1] >= 2),
+    ),
     "min_time, max_time": Rule("0 <= min_time < max_time < 1", lambda times: 0 <= times[0] < times[1] < 1),
     **dict.fromkeys(("critic_learning_rate", "critic_weight_decay"), _or_none(_AT_LEAST_0)),
     **dict.fromkeys(("critic_adam_beta1", "critic_adam_beta2"), _or_none(_BELOW_1)),

@@ -22,6 +22,7 @@ from rdm_sdk.training.export import move_into
 from rdm_sdk.training.identity import RunIdentity, prompts_digest, run_settings
 from rdm_sdk.training.models import RunModels
 from rdm_sdk.training.rollouts import rollouts_path
+from rdm_sdk.training.run_log import LOG, LogFile, whole_history
 from rdm_sdk.training.step import DistillationStep
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,9 @@ class RunKeeper:
             step.processes.count,
             run_settings(args),
         )
+        self.log = LogFile(self.output_dir / LOG)
         self._found: checkpoint.RunState | None = None
+        self._folder: Path | None = None
 
     @property
     def output_dir(self) -> Path:
@@ -70,7 +73,8 @@ class RunKeeper:
         if self.args.should_save:
             checkpoint_folders.clean(self.output_dir)
         self.wait()
-        folder, self._found = checkpoint.find(wanted, self.output_dir), None
+        folder = self._folder = checkpoint.find(wanted, self.output_dir)
+        self._found = None
         if folder is not None:
             mine = checkpoint.capture(self.step, self.models, self.identity)
             self._found = checkpoint.check(folder, mine, self.step.processes.index)
@@ -86,6 +90,13 @@ class RunKeeper:
         self.load_weights(folder)
         checkpoint.restore(self.step, self.models, self._found, Path(folder))
 
+    def begin_log(self, state: TrainerState) -> None:
+        """Put all that the run has logged into Trainer's state, and let its file begin with that."""
+        if self._folder is not None:
+            state.log_history = whole_history(state.log_history, self._folder.parent / LOG)
+        if self.args.should_save:
+            self.log.begin(state.log_history)
+
     def load_weights(self, folder: str) -> None:
         """Put the weights and the moving average of a checkpoint in place."""
         self.models.load_average(checkpoint.load_weights(folder, self.models.family), folder)
@@ -95,6 +106,7 @@ class RunKeeper:
         state: TrainerState = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
         if not 0 < self.args.max_steps <= state.global_step:
             return None
+        state.log_history = whole_history(state.log_history, folder.parent / LOG)
         logger.warning(
             f"{str(folder)!r} is of step {state.global_step} of {self.args.max_steps}: nothing is left to do"
         )
@@ -104,10 +116,13 @@ class RunKeeper:
     def writing(self, state: TrainerState, output_dir: Path) -> Iterator[Path]:
         """Give the folder to write a checkpoint of Trainer's state into; it counts from the end of the block on.
 
-        Older checkpoints that are too many go then.
+        Of the run's log, it gets the end. Older checkpoints that are too many go then.
         """
         step, save = state.global_step, self.args.should_save
-        with checkpoint_folders.writing(output_dir, step, self.identity.run, save, self.wait) as folder:
+        with (
+            checkpoint_folders.writing(output_dir, step, self.identity.run, save, self.wait) as folder,
+            self.log.shortened(state),
+        ):
             yield folder
             if state.best_global_step == step and save:
                 state.best_model_checkpoint = str(output_dir / f"checkpoint-{step}")  # where it will be

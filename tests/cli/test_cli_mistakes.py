@@ -152,7 +152,7 @@ MISTAKES = [
     ("sample --model digits --teacher 2 --prompt x --files file", "file cannot be a folder"),
     ("report", "the following arguments are required: run"),
     ("report nowhere", "there is no folder 'nowhere'"),
-    ("report student", "'student' holds no log of a run: trainer_state.json is written at the end"),
+    ("report student", "'student' holds no log of a run: log.jsonl is written from the first log on"),
     ("report student --output pictures", "pictures is a folder"),
     ("report student --ouput page.html", "unrecognized arguments: --ouput page.html"),
     ("sample --model digits --student nowhere --prompt x", "there is no folder nowhere"),

@@ -209,7 +209,7 @@ def test_a_checkpoint_alone_will_do(make_trainer: Callable[..., Any], tmp_path: 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """One line each: no folder, no log, a damaged one, Matplotlib missing."""
-    with pytest.raises(DataError, match=r"holds no log of a run: trainer_state.json is written at the end"):
+    with pytest.raises(DataError, match=r"holds no log of a run: log.jsonl is written from the first log on"):
         read_run(tmp_path)
     (tmp_path / "trainer_state.json").write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match="cannot be read"):

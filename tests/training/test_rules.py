@@ -54,6 +54,8 @@ def test_a_subclass_is_checked_too(settings: dict[str, Any], words: str, tmp_pat
         ({"reward_batch_size": 0}, "reward_batch_size=0 .*at least 1, or None"),
         ({"reward_device": "cudda"}, "reward_device='cudda' .*a device such as"),
         ({"log_images": -1}, "log_images=-1 .*0 or more"),
+        ({"log_images": 2, "log_images_limit": 1}, "log_images_limit 2 or more"),
+        ({"log_images_limit": 5}, "log_images above 0"),
         ({"importance_sampling_cap": 0.5}, r"importance_sampling_cap=0\.5 .*at least 1"),
         ({"min_effective_sample_size": 1.5}, r"min_effective_sample_size=1\.5 .*a share of the samples"),
         ({"num_iterations": 0, "shift": 0.0}, "num_iterations=0"),

@@ -96,7 +96,7 @@ def test_a_stopped_run_saves_and_goes_on(uninterrupted: Path, tmp_path: Path, nu
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_twenty_kills(tmp_path: Path, number: signal.Signals) -> None:
     """At random moments, writing checkpoints included: every time it goes on, and the end is the same bits.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rdm_sdk import (
     RDMConfig,
     digits,
 )
+from rdm_sdk.training.pictures import logged_pictures, too_many
 
 Make = Callable[..., Any]
 Losses = Callable[[Any], list[dict[str, float]]]
@@ -161,6 +163,29 @@ def test_pictures_do_not_change_the_run(make_trainer: Make, tmp_path: Path) -> N
         assert picture.height >= 3 * 64
         assert picture.width >= 10 * 64
     assert all(torch.equal(runs[1][name], p) for name, p in runs[0].items())
+
+
+def test_pictures_can_be_bounded(make_trainer: Make, tmp_path: Path) -> None:
+    """`log_images_limit` keeps the first, the last and even steps between; later steps that were there are left."""
+    later = tmp_path / "images" / "step_000900.png"
+    later.parent.mkdir()
+    later.touch()
+    make_trainer(tmp_path, log_images=1, log_images_limit=4, max_steps=5, critic_steps=1).train()
+    assert [step for step, _ in logged_pictures(later.parent)] == [1, 2, 4, 5, 900]
+
+
+def test_pictures_are_left_out_evenly() -> None:
+    """Whatever the number of pictures, as they come one after the other."""
+    for most in (2, 3, 6, 20):
+        kept: list[int] = []
+        for step in range(10, 2001, 10):
+            kept = [*kept, step]
+            kept = [at for at in kept if at not in too_many(kept, 10, most)]
+            assert len(kept) <= most
+            assert (kept[0], kept[-1]) == (10, step)
+            distances = {b - a for a, b in pairwise(kept[1:-1])}
+            assert len(distances) <= 1
+        assert len(kept) > most / 2
 
 
 def test_bf16_runs_on_cpu(make_trainer: Make, tmp_path: Path, losses_of: Losses) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from rdm_sdk.errors import DataError
 from rdm_sdk.evaluation.result import FILE as EVALUATION
 from rdm_sdk.training.checkpoint import STATE
 from rdm_sdk.training.checkpoint_folders import newest_whole, step_of
+from rdm_sdk.training.pictures import logged_pictures
+from rdm_sdk.training.run_log import LOG, parsed, read_log, whole_history
 from rdm_sdk.training.run_record import RECORD
 
-LOG = "trainer_state.json"
-_PICTURE = re.compile(r"step_(\d+)\.png")
+STATES = "trainer_state.json"
 
 
 @dataclass(frozen=True)
@@ -47,39 +48,57 @@ def read_run(folder: str | Path) -> RunLog:
     given = Path(folder)
     if not given.is_dir():
         raise DataError(f"there is no folder {str(given)!r}; give the output_dir of a run")
-    path = given / "training" if not _logs(given) and (given / "training").is_dir() else given
-    logs = _logs(path)
-    if not logs:
+    path = given / "training" if not _is_run(given) and (given / "training").is_dir() else given
+    if not _is_run(path):
         raise DataError(
-            f"{str(given)!r} holds no log of a run: {LOG} is written at the end of training, and into every checkpoint "
-            "(save_steps). Give the output_dir of a run that has come so far"
+            f"{str(given)!r} holds no log of a run: {LOG} is written from the first log on (logging_steps). Give the "
+            "output_dir of a run that has come so far"
         )
-    states = [_read(log) for log in logs]
-    state = max(states, key=lambda found: found.get("global_step", 0))
-    newest = logs[states.index(state)].parent
-    history = [row for row in state.get("log_history", []) if isinstance(row, dict) and "step" in row]
-    if not history:
-        raise DataError(f"{str(logs[0])!r} has no logs in it; was logging_steps larger than the run?")
     above = path.parent if step_of(path) >= 0 else path
-    pictures = [(int(match[1]), p) for p in above.glob("images/*.png") if (match := _PICTURE.fullmatch(p.name))]
+    states = {place: _read(place) for place in _states(path)}
+    newest = max(states, key=lambda place: states[place].get("global_step", 0), default=path / STATES)
+    state = states.get(newest, {})
+    history = _history(path, above / LOG, state)
+    if not history:
+        raise DataError(f"{str(path)!r} has no logs in it; was logging_steps larger than the run?")
+    record = _record(above, newest.parent)
     evaluation = next((p for place in dict.fromkeys((above, given)) for p in _evaluations(place)), None)
     return RunLog(
         given.name or str(given.resolve().name),
         given,
         history,
-        int(state.get("global_step", 0)),
-        int(state.get("max_steps", 0)),
-        _record(above, newest),
-        sorted(pictures),
+        max(int(state.get("global_step", 0)), int(history[-1]["step"])),
+        int(state.get("max_steps", 0)) or max(0, int(record.get("settings", {}).get("max_steps", 0))),
+        record,
+        logged_pictures(above / "images"),
         None if evaluation is None else _read(evaluation),
         None if evaluation is None or not (grid := evaluation.with_name("grid.png")).is_file() else grid,
     )
 
 
-def _logs(folder: Path) -> list[Path]:
-    """Return the logs of a run: the folder's, and that of its newest whole checkpoint."""
+def _is_run(folder: Path) -> bool:
+    return (folder / LOG).is_file() or bool(_states(folder))
+
+
+def _states(folder: Path) -> list[Path]:
+    """Return Trainer's states of a run: the folder's, and that of its newest whole checkpoint."""
     newest, _ = newest_whole(folder)
-    return [place / LOG for place in (folder, newest) if place is not None and (place / LOG).is_file()]
+    return [place / STATES for place in (folder, newest) if place is not None and (place / STATES).is_file()]
+
+
+def _history(folder: Path, log: Path, state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what was logged: all that the file has, or until a checkpoint was written if the folder is one.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    kept = [row for row in state.get("log_history", []) if isinstance(row, dict) and "step" in row]
+    if log.parent != folder:
+        return whole_history(kept, log)
+    try:
+        return parsed(read_log(log)) or kept
+    except ValueError as error:
+        raise DataError(f"{str(log)!r} cannot be read: {error}") from error
 
 
 def _evaluations(folder: Path) -> list[Path]:

@@ -1,0 +1,182 @@
+"""Time and memory of a training cycle against NVIDIA's `modelopt.torch.fastgen`, in one process, in turns.
+
+    pip install rdm-sdk -c constraints.txt && pip install --no-deps nvidia-modelopt ninja nvidia-ml-py pulp omegaconf
+    OMP_NUM_THREADS=1 python benchmarks/performance/against_modelopt.py                        # the digits teacher
+    OMP_NUM_THREADS=1 python benchmarks/performance/against_modelopt.py --layers 12 --heads 12 --batch 16 --cycles 4
+
+In an environment of its own: `--no-deps` keeps PyTorch as it is. Both sides have the same network, batch, student
+steps, guidance, optimizer and clipping, and per cycle the same updates: `critic_steps` of the critic, then one of the
+student. The other side is driven as its documentation shows: `DMDPipeline` with a deep copy of the teacher as student
+and one as critic, backward simulation, prompts encoded beforehand and at no cost here; and it has no rewards, no checks
+and logs nothing. Both sides' rollouts end at a random one of the student's steps.
+
+A row per way to train on this side: adapters with fresh rollouts for every update (what the other side does), full
+copies with the same, and adapters with rollouts that critic and student share, which is the default. Bytes are those of
+the denoisers' weights, one gradient per trained weight, and optimizer states; what both need alike, encoders and
+decoder, is left out. A ratio below 1 is in favor of this side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from alternation import WARM_UP, Alternate
+from diffusers import DiffusionPipeline, SD3Transformer2DModel
+from torch import nn
+
+from rdm_sdk import RDMConfig, RDMTrainer, digits
+
+WAYS: dict[str, dict[str, Any]] = {
+    "same rollouts": {"critic_rollouts": "fresh", "matching": "mixture"},
+    "same rollouts, full copies": {
+        **{"critic_rollouts": "fresh", "matching": "mixture"},
+        **{"student_weights": "full", "critic_weights": "full"},
+    },
+    "shared rollouts": {},
+}
+"""Settings of this side."""
+
+
+class Peer:
+    """A cycle of the other side on a trainer's model, batch and settings.
+
+    Args:
+        trainer: whose backbone is copied, and whose settings hold.
+        teacher: the network, without adapters.
+    """
+
+    def __init__(self, trainer: RDMTrainer, teacher: nn.Module) -> None:
+        from modelopt.torch.fastgen import DMDConfig, DMDPipeline, SampleTimestepConfig, create_fake_score
+
+        args = self.args = trainer.args
+        guided = args.guidance_scale != 1.0
+        times = [*trainer.models.policy.sigmas, 0.0]
+        config = DMDConfig(
+            pred_type="flow",
+            guidance_scale=args.guidance_scale if guided else None,
+            student_sample_steps=args.num_inference_steps,
+            student_sample_type="sde",
+            num_train_timesteps=1000,
+            student_update_freq=args.critic_steps + 1,
+            backward_simulation=True,
+            sample_t_cfg=SampleTimestepConfig(
+                time_dist_type="uniform", min_t=args.min_time, max_t=args.max_time, t_list=times
+            ),
+        )
+        self.student = deepcopy(teacher).train().requires_grad_(True)
+        self.fake = create_fake_score(teacher)
+        self.pipeline = DMDPipeline(self.student, teacher, self.fake, config)
+        options = {"betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.weight_decay}
+        self.optimizers = {
+            "student": torch.optim.AdamW(self.student.parameters(), lr=args.learning_rate, **options),
+            "fake": torch.optim.AdamW(self.fake.parameters(), lr=2 * args.learning_rate, **options),
+        }
+        size = args.train_batch_size
+        condition = trainer.models.encode((digits.prompts() * size)[:size])
+        blank = trainer.models.encode([None] * size)["encoder_hidden_states"]
+        self.shape = (size, *trainer.models.latent_shapes[0])
+        self.condition, self.negative = condition, {"negative_encoder_hidden_states": blank} if guided else {}
+
+    def run(self) -> None:
+        """Take a cycle's updates."""
+        for _ in range(self.args.critic_steps):
+            self._update("fake", self.fake, self.pipeline.compute_fake_score_loss)
+        self._update("student", self.student, self.pipeline.compute_student_loss, **self.negative)
+
+    def _update(self, name: str, network: nn.Module, loss_of: Any, **more: Any) -> None:
+        device = next(network.parameters()).device
+        latents, noise = torch.zeros(self.shape, device=device), torch.randn(self.shape, device=device)
+        loss_of(latents, noise, **self.condition, **more)["total"].backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        self.optimizers[name].step()
+        self.optimizers[name].zero_grad()
+
+    def bytes(self) -> int:
+        """Return the bytes of weights, gradients and optimizer states."""
+        networks = (self.student, self.pipeline.teacher, self.fake)
+        return bytes_of((p for network in networks for p in network.parameters()), self.optimizers.values())
+
+
+def bytes_of(parameters: Iterable[nn.Parameter], optimizers: Iterable[Any]) -> int:
+    """Return the bytes of weights, of a gradient for each that is trained, and of what optimizers remember."""
+    weights = {id(p): p for p in parameters}.values()
+    state = [t for one in optimizers for kept in one.state.values() for t in kept.values() if torch.is_tensor(t)]
+    sizes = [p.nbytes * (1 + p.requires_grad) for p in weights] + [tensor.nbytes for tensor in state]
+    return sum(sizes)
+
+
+def base_of(layers: int | None, heads: int | None) -> Any:
+    """Return the embedded pipeline, or one with a larger transformer with random weights in its place."""
+    pipeline = DiffusionPipeline.from_pretrained(digits.teacher_path())
+    if layers or heads:
+        config = dict(pipeline.transformer.config)
+        width = {"num_attention_heads": heads, "caption_projection_dim": heads * config["attention_head_dim"]}
+        config |= ({"num_layers": layers} if layers else {}) | (width if heads else {})
+        pipeline.transformer = SD3Transformer2DModel.from_config(config)
+    return pipeline
+
+
+def compare(way: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Train one way, in turns with the other side."""
+    pipeline = base_of(options.layers, options.heads)
+    teacher = deepcopy(pipeline.transformer)
+    with tempfile.TemporaryDirectory() as folder:
+        args = RDMConfig(
+            output_dir=folder,
+            max_steps=options.cycles + WARM_UP,
+            per_device_train_batch_size=options.batch,
+            guidance_scale=options.guidance_scale,
+            max_sequence_length=4,
+            save_strategy="no",
+            disable_tqdm=True,
+            report_to="none",
+            **WAYS[way],
+        )
+        trainer = RDMTrainer(pipeline, "dm", args, digits.prompts())
+        peer = Peer(trainer, teacher.to(trainer.args.device))
+        timer = Alternate(peer.run)
+        trainer.add_callback(timer)
+        trainer.train()
+    cycle, other, ratio = timer.result()
+    critics = trainer.critic_optimizer
+    assert trainer.optimizer is not None
+    assert critics is not None
+    mine = bytes_of(trainer.roles.parameters(), [trainer.optimizer.optimizer, critics.optimizer])
+    return {
+        "way": way,
+        "parameters": sum(p.numel() for p in teacher.parameters()),
+        "batch": options.batch,
+        "cycle_s": round(cycle, 4),
+        "modelopt_s": round(other, 4),
+        "time": round(ratio, 3),
+        "megabytes": round(mine / 1e6, 2),
+        "modelopt_megabytes": round(peer.bytes() / 1e6, 2),
+        "bytes": round(mine / peer.bytes(), 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--cycles", type=int, default=10)
+    parser.add_argument("--guidance_scale", type=float, default=1.0)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--layers", type=int, help="blocks of a network with random weights; by default the teacher's")
+    parser.add_argument("--heads", type=int, help="attention heads of a network with random weights, its width")
+    options = parser.parse_args()
+    try:
+        import modelopt.torch.fastgen  # noqa: F401
+    except ImportError as error:
+        parser.error(f"this compares with nvidia-modelopt, which cannot be imported ({error}); see above: --help")
+    for way in options.ways:
+        print(json.dumps(compare(way, options)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The log of a run, a line per log in `log.jsonl`: whole beside the checkpoints, of which each keeps the end alone.
+
+A checkpoint would otherwise hold all that was ever logged, again and again. The logs that it keeps are looked up in the
+file when the run goes on from it: what stands behind them is of steps that are taken once more.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from rdm_sdk.files import replacing
+from rdm_sdk.training.watch_rules import LEVELS
+
+if TYPE_CHECKING:
+    from rdm_sdk.training.trainer import RDMTrainer
+
+logger = logging.getLogger(__name__)
+
+LOG = "log.jsonl"
+KEPT = LEVELS
+"""Logs that a checkpoint keeps: what the watch can still make a past of where the file is lost."""
+
+History = list[dict[str, Any]]
+
+
+def read_log(path: Path) -> list[str]:
+    """Return the whole lines of a log, none where there is no file; half a line of a killed run is left out."""
+    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+
+
+def parsed(lines: Sequence[str]) -> History:
+    """Return the figures of lines, a mapping each.
+
+    Raises:
+        ValueError: one is damaged.
+    """
+    return [json.loads(line) for line in lines]
+
+
+def whole_history(kept: History, path: Path) -> History:
+    """Return all that a run had logged when a checkpoint of it was written.
+
+    Args:
+        kept: the logs that the checkpoint keeps.
+        path: the run's log; where it does not have them, a warning tells so, and `kept` is returned.
+    """
+    if len(kept) != KEPT:  # all there were; or more, of a version that kept all
+        return kept
+    lines, last = read_log(path), _lines(kept)
+    for end in range(len(lines), KEPT - 1, -1):
+        if lines[end - KEPT : end] == last:
+            try:
+                return parsed(lines[:end])
+            except ValueError:
+                break
+    logger.warning(
+        f"{str(path)!r} does not hold what was logged up to step {kept[-1]['step']}: of that, the watch and reports "
+        f"know the last {KEPT} logs, which the checkpoint keeps"
+    )
+    return kept
+
+
+def _lines(history: Sequence[dict[str, Any]]) -> list[str]:
+    return [json.dumps(row, sort_keys=True) for row in history]
+
+
+class LogFile:
+    """Writes the log of a run; nothing before `begin`.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._begun = False
+        self._rows = self._bytes = 0
+
+    def begin(self, history: History) -> None:
+        """Put what was logged so far in the place of what the file holds."""
+        self.path.unlink(missing_ok=True)
+        if history:
+            with replacing(self.path) as staged:
+                staged.write_text("".join(f"{line}\n" for line in _lines(history)), encoding="utf-8")
+        self._begun, self._rows = True, len(history)
+        self._bytes = self.path.stat().st_size if history else 0
+
+    def append(self, history: History, wait: bool = False) -> None:
+        """Write what is new in a history; `wait` until it is on the disk.
+
+        Raises:
+            OSError: it could not be written, and is tried again the next time.
+        """
+        if not self._begun:
+            return
+        if self._rows and (not self.path.is_file() or self.path.stat().st_size < self._bytes):
+            self.begin(history)  # someone has removed it
+        new = "".join(f"{line}\n" for line in _lines(history[self._rows :])).encode()
+        if new:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.truncate(self._bytes)  # of lines that did not fit on the disk, a part may have
+                file.write(new)
+                file.flush()
+                if wait:
+                    os.fsync(file.fileno())
+            self._rows, self._bytes = len(history), self._bytes + len(new)
+
+    @contextmanager
+    def shortened(self, state: TrainerState) -> Iterator[None]:
+        """Let a block save Trainer's state with the last logs alone, once the file has all.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        self.append(state.log_history, wait=True)
+        whole, state.log_history = state.log_history, state.log_history[-KEPT:]
+        try:
+            yield
+        finally:
+            state.log_history = whole
+
+
+class KeepLog(TrainerCallback):
+    """Writes every log of a run into its file, and puts the whole past into the state of a run that goes on."""
+
+    def __init__(self, trainer: RDMTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.keeper.begin_log(state)
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        try:
+            self.trainer.keeper.log.append(state.log_history)
+        except OSError as error:  # nothing is lost: it is in memory, and a checkpoint is not written without it
+            logger.warning(f"{LOG} could not be written ({error}); the next log tries again")
