@@ -12,6 +12,7 @@ KNOWN_PLUGINS = {
     "clip": "rdm-reward-clip",
     "dino": "rdm-reward-dino",
     "geneval": "rdm-reward-geneval",
+    "geneval2": "rdm-reward-geneval",
     "hps": "rdm-reward-hps",
     "hpsv3": "rdm-reward-hpsv3",
     "imagereward": "rdm-reward-imagereward",
@@ -20,7 +21,9 @@ KNOWN_PLUGINS = {
     "pickscore": "rdm-reward-pickscore",
     "safety": "rdm-reward-safety",
     "unified": "rdm-reward-unified",
+    "unified-api": "rdm-reward-unified",
     "vlm": "rdm-reward-vlm",
+    "vlm-api": "rdm-reward-vlm",
 }
 """The project's own rewards that are installed one by one: bare name to distribution."""
 

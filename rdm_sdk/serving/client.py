@@ -3,51 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import random
-import ssl
-import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import httpx2
 
-from rdm_sdk.errors import RDMError, RewardError, nearest, shown
+from rdm_sdk.errors import RewardError, nearest, shown
 from rdm_sdk.rewards.awaiting import event_loop
 from rdm_sdk.rewards.base import Capabilities, RewardBatch
 from rdm_sdk.serving.answers import read_answer, read_capabilities
+from rdm_sdk.serving.asking import Failed, Patience, ServerLostError, exchange, open_client, persist
 from rdm_sdk.serving.requests import request_parts
 from rdm_sdk.serving.tensors import CONTENT_TYPE, HEADER_LIMIT, VERSION, BodyError, parse_json
 from rdm_sdk.types import RewardOutput
 
-BACKOFF = 0.1
-"""Seconds before the second try, at most; doubled for each further one, up to `BACKOFF_LIMIT`."""
-BACKOFF_LIMIT = 5.0
 AGAIN = frozenset({408, 425, 429, 502, 503, 504})
 """Statuses that pass."""
-ERROR_LIMIT = 2**16
 PIECE = 2**18
 """Bytes that are given to a connection at a time."""
 
 Body = Sequence[memoryview]
 """The body of a request, in parts."""
-
-
-class ServerLostError(RDMError, ConnectionError):
-    """A reward's server that cannot be reached, or does not answer in time; `reward_on_error` says what it does."""
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long a client waits, and how often it tries."""
-
-    timeout: float = 60.0
-    """Seconds that one try may take."""
-    retries: int = 4
-    """Further tries after the first."""
-    max_wait: float = 300.0
-    """Seconds that all tries of a request may take together."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +62,6 @@ class Client:
         self._headers = {"Accept-Encoding": "identity"}  # an answer unpacks to nothing
         self._headers |= {} if token is None else {"Authorization": f"Bearer {token}"}
         self._uds = uds
-        self._jitter = random.Random()  # the run's random state is not touched
         self._first = 0
         """The server that answered last; it is asked first."""
 
@@ -172,65 +148,44 @@ class Client:
 
     async def _request(self, method: str, path: str, body: Body | None, limit: int) -> bytearray:
         """Return the body of an answer, tried as often and as long as the patience lasts."""
-        patience, last = self.patience, "nothing was tried"
-        bound = asyncio.timeout(patience.max_wait)
-        started = time.monotonic()
-        try:
-            async with bound:
-                for attempt in range(patience.retries + 1):
-                    for _ in self.urls:
-                        answer, last = await self._try(method, path, body, limit)
-                        if answer is not None:
-                            return answer
-                        self._first = (self._first + 1) % len(self.urls)
-                    if attempt < patience.retries:
-                        longest = min(BACKOFF * 2**attempt, BACKOFF_LIMIT)
-                        await asyncio.sleep(self._jitter.uniform(longest / 2, longest))
-        except TimeoutError:
-            if not bound.expired():
-                raise
-            last = f"max_wait={patience.max_wait:g} s is over; before that, {last}"
-        tries = f"after {time.monotonic() - started:.1f} s and up to {patience.retries + 1} tries each"
-        raise ServerLostError(f"no answer from {', '.join(self.urls)} {tries}: {last}{self.trouble()}")
 
-    async def _try(self, method: str, path: str, body: Body | None, limit: int) -> tuple[bytearray | None, str]:
-        """Return the answer of the server that is asked first, or None and why trying again may help.
+        async def attempt() -> bytearray | Failed:
+            answer = await self._try(method, path, body, limit)
+            if isinstance(answer, Failed):
+                self._first = (self._first + 1) % len(self.urls)
+            return answer
+
+        return await persist(attempt, self.patience, ", ".join(self.urls), len(self.urls), self.trouble)
+
+    async def _try(self, method: str, path: str, body: Body | None, limit: int) -> bytearray | Failed:
+        """Return the answer of the server that is asked first, or why trying again may help.
 
         Raises:
             RewardError: asking again would not help.
             ServerLostError: its reward raised.
         """
         url = self.urls[self._first]
-        # Without `verify`, a transport reads all certificates of this machine, for a tenth of a second.
         transport = None if self._uds is None else httpx2.AsyncHTTPTransport(verify=False, uds=self._uds)
-        headers, content = dict(self._headers), None
+        request: dict[str, Any] = {"headers": dict(self._headers)}
         if body is not None:
-            headers |= {"Content-Type": CONTENT_TYPE, "Content-Length": str(_length(body))}
-            content = _pieces(body)
-        verify = _tls() if url.startswith("https") else False
-        try:
-            # A client for each request: its connections belong to the loop, which may not be there to close them.
-            async with (
-                asyncio.timeout(self.patience.timeout),
-                httpx2.AsyncClient(transport=transport, verify=verify, timeout=None) as client,
-                client.stream(method, f"{url.rstrip('/')}{path}", content=content, headers=headers) as response,
-            ):
-                status = response.status_code
-                answer = await _read(response, limit if status == 200 else ERROR_LIMIT)
-        except TimeoutError:
-            return None, f"{url} did not answer within timeout={self.patience.timeout:g} s"
-        except httpx2.TransportError as error:
-            return None, f"{url}: {type(error).__name__} {error}"
-        if status == 200:
-            if answer is None:
+            request["headers"] |= {"Content-Type": CONTENT_TYPE, "Content-Length": str(_length(body))}
+            request["content"] = _pieces(body)
+        address, timeout = f"{url.rstrip('/')}{path}", self.patience.timeout
+        # A client for each request: its connections belong to the loop, which may not be there to close them.
+        async with open_client(url, transport=transport) as client:
+            reply = await exchange(client, method, address, who=url, timeout=timeout, limit=limit, **request)
+        if isinstance(reply, Failed):
+            return reply
+        if reply.status == 200:
+            if reply.body is None:
                 raise RewardError(f"{url} answered more than {limit} bytes, which cannot be what was asked")
-            return answer, ""
-        reason, nonsense = _reason(answer or b"")
-        if status in AGAIN:
-            return None, f"{url} answered {status}: {reason}"
-        if status >= 500 and not nonsense:
-            raise ServerLostError(f"{url} answered {status}: {reason}")
-        raise RewardError(f"{url} answered {status}: {reason}")
+            return reply.body
+        reason, nonsense = _reason(reply.body or b"")
+        if reply.status in AGAIN:
+            return Failed(f"{url} answered {reply.status}: {reason}", reply.wait)
+        if reply.status >= 500 and not nonsense:
+            raise ServerLostError(f"{url} answered {reply.status}: {reason}")
+        raise RewardError(f"{url} answered {reply.status}: {reason}")
 
 
 def _length(body: Body) -> int:
@@ -242,16 +197,6 @@ async def _pieces(body: Body) -> AsyncIterator[bytes]:
     for part in body:
         for start in range(0, part.nbytes, PIECE):
             yield bytes(part[start : start + PIECE])
-
-
-async def _read(response: Any, limit: int) -> bytearray | None:
-    """Return the body of a response, None if it is longer than a limit."""
-    parts = bytearray()
-    async for part in response.aiter_raw():
-        parts += part
-        if len(parts) > limit:
-            return None
-    return parts
 
 
 def _reason(body: bytes | bytearray) -> tuple[str, bool]:
@@ -282,8 +227,3 @@ def _is_json(value: object) -> bool:
     if isinstance(value, dict):
         return all(isinstance(key, str) and _is_json(part) for key, part in value.items())
     return value is None or isinstance(value, (str, int, float))
-
-
-@cache
-def _tls() -> ssl.SSLContext:
-    return ssl.create_default_context()

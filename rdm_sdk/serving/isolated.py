@@ -22,7 +22,8 @@ from pydantic import Field
 from rdm_sdk.errors import RewardError
 from rdm_sdk.rewards.base import RewardBatch, RewardConfig
 from rdm_sdk.rewards.spec import parse_spec
-from rdm_sdk.serving.client import Client, ServerLostError
+from rdm_sdk.serving.asking import ServerLostError
+from rdm_sdk.serving.client import Client
 from rdm_sdk.serving.remote import ServedConfig, ServedReward
 from rdm_sdk.types import RewardOutput
 

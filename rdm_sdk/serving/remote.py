@@ -5,35 +5,25 @@ from __future__ import annotations
 import asyncio
 import os
 from typing import Literal
-from urllib.parse import urlsplit
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import field_validator
 from torch import Tensor
 
-from rdm_sdk.errors import RewardError, shown
+from rdm_sdk.errors import RewardError
 from rdm_sdk.rewards.base import Capabilities, Reward, RewardBatch, RewardConfig
-from rdm_sdk.serving.client import Client, Described, Patience
+from rdm_sdk.serving.asking import PatientConfig, check_address, read_secret
+from rdm_sdk.serving.client import Client, Described
 from rdm_sdk.types import RewardOutput
 
 Transport = Literal["float32", "float16", "uint8"]
 
 
-class ServedConfig(RewardConfig):
+class ServedConfig(PatientConfig):
     """How a server is asked."""
 
     transport: Transport = "float32"
     """What images travel as, and gradients with them: float32 is exact, float16 half as long, uint8 a quarter."""
-    timeout: float = Field(default=60.0, gt=0)
-    """Seconds that one try may take."""
-    retries: int = Field(default=4, ge=0)
-    """Further tries where the first fails."""
-    max_wait: float = Field(default=300.0, gt=0)
-    """Seconds that all tries of one call may take together."""
-
-    @property
-    def patience(self) -> Patience:
-        return Patience(timeout=self.timeout, retries=self.retries, max_wait=self.max_wait)
 
 
 @torch.no_grad()
@@ -120,27 +110,19 @@ class Remote(ServedReward):
             if value == ():
                 raise ValueError("at least one address is needed")
             for url in _listed(value):
-                _check_address(url)
+                check_address(url)
             return value
 
     config: Config
 
     def __init__(self, config: RewardConfig | None = None, **options: object) -> None:
         super().__init__(config, **options)
-        urls = _addresses(self.config)
-        self.connect(Client(urls, self.config.patience, _token(self.config.token_env)), self.config.reward)
+        urls, token = _addresses(self.config), read_secret("token_env", self.config.token_env)
+        self.connect(Client(urls, self.config.patience, token), self.config.reward)
 
 
 def _listed(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if value is None else (value,) if isinstance(value, str) else value
-
-
-def _check_address(url: str) -> None:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{shown(url, 80)} is no address such as 'http://judge:8000'")
-    if parts.username or parts.password or parts.query:
-        raise ValueError("an address may hold no password and no query; name the token's variable, token_env")
 
 
 def _addresses(config: Remote.Config) -> tuple[str, ...]:
@@ -162,19 +144,7 @@ def _addresses(config: Remote.Config) -> tuple[str, ...]:
         )
     try:
         for url in urls:
-            _check_address(url)
+            check_address(url)
     except ValueError as error:
         raise RewardError(f"the environment variable {config.url_env}: {error}") from error
     return urls
-
-
-def _token(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    token = os.environ.get(variable, "")
-    if not token or not token.isascii() or not token.isprintable():
-        raise RewardError(
-            f"token_env={variable!r}: the environment variable is not set, or holds what no token can; export it where "
-            "the run is started"
-        )
-    return token

@@ -8,7 +8,7 @@ import pytest
 from live_servers import Faulty, Reader, Spread, serving
 
 from rdm_sdk.digits.reward import Legibility
-from rdm_sdk.serving import client as client_module
+from rdm_sdk.serving import asking
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def server() -> Iterator[Faulty]:
 def sound(server: Faulty, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A test starts with a server that works, and with its token."""
     monkeypatch.setenv("JUDGE_TOKEN", "hush")
-    monkeypatch.setattr(client_module, "BACKOFF", 0.02)
+    monkeypatch.setattr(asking, "BACKOFF", 0.02)
     server.fault = ""
     yield
     server.fault = ""

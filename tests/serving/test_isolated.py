@@ -21,7 +21,7 @@ from rdm_sdk import RewardError
 from rdm_sdk.digits.reward import Legibility
 from rdm_sdk.rewards.evaluate import evaluate_reward, evaluate_rewards
 from rdm_sdk.rewards.resolve import resolve_rewards
-from rdm_sdk.serving.client import ServerLostError
+from rdm_sdk.serving.asking import ServerLostError
 from rdm_sdk.serving.isolated import Isolated
 from rdm_sdk.testing import parametrize_reward_checks
 

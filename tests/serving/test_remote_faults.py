@@ -16,7 +16,7 @@ from live_servers import QUICK, Faulty, Reader, Spread, remote, serving
 from rdm_sdk import RDMTrainer, RewardBatch, RewardError
 from rdm_sdk.digits.reward import Legibility
 from rdm_sdk.rewards.evaluate import evaluate_reward, evaluate_rewards
-from rdm_sdk.serving.client import ServerLostError
+from rdm_sdk.serving.asking import ServerLostError
 from rdm_sdk.serving.remote import Remote
 
 pytestmark = pytest.mark.usefixtures("sound")

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import Any, Literal
 
 import torch
 from PIL import Image
 from pydantic import Field
 from rdm_reward_vlm.judge import load_judge
+from rdm_reward_vlm.pictures import to_pil
 from torch import Tensor
 
-from rdm_reward_unified.text import AXES, FINAL, HIGH, LOW
+from rdm_reward_unified.text import FORMS, HIGH, LOW
 from rdm_sdk import Capabilities, Reward, RewardBatch, RewardConfig, RewardError
 from rdm_sdk.vision import PretrainedConfig
-
-FORMS = {"final": FINAL, "axes": AXES}
 
 
 class UnifiedReward(Reward):
@@ -62,18 +60,11 @@ class UnifiedReward(Reward):
 
     def score(self, batch: RewardBatch) -> Tensor:
         questions = [self.form.ask(prompt) for prompt in batch.prompts]
-        lengths = {question: self.judge.length(question) for question in set(questions)}
-
-        def length(row: int) -> int:
-            return lengths[questions[row]]
-
         scores = torch.full((len(batch),), torch.nan)
-        for _, group in groupby(sorted(range(len(batch)), key=length), key=length):
-            alike, size = list(group), self.config.batch_size
-            for rows in (alike[start : start + size] for start in range(0, len(alike), size)):
-                pictures = [_to_pil(batch.images[row]) for row in rows]
-                texts = answers(self.judge, pictures, [questions[row] for row in rows], self.config.max_new_tokens)
-                scores[rows] = torch.tensor([self.form.read(text) for text in texts])
+        for rows in self.judge.batches(questions, self.config.batch_size):
+            pictures = [to_pil(batch.images[row]) for row in rows]
+            texts = answers(self.judge, pictures, [questions[row] for row in rows], self.config.max_new_tokens)
+            scores[rows] = torch.tensor([self.form.read(text) for text in texts])
         return scores
 
 
@@ -94,8 +85,3 @@ def answers(judge: Any, images: Sequence[Image.Image], questions: Sequence[str],
         written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )
     return texts
-
-
-def _to_pil(image: Tensor) -> Image.Image:
-    """Round an RGB image `[3, H, W]` in [0, 1] to 8 bits."""
-    return Image.fromarray((image.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())

@@ -67,3 +67,5 @@ AXES = Form(
     ),
     titles=("Alignment Score (1-5)", "Coherence Score (1-5)", "Style Score (1-5)"),
 )
+FORMS = {"final": FINAL, "axes": AXES}
+"""The forms, by the variant that asks so."""

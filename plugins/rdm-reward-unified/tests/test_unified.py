@@ -90,7 +90,7 @@ def test_what_is_written(reward, folder):
     """Answers are the likeliest tokens, one forward pass after the other, whatever stands beside them in the batch."""
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     questions = ["a red fox", "two boat night", "fox fox fox"]
-    pictures = [module._to_pil(image) for image in images(3)]
+    pictures = [module.to_pil(image) for image in images(3)]
     together = answers(reward.judge, pictures, questions, 5)
     for text, picture, question in zip(together, pictures, questions, strict=True):
         chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]

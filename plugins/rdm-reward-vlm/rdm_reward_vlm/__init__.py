@@ -12,3 +12,8 @@ def rdm_register_rewards(register: RegisterReward) -> None:
         "rdm_reward_vlm.reward:VlmJudge",
         description="VQAScore: how sure a vision-language model is that the image shows the prompt",
     )
+    register(
+        "vlm-api",
+        "rdm_reward_vlm.api:VlmApi",
+        description="vlm of a model behind OpenAI's API: vLLM, SGLang, llama.cpp, OpenAI",
+    )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -12,10 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from rdm_reward_vlm.answers import NO, YES, yes_share
 from rdm_sdk import RewardError
 from rdm_sdk.vision import expanded, load_pretrained, unavailable
-
-_YES, _NO = ("Yes", "yes", "YES", " Yes", " yes", " YES"), ("No", "no", "NO", " No", " no", " NO")
 
 
 class Judge(nn.Module):
@@ -24,8 +24,8 @@ class Judge(nn.Module):
     def __init__(self, model: Any, processor: Any, source: str) -> None:
         super().__init__()
         self.model, self.processor = model, processor
-        self.yes = answer_tokens(processor.tokenizer, _YES, source)
-        self.no = answer_tokens(processor.tokenizer, _NO, source)
+        self.yes = answer_tokens(processor.tokenizer, YES, source)
+        self.no = answer_tokens(processor.tokenizer, NO, source)
         self._control_texts = list(processor.tokenizer.get_added_vocab())
         # Logits of a whole prompt are gigabytes with today's vocabularies; most models can leave all but the last out.
         can_cut = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -39,17 +39,32 @@ class Judge(nn.Module):
         """Return how many tokens a question has with all that surrounds it, its image counting as one."""
         return len(self.processor.tokenizer(self._text(question), add_special_tokens=False).input_ids)
 
-    @torch.no_grad()
+    def batches(self, questions: Sequence[str], size: int) -> Iterator[list[int]]:
+        """Yield the rows of N questions that may be asked together: of one `length`, `size` at most."""
+        lengths = {question: self.length(question) for question in set(questions)}
+
+        def length(row: int) -> int:
+            return lengths[questions[row]]
+
+        for _, group in groupby(sorted(range(len(questions)), key=length), key=length):
+            alike = list(group)
+            yield from (alike[start : start + size] for start in range(0, len(alike), size))
+
     def ask(self, images: Sequence[Image.Image], questions: Sequence[str]) -> Tensor:
-        """Return P(yes) / (P(yes) + P(no)), float32 `[N]`, for N images of one size and N questions of one `length`.
+        """Return `yes_share`, float32 `[N]`, for N images of one size and N questions of one `length`."""
+        logits = self.next_logits(images, questions)
+        return yes_share(logits[:, self.yes], logits[:, self.no])
+
+    @torch.no_grad()
+    def next_logits(self, images: Sequence[Image.Image], questions: Sequence[str]) -> Tensor:
+        """Return the logits of the first token of N answers, float32 `[N, vocabulary]`.
 
         Equal lengths need no padding, which models treat differently, so that answers do not depend on the batch.
         """
         device, dtype = self.model.device, self.model.dtype
         output = self.model(**self._inputs(images, questions).to(device, dtype), **self._only_last)
         logits: Tensor = output.logits[:, -1].float()
-        # exp(a) / (exp(a) + exp(b)) without the softmax over the vocabulary, which cancels.
-        return (logits[:, self.yes].logsumexp(dim=-1) - logits[:, self.no].logsumexp(dim=-1)).sigmoid()
+        return logits
 
     def _inputs(self, images: Sequence[Image.Image], questions: Sequence[str]) -> Any:
         if self.processor.chat_template is None:

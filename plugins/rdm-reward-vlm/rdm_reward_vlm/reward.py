@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import groupby
 from typing import Literal
 
 import torch
-from PIL import Image
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
+from rdm_reward_vlm.answers import QuestionConfig
 from rdm_reward_vlm.judge import load_judge
+from rdm_reward_vlm.pictures import to_pil
 from rdm_sdk import Capabilities, Reward, RewardBatch, RewardConfig
 from rdm_sdk.vision import PretrainedConfig
 
@@ -29,20 +28,11 @@ class VlmJudge(Reward):
         space="pixel", gradient="none", prompts=True, range=(0.0, 1.0), parameters=3_754_622_976
     )
 
-    class Config(PretrainedConfig):
+    class Config(QuestionConfig, PretrainedConfig):
         dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
         """Dtype of the model's weights; scores come in steps of up to .03 in bfloat16."""
-        question: str = 'Does this figure show "{prompt}"? Please answer yes or no.'
-        """What the model is asked; {prompt} stands for the prompt."""
         batch_size: int = Field(default=8, ge=1)
         """Images that the model sees at a time, at most; questions of other lengths never go together."""
-
-        @field_validator("question")
-        @classmethod
-        def _names_the_prompt(cls, question: str) -> str:
-            if "{prompt}" not in question:
-                raise ValueError("the question must contain {prompt}, where each image's prompt goes")
-            return question
 
     config: Config
 
@@ -53,30 +43,11 @@ class VlmJudge(Reward):
         self.preprocessing = f"8 bits, {type(self.judge.processor.image_processor).__name__}"
 
     def score(self, batch: RewardBatch) -> Tensor:
-        asked = {
-            row: self.config.question.replace("{prompt}", prompt)
-            for row, prompt in enumerate(batch.prompts)
-            if self.judge.can_ask(prompt)
-        }
         scores = torch.full((len(batch),), torch.nan, device=batch.images.device)
-        for rows in self._together(asked):
-            pictures = [_to_pil(batch.images[row]) for row in rows]
-            scores[rows] = self.judge.ask(pictures, [asked[row] for row in rows]).to(scores.device)
+        asked = [row for row, prompt in enumerate(batch.prompts) if self.judge.can_ask(prompt)]
+        questions = [self.config.asked(batch.prompts[row]) for row in asked]
+        for places in self.judge.batches(questions, self.config.batch_size):
+            rows = [asked[place] for place in places]
+            pictures = [to_pil(batch.images[row]) for row in rows]
+            scores[rows] = self.judge.ask(pictures, [questions[place] for place in places]).to(scores.device)
         return scores
-
-    def _together(self, questions: Mapping[int, str]) -> Iterator[list[int]]:
-        """Yield rows whose questions are of one length, `batch_size` at most."""
-        lengths = {question: self.judge.length(question) for question in set(questions.values())}
-
-        def length(row: int) -> int:
-            return lengths[questions[row]]
-
-        for _, group in groupby(sorted(questions, key=length), key=length):
-            rows = list(group)
-            for start in range(0, len(rows), self.config.batch_size):
-                yield rows[start : start + self.config.batch_size]
-
-
-def _to_pil(image: Tensor) -> Image.Image:
-    """Round an RGB image `[3, H, W]` in [0, 1] to 8 bits."""
-    return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
