@@ -21,9 +21,9 @@ def run(arguments: Sequence[str]) -> int:
     if options.prompts is None and options.model != "digits":
         raise ConfigError(PROMPTS_MISSING)
     if options.features is None and options.model != "digits":
-        raise ConfigError(
-            "--features is missing: give 'dinov2' (facebook/dinov2-base, from the hub), or the hub id or path of one"
-        )
+        from rdm_sdk.evaluation.features import NAMES
+
+        raise ConfigError(f"--features is missing: give {NAMES}")
     from rdm_sdk import digits
     from rdm_sdk.cli.run_arguments import base_path
     from rdm_sdk.evaluation.run import evaluate
@@ -73,7 +73,7 @@ def _parser() -> Parser:
     parser.add_argument("--reference_steps", type=count, default=40, help="the teacher's, for FID-SD and KID-SD")
     parser.add_argument("--reference_samples", type=whole_number(2), help="images of the reference; as --samples")
     parser.add_argument("--real", type=Path, help="a folder of real pictures of the images' size, for FID and KID")
-    parser.add_argument("--features", help="'dinov2', or the hub id or path of one; not needed for 'digits'")
+    parser.add_argument("--features", help="'dinov2', 'inception', or a hub id or path; not needed for 'digits'")
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="the teacher's, as the students were trained")
     for name in CALL:
         parser.add_argument(f"--{name}", type=count, help="as the students were trained")

@@ -72,8 +72,9 @@ def evaluate(
         model: the base: a hub id, a path or a loaded pipeline, which is left as it was.
         prompts: a list, a file or a dataset with a `prompt` column.
         students: folders that training saved.
-        features: "dinov2", the hub id or path of one, or a function of images `[N, 3, H, W]` in [0, 1] that returns
-            features `[N, D]`, such as `rdm_sdk.digits.metrics.digit_features`.
+        features: "dinov2", the hub id or path of another one, "inception", the path of its file, or a function of
+            images `[N, 3, H, W]` in [0, 1] that returns features `[N, D]`, such as
+            `rdm_sdk.digits.metrics.digit_features`.
         teacher_steps: numbers of steps at which the teacher gets a row too; from two on, students are worth steps.
         steps: numbers of steps of the students, for those that can be sampled with others than their trained one.
         rewards: as `RDMTrainer`'s `reward_funcs`; weights mean nothing here.
@@ -193,11 +194,12 @@ class _Run:
 
     def rows(self, candidates: Sequence[Candidate]) -> list[Row]:
         """Return every candidate's row."""
+        references = {}
+        if self.real is not None:  # before anything is sampled: the extractor may not take their size
+            references["real"] = FeatureSet(self._features(self.real, "real images"), None)
         images, _ = self._sampled(self.reference, "reference", self.compared)
-        references = {"teacher": FeatureSet(self.extractor(images), group_labels(self.compared))}
+        references["teacher"] = FeatureSet(self._features(images, "the reference"), group_labels(self.compared))
         self._picture(f"teacher, {counted(self.reference.steps)}\n(reference)", images)
-        if self.real is not None:
-            references["real"] = FeatureSet(self.extractor(self.real), None)
         found = [self._row(candidate, references) for candidate in candidates]
         curve = {row.steps: row.against["teacher"]["frechet"] for row in found if not row.student and row.against}
         if len(curve) < 2:
@@ -212,7 +214,7 @@ class _Run:
     def _row(self, candidate: Candidate, references: Mapping[str, FeatureSet]) -> Row:
         images, milliseconds = self._sampled(candidate, "rows", self.prompts)
         self._picture(candidate.name.replace(", ", "\n"), images)
-        against = self._compared(self.extractor(images), references)
+        against = self._compared(self._features(images, candidate.name), references)
         scores = {}
         if self.judges:
             with self._bar(len(images), f"scoring {candidate.name}") as bar:
@@ -242,6 +244,10 @@ class _Run:
             images, fresh = self.sampler.images(candidate, prompts, stream, bar.update)
         seconds = time.perf_counter() - begin
         return images, 1000 * seconds / len(images) if fresh == len(images) else None
+
+    def _features(self, images: Tensor, name: str) -> Tensor:
+        with self._bar(len(images), f"features of {name}") as bar:
+            return self.extractor(images, bar.update)
 
     def _compared(self, features: Tensor, references: Mapping[str, FeatureSet]) -> dict[str, dict[str, Any]]:
         if len(features) < FEWEST:

@@ -17,7 +17,6 @@ from rdm_sdk import ConfigError, DataError, ModelError, RDMTrainer, RewardError,
 from rdm_sdk.cli.main import main
 from rdm_sdk.digits.metrics import digit_features
 from rdm_sdk.evaluation.candidates import student_candidates, teacher_candidate
-from rdm_sdk.evaluation.features import feature_extractor
 from rdm_sdk.evaluation.sampling import Sampler
 from rdm_sdk.training.export import load_student
 
@@ -244,28 +243,6 @@ def test_mistakes_are_found_before_the_base_is_loaded(
     settings = {"prompts": digits.prompts(), "teacher_steps": [1]} | SMALL | changes
     with pytest.raises(error, match=message):
         evaluate(digits.teacher_path(), **settings)
-
-
-def test_features_are_functions_or_dinov2(tmp_path: Path) -> None:
-    """A function's name is kept; what it returns is checked; a DINOv2 is loaded from a folder."""
-    from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
-
-    images = torch.rand(5, 3, 40, 32, generator=torch.Generator().manual_seed(0))
-    for wrong, message in (
-        (lambda x: x, "float matrix"),
-        (lambda x: x[:1].flatten(1), "1 rows of features for 5 images"),
-        (lambda x: x.flatten(1) / 0, "NaN or infinity"),
-    ):
-        with pytest.raises(DataError, match=message):
-            feature_extractor(wrong)(images)
-    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
-    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(tmp_path / "dino")
-    extractor = feature_extractor(str(tmp_path / "dino"))
-    assert extractor(images).shape == (5, 12)
-    assert torch.equal(extractor((images * 255).round().to(torch.uint8)), extractor((images * 255).round() / 255))
-    ViTModel(ViTConfig(**sizes, intermediate_size=8)).save_pretrained(tmp_path / "vit")
-    with pytest.raises(ConfigError, match="a model of type 'vit'"):
-        feature_extractor(str(tmp_path / "vit"))
 
 
 def test_the_command_prints_the_table(
