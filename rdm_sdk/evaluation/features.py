@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from rdm_sdk.errors import ConfigError, DataError
+from rdm_sdk.errors import ConfigError, DataError, nearest
 from rdm_sdk.evaluation.images import check_features
 from rdm_sdk.evaluation.inception import Inception
 from rdm_sdk.vision import IMAGENET_MEAN, IMAGENET_STD, ImageTransform, load_pretrained
@@ -73,6 +74,8 @@ def feature_extractor(source: str | Features, device: torch.device | str = "cpu"
     if source == "inception" or source.endswith(INCEPTION_FILE):
         network = Inception(None if source == "inception" else source, device)
         return Extractor(str(network), network)
+    if "/" not in source and source != "dinov2" and not Path(source).exists():
+        raise ConfigError(f"there are no features {source!r}: give {NAMES}.{nearest(source, ('dinov2', 'inception'))}")
     return _dinov2(DINOV2 if source == "dinov2" else source, device)
 
 

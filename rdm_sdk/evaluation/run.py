@@ -28,7 +28,7 @@ from rdm_sdk.evaluation.images import check_images
 from rdm_sdk.evaluation.neighbors import density_coverage, precision_recall
 from rdm_sdk.evaluation.provenance import digest
 from rdm_sdk.evaluation.result import EvaluationResult, Row
-from rdm_sdk.evaluation.sampling import Sampler
+from rdm_sdk.evaluation.sampling import Sampler, check_guidance
 from rdm_sdk.evaluation.scoring import pieces_of, scores_of, summary
 from rdm_sdk.evaluation.variety import diversity, group_labels, teacher_steps_worth
 from rdm_sdk.files import replacing
@@ -61,6 +61,7 @@ def evaluate(
     batch_size: int = 50,
     seed: int = 0,
     device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     output: str | Path | None = None,
     progress: bool = True,
 ) -> EvaluationResult:
@@ -87,6 +88,7 @@ def evaluate(
         batch_size: images sampled at a time.
         seed: of the noise, the same for every row.
         device: where the models work; by default a GPU, if there is one, for a base that is named.
+        dtype: of a base that is named, float32 by default; a loaded pipeline has one.
         output: a folder for images, so that none is sampled twice, and for tables and grid; None keeps nothing.
         progress: show bars.
 
@@ -95,11 +97,22 @@ def evaluate(
     """
     texts, compared = _prompts_of_images(prompts, samples, reference_samples)
     rows, reference = _candidates(students, teacher_steps, steps, reference_steps, call or {})
+    check_guidance(guidance_scale)
+    if dtype is not None and not isinstance(model, (str, Path)):
+        raise ConfigError(f"dtype={dtype} is for a base that is named; the pipeline that is passed has one")
     planned = _checked(real, rewards, batch_size)
     place = _place(model, device)
     extractor, judges = feature_extractor(features, place), [reward.make() for reward in planned]
     cache = None if output is None else Path(output) / "images"
-    sampler = Sampler(model, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size, device=place, cache=cache)
+    sampler = Sampler(
+        model,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        batch_size=batch_size,
+        dtype=dtype or torch.float32,
+        device=place,
+        cache=cache,
+    )
     run = _Run(sampler, texts, compared, extractor, judges, reference, real, progress, place)
     result = EvaluationResult(run.rows(rows), run.provenance(rows), run.notes)
     run.save(result, output)
@@ -280,7 +293,7 @@ class _Run:
         if output is not None:
             result.save(output)
             with replacing(Path(output) / PICTURES) as staged:
-                image_grid(self.pictures, staged, scale=max(1, 64 // self.pictures[0][1].shape[-1]))
+                image_grid(self.pictures, staged)
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
@@ -294,7 +307,11 @@ class _Run:
         return {
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(),
-            "base": {"name": self.sampler.family.base_name, "fingerprint": self.sampler.fingerprint},
+            "base": {
+                "name": self.sampler.family.base_name,
+                "fingerprint": self.sampler.fingerprint,
+                "dtype": str(self.sampler.family.dtype).removeprefix("torch."),
+            },
             "students": {str(one.student): one.fingerprint for one in candidates if one.student is not None},
             "samples": len(self.prompts),
             "prompts": {"different": len(set(self.prompts)), "sha256": digest(self.prompts)},

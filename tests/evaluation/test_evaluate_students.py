@@ -94,6 +94,7 @@ def test_rows_have_every_figure(pipeline: Any, students: dict[str, Path], tmp_pa
     assert kept["rows"][3]["student"] == str(students["ode"])
     assert {"torch", "rdm-sdk"} <= kept["provenance"]["versions"].keys()
     assert kept["provenance"]["reference"] == {"steps": 2, "samples": 40}
+    assert kept["provenance"]["base"]["dtype"] == "float32"
     assert kept["provenance"]["rewards"]["jpeg"]["reward"] == "jpeg"
     assert (tmp_path / "grid.png").is_file()
     assert len(list((tmp_path / "images").iterdir())) == 10
@@ -233,6 +234,7 @@ def test_steps_that_a_student_cannot_take_are_refused(pipeline: Any, students: d
         ({"real": digits.heldout_images() * 255}, DataError, "real must lie in"),
         ({"prompts": []}, DataError, "prompts holds no prompts"),
         ({"batch_size": 0}, ConfigError, "batch_size=0"),
+        ({"guidance_scale": -1.0}, ConfigError, "guidance_scale=-1.0 cannot be used"),
     ],
 )
 def test_mistakes_are_found_before_the_base_is_loaded(
@@ -243,6 +245,34 @@ def test_mistakes_are_found_before_the_base_is_loaded(
     settings = {"prompts": digits.prompts(), "teacher_steps": [1]} | SMALL | changes
     with pytest.raises(error, match=message):
         evaluate(digits.teacher_path(), **settings)
+
+
+def test_a_dtype_is_of_a_base_that_is_named(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what the base is loaded in; a loaded pipeline has one, and it is not accepted to be ignored."""
+    settings = SMALL | {"prompts": digits.prompts(), "teacher_steps": [1], "dtype": torch.bfloat16}
+    with pytest.raises(ConfigError, match=r"dtype=torch\.bfloat16 is for a base that is named"):
+        evaluate(pipeline, **settings)
+    asked: dict[str, Any] = {}
+
+    def stop(model: object, **options: Any) -> None:
+        asked.update(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rdm_sdk.evaluation.run.Sampler", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(digits.teacher_path(), **settings)
+    assert asked["dtype"] is torch.bfloat16
+
+
+def test_real_images_that_do_not_fit_are_found_before_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their features are taken first: the digits' classifier takes no images of another size."""
+
+    def never(*_: object) -> None:
+        raise AssertionError("sampled")
+
+    monkeypatch.setattr(Sampler, "_sample", never)
+    with pytest.raises(DataError, match="images must be digits of shape"):
+        evaluate(digits.teacher_path(), digits.prompts(), teacher_steps=[1], real=torch.rand(20, 3, 48, 48), **SMALL)
 
 
 def test_the_command_prints_the_table(
