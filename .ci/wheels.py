@@ -23,6 +23,7 @@ import venv
 import zipfile
 from email.parser import Parser
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(!?)(\[[^\]]*\])\(((?!https?:|mailto:|#)[^)\s]+)\)")
@@ -100,8 +101,14 @@ def install(folder: Path, wheels: list[Path], borrow: bool) -> Path:
     return python
 
 
-def try_out(python: Path, folder: Path) -> None:
-    """Run quickstart, eval and report from an empty folder, with the installed wheels alone."""
+def absent(wheels: list[Path], listed: list[dict[str, Any]]) -> list[str]:
+    """Return the wheels that `rdm-sdk plugins --json` does not list, or lists with failures."""
+    working = {row["distribution"].replace("-", "_") for row in listed if not row["failures"]}
+    return [wheel.name for wheel in wheels if wheel.name.split("-")[0] not in working]
+
+
+def try_out(python: Path, folder: Path, wheels: list[Path]) -> None:
+    """Load every plugin, and run quickstart, eval and report from an empty folder, with the installed wheels alone."""
     for name in ("quickstart.py",):
         shutil.copyfile(ROOT / "examples" / name, folder / name)
     command = python.parent / "rdm-sdk"
@@ -119,7 +126,8 @@ def try_out(python: Path, folder: Path) -> None:
     if python.parents[1] not in where.parents:
         raise SystemExit(f"not the wheel was imported, but {where}")
     listed = json.loads(run(command, "plugins", "--json"))
-    print(f"plugins: {listed if isinstance(listed, list) else sorted(listed)}"[:300])
+    if missing := absent(wheels, listed):
+        raise SystemExit(f"installed together, these do not load: {', '.join(missing)}")
     run(python, "quickstart.py", "--output", "quickstart", "--steps", 2)
     student = "quickstart/student"
     figures = ("--teacher_steps", 4, "--samples", 70, "--rewards", "legibility + jpeg")
@@ -147,7 +155,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         python = install(Path(scratch) / "environment", wheels, options.borrow)
         (Path(scratch) / "empty").mkdir()
-        try_out(python, Path(scratch) / "empty")
+        try_out(python, Path(scratch) / "empty", wheels)
     print(f"{len(wheels)} wheels in {options.out}, tried together")
 
 

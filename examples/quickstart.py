@@ -48,7 +48,7 @@ def main() -> None:
     images = pipeline(
         digits.prompts(), num_inference_steps=4, guidance_scale=1.0, max_sequence_length=4, output_type="pt"
     ).images
-    print("wrote", image_grid([("student, 4 steps", images)], options.output / "student.png", scale=2))
+    print("wrote", image_grid([("student, 4 steps", images)], options.output / "student.png"))
 
 
 if __name__ == "__main__":

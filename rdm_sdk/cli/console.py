@@ -10,11 +10,21 @@ from typing import Any, NoReturn
 from rdm_sdk.errors import ConfigError
 
 
+class _Help(argparse.HelpFormatter):
+    """Shows defaults, where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default, text = action.default, action.help or ""
+        if default is None or default is False or default in ([], argparse.SUPPRESS) or "%(default)" in text:
+            return text
+        return f"{text} (%(default)s)".strip()
+
+
 class Parser(argparse.ArgumentParser):
-    """Raises `ConfigError` where argparse would print its usage and exit; takes no abbreviations."""
+    """Raises `ConfigError` where argparse would print its usage and exit; shows defaults; takes no abbreviations."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+        super().__init__(**{"formatter_class": _Help} | options)
         self.allow_abbrev = False
 
     def error(self, message: str) -> NoReturn:
@@ -49,6 +59,30 @@ def check_folder(option: str, path: Path) -> None:
             if not place.is_dir():
                 raise ConfigError(f"{option}: {path} cannot be a folder, because {place} is a file")
             return
+
+
+def add_place(parser: Parser, dtype: bool = True) -> None:
+    """Add `--device`, which `find_device` reads, and `--dtype`."""
+    if dtype:
+        parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; a GPU if there is one")
+
+
+def find_device(named: str | None) -> Any:
+    """Return the torch device of `--device`: by default a GPU if there is one.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    import torch
+
+    try:
+        device = torch.device(named or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"--device: {named!r} is no device; give cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device: there is no {named}; this machine has {torch.cuda.device_count()} GPUs")
+    return device
 
 
 def one_line(error: BaseException) -> str:

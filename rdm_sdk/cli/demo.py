@@ -17,7 +17,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("demo"), help="the folder that it is written into")
     parser.add_argument("--steps", type=whole_number(1), default=None, help="optimizer steps of the student")
     parser.add_argument("--samples", type=int, default=1000, help="images per row of the table, a multiple of 10")
-    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--seed", type=SEED, default=0, help="of training and of the noise")
     options = parser.parse_args(arguments)
     if options.samples < 100 or options.samples % 10:
         raise ConfigError(f"--samples must be a multiple of 10, at least 100; got {options.samples}")

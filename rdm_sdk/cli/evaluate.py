@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rdm_sdk.cli.console import PROMPTS_MISSING, SEED, Parser, check_folder, whole_number
+from rdm_sdk.cli.console import PROMPTS_MISSING, SEED, Parser, add_place, check_folder, find_device, whole_number
 from rdm_sdk.errors import ConfigError, DataError
 
 HELP = "evaluate students beside their teacher: distances, diversity, rewards, and what they are worth"
@@ -21,9 +21,11 @@ def run(arguments: Sequence[str]) -> int:
     if options.prompts is None and options.model != "digits":
         raise ConfigError(PROMPTS_MISSING)
     if options.features is None and options.model != "digits":
-        raise ConfigError(
-            "--features is missing: give 'dinov2' (facebook/dinov2-base, from the hub), or the hub id or path of one"
-        )
+        from rdm_sdk.evaluation.features import NAMES
+
+        raise ConfigError(f"--features is missing: give {NAMES}")
+    import torch
+
     from rdm_sdk import digits
     from rdm_sdk.cli.run_arguments import base_path
     from rdm_sdk.evaluation.run import evaluate
@@ -32,6 +34,7 @@ def run(arguments: Sequence[str]) -> int:
     given = {name: value for name in CALL if (value := getattr(options, name)) is not None}
     if options.model == "digits" and not options.student:  # students say it themselves
         given = {"max_sequence_length": digits.TEXT_TOKENS} | given
+    device = find_device(options.device)
     find_folder(base_path(options.model))
     result = evaluate(
         base_path(options.model),
@@ -49,6 +52,8 @@ def run(arguments: Sequence[str]) -> int:
         call=given,
         batch_size=options.batch_size,
         seed=options.seed,
+        device=device,
+        dtype=getattr(torch, options.dtype),
         output=options.output,
     )
     print(result.table())
@@ -73,12 +78,13 @@ def _parser() -> Parser:
     parser.add_argument("--reference_steps", type=count, default=40, help="the teacher's, for FID-SD and KID-SD")
     parser.add_argument("--reference_samples", type=whole_number(2), help="images of the reference; as --samples")
     parser.add_argument("--real", type=Path, help="a folder of real pictures of the images' size, for FID and KID")
-    parser.add_argument("--features", help="'dinov2', or the hub id or path of one; not needed for 'digits'")
+    parser.add_argument("--features", help="'dinov2', 'inception', or a hub id or path; not needed for 'digits'")
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="the teacher's, as the students were trained")
     for name in CALL:
         parser.add_argument(f"--{name}", type=count, help="as the students were trained")
     parser.add_argument("--batch_size", type=count, default=50, help="images that are sampled at a time")
-    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--seed", type=SEED, default=0, help="of the noise")
+    add_place(parser)
     parser.add_argument("--output", type=Path, default=Path("eval"), help="a folder; what is in it is not made again")
     return parser
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rdm_sdk.cli.console import SEED, Parser, check_folder, whole_number
+from rdm_sdk.cli.console import SEED, Parser, add_place, check_folder, find_device, whole_number
 from rdm_sdk.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,6 +37,9 @@ def run(arguments: Sequence[str]) -> int:
         if place is not None:
             check_folder(f"--{name}", place.parent if name == "output" else place)
     prompts, candidates = _prompts(options), _candidates(options)
+    names = [candidate.name for candidate in candidates]
+    for place in [] if options.files is None else _places(names, options.files).values():
+        _check_pictures(place, _file_names(prompts, options.samples))
     rows = _sampled(options, candidates, prompts)
     if options.files is not None:
         print(f"wrote {_write_files(rows, prompts, options.samples, options.files)} pictures into {options.files}")
@@ -57,9 +62,8 @@ def _parser() -> Parser:
         "--other_base", action="store_true", help="take another base of the same family than the student's"
     )
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="the teacher's")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; a GPU if there is one")
-    parser.add_argument("--seed", type=SEED, default=0)
+    add_place(parser)
+    parser.add_argument("--seed", type=SEED, default=0, help="of the noise")
     parser.add_argument("--output", type=Path, help="one PNG of all; sample.png unless --files is given")
     parser.add_argument("--files", type=Path, help="a folder for each sample as a PNG, named by its prompt")
     return parser
@@ -98,7 +102,7 @@ def _sampled(options: argparse.Namespace, candidates: Sequence[Candidate], promp
     from rdm_sdk.cli.run_arguments import base_path
     from rdm_sdk.evaluation.sampling import Sampler
 
-    device = _device(options.device)
+    device = find_device(options.device)
     repeated = [prompt for prompt in prompts for _ in range(options.samples)]
     sampler = Sampler(
         base_path(options.model),
@@ -115,18 +119,6 @@ def _sampled(options: argparse.Namespace, candidates: Sequence[Candidate], promp
             images, _ = sampler.images(candidate, repeated, "rows", bar.update)
         rows[candidate.name] = images.float() / 255
     return rows
-
-
-def _device(named: str | None) -> Any:
-    import torch
-
-    try:
-        device = torch.device(named or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ConfigError(f"--device: {named!r} is no device; give cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"--device: there is no {named}; this machine has {torch.cuda.device_count()} GPUs")
-    return device
 
 
 def _write_grid(rows: dict[str, Tensor], prompts: Sequence[str], samples: int, output: Path) -> Path:
@@ -149,31 +141,44 @@ def _short(prompt: str) -> str:
     return prompt if len(prompt) <= 30 else f"{prompt[:29]}…"
 
 
+def _places(names: Sequence[str], folder: Path) -> dict[str, Path]:
+    """Return the folder of each candidate's files: one in `folder` where there are several, else `folder`."""
+    return {name: folder / re.sub(r"\W+", "_", name) if len(names) > 1 else folder for name in names}
+
+
+def _file_names(prompts: Sequence[str], samples: int) -> list[str]:
+    """Return the name of each sample's file: `<prompt>_<number>.png`."""
+    stems = [re.sub(r"\W+", "_", prompt).strip("_")[:80] or "prompt" for prompt in prompts for _ in range(samples)]
+    return [f"{stem}_{number:04d}.png" for number, stem in enumerate(stems)]
+
+
+def _check_pictures(place: Path, names: Sequence[str]) -> None:
+    """Raise `ConfigError` if a folder holds pictures that would lie between the new ones, and be scored as such."""
+    others = sorted(path.name for path in place.glob("*.png") if path.name not in set(names))
+    if others:
+        raise ConfigError(
+            f"--files: {place} holds pictures that would lie between the new ones, {others[0]!r} first; give another "
+            "folder, or remove them"
+        )
+
+
 def _write_files(rows: dict[str, Tensor], prompts: Sequence[str], samples: int, folder: Path) -> int:
-    """Write each image as `<prompt>_<number>.png`, in a folder for each candidate where there are several.
+    """Write each image as a file, in a folder for each candidate where there are several.
 
     `rdm-sdk score --prompts` reads the prompts in `metadata.jsonl` beside them.
     """
-    import json
-    import re
-
     from PIL import Image
 
     from rdm_sdk.files import replacing
     from rdm_sdk.training.pictures import to_uint8
 
-    written = 0
-    for name, row in rows.items():
-        place = folder / re.sub(r"\W+", "_", name) if len(rows) > 1 else folder
-        lines: list[str] = []
-        for number, pixels in enumerate(to_uint8(row).numpy()):
-            prompt = prompts[number // samples]
-            stem = re.sub(r"\W+", "_", prompt).strip("_")[:80] or "prompt"
-            path = place / f"{stem}_{number:04d}.png"
-            with replacing(path) as staged:
+    names, places = _file_names(prompts, samples), _places(list(rows), folder)
+    for candidate, row in rows.items():
+        place = places[candidate]
+        for name, pixels in zip(names, to_uint8(row).numpy(), strict=True):
+            with replacing(place / name) as staged:
                 Image.fromarray(pixels).save(staged, format="PNG")
-            lines.append(json.dumps({"file_name": path.name, "prompt": prompt}) + "\n")
+        lines = [{"file_name": name, "prompt": prompts[number // samples]} for number, name in enumerate(names)]
         with replacing(place / "metadata.jsonl") as staged:
-            staged.write_text("".join(lines), encoding="utf-8")
-        written += len(lines)
-    return written
+            staged.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return len(rows) * len(names)

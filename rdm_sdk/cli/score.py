@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rdm_sdk.cli.console import Parser, check_folder
+from rdm_sdk.cli.console import Parser, add_place, check_folder, find_device
 from rdm_sdk.errors import ConfigError
 
 HELP = "score the pictures in a folder by any rewards"
@@ -21,6 +21,7 @@ def run(arguments: Sequence[str]) -> int:
         help="a CSV or JSONL file with columns file_name and prompt, or 'names': a_red_fox_0012.png is 'a red fox'",
     )
     parser.add_argument("--output", type=Path, default=Path("scores.json"), help="ends in .json or .csv")
+    add_place(parser, dtype=False)
     options = parser.parse_args(arguments)
     if options.output.is_dir():
         raise ConfigError(f"--output: {options.output} is a folder; give the name of a file")
@@ -29,7 +30,7 @@ def run(arguments: Sequence[str]) -> int:
     from rdm_sdk.training.pictures import markdown_table
 
     check_target(options.output)
-    found = score_folder(options.folder, options.rewards, options.prompts)
+    found = score_folder(options.folder, options.rewards, options.prompts, device=find_device(options.device))
     rows = [
         [name, part["mean"], f"{part['low']:.4g} to {part['high']:.4g}", part["images"]]
         for name, part in found.summaries.items()

@@ -98,7 +98,7 @@ def run_demo(output: Path, steps: int = 150, num_samples: int = 1000, seed: int 
     (output / "table.md").write_text(table + "\n", encoding="utf-8")
     shown = [row for row in (*teacher, *student) if row.name not in ("teacher, 8 steps", "teacher, 16 steps")]
     real = ("real digits", _one_per_digit(digits.heldout_images()))
-    image_grid([real, *((row.name, row.images[:20]) for row in shown)], output / "grid.png", 2)
+    image_grid([real, *((row.name, row.images[:20]) for row in shown)], output / "grid.png")
     print(f"\n{table}\n\nwrote {output / 'grid.png'} and {output / 'student'} in {time.perf_counter() - started:.0f} s")
     return {row.name: row.figures for row in (*teacher, *student)}
 

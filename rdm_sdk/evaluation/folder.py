@@ -146,7 +146,8 @@ def read_folder(folder: str | Path) -> Tensor:
 
 def _pictures(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise DataError(f"there is no folder {str(folder)!r}")
+        parent = f"; it is a file: give the folder that it lies in, {str(folder.parent)!r}" if folder.is_file() else ""
+        raise DataError(f"there is no folder {str(folder)!r}{parent}")
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not found:
         raise DataError(f"there are no pictures in {str(folder)!r}; those that end in {', '.join(SUFFIXES)} are read")

@@ -28,7 +28,7 @@ from rdm_sdk.evaluation.images import check_images
 from rdm_sdk.evaluation.neighbors import density_coverage, precision_recall
 from rdm_sdk.evaluation.provenance import digest
 from rdm_sdk.evaluation.result import EvaluationResult, Row
-from rdm_sdk.evaluation.sampling import Sampler
+from rdm_sdk.evaluation.sampling import Sampler, check_guidance
 from rdm_sdk.evaluation.scoring import pieces_of, scores_of, summary
 from rdm_sdk.evaluation.variety import diversity, group_labels, teacher_steps_worth
 from rdm_sdk.files import replacing
@@ -61,6 +61,7 @@ def evaluate(
     batch_size: int = 50,
     seed: int = 0,
     device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     output: str | Path | None = None,
     progress: bool = True,
 ) -> EvaluationResult:
@@ -72,8 +73,9 @@ def evaluate(
         model: the base: a hub id, a path or a loaded pipeline, which is left as it was.
         prompts: a list, a file or a dataset with a `prompt` column.
         students: folders that training saved.
-        features: "dinov2", the hub id or path of one, or a function of images `[N, 3, H, W]` in [0, 1] that returns
-            features `[N, D]`, such as `rdm_sdk.digits.metrics.digit_features`.
+        features: "dinov2", the hub id or path of another one, "inception", the path of its file, or a function of
+            images `[N, 3, H, W]` in [0, 1] that returns features `[N, D]`, such as
+            `rdm_sdk.digits.metrics.digit_features`.
         teacher_steps: numbers of steps at which the teacher gets a row too; from two on, students are worth steps.
         steps: numbers of steps of the students, for those that can be sampled with others than their trained one.
         rewards: as `RDMTrainer`'s `reward_funcs`; weights mean nothing here.
@@ -86,6 +88,7 @@ def evaluate(
         batch_size: images sampled at a time.
         seed: of the noise, the same for every row.
         device: where the models work; by default a GPU, if there is one, for a base that is named.
+        dtype: of a base that is named, float32 by default; a loaded pipeline has one.
         output: a folder for images, so that none is sampled twice, and for tables and grid; None keeps nothing.
         progress: show bars.
 
@@ -94,11 +97,22 @@ def evaluate(
     """
     texts, compared = _prompts_of_images(prompts, samples, reference_samples)
     rows, reference = _candidates(students, teacher_steps, steps, reference_steps, call or {})
+    check_guidance(guidance_scale)
+    if dtype is not None and not isinstance(model, (str, Path)):
+        raise ConfigError(f"dtype={dtype} is for a base that is named; the pipeline that is passed has one")
     planned = _checked(real, rewards, batch_size)
     place = _place(model, device)
     extractor, judges = feature_extractor(features, place), [reward.make() for reward in planned]
     cache = None if output is None else Path(output) / "images"
-    sampler = Sampler(model, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size, device=place, cache=cache)
+    sampler = Sampler(
+        model,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        batch_size=batch_size,
+        dtype=dtype or torch.float32,
+        device=place,
+        cache=cache,
+    )
     run = _Run(sampler, texts, compared, extractor, judges, reference, real, progress, place)
     result = EvaluationResult(run.rows(rows), run.provenance(rows), run.notes)
     run.save(result, output)
@@ -193,11 +207,12 @@ class _Run:
 
     def rows(self, candidates: Sequence[Candidate]) -> list[Row]:
         """Return every candidate's row."""
+        references = {}
+        if self.real is not None:  # before anything is sampled: the extractor may not take their size
+            references["real"] = FeatureSet(self._features(self.real, "real images"), None)
         images, _ = self._sampled(self.reference, "reference", self.compared)
-        references = {"teacher": FeatureSet(self.extractor(images), group_labels(self.compared))}
+        references["teacher"] = FeatureSet(self._features(images, "the reference"), group_labels(self.compared))
         self._picture(f"teacher, {counted(self.reference.steps)}\n(reference)", images)
-        if self.real is not None:
-            references["real"] = FeatureSet(self.extractor(self.real), None)
         found = [self._row(candidate, references) for candidate in candidates]
         curve = {row.steps: row.against["teacher"]["frechet"] for row in found if not row.student and row.against}
         if len(curve) < 2:
@@ -212,7 +227,7 @@ class _Run:
     def _row(self, candidate: Candidate, references: Mapping[str, FeatureSet]) -> Row:
         images, milliseconds = self._sampled(candidate, "rows", self.prompts)
         self._picture(candidate.name.replace(", ", "\n"), images)
-        against = self._compared(self.extractor(images), references)
+        against = self._compared(self._features(images, candidate.name), references)
         scores = {}
         if self.judges:
             with self._bar(len(images), f"scoring {candidate.name}") as bar:
@@ -242,6 +257,10 @@ class _Run:
             images, fresh = self.sampler.images(candidate, prompts, stream, bar.update)
         seconds = time.perf_counter() - begin
         return images, 1000 * seconds / len(images) if fresh == len(images) else None
+
+    def _features(self, images: Tensor, name: str) -> Tensor:
+        with self._bar(len(images), f"features of {name}") as bar:
+            return self.extractor(images, bar.update)
 
     def _compared(self, features: Tensor, references: Mapping[str, FeatureSet]) -> dict[str, dict[str, Any]]:
         if len(features) < FEWEST:
@@ -274,7 +293,7 @@ class _Run:
         if output is not None:
             result.save(output)
             with replacing(Path(output) / PICTURES) as staged:
-                image_grid(self.pictures, staged, scale=max(1, 64 // self.pictures[0][1].shape[-1]))
+                image_grid(self.pictures, staged)
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
@@ -288,7 +307,11 @@ class _Run:
         return {
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(),
-            "base": {"name": self.sampler.family.base_name, "fingerprint": self.sampler.fingerprint},
+            "base": {
+                "name": self.sampler.family.base_name,
+                "fingerprint": self.sampler.fingerprint,
+                "dtype": str(self.sampler.family.dtype).removeprefix("torch."),
+            },
             "students": {str(one.student): one.fingerprint for one in candidates if one.student is not None},
             "samples": len(self.prompts),
             "prompts": {"different": len(set(self.prompts)), "sha256": digest(self.prompts)},

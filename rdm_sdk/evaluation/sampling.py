@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,7 @@ class Sampler:
         cache: a folder for the images, 8 bits a channel, by a hash of all that decides them; None keeps none.
 
     Raises:
+        ConfigError: the guidance scale is below 0 or not finite.
         ModelError: the base is missing or of an unsupported family.
     """
 
@@ -55,6 +57,7 @@ class Sampler:
         cache: Path | None = None,
         other_base: bool = False,
     ) -> None:
+        check_guidance(guidance_scale)
         self.guidance_scale, self.seed, self.batch_size, self.cache = guidance_scale, seed, batch_size, cache
         self.other_base = other_base
         self.family: ModelFamily = load_family(model, dtype)
@@ -180,6 +183,12 @@ def _quiet_loading() -> Iterator[None]:
 @contextmanager
 def _nothing() -> Iterator[dict[str, Any]]:
     yield {}
+
+
+def check_guidance(scale: float) -> None:
+    """Raise `ConfigError` unless a teacher can be sampled with a guidance scale."""
+    if not 0 <= scale < math.inf:
+        raise ConfigError(f"guidance_scale={scale} cannot be used; it must be 0 or more (1 is no guidance)")
 
 
 def _seed(seed: int, stream: str, start: int) -> int:

@@ -18,15 +18,18 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()
 
 
-def image_grid(rows: Sequence[tuple[str, Tensor]], path: str | Path, scale: int = 1) -> Path:
+def image_grid(rows: Sequence[tuple[str, Tensor]], path: str | Path, scale: int | None = None) -> Path:
     """Write labeled rows of images as one PNG.
 
     Args:
         rows: (label, images `[n, 3, H, W]` in [0, 1]) per row; all images of one size.
         path: the PNG to write, replaced as a whole.
-        scale: enlarge each image by this whole factor (nearest neighbor), for very small images.
+        scale: enlarge each image by this whole factor (nearest neighbor); None: small ones to 64 pixels of width or
+            somewhat less.
     """
-    height, width = rows[0][1].shape[-2] * scale, rows[0][1].shape[-1] * scale
+    height, width = rows[0][1].shape[-2:]
+    scale = max(1, 64 // width) if scale is None else scale
+    height, width = height * scale, width * scale
     font = ImageFont.load_default(size=14)
     gap, columns = 3, max(len(images) for _, images in rows)
     label_width = 12 + int(max(font.getlength(line) for label, _ in rows for line in label.split("\n")))

@@ -252,7 +252,7 @@ class RDMTrainer(Trainer):
         prompts = list(dict.fromkeys(self.train_dataset[:64]["prompt"]))[:10]
         with self.models.seeded(self.args.seed):
             images = look(self.models, self.judge, prompts)
-        return image_grid(images, path, scale=max(1, 64 // images[0][1].shape[-1]))
+        return image_grid(images, path)
 
     @torch.no_grad()
     def evaluate(

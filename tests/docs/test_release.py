@@ -55,12 +55,25 @@ def test_what_may_not_be_published_is_found(wheels: Any, tmp_path: Path) -> None
     assert len(wheels.check(wheel, None)) == 1
 
 
+def test_wheels_that_do_not_load_are_found(wheels: Any) -> None:
+    """Installed together, a plugin that is not listed, or whose import failed, ends the trial."""
+    built = [Path("rdm_sdk-1-py3-none-any.whl"), *(Path(f"rdm_reward_{n}-1-py3-none-any.whl") for n in "abc")]
+    listed = [
+        {"distribution": "rdm-sdk", "failures": []},
+        {"distribution": "rdm-reward-a", "failures": []},
+        {"distribution": "rdm-reward-b", "failures": ["ImportError"]},
+    ]
+    assert wheels.absent(built, listed) == [built[2].name, built[3].name]
+
+
 def test_the_workflow_calls_the_script_and_publishes_what_it_tried(wheels: Any) -> None:
     """Every package of the repository is among what is built; publishing waits for it and keeps no token."""
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8"))["jobs"]
     assert any(".ci/wheels.py --out dist" in step.get("run", "") for step in jobs["wheels"]["steps"])
     assert jobs["publish"]["needs"] == "wheels"
     assert jobs["publish"]["permissions"] == {"id-token": "write"}
+    # A second tag finds plugins whose versions are published already.
+    assert jobs["publish"]["steps"][-1]["with"] == {"skip-existing": True}
     assert len(wheels.packages()) == 1 + len(list(ROOT.glob("plugins/*/pyproject.toml")))
     for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
         assert yaml.safe_load(form.read_text(encoding="utf-8"))

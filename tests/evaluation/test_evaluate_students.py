@@ -17,7 +17,6 @@ from rdm_sdk import ConfigError, DataError, ModelError, RDMTrainer, RewardError,
 from rdm_sdk.cli.main import main
 from rdm_sdk.digits.metrics import digit_features
 from rdm_sdk.evaluation.candidates import student_candidates, teacher_candidate
-from rdm_sdk.evaluation.features import feature_extractor
 from rdm_sdk.evaluation.sampling import Sampler
 from rdm_sdk.training.export import load_student
 
@@ -95,6 +94,7 @@ def test_rows_have_every_figure(pipeline: Any, students: dict[str, Path], tmp_pa
     assert kept["rows"][3]["student"] == str(students["ode"])
     assert {"torch", "rdm-sdk"} <= kept["provenance"]["versions"].keys()
     assert kept["provenance"]["reference"] == {"steps": 2, "samples": 40}
+    assert kept["provenance"]["base"]["dtype"] == "float32"
     assert kept["provenance"]["rewards"]["jpeg"]["reward"] == "jpeg"
     assert (tmp_path / "grid.png").is_file()
     assert len(list((tmp_path / "images").iterdir())) == 10
@@ -234,6 +234,7 @@ def test_steps_that_a_student_cannot_take_are_refused(pipeline: Any, students: d
         ({"real": digits.heldout_images() * 255}, DataError, "real must lie in"),
         ({"prompts": []}, DataError, "prompts holds no prompts"),
         ({"batch_size": 0}, ConfigError, "batch_size=0"),
+        ({"guidance_scale": -1.0}, ConfigError, "guidance_scale=-1.0 cannot be used"),
     ],
 )
 def test_mistakes_are_found_before_the_base_is_loaded(
@@ -246,26 +247,32 @@ def test_mistakes_are_found_before_the_base_is_loaded(
         evaluate(digits.teacher_path(), **settings)
 
 
-def test_features_are_functions_or_dinov2(tmp_path: Path) -> None:
-    """A function's name is kept; what it returns is checked; a DINOv2 is loaded from a folder."""
-    from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
+def test_a_dtype_is_of_a_base_that_is_named(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what the base is loaded in; a loaded pipeline has one, and it is not accepted to be ignored."""
+    settings = SMALL | {"prompts": digits.prompts(), "teacher_steps": [1], "dtype": torch.bfloat16}
+    with pytest.raises(ConfigError, match=r"dtype=torch\.bfloat16 is for a base that is named"):
+        evaluate(pipeline, **settings)
+    asked: dict[str, Any] = {}
 
-    images = torch.rand(5, 3, 40, 32, generator=torch.Generator().manual_seed(0))
-    for wrong, message in (
-        (lambda x: x, "float matrix"),
-        (lambda x: x[:1].flatten(1), "1 rows of features for 5 images"),
-        (lambda x: x.flatten(1) / 0, "NaN or infinity"),
-    ):
-        with pytest.raises(DataError, match=message):
-            feature_extractor(wrong)(images)
-    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
-    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(tmp_path / "dino")
-    extractor = feature_extractor(str(tmp_path / "dino"))
-    assert extractor(images).shape == (5, 12)
-    assert torch.equal(extractor((images * 255).round().to(torch.uint8)), extractor((images * 255).round() / 255))
-    ViTModel(ViTConfig(**sizes, intermediate_size=8)).save_pretrained(tmp_path / "vit")
-    with pytest.raises(ConfigError, match="a model of type 'vit'"):
-        feature_extractor(str(tmp_path / "vit"))
+    def stop(model: object, **options: Any) -> None:
+        asked.update(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rdm_sdk.evaluation.run.Sampler", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(digits.teacher_path(), **settings)
+    assert asked["dtype"] is torch.bfloat16
+
+
+def test_real_images_that_do_not_fit_are_found_before_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their features are taken first: the digits' classifier takes no images of another size."""
+
+    def never(*_: object) -> None:
+        raise AssertionError("sampled")
+
+    monkeypatch.setattr(Sampler, "_sample", never)
+    with pytest.raises(DataError, match="images must be digits of shape"):
+        evaluate(digits.teacher_path(), digits.prompts(), teacher_steps=[1], real=torch.rand(20, 3, 48, 48), **SMALL)
 
 
 def test_the_command_prints_the_table(

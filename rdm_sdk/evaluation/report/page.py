@@ -36,10 +36,17 @@ def write_report(runs: Sequence[str | Path], output: str | Path) -> Path:
 
     Raises:
         DataError: a run has left no log.
-        ConfigError: Matplotlib or Jinja2 is not installed.
+        ConfigError: a run is given twice, the page's name does not end in .html, or Matplotlib or Jinja2 is not
+            installed.
     """
     if not runs:
         raise ConfigError("a report needs the folder of at least one run")
+    if Path(output).suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"{str(output)!r} must end in .html: it becomes a web page")
+    places = [Path(folder).resolve() for folder in runs]
+    twice = next((str(runs[i]) for i, place in enumerate(places) if place in places[:i]), None)
+    if twice is not None:
+        raise ConfigError(f"the run {twice!r} is given twice; give each run once")
     logs = [read_run(folder) for folder in runs]
     names = _names(logs)
     curves = curves_of(logs)
