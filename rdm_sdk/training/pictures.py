@@ -18,7 +18,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def image_grid(rows: Sequence[tuple[str, Tensor]], path: str | Path, scale: int = 1) -> Path:
-    """Write labeled rows of images as one PNG.
+    """Write labeled rows of images as one PNG. Labels grow with the rows, so that they are legible on a small screen too.
 
     Args:
         rows: (label, images `[n, 3, H, W]` in [0, 1]) per row; all images of one size.
@@ -26,7 +26,7 @@ def image_grid(rows: Sequence[tuple[str, Tensor]], path: str | Path, scale: int 
         scale: enlarge each image by this whole factor (nearest neighbor), for very small images.
     """
     height, width = rows[0][1].shape[-2] * scale, rows[0][1].shape[-1] * scale
-    font = ImageFont.load_default(size=14)
+    font = ImageFont.load_default(size=min(64, max(14, height // 3)))
     gap, columns = 3, max(len(images) for _, images in rows)
     label_width = 12 + int(max(font.getlength(line) for label, _ in rows for line in label.split("\n")))
     canvas = Image.new("RGB", (label_width + columns * (width + gap), len(rows) * (height + gap)), "white")

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,6 +96,18 @@ def test_a_new_reward_passes_its_own_tests_at_once(tmp_path: Path, run: Run) -> 
     assert "failed" not in said
     info = run("-m", "rdm_sdk.cli.main", "rewards", "info", "acme/fine-Grain_2")
     assert "rdm_reward_acme_fine_grain_2.reward:FineGrain2" in info
+
+
+def test_what_is_published_of_a_new_reward_is_the_package_alone(tmp_path: Path, run: Run) -> None:
+    """A run of the tutorial leaves its outputs in the folder; a source distribution must not hold them."""
+    folder = new_reward("acme/sharpness", tmp_path)
+    (folder / "outputs").mkdir()
+    (folder / "outputs" / "prompts.jsonl").write_text("private\n", encoding="utf-8")
+    build = "import os, sys; os.chdir(sys.argv[1]); from hatchling.build import build_sdist; print(build_sdist('dist'))"
+    with tarfile.open(folder / "dist" / run("-c", build, str(folder)).split()[-1]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    package = {"rdm_reward_acme_sharpness/__init__.py", "rdm_reward_acme_sharpness/reward.py"}
+    assert names == package | {"tests/test_acme_sharpness.py", "pyproject.toml", "README.md", "PKG-INFO"}
 
 
 @pytest.mark.parametrize("name", ["sharpness", "acme/", "/x", "acme/a b", "acme/x/y", "ac.me/x", ""])
