@@ -38,7 +38,7 @@ def score_finished(
 
 
 def look(models: RunModels, judge: Judge, prompts: Sequence[str]) -> list[tuple[str, Tensor]]:
-    """Return rows of pictures with labels: student x_0, and what teacher and critics make of it at sigma 0.6.
+    """Return rows of pictures with labels: the student's, and what teacher and critics make of them at sigma 0.6.
 
     A row holds the prompts' images `[N, 3, H, W]` in [0, 1].
     """
@@ -48,7 +48,8 @@ def look(models: RunModels, judge: Judge, prompts: Sequence[str]) -> list[tuple[
     context = judge.context(models.encode(prompts), last)
     x_t = context.add_noise(latents, sigma)
     critics = [role for role in models.roles.denoising_roles if role != STUDENT]
-    labels = ["student x_0", *(f"{role} x_0\nfrom sigma 0.6" for role in (TEACHER, *critics))]
+    names = [TEACHER, *("critic" if role == "fake" else f"critic {role}" for role in critics)]
+    labels = [STUDENT, *(f"{name}, after\nnoise of 0.6" for name in names)]
     rows = [latents, *(context.denoiser(role)(x_t, sigma) for role in (TEACHER, *critics))]
     return list(zip(labels, models.decode(rows), strict=True))
 

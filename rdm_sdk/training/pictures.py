@@ -19,7 +19,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def image_grid(rows: Sequence[tuple[str, Tensor]], path: str | Path, scale: int | None = None) -> Path:
-    """Write labeled rows of images as one PNG.
+    """Write labeled rows of images as one PNG. Labels grow with the rows, so that they are legible on a small screen too.
 
     Args:
         rows: (label, images `[n, 3, H, W]` in [0, 1]) per row; all images of one size.
@@ -30,7 +30,7 @@ def image_grid(rows: Sequence[tuple[str, Tensor]], path: str | Path, scale: int 
     height, width = rows[0][1].shape[-2:]
     scale = max(1, 64 // width) if scale is None else scale
     height, width = height * scale, width * scale
-    font = ImageFont.load_default(size=14)
+    font = ImageFont.load_default(size=min(64, max(14, height // 3)))
     gap, columns = 3, max(len(images) for _, images in rows)
     label_width = 12 + int(max(font.getlength(line) for label, _ in rows for line in label.split("\n")))
     canvas = Image.new("RGB", (label_width + columns * (width + gap), len(rows) * (height + gap)), "white")

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -126,6 +127,18 @@ def test_what_a_remote_reward_is_made_of(tmp_path: Path) -> None:
     assert project["optional-dependencies"]["server"][0].startswith("rdm-sdk[serve]>=")
     for path in folder.rglob("*"):
         assert not path.is_file() or "$" not in path.read_text()
+
+
+def test_what_is_published_of_a_new_reward_is_the_package_alone(tmp_path: Path, run: Run) -> None:
+    """A run of the tutorial leaves its outputs in the folder; a source distribution must not hold them."""
+    folder = new_reward("acme/sharpness", tmp_path)
+    (folder / "outputs").mkdir()
+    (folder / "outputs" / "prompts.jsonl").write_text("private\n", encoding="utf-8")
+    build = "import os, sys; os.chdir(sys.argv[1]); from hatchling.build import build_sdist; print(build_sdist('dist'))"
+    with tarfile.open(folder / "dist" / run("-c", build, str(folder)).split()[-1]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    package = {"rdm_reward_acme_sharpness/__init__.py", "rdm_reward_acme_sharpness/reward.py"}
+    assert names == package | {"tests/test_acme_sharpness.py", "pyproject.toml", "README.md", "PKG-INFO"}
 
 
 @pytest.mark.parametrize("name", ["sharpness", "acme/", "/x", "acme/a b", "acme/x/y", "ac.me/x", ""])
