@@ -107,6 +107,7 @@ class RunKeeper:
         Older checkpoints that are too many go then.
         """
         step, save = state.global_step, self.args.should_save
+        self.step.processes.note("writing a checkpoint")
         with checkpoint_folders.writing(output_dir, step, self.identity.run, save, self.wait) as folder:
             yield folder
             if state.best_global_step == step and save:

@@ -73,6 +73,7 @@ class DistillationStep:
         It happens for all micro-batches together, as the critics' updates do, so that gradient accumulation does not
         change the two time scales.
         """
+        self.processes.note(f"rolling the student out for optimizer step {step + 1}")
         self.judge.randomness.begin()
         self.rollouts.begin(window, step)
         self._advantages = []
@@ -84,6 +85,7 @@ class DistillationStep:
 
         Each is to be back-propagated before the next is asked for. Without critics there are none.
         """
+        self.processes.note(f"training the critics, update {turn + 1} of the step")
         batches = self.rollouts.critic_samples(turn)
         for samples in batches:
             for reward, role in self.judge.critics:
@@ -115,6 +117,7 @@ class DistillationStep:
         Raises:
             RDMError: the loss is not finite, or there is nothing to learn from.
         """
+        self.processes.note(f"computing the student's loss of micro-batch {position + 1}")
         experience, x_0 = self.rollouts.replay(position)
         outputs = self.judge.judge(experience)
         if self.judge.uses_advantages and not self._advantages:
@@ -234,6 +237,7 @@ class DistillationStep:
         Raises:
             RDMError: the gradient is not finite, or none comes where one was expected at first.
         """
+        self.processes.note("ending the step")
         self.processes.average_gradients(self.models.parameters_of(STUDENT))
         self._check_student_gradient()
         self.monitor.weighting(self.weights, self.weighting)

@@ -32,6 +32,7 @@ from rdm_sdk.training.judge import Judge, add_run_roles
 from rdm_sdk.training.models import RunModels
 from rdm_sdk.training.optimizers import CriticOptimizer, critic_optimizer, restart_rates
 from rdm_sdk.training.pictures import image_grid
+from rdm_sdk.training.roll_call import roll_call
 from rdm_sdk.training.run_keeper import RunKeeper
 from rdm_sdk.training.step import DistillationStep
 from rdm_sdk.training.weighting import Weighting, make_weighting
@@ -124,7 +125,8 @@ class RDMTrainer(Trainer):
         if args.text_encoders == "drop":
             prompts = all_prompts(self.train_dataset, self.eval_dataset)
             self.models.encode_and_drop(prompts, quiet=bool(args.disable_tqdm))
-        self.judge = Judge(self.models, self.rewards, args, processes=processes_of(self.accelerator))
+        self.roll_call = roll_call(args.ddp_timeout, args.device.type == "cpu")
+        self.judge = Judge(self.models, self.rewards, args, processes=processes_of(self.accelerator, self.roll_call))
         self.monitor, self.weighting = self.judge.monitor, weighting
         self.step = DistillationStep(self.judge, args, weighting)
         self.keeper = RunKeeper(args, self.step, self.models, self.train_dataset, self.accelerator.wait_for_everyone)
@@ -347,8 +349,7 @@ class RDMTrainer(Trainer):
         if self.train_dataset is None:
             raise DataError("train() needs prompts: pass train_dataset to the trainer")
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        self.interrupt.watch()
-        try:
+        with self.interrupt.watching(), self.roll_call.attended():
             folder = self.keeper.begin(wanted)
             state = None if folder is None else self.keeper.finished(folder)
             if state is None:
@@ -357,8 +358,6 @@ class RDMTrainer(Trainer):
                 self.state = state
                 self.keeper.restore(str(folder))
                 result = TrainOutput(state.global_step, 0.0, {})
-        finally:
-            self.interrupt.restore()
         self.interrupt.leave(self.args, self.state)
         return result
 
