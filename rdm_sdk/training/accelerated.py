@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 from accelerate import Accelerator
@@ -26,3 +27,12 @@ def processes_of(accelerator: Accelerator, roll_call: RollCall) -> Processes:
         return gathered
 
     return Processes(accelerator.num_processes, reduce, gather, accelerator.process_index, roll_call.note)
+
+
+def leave_unwrapped(accelerator: Accelerator) -> None:
+    """Let an accelerator set the precision of a network, and no more: shared out weights cannot be wrapped for DDP.
+
+    Nobody calls that wrapper, whose gradients the step averages itself.
+    """
+    prepare: Any = partial(accelerator.prepare_model, evaluation_mode=True)
+    accelerator.prepare_model = prepare

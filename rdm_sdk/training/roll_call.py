@@ -112,7 +112,8 @@ class RollCall:
 
     def _attend(self) -> None:
         """Give a sign every `BEAT`, and end the process if the run has ended elsewhere and it has not noticed."""
-        store = self._store.clone()  # a connection of its own: the main thread's may be waiting for an answer
+        # A connection of its own where PyTorch can make one: the main thread's may be waiting for an answer.
+        store = getattr(self._store, "clone", lambda: self._store)()
         try:
             while not self._over.is_set():
                 self._give_sign(store)

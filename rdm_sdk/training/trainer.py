@@ -18,12 +18,13 @@ from transformers.trainer_utils import TrainOutput
 from rdm_sdk.errors import ConfigError, DataError, RDMError
 from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import STUDENT
+from rdm_sdk.families.sharding import shard_base
 from rdm_sdk.rewards.resolve import RewardFuncs, resolve_rewards
 from rdm_sdk.training import checkpoint, hub, validation
 from rdm_sdk.training.accelerated import processes_of
 from rdm_sdk.training.callbacks import run_callbacks, speak_plainly
 from rdm_sdk.training.config import RDMConfig
-from rdm_sdk.training.data import GroupSampler, all_prompts, collate, load_prompts
+from rdm_sdk.training.data import GroupSampler, all_prompts, collate, group_sampler, load_prompts
 from rdm_sdk.training.export import save_student, student_info
 from rdm_sdk.training.faults import explained
 from rdm_sdk.training.finished import figures, look, score_finished
@@ -95,6 +96,8 @@ class RDMTrainer(Trainer):
         )
         set_seed(args.seed)  # the adapters' initial weights are part of the run
         add_run_roles(self.family, roles, self.rewards, args.steps_told, args.start_from)
+        if args.fsdp:
+            shard_base(self.family, args.device)
         self.roles = self.family.roles
         self.critic_optimizer: CriticOptimizer | None = None
         self._staged: Path | None = None
@@ -212,11 +215,7 @@ class RDMTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        groups = self.args.per_device_train_batch_size // self.args.num_generations
-        together = groups * self.args.world_size * self.args.gradient_accumulation_steps
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        reuse = self.args.num_iterations, self.args.reuse_interval
-        self._sampler = GroupSampler(len(dataset), self.args.num_generations, together, seed, *reuse)
+        self._sampler = group_sampler(self.args, len(dataset))
         return self._sampler
 
     # ---- Samples and figures ------------------------------------------------------------------------------------
@@ -248,13 +247,15 @@ class RDMTrainer(Trainer):
         """Write the grid that shows a collapse early: student x_0, and what teacher and critics make of it re-noised.
 
         Prompts and seed are fixed, so that a run's grids can be compared. The raw student is shown, not its average.
+        Where the base is shared out (`fsdp`), all processes call this, and the first one writes.
         """
         if self.train_dataset is None:
             raise DataError("write_images() shows the first training prompts: pass train_dataset to the trainer")
         prompts = list(dict.fromkeys(self.train_dataset[:64]["prompt"]))[:10]
         with self.models.seeded(self.args.seed):
             images = look(self.models, self.judge, prompts)
-        return image_grid(images, path, scale=max(1, 64 // images[0][1].shape[-1]))
+        writes = self.args.should_save or not self.roles.sharded
+        return image_grid(images, path, max(1, 64 // images[0][1].shape[-1])) if writes else Path(path)
 
     @torch.no_grad()
     def evaluate(
