@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ def shard_base(family: ModelFamily, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     trained = {parameter for parameter in backbone.parameters() if parameter.requires_grad}
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True, "ignored_params": trained}
+    # A block's output may be a view, into which nobody must write; diffusers' networks do not.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for part in (*blocks, backbone):
         fully_shard(part, **options)
     family._typical = torch.empty(0, dtype=family.dtype)  # the other was one of the base's weights, whole
@@ -46,12 +49,13 @@ def shard_base(family: ModelFamily, device: torch.device) -> None:
 
 
 def blocks_of(backbone: nn.Module) -> list[nn.Module]:
-    """Return the modules with frozen weights whose class the backbone names as not to be split, inner ones first.
+    """Return the blocks with frozen weights that the backbone names as not to be split, inner ones first.
 
     Raises:
         ModelError: there are none.
     """
-    names = getattr(backbone, "_no_split_modules", None) or ()
+    # Some name embedders and norms too, which are small.
+    names = [name for name in getattr(backbone, "_no_split_modules", None) or () if "Block" in name]
     found = [module for module in backbone.modules() if type(module).__name__ in names]
     blocks = [module for module in found if any(not p.requires_grad for p in module.parameters())]
     if not blocks:
