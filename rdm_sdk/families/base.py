@@ -376,7 +376,7 @@ class ModelFamily(ABC):
         """
 
         def extract(x_t: Tensor, sigma: Tensor) -> Tensor:
-            return block_output(self.feature_block(), lambda: self.predict(network, role, x_t, sigma, condition))
+            return block_output(self.backbone, self.feature_block(), self.predict, network, role, x_t, sigma, condition)
 
         return extract
 

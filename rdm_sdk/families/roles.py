@@ -127,6 +127,8 @@ class Roles(nn.Module):
         self.backbone = backbone.requires_grad_(False).eval()
         self.forwards: Counter[str] = Counter()
         """Network evaluations so far, in samples, per role."""
+        self.sharded = False
+        """Whether the backbone is shared out between processes, which then have to run it together."""
         self._role = TEACHER
         self._names: list[str] = []
         """Names of the roles that can denoise, in the order in which they were added."""

@@ -18,6 +18,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.training_args import OptimizerNames
 
+from rdm_sdk.errors import ConfigError
 from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.roles import STUDENT, describe_lora
 from rdm_sdk.planning.blueprint import blueprint
@@ -123,6 +124,11 @@ class Planner:
         fake_peft_config: LoraConfig | None = None,
     ) -> MemoryPlan:
         """Return what a run takes; see `plan_memory`."""
+        if args.fsdp:
+            raise ConfigError(
+                "a plan is of a process that holds the base whole; leave fsdp out, and divide the base's row by the "
+                "number of processes"
+            )
         found = plan_rewards(reward_funcs, args.reward_weights, args.reward_route, args.eval_rewards)
         rewards, held_out = split_held_out(found, args.eval_rewards)
         check_run(args, rewards, {}, held_out=held_out)

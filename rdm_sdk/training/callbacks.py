@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from rdm_sdk.families.compiled import compile_networks, compiling_seconds
+from rdm_sdk.training.accelerated import leave_unwrapped
 from rdm_sdk.training.pictures import logged_pictures, too_many
 from rdm_sdk.training.run_file import RunFile
 from rdm_sdk.training.run_log import KeepLog
@@ -128,18 +129,24 @@ class Bookkeeper(TrainerCallback):
     def __init__(self, trainer: RDMTrainer, trackers: TellTrackers) -> None:
         self.trainer, self.trackers = trainer, trackers
 
+    def on_init_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if args.fsdp:
+            leave_unwrapped(self.trainer.accelerator)
+
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.trainer._sampler is not None:
             self.trainer._sampler.epoch = int(state.epoch or 0)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.models.move_average()
-        if args.log_images and state.global_step % args.log_images == 0 and args.should_save:
+        due = args.log_images and state.global_step % args.log_images == 0
+        if due and (args.should_save or self.trainer.roles.sharded):
             name = f"step_{state.global_step:06d}.png"
             path = self.trainer.write_images(Path(str(args.output_dir)) / "images" / name)
-            self.trackers.show(path, state.global_step)
-            if args.log_images_limit is not None:
-                self._thin_out(path.parent, state.global_step, args)
+            if args.should_save:
+                self.trackers.show(path, state.global_step)
+                if args.log_images_limit is not None:
+                    self._thin_out(path.parent, state.global_step, args)
 
     @staticmethod
     def _thin_out(folder: Path, step: int, args: RDMConfig) -> None:

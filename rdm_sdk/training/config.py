@@ -10,6 +10,7 @@ from transformers import IntervalStrategy, TrainingArguments
 
 from rdm_sdk.errors import ConfigError
 from rdm_sdk.rewards.routes import parse_route
+from rdm_sdk.training.fsdp_settings import sharding_of_ours
 from rdm_sdk.training.inherited import check_inherited, name_checkpointing
 from rdm_sdk.training.rules import check_known, check_rules, parse_resolution, settle_types
 from rdm_sdk.training.weighting import make_weighting
@@ -317,7 +318,8 @@ class RDMConfig(_KnownSettings):
         parse_route(self.reward_route)
         name_checkpointing(self)
         try:
-            super().__post_init__()  # type: ignore[no-untyped-call]
+            with sharding_of_ours(self):
+                super().__post_init__()  # type: ignore[no-untyped-call]
         except (ValueError, ImportError) as error:  # transformers' own checks
             raise ConfigError(" ".join(str(error).split())) from error
 

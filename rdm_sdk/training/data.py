@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -13,6 +13,9 @@ from torch.utils.data import Sampler
 from rdm_sdk.errors import DataError, nearest
 from rdm_sdk.rewards.base import RESERVED_COLUMNS
 from rdm_sdk.training.prompt_files import read_prompt_file
+
+if TYPE_CHECKING:
+    from rdm_sdk.training.config import RDMConfig
 
 
 def load_prompts(source: object, argument: str = "train_dataset") -> Dataset:
@@ -96,3 +99,12 @@ class GroupSampler(Sampler[int]):
             for _ in range(self.num_iterations):
                 for index in order[start : min(start + self.together, self.padded)]:
                     yield from [index] * self.group_size
+
+
+def group_sampler(args: RDMConfig, num_prompts: int) -> GroupSampler:
+    """Return the sampler of a run for so many prompts."""
+    groups = args.per_device_train_batch_size // args.num_generations
+    together = groups * args.world_size * args.gradient_accumulation_steps
+    seed = args.seed if args.data_seed is None else args.data_seed
+    reuse = args.num_iterations, args.reuse_interval
+    return GroupSampler(num_prompts, args.num_generations, together, seed, *reuse)

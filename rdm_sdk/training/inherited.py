@@ -20,7 +20,7 @@ _OWN_GRADIENTS = (
 _OWN_SAMPLER = "prompts are drawn by the method's own sampler, which keeps groups whole"
 _OWN_CHECKPOINTING = "blocks are run again under the role of their forward, which leaves nothing to choose"
 _SCRIPT = "it is for scripts, which ask for it themselves: call train(), evaluate() or sample()"
-_SHARDS = "only plain distributed data parallel works; start with 'accelerate launch' or torchrun"
+_SHARDS = "start plain processes with 'accelerate launch' or torchrun; fsdp=True shares out the frozen base"
 
 UNSUPPORTED = {
     "fp16": "its range is too small for scores; use bf16=True",
@@ -38,7 +38,7 @@ UNSUPPORTED = {
     "enable_jit_checkpoint": "SIGTERM and Ctrl-C save a checkpoint in any case",
     "ignore_data_skip": "a resumed run is the uninterrupted one, so it goes on with the prompts that come next",
     "accelerator_config": "groups of samples stay whole, which the default settings alone do",
-    **dict.fromkeys(("parallelism_config", "fsdp", "fsdp_config", "deepspeed"), _SHARDS),
+    **dict.fromkeys(("parallelism_config", "deepspeed"), _SHARDS),
     "dataloader_in_order": "rollouts that are used again, and resumed runs, need the batches in their order",
     "remove_unused_columns": "prompts and the columns that rewards ask for would go",
     **dict.fromkeys(("train_sampling_strategy", "length_column_name"), _OWN_SAMPLER),

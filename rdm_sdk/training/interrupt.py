@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -41,6 +43,15 @@ class SaveOnSignal(TrainerCallback):
         self.caught = None
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._catch) for number in SIGNALS}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Catch the signals during the block."""
+        self.watch()
+        try:
+            yield
+        finally:
+            self.restore()
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         logger.warning(f"{signal.Signals(number).name}: this run ends after the current optimizer step")

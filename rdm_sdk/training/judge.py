@@ -164,7 +164,8 @@ class Judge:
 
     def start(self, rewards: Sequence[WeightedReward], batch: RewardBatch) -> Callable[[], dict[str, RewardOutput]]:
         """Evaluate rewards as `score` does, but for waiting; the function that is returned waits and returns."""
-        started = []
+        started, names = [], ", ".join(reward.label for reward in rewards)
+        before = self.processes.note(f"asking the rewards {names}")
         for counts in (True, False):
             chosen = [reward for reward in rewards if bool(reward.weight) == counts]
             if chosen:
@@ -177,14 +178,17 @@ class Judge:
                         **self.options,
                     )
                 started.append(evaluation)
+        self.processes.note(before)
 
         def collect() -> dict[str, RewardOutput]:
             outputs: dict[str, RewardOutput] = {}
+            before = self.processes.note(f"waiting for the answers of the rewards {names}")
             for evaluation in started:
                 result = evaluation.collect()
                 outputs |= result.outputs
                 self.monitor.spent["reward_calls"] += sum(result.shown[name] for name in result.outputs)
                 self.monitor.evaluation(result, skips=self.settings.reward_on_error == "skip")
+            self.processes.note(before)
             return outputs
 
         return collect

@@ -17,6 +17,10 @@ def _only(value: object) -> list[Any]:
     return [value]
 
 
+def _unheard(doing: str) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Processes:
     """A run's processes, each of which calls every method at the same point of the step."""
@@ -28,6 +32,8 @@ class Processes:
     """A value to the list of all processes' values, on each of them."""
     index: int = 0
     """Which process this is, from 0; a micro-batch of all processes holds their samples in this order."""
+    note: Callable[[str], str] = _unheard
+    """Takes down what this process begins to do, for the others if they wait for it; returns what it did before."""
 
     def total(self, sums: Tensor) -> Tensor:
         """Return the sum of all processes' tensors."""

@@ -119,6 +119,7 @@ class RunKeeper:
         Of the run's log, it gets the end. Older checkpoints that are too many go then.
         """
         step, save = state.global_step, self.args.should_save
+        self.step.processes.note("writing a checkpoint")
         with (
             checkpoint_folders.writing(output_dir, step, self.identity.run, save, self.wait) as folder,
             self.log.shortened(state),

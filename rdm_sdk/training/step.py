@@ -77,6 +77,7 @@ class DistillationStep:
         change the two time scales.
         """
         self.judge.step = step
+        self.processes.note(f"rolling the student out for optimizer step {step + 1}")
         self.judge.randomness.begin()
         self.rollouts.begin(window, step)
         self._advantages, self._losses = [], []
@@ -88,6 +89,7 @@ class DistillationStep:
 
         Each is to be back-propagated before the next is asked for. Without critics there are none.
         """
+        self.processes.note(f"training the critics, update {turn + 1} of the step")
         batches = self.rollouts.critic_samples(turn)
         for samples in batches:
             for reward, role in self.judge.critics:
@@ -121,6 +123,7 @@ class DistillationStep:
         Raises:
             RDMError: there is nothing to learn from. That the loss is finite, `end` sees.
         """
+        self.processes.note(f"computing the student's loss of micro-batch {position + 1}")
         experience, x_0 = self.rollouts.replay(position)
         outputs = self.judge.judge(experience)
         if self.judge.uses_advantages and not self._advantages:
@@ -236,6 +239,7 @@ class DistillationStep:
         Raises:
             RDMError: a loss or the gradient is not finite, or no gradient comes where one was expected at first.
         """
+        self.processes.note("ending the step")
         self.processes.average_gradients(self.models.parameters_of(STUDENT))
         self._check_student_gradient()
         self.monitor.weighting(self.weights, self.weighting)

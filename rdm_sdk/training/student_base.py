@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from rdm_sdk.errors import ModelError
+from rdm_sdk.families.fingerprint import class_name, first_values
 from rdm_sdk.families.targets import adapters_of
 
 BASE = "base.json"
@@ -21,8 +22,8 @@ PEFT_FOLDER = "peft"
 PEFT_WEIGHTS = f"{PEFT_FOLDER}/adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before the names of an adapter's tensors."""
-TENSORS, VALUES = 24, 16
-"""How many of the base's tensors are sampled, and how many values of each."""
+TENSORS = 24
+"""How many of the base's tensors are sampled."""
 CLOSE = 0.005
 """Relative difference of a sampled tensor up to which it is the same in another precision (bfloat16: 0.002)."""
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
@@ -77,7 +78,7 @@ def describe_base(pipeline: Any, component: str, weights: Weights) -> dict[str, 
     return {
         "pipeline": type(pipeline).__name__,
         "component": component,
-        "network": type(network).__name__,
+        "network": class_name(network),
         "prediction": _prediction(pipeline.scheduler),
         "weights": weights,
         "config": _config(network),
@@ -185,11 +186,7 @@ def _samples(network: nn.Module) -> dict[str, list[float]]:
     plain = {n: p for n, p in network.named_parameters() if "lora_" not in n and p.dtype in _PLAIN and not p.is_meta}
     names = [name for name, parameter in plain.items() if parameter.ndim > 1] or list(plain)
     chosen = names[:: max(1, len(names) // TENSORS)][:TENSORS]
-    return {name.replace(".base_layer", ""): _values(plain[name]).tolist() for name in chosen}
-
-
-def _values(parameter: nn.Parameter) -> torch.Tensor:
-    return parameter.detach().flatten()[:VALUES].float().cpu()
+    return {name.replace(".base_layer", ""): first_values(network, name, plain[name]).tolist() for name in chosen}
 
 
 def _differences(network: Any, base: Mapping[str, Any]) -> list[str]:
@@ -207,7 +204,7 @@ def _differences(network: Any, base: Mapping[str, Any]) -> list[str]:
         parameter, wanted = parameters.get(name), torch.tensor(values)
         if parameter is not None and (parameter.dtype not in _PLAIN or parameter.is_meta):
             continue  # packed into few bits, or not in memory: there is nothing to compare
-        have = torch.empty(0) if parameter is None else _values(parameter)
+        have = torch.empty(0) if parameter is None else first_values(network, name, parameter)
         if have.shape != wanted.shape or (have - wanted).norm() > CLOSE * wanted.norm() + 1e-6:
             other.append(name)
     if other:

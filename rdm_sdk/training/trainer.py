@@ -18,12 +18,13 @@ from transformers.trainer_utils import TrainOutput
 from rdm_sdk.errors import ConfigError, DataError, RDMError
 from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import STUDENT
+from rdm_sdk.families.sharding import shard_base
 from rdm_sdk.rewards.resolve import RewardFuncs
 from rdm_sdk.training import checkpoint, hub, validation
 from rdm_sdk.training.accelerated import processes_of
 from rdm_sdk.training.callbacks import run_callbacks, speak_plainly
 from rdm_sdk.training.config import RDMConfig
-from rdm_sdk.training.data import GroupSampler, collate, load_prompts
+from rdm_sdk.training.data import GroupSampler, collate, group_sampler, load_prompts
 from rdm_sdk.training.export import save_student, student_info
 from rdm_sdk.training.faults import explained
 from rdm_sdk.training.finished import figures, look, score_finished
@@ -33,6 +34,7 @@ from rdm_sdk.training.models import RunModels
 from rdm_sdk.training.optimizers import CriticOptimizer, critic_optimizer, restart_rates
 from rdm_sdk.training.pictures import image_grid
 from rdm_sdk.training.prompt_encoding import prepare_prompts
+from rdm_sdk.training.roll_call import roll_call
 from rdm_sdk.training.run_keeper import RunKeeper
 from rdm_sdk.training.step import DistillationStep
 from rdm_sdk.training.weighting import Weighting, make_weighting
@@ -95,6 +97,8 @@ class RDMTrainer(Trainer):
         )
         set_seed(args.seed)  # the adapters' initial weights are part of the run
         add_run_roles(self.family, roles, self.rewards, args.steps_told, args.start_from)
+        if args.fsdp:
+            shard_base(self.family, args.device)
         self.roles = self.family.roles
         self.critic_optimizer: CriticOptimizer | None = None
         self._staged: Path | None = None
@@ -122,7 +126,8 @@ class RDMTrainer(Trainer):
         """Make the step and its parts."""
         args = self.args
         self.models = RunModels(self.family, args, args.device)
-        processes = processes_of(self.accelerator)
+        self.roll_call = roll_call(args.ddp_timeout, args.device.type == "cpu")
+        processes = processes_of(self.accelerator, self.roll_call)
         prepare_prompts(self.models, args, processes, self.train_dataset, self.eval_dataset)
         self.judge = Judge(self.models, self.rewards, args, None, processes, self.held_out)
         self.monitor, self.weighting = self.judge.monitor, weighting
@@ -210,11 +215,7 @@ class RDMTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        groups = self.args.per_device_train_batch_size // self.args.num_generations
-        together = groups * self.args.world_size * self.args.gradient_accumulation_steps
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        reuse = self.args.num_iterations, self.args.reuse_interval
-        self._sampler = GroupSampler(len(dataset), self.args.num_generations, together, seed, *reuse)
+        self._sampler = group_sampler(self.args, len(dataset))
         return self._sampler
 
     # ---- Samples and figures ------------------------------------------------------------------------------------
@@ -246,13 +247,14 @@ class RDMTrainer(Trainer):
         """Write the grid that shows a collapse early: student x_0, and what teacher and critics make of it re-noised.
 
         Prompts and seed are fixed, so that a run's grids can be compared. The raw student is shown, not its average.
+        Where the base is shared out (`fsdp`), all processes call this, and the first one writes.
         """
         if self.train_dataset is None:
             raise DataError("write_images() shows the first training prompts: pass train_dataset to the trainer")
         prompts = list(dict.fromkeys(self.train_dataset[:64]["prompt"]))[:10]
         with self.models.seeded(self.args.seed):
             images = look(self.models, self.judge, prompts)
-        return image_grid(images, path)
+        return image_grid(images, path) if self.args.should_save or not self.roles.sharded else Path(path)
 
     @torch.no_grad()
     def evaluate(
@@ -347,8 +349,7 @@ class RDMTrainer(Trainer):
         if self.train_dataset is None:
             raise DataError("train() needs prompts: pass train_dataset to the trainer")
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        self.interrupt.watch()
-        try:
+        with self.interrupt.watching(), self.roll_call.attended():
             folder = self.keeper.begin(wanted)
             state = None if folder is None else self.keeper.finished(folder)
             if state is None:
@@ -357,8 +358,6 @@ class RDMTrainer(Trainer):
                 self.state = state
                 self.keeper.restore(str(folder))
                 result = TrainOutput(state.global_step, 0.0, {})
-        finally:
-            self.interrupt.restore()
         self.interrupt.leave(self.args, self.state)
         return result
 

@@ -91,6 +91,8 @@ def check_arguments(args: object, optimizers: Sequence[object]) -> None:
             raise ConfigError(
                 f"report_to={name!r} needs its package, which is not installed; install it or leave it out"
             )
+    if args.fsdp and args.world_size == 1:
+        raise ConfigError("fsdp shares the base out between processes, and there is one; start several with torchrun")
     if args.torch_compile:
         check_compiler(str(args.torch_compile_backend), args.torch_compile_mode, args.device)
     try:
@@ -255,7 +257,10 @@ def check_hosted(args: RDMConfig, roles: Roles, shards: bool) -> None:
             "'accelerate launch' or torchrun, or set CUDA_VISIBLE_DEVICES to one GPU"
         )
     if shards:
-        raise ConfigError("DeepSpeed and FSDP are not supported yet; use plain distributed data parallel")
+        raise ConfigError(
+            "accelerate has been told to use DeepSpeed or FSDP, by its launcher's options or its config file, and what "
+            "it wraps cannot switch roles; start plain processes, and share out the base by RDMConfig(fsdp=True)"
+        )
 
 
 def check_same_plugins(num_processes: int) -> None:

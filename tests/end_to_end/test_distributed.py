@@ -1,7 +1,9 @@
 """Two processes on one machine: the same student everywhere, learned from the shares of one batch."""
 
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -117,3 +119,57 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
         torch.testing.assert_close(
             weights[name], tensor, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+TROUBLE = """
+import os, signal, sys, time
+from rdm_sdk import RDMConfig, RDMTrainer, digits
+
+trouble, rank = sys.argv[2], int(os.environ["RANK"])
+calls = []
+
+
+def troubled(images, prompts):
+    calls.append(1)
+    if rank == 1 and len(calls) == 2:
+        print("TROUBLE", time.time(), flush=True)
+        if trouble == "hangs":
+            time.sleep(1000)
+        if trouble == "fails":
+            raise ValueError("no picture today")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return images.mean(dim=(1, 2, 3)).tolist()
+
+
+RDMTrainer(
+    digits.teacher_path(),
+    [(troubled, 0.2)],
+    RDMConfig(output_dir=sys.argv[1], max_steps=4, per_device_train_batch_size=2, num_generations=2, guidance_scale=1.0,
+              max_sequence_length=4, save_strategy="no", disable_tqdm=True, use_cpu=True, report_to="none",
+              ddp_timeout=8),
+    digits.prompts(),
+).train()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trouble", "within", "words"),
+    [
+        ("hangs", 30, "process 1 did not come; it has been asking the rewards troubled for .*ddp_timeout=8 seconds"),
+        ("fails", 15, "process 1 has failed: ValueError: no picture today"),
+        ("is killed", 15, "process 1 gives no sign of life .its last was that it was .*killed, or is it out of memory"),
+    ],
+)
+def test_a_process_in_trouble_ends_the_others(tmp_path: Path, trouble: str, within: float, words: str) -> None:
+    """With what it was doing; one that hangs is ended as well."""
+    script = tmp_path / "run.py"
+    script.write_text(TROUBLE)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, str(script), str(tmp_path / "out"), trouble]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    ended = time.time()
+    assert done.returncode != 0
+    (begun,) = re.findall(r"TROUBLE (\S+)", done.stdout)
+    assert re.search(f"RDMError: .*{words}", done.stderr), done.stderr[-5000:]
+    assert ended - float(begun) < within

@@ -160,7 +160,7 @@ def test_a_hook_on_a_block_of_a_compiled_network_runs() -> None:
     inputs = torch.randn(2, 3, 4)
     network(inputs)
     assert graphs() == 1
-    torch.testing.assert_close(block_output(network.inner, lambda: network(inputs)), network.inner(inputs))
+    torch.testing.assert_close(block_output(network, network.inner, network, inputs), network.inner(inputs))
 
 
 def test_more_shapes_than_pytorchs_limit_stay_compiled() -> None:

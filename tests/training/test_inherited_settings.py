@@ -55,7 +55,9 @@ DONE = {
     **dict.fromkeys(("dataloader_drop_last", "dataloader_num_workers", "dataloader_persistent_workers"), LOOP),
     **dict.fromkeys(("dataloader_pin_memory", "dataloader_prefetch_factor"), LOOP),
     "dataloader_multiprocessing_context": LOOP,
-    **dict.fromkeys(("ddp_backend", "ddp_timeout", "local_rank"), "accelerate's process group"),
+    **dict.fromkeys(("ddp_backend", "local_rank"), "accelerate's process group"),
+    "ddp_timeout": "test_distributed.py",
+    **dict.fromkeys(("fsdp", "fsdp_config"), "test_sharding.py, test_distributed_sharding.py"),
     "skip_memory_metrics": LOOP,
 }
 """Setting to who does it, or to the tests that see it done."""
@@ -70,8 +72,7 @@ OTHER: dict[str, Any] = {
     "liger_kernel_config": {"rope": True},
     "accelerator_config": {"split_batches": True},
     "parallelism_config": object(),
-    **dict.fromkeys(("fsdp", "debug"), "something"),
-    "fsdp_config": {"a": 1},
+    "debug": "something",
     "deepspeed": {"a": 1},
     "train_sampling_strategy": "sequential",
     "length_column_name": "tokens",
