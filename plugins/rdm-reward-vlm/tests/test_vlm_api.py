@@ -181,7 +181,8 @@ def test_a_pause_that_is_too_long(server):
 )
 def test_a_lost_endpoint(server, fault, words):
     """After all tries it is an exception, for one question of many, which stops the run or skips the reward."""
-    reward = make(server, timeout=0.2, retries=1)
+    reward = make(server)
+    reward.endpoint.config = reward.config.model_copy(update={"timeout": 0.2, "retries": 1})
     server.faults = [fault] * 2
     with pytest.raises(ServerLostError, match=words):
         scores(reward, flat(10))
@@ -289,7 +290,7 @@ def test_mistakes(server, options, words):
 
 def test_an_address_that_ends_too_soon(server):
     """The commonest mistake: the address without /v1."""
-    with pytest.raises(RewardError, match=r"/models answered 404: .*Not Found"):
+    with pytest.raises(RewardError, match=r"/models answered 404: .*Not Found.*Does url= end where"):
         make(server, url=server.url.removesuffix("/v1"))
 
 
