@@ -54,7 +54,7 @@ class PatientConfig(RewardConfig):
     retries: int = Field(default=4, ge=0)
     """Further tries where the first fails."""
     max_wait: float = Field(default=300.0, gt=0)
-    """Seconds that all tries of one call may take together."""
+    """Seconds that all tries of one request may take together."""
 
     @property
     def patience(self) -> Patience:

@@ -26,6 +26,7 @@ ANSWER_LIMIT = 2**24
 """Bytes that an answer may have."""
 MODELS_NAMED = 20
 """Models that a message lists, at most."""
+HINT = "Does url= end where the API's paths begin, such as http://judge:8000/v1?"
 
 Read = TypeVar("Read")
 
@@ -155,13 +156,10 @@ class Endpoint:
             reason = f"{url} answered {reply.status}: {read_refusal(reply.body or b'')}"
             if reply.status in AGAIN or reply.status >= 500:
                 return Failed(reason, reply.wait)
-            raise RewardError(reason)
+            raise RewardError(f"{reason}. {HINT}" if (method, reply.status) == ("GET", 404) else reason)
 
         answer = await persist(attempt, config.patience, url)
         try:
             return read(answer)
         except NonsenseError as error:
-            raise RewardError(
-                f"{url} does not answer as OpenAI's API does: {error}. Does url= end where its paths begin, such as "
-                "http://judge:8000/v1?"
-            ) from error
+            raise RewardError(f"{url} does not answer as OpenAI's API does: {error}. {HINT}") from error

@@ -10,7 +10,7 @@ from chat_servers import brightness, chatting, completion, question
 from rdm_reward_vlm.answers import NO, YES, written_number, written_yes
 from rdm_reward_vlm.api import VlmApi
 
-from rdm_sdk import RewardBatch, RewardError, score_images
+from rdm_sdk import RDMConfig, RDMTrainer, RewardBatch, RewardError, digits, score_images
 from rdm_sdk.rewards.evaluate import evaluate_reward, evaluate_rewards
 from rdm_sdk.serving import asking
 from rdm_sdk.serving.asking import ServerLostError
@@ -181,7 +181,8 @@ def test_a_pause_that_is_too_long(server):
 )
 def test_a_lost_endpoint(server, fault, words):
     """After all tries it is an exception, for one question of many, which stops the run or skips the reward."""
-    reward = make(server, timeout=0.2, retries=1)
+    reward = make(server)
+    reward.endpoint.config = reward.config.model_copy(update={"timeout": 0.2, "retries": 1})
     server.faults = [fault] * 2
     with pytest.raises(ServerLostError, match=words):
         scores(reward, flat(10))
@@ -289,7 +290,7 @@ def test_mistakes(server, options, words):
 
 def test_an_address_that_ends_too_soon(server):
     """The commonest mistake: the address without /v1."""
-    with pytest.raises(RewardError, match=r"/models answered 404: .*Not Found"):
+    with pytest.raises(RewardError, match=r"/models answered 404: .*Not Found.*Does url= end where"):
         make(server, url=server.url.removesuffix("/v1"))
 
 
@@ -305,6 +306,23 @@ def test_a_model_that_does_not_answer_at_once(server):
     server.answer = lambda body: {"choices": [{"message": {"content": None}, "logprobs": {"content": []}}]}
     with pytest.raises(RewardError, match="first tokens are nothing"):
         make(server)
+
+
+def test_a_run(server, tmp_path, monkeypatch):
+    """A run is trained on it; the key is in nothing that the run writes, the name of its variable is."""
+    monkeypatch.setenv("JUDGE_KEY", "sk-hush")
+    settings = {"per_device_train_batch_size": 4, "num_generations": 4, "guidance_scale": 1.0, "critic_steps": 1}
+    quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1, "save_steps": 1}
+    args = RDMConfig(output_dir=str(tmp_path), max_steps=1, max_sequence_length=4, **settings, **quiet)
+    spec = f'dm + 0.5*vlm-api[url="{server.url}",model=judge-7b,key_env=JUDGE_KEY]'
+    trainer = RDMTrainer(digits.teacher_path(), spec, args, digits.prompts())
+    trainer.train()
+    trainer.save_model(str(tmp_path / "student"))
+    (row,) = [row for row in trainer.state.log_history if "loss" in row]
+    assert 0.1 < row["rewards/vlm-api/mean"] < 0.9
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert not [path for path, text in written.items() if b"sk-hush" in text]
+    assert b"JUDGE_KEY" in written[tmp_path / "student" / "README.md"]
 
 
 def test_contract(server):
