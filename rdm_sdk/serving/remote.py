@@ -127,7 +127,7 @@ class Remote(ServedReward):
 
     def __init__(self, config: RewardConfig | None = None, **options: object) -> None:
         super().__init__(config, **options)
-        urls = _addresses(self.config)
+        urls = _addresses(self.name, self.config)
         self.connect(Client(urls, self.config.patience, _token(self.config.token_env)), self.config.reward)
 
 
@@ -143,7 +143,7 @@ def _check_address(url: str) -> None:
         raise ValueError("an address may hold no password and no query; name the token's variable, token_env")
 
 
-def _addresses(config: Remote.Config) -> tuple[str, ...]:
+def _addresses(name: str, config: Remote.Config) -> tuple[str, ...]:
     """Return the addresses of the servers, from the options or from the environment variable that they name.
 
     Raises:
@@ -153,11 +153,13 @@ def _addresses(config: Remote.Config) -> tuple[str, ...]:
     if urls:
         return urls
     if config.url_env is None:
-        raise RewardError('where is the server? Give url="http://judge:8000", or url_env=, a variable that holds it')
+        raise RewardError(
+            f'reward {name!r}: where is its server? Give url="http://judge:8000", or url_env, a variable that holds it'
+        )
     urls = tuple(part.strip() for part in os.environ.get(config.url_env, "").split(",") if part.strip())
     if not urls:
         raise RewardError(
-            f"where is the server? Set the environment variable {config.url_env} to its address, such as "
+            f"reward {name!r}: where is its server? Set the environment variable {config.url_env} to its address, such as "
             'http://judge:8000, or give url="http://judge:8000"'
         )
     try:
