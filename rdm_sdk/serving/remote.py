@@ -159,8 +159,8 @@ def _addresses(name: str, config: Remote.Config) -> tuple[str, ...]:
     urls = tuple(part.strip() for part in os.environ.get(config.url_env, "").split(",") if part.strip())
     if not urls:
         raise RewardError(
-            f"reward {name!r}: where is its server? Set the environment variable {config.url_env} to its address, such as "
-            'http://judge:8000, or give url="http://judge:8000"'
+            f"reward {name!r}: where is its server? Set the environment variable {config.url_env} to its address, such "
+            'as http://judge:8000, or give url="http://judge:8000"'
         )
     try:
         for url in urls:
