@@ -117,7 +117,7 @@ class Remote(ServedReward):
 
     def __init__(self, config: RewardConfig | None = None, **options: object) -> None:
         super().__init__(config, **options)
-        urls, token = _addresses(self.config), read_secret("token_env", self.config.token_env)
+        urls, token = _addresses(self.name, self.config), read_secret("token_env", self.config.token_env)
         self.connect(Client(urls, self.config.patience, token), self.config.reward)
 
 
@@ -125,7 +125,7 @@ def _listed(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if value is None else (value,) if isinstance(value, str) else value
 
 
-def _addresses(config: Remote.Config) -> tuple[str, ...]:
+def _addresses(name: str, config: Remote.Config) -> tuple[str, ...]:
     """Return the addresses of the servers, from the options or from the environment variable that they name.
 
     Raises:
@@ -135,12 +135,14 @@ def _addresses(config: Remote.Config) -> tuple[str, ...]:
     if urls:
         return urls
     if config.url_env is None:
-        raise RewardError('where is the server? Give url="http://judge:8000", or url_env=, a variable that holds it')
+        raise RewardError(
+            f'reward {name!r}: where is its server? Give url="http://judge:8000", or url_env, a variable that holds it'
+        )
     urls = tuple(part.strip() for part in os.environ.get(config.url_env, "").split(",") if part.strip())
     if not urls:
         raise RewardError(
-            f"where is the server? Set the environment variable {config.url_env} to its address, such as "
-            'http://judge:8000, or give url="http://judge:8000"'
+            f"reward {name!r}: where is its server? Set the environment variable {config.url_env} to its address, such "
+            'as http://judge:8000, or give url="http://judge:8000"'
         )
     try:
         for url in urls:

@@ -217,7 +217,7 @@ def test_images_can_be_scored_without_a_run(server: Faulty) -> None:
         ({"url": "ftp://judge"}, "is no address"),
         ({"url": ()}, "at least one address"),
         ({"url": "http://user:hush@judge"}, "may hold no password"),
-        ({"url": None}, "where is the server? Give url="),
+        ({"url": None}, "reward 'remote': where is its server? Give url="),
         ({"url": None, "url_env": "NO_URL"}, "Set the environment variable NO_URL to its address"),
         ({"url": None, "url_env": "WRONG_URL"}, "the environment variable WRONG_URL: 'judge:8000' is no address"),
         ({"timeout": 0}, "timeout"),
