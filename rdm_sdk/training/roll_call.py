@@ -29,7 +29,7 @@ BEAT = 1.0
 SETTLE = 2.5 * BEAT
 """How long a process that gives up listens to the others: all that wait as it did give up too, and those that live
 give a sign."""
-GRACE = 5.0
+GRACE = 3.0
 """Seconds in which a process may end by itself after another has failed."""
 _COLLECTIVE = re.compile(r"gloo|pair closure|Timed out waiting|NCCL|process group", re.IGNORECASE)
 """What errors of collective operations hold; gloo raises plain `RuntimeError`s."""
