@@ -39,6 +39,7 @@ from rdm_sdk.training.student_base import describe_base
     [
         {"fsdp": True},
         {"fsdp": "full_shard"},
+        {"fsdp": "true"},
         {"fsdp": ["full_shard"], "fsdp_config": {"fsdp_version": 2}},
         {"fsdp": True, "fsdp_config": '{"version": 2, "reshard_after_forward": "true"}'},
     ],
@@ -49,7 +50,8 @@ def test_the_base_can_be_shared_out(tmp_path: Path, given: dict[str, Any]) -> No
     again = dataclasses.replace(config, learning_rate=1e-3)
     for one in (config, again):
         assert (one.fsdp, one.fsdp_config, one.fsdp_plugin_args) == (True, {"version": 2}, None)
-    assert not RDMConfig(output_dir=str(tmp_path), use_cpu=True).fsdp
+    for nothing in (None, False, "", [], "false"):
+        assert not RDMConfig(output_dir=str(tmp_path), use_cpu=True, fsdp=nothing, fsdp_config={}).fsdp
 
 
 def test_settings_in_a_file(tmp_path: Path) -> None:
