@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 VALUES = 16
 """How many values of a tensor tell it from another."""
@@ -24,8 +25,6 @@ def first_values(network: nn.Module, name: str, parameter: nn.Parameter) -> Tens
 
 def class_name(network: object) -> str:
     """Return the name of a network's class; sharing its weights out has put another before it."""
-    from torch.distributed.fsdp import FSDPModule
-
     return next(kind.__name__ for kind in type(network).__mro__ if not issubclass(kind, FSDPModule))
 
 

@@ -27,7 +27,7 @@ def sharding_of_ours(config: Any) -> Iterator[None]:
     wanted = _is_wanted(config)
     if wanted:
         _check_together(config)
-        config.fsdp = config.fsdp_config = None
+    config.fsdp = config.fsdp_config = None
     yield
     if wanted:
         config.fsdp, config.fsdp_config = True, {"version": 2}
@@ -35,9 +35,9 @@ def sharding_of_ours(config: Any) -> Iterator[None]:
 
 def _is_wanted(config: Any) -> bool:
     """Return whether the base is to be shared out; raises `ConfigError` for what is not done."""
-    given = config.fsdp.split() if isinstance(config.fsdp, str) else config.fsdp
-    wanted = given is True or given == ["full_shard"]
-    if given and not wanted:
+    given = " ".join(map(str, config.fsdp)) if isinstance(config.fsdp, (list, tuple)) else config.fsdp
+    wanted = given is True or str(given).lower() in ("true", "full_shard")  # as text from command lines and YAML
+    if not wanted and str(given or "").lower() not in ("", "false", "none"):
         raise ConfigError(
             f"fsdp={config.fsdp!r} is not supported: the frozen base can be shared out between all processes "
             "(fsdp=True or 'full_shard'), and nothing else"

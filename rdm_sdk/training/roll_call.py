@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BEAT = 1.0
+BEAT = 0.5
 """Seconds from one sign of life of a process to the next."""
-SETTLE = 2.5 * BEAT
+SETTLE = 3 * BEAT
 """How long a process that gives up listens to the others: all that wait as it did give up too, and those that live
 give a sign."""
-GRACE = 5.0
+GRACE = 3.0
 """Seconds in which a process may end by itself after another has failed."""
 _COLLECTIVE = re.compile(r"gloo|pair closure|Timed out waiting|NCCL|process group", re.IGNORECASE)
 """What errors of collective operations hold; gloo raises plain `RuntimeError`s."""
@@ -51,7 +51,7 @@ class _Sign:
 class RollCall:
     """A process's place in the roll call of a run.
 
-    What the process is doing goes to the store that it shares with the others once a second, from a thread. When a
+    What the process is doing goes to the store that it shares with the others every `BEAT` seconds, from a thread. When a
     collective operation fails, here or there, the message says who did not come, and why; and a process that goes on
     though another has failed is ended.
 

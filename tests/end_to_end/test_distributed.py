@@ -146,7 +146,7 @@ RDMTrainer(
     [(troubled, 0.2)],
     RDMConfig(output_dir=sys.argv[1], max_steps=4, per_device_train_batch_size=2, num_generations=2, guidance_scale=1.0,
               max_sequence_length=4, save_strategy="no", disable_tqdm=True, use_cpu=True, report_to="none",
-              ddp_timeout=8),
+              ddp_timeout=20),
     digits.prompts(),
 ).train()
 """
@@ -156,7 +156,11 @@ RDMTrainer(
 @pytest.mark.parametrize(
     ("trouble", "within", "words"),
     [
-        ("hangs", 30, "process 1 did not come; it has been asking the rewards troubled for .*ddp_timeout=8 seconds"),
+        (
+            "hangs",
+            30,
+            "process 1 did not come; it has been asking the rewards troubled for 2[0-9] s.*ddp_timeout=20 seconds",
+        ),
         ("fails", 15, "process 1 has failed: ValueError: no picture today"),
         ("is killed", 15, "process 1 gives no sign of life .its last was that it was .*killed, or is it out of memory"),
     ],
@@ -171,5 +175,6 @@ def test_a_process_in_trouble_ends_the_others(tmp_path: Path, trouble: str, with
     ended = time.time()
     assert done.returncode != 0
     (begun,) = re.findall(r"TROUBLE (\S+)", done.stdout)
-    assert re.search(f"RDMError: .*{words}", done.stderr), done.stderr[-5000:]
+    assert re.search(rf"(RDMError: |process 0 ends, still ).*{words}", done.stderr), done.stderr[-5000:]
+    print(f"{trouble}: over after {ended - float(begun):.1f} s")
     assert ended - float(begun) < within

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from rdm_sdk.errors import RDMError
@@ -125,6 +126,19 @@ def test_notes_and_waiting() -> None:
     assert call.note("two") == "one"
     with pytest.raises(ValueError, match="as it is"), call.attended():
         raise ValueError("as it is")
+
+
+def test_nobody_is_waited_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPUs, transformers makes the process group without `ddp_timeout`, and gloo would wait for half an hour."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    try:
+        call = roll_call.roll_call(7, cpu=True)
+        options = dist.group.WORLD._get_backend(torch.device("cpu")).options
+    finally:
+        dist.destroy_process_group()
+    assert options._timeout.total_seconds() == 7
+    assert (call.index, call.count, call.limit) == (0, 2, 7)
 
 
 def test_the_process_of_a_run_knows_when_it_waits() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from rdm_sdk.training.student_base import describe_base
     [
         {"fsdp": True},
         {"fsdp": "full_shard"},
+        {"fsdp": "true"},
         {"fsdp": ["full_shard"], "fsdp_config": {"fsdp_version": 2}},
         {"fsdp": True, "fsdp_config": '{"version": 2, "reshard_after_forward": "true"}'},
     ],
@@ -47,7 +50,8 @@ def test_the_base_can_be_shared_out(tmp_path: Path, given: dict[str, Any]) -> No
     again = dataclasses.replace(config, learning_rate=1e-3)
     for one in (config, again):
         assert (one.fsdp, one.fsdp_config, one.fsdp_plugin_args) == (True, {"version": 2}, None)
-    assert not RDMConfig(output_dir=str(tmp_path), use_cpu=True).fsdp
+    for nothing in (None, False, "", [], "false"):
+        assert not RDMConfig(output_dir=str(tmp_path), use_cpu=True, fsdp=nothing, fsdp_config={}).fsdp
 
 
 def test_settings_in_a_file(tmp_path: Path) -> None:
@@ -224,12 +228,23 @@ def test_it_is_known_again_and_saved_by_one_process() -> None:
     assert shared.fingerprint() == whole.fingerprint()
     about = [describe_base(one.pipeline, one.component, "lora") for one in (whole, shared)]
     assert about[0] == about[1]
-    state = shared.roles.role_state_dict("student")
+    state = {name: tensor.clone() for name, tensor in shared.roles.role_state_dict("student").items()}
     assert same_bits([*state.values()], [*whole.roles.role_state_dict("student").values()])
     shared.roles.load_role_state_dict("student", {name: tensor + 1 for name, tensor in state.items()})
     name = next(iter(state))
     assert torch.equal(shared.roles.role_state_dict("student")[name], state[name] + 1)
     assert shared.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("group")
+def test_nobody_keeps_a_whole_weight() -> None:
+    """Whatever held one of the base's weights before it was shared out would hold all of it for the whole run."""
+    family = family_of(RDMConfig(**SETTINGS, use_cpu=True))
+    weights = [weakref.ref(p) for name, p in family.backbone.named_parameters() if "lora_" not in name]
+    shard_base(family, torch.device("cpu"))
+    gc.collect()
+    assert weights
+    assert [one for one in (ref() for ref in weights) if one is not None and one.untyped_storage().nbytes()] == []
 
 
 @pytest.mark.usefixtures("group")
