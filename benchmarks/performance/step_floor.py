@@ -74,7 +74,9 @@ def main() -> None:
     parser.add_argument("--guidance_scale", type=float, default=1.5)
     options = parser.parse_args()
     tiny: dict[str, Any] = {} if options.model == "digits" else {"height": 64, "width": 64}
-    lengths = {} if options.model == "sdxl" else {"max_sequence_length": 4 if options.model == "digits" else 32}
+    lengths: dict[str, Any] = (
+        {} if options.model == "sdxl" else {"max_sequence_length": 4 if options.model == "digits" else 32}
+    )
     with tempfile.TemporaryDirectory() as folder:
         args = RDMConfig(
             output_dir=folder,
