@@ -8,7 +8,8 @@ In an environment of its own: `--no-deps` keeps PyTorch as it is. Both sides hav
 steps, guidance, optimizer and clipping, and per cycle the same updates: `critic_steps` of the critic, then one of the
 student. The other side is driven as its documentation shows: `DMDPipeline` with a deep copy of the teacher as student
 and one as critic, backward simulation, prompts encoded beforehand and at no cost here; and it has no rewards, no checks
-and logs nothing. Both sides' rollouts end at a random one of the student's steps.
+and logs nothing. Both sides' rollouts end at random steps of the student, here a sample's and there a whole batch's: so
+the ratio is that of all cycles together, and `forwards` are a cycle's evaluations of the student, in samples.
 
 A row per way to train on this side: adapters with fresh rollouts for every update (what the other side does), full
 copies with the same, and adapters with rollouts that critic and student share, which is the default. Bytes are those of
@@ -23,11 +24,13 @@ import json
 import tempfile
 from collections.abc import Iterable
 from copy import deepcopy
+from importlib import import_module
 from typing import Any
 
 import torch
 from alternation import WARM_UP, Alternate
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
+from peft import LoraConfig
 from torch import nn
 
 from rdm_sdk import RDMConfig, RDMTrainer, digits
@@ -52,12 +55,11 @@ class Peer:
     """
 
     def __init__(self, trainer: RDMTrainer, teacher: nn.Module) -> None:
-        from modelopt.torch.fastgen import DMDConfig, DMDPipeline, SampleTimestepConfig, create_fake_score
-
+        fastgen: Any = import_module("modelopt.torch.fastgen")
         args = self.args = trainer.args
         guided = args.guidance_scale != 1.0
         times = [*trainer.models.policy.sigmas, 0.0]
-        config = DMDConfig(
+        config = fastgen.DMDConfig(
             pred_type="flow",
             guidance_scale=args.guidance_scale if guided else None,
             student_sample_steps=args.num_inference_steps,
@@ -65,14 +67,16 @@ class Peer:
             num_train_timesteps=1000,
             student_update_freq=args.critic_steps + 1,
             backward_simulation=True,
-            sample_t_cfg=SampleTimestepConfig(
+            sample_t_cfg=fastgen.SampleTimestepConfig(
                 time_dist_type="uniform", min_t=args.min_time, max_t=args.max_time, t_list=times
             ),
         )
         self.student = deepcopy(teacher).train().requires_grad_(True)
-        self.fake = create_fake_score(teacher)
-        self.pipeline = DMDPipeline(self.student, teacher, self.fake, config)
-        options = {"betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.weight_decay}
+        self.forwards, self.cycles = 0, 0
+        self.student.register_forward_pre_hook(self._count)
+        self.fake = fastgen.create_fake_score(teacher)
+        self.pipeline = fastgen.DMDPipeline(self.student, teacher, self.fake, config)
+        options: dict[str, Any] = {"betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.weight_decay}
         self.optimizers = {
             "student": torch.optim.AdamW(self.student.parameters(), lr=args.learning_rate, **options),
             "fake": torch.optim.AdamW(self.fake.parameters(), lr=2 * args.learning_rate, **options),
@@ -83,8 +87,12 @@ class Peer:
         self.shape = (size, *trainer.models.latent_shapes[0])
         self.condition, self.negative = condition, {"negative_encoder_hidden_states": blank} if guided else {}
 
+    def _count(self, module: nn.Module, inputs: Any) -> None:
+        self.forwards += self.shape[0]
+
     def run(self) -> None:
         """Take a cycle's updates."""
+        self.cycles += 1
         for _ in range(self.args.critic_steps):
             self._update("fake", self.fake, self.pipeline.compute_fake_score_loss)
         self._update("student", self.student, self.pipeline.compute_student_loss, **self.negative)
@@ -138,23 +146,27 @@ def compare(way: str, options: argparse.Namespace) -> dict[str, Any]:
             report_to="none",
             **WAYS[way],
         )
-        trainer = RDMTrainer(pipeline, "dm", args, digits.prompts())
+        lora = None if "student_weights" in WAYS[way] else LoraConfig(r=options.rank, lora_alpha=options.rank)
+        trainer = RDMTrainer(pipeline, "dm", args, digits.prompts(), peft_config=lora)
         peer = Peer(trainer, teacher.to(trainer.args.device))
         timer = Alternate(peer.run)
         trainer.add_callback(timer)
         trainer.train()
-    cycle, other, ratio = timer.result()
+    cycle, other = timer.totals()
     critics = trainer.critic_optimizer
-    assert trainer.optimizer is not None
+    student: Any = trainer.optimizer
     assert critics is not None
-    mine = bytes_of(trainer.roles.parameters(), [trainer.optimizer.optimizer, critics.optimizer])
+    mine = bytes_of(trainer.roles.parameters(), [student.optimizer, critics.optimizer])
     return {
         "way": way,
         "parameters": sum(p.numel() for p in teacher.parameters()),
         "batch": options.batch,
+        "rank": options.rank,
         "cycle_s": round(cycle, 4),
         "modelopt_s": round(other, 4),
-        "time": round(ratio, 3),
+        "time": round(cycle / other, 3),
+        "forwards": round(trainer.costs()["cost/student_forwards"] / (options.cycles + WARM_UP), 1),
+        "modelopt_forwards": round(peer.forwards / peer.cycles, 1),
         "megabytes": round(mine / 1e6, 2),
         "modelopt_megabytes": round(peer.bytes() / 1e6, 2),
         "bytes": round(mine / peer.bytes(), 3),
@@ -166,12 +178,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--cycles", type=int, default=10)
     parser.add_argument("--guidance_scale", type=float, default=1.0)
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters; 16 is the SDK's default")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--layers", type=int, help="blocks of a network with random weights; by default the teacher's")
     parser.add_argument("--heads", type=int, help="attention heads of a network with random weights, its width")
     options = parser.parse_args()
     try:
-        import modelopt.torch.fastgen  # noqa: F401
+        import_module("modelopt.torch.fastgen")
     except ImportError as error:
         parser.error(f"this compares with nvidia-modelopt, which cannot be imported ({error}); see above: --help")
     for way in options.ways:

@@ -42,6 +42,10 @@ class Alternate(TrainerCallback):
         self.others.append(now() - middle)
         self.begin = now()
 
+    def totals(self) -> tuple[float, float]:
+        """Return the mean seconds of a cycle and of the other work."""
+        return statistics.mean(self.cycles[WARM_UP:]), statistics.mean(self.others[WARM_UP:])
+
     def result(self) -> tuple[float, float, float]:
         """Return the median seconds of a cycle and of the other work, and the median of their ratios, pair by pair."""
         pairs = list(zip(self.cycles, self.others, strict=True))[WARM_UP:]

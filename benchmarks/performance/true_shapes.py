@@ -130,6 +130,7 @@ PIPELINES: dict[str, Parts] = {
 }
 """Pipelines by their classes: components with library, class and config."""
 _NARROW: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 32}
+_SMALL_VAE: dict[str, Any] = {"block_out_channels": [32, 32, 32, 32], "layers_per_block": 1}
 _SHALLOW: dict[str, Any] = {"num_attention_heads": 2, "num_hidden_layers": 1}
 TINY: dict[str, dict[str, dict[str, Any]]] = {
     "StableDiffusion3Pipeline": {
@@ -143,7 +144,35 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
             "num_layers": 1,
             "pooled_projection_dim": 64,
         },
-        "vae": {"block_out_channels": [32, 32, 32, 32], "layers_per_block": 1},
+        "vae": _SMALL_VAE,
+    },
+    "StableDiffusionXLPipeline": {
+        "text_encoder": _NARROW | _SHALLOW,
+        "text_encoder_2": _NARROW | _SHALLOW,
+        "unet": {
+            "addition_time_embed_dim": 8,
+            "attention_head_dim": [1, 2, 4],
+            "block_out_channels": [32, 64, 128],
+            "cross_attention_dim": 64,
+            "layers_per_block": 1,
+            "projection_class_embeddings_input_dim": 6 * 8 + 32,
+            "transformer_layers_per_block": [1, 1, 2],
+        },
+        "vae": _SMALL_VAE,
+    },
+    "FluxPipeline": {
+        "text_encoder": _NARROW | _SHALLOW,
+        "text_encoder_2": {"d_ff": 64, "d_kv": 32, "d_model": 64, "num_heads": 2, "num_layers": 1},
+        "transformer": {
+            "attention_head_dim": 32,
+            "axes_dims_rope": [8, 12, 12],
+            "joint_attention_dim": 64,
+            "num_attention_heads": 2,
+            "num_layers": 1,
+            "num_single_layers": 2,
+            "pooled_projection_dim": 32,
+        },
+        "vae": _SMALL_VAE,
     },
 }
 """What of the configs is smaller where nothing but that a program runs is to be seen."""
@@ -176,9 +205,9 @@ def write_configs(folder: Path, kind: str, tiny: bool = False, **without: None) 
     return str(folder)
 
 
-def random_family(folder: str, device: str) -> ModelFamily:
+def random_family(folder: str, device: str, dtype: torch.dtype = torch.bfloat16) -> ModelFamily:
     """Return a family with random weights on a device, which answers every prompt with random encodings."""
-    family = blueprint(folder, torch.bfloat16)
+    family = blueprint(folder, dtype)
     for part in (family.backbone, *family.frozen_parts().values()):
         part.to_empty(device=device)
         for tensor in (*part.parameters(), *part.buffers()):

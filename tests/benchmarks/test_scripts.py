@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -64,6 +65,50 @@ def test_step_floor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     """A training cycle is timed against its bare passes."""
     run(monkeypatch, "step_floor", "--batch", 8, "--cycles", 1)
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["ratio"] > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["sdxl", "flux"])
+def test_step_floor_of_tiny_models(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same for networks of other families, with random weights."""
+    run(monkeypatch, "step_floor", "--model", model, "--batch", 8, "--cycles", 1)
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["ratio"] > 0.5
+
+
+def test_scaling(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A cycle is timed at two values of a setting, and an exponent fitted."""
+    module = run(monkeypatch, "scaling", "--axes", "rewards", "--values", 2, "--cycles", 1)
+    row = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert row["values"] == [1, 2]
+    assert min(row["seconds"]) > 0
+    exponent, slope, start = module.fitted([1, 2, 4], [3.0, 5.0, 9.0])
+    assert (slope, start) == (pytest.approx(2), pytest.approx(1))
+    assert module.fitted([1, 2, 4], [3.0, 12.0, 48.0])[0] == pytest.approx(2)
+    assert 0.5 < exponent < 1
+    assert all(module.settings_of(axis, values[0])[0] for axis, values in module.AXES.items())
+
+
+def test_import_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Commands are timed in processes of their own."""
+    run(monkeypatch, "import_time", "--turns", 1, "--commands", "python", "rdm-sdk --help")
+    row = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert 0 < row["python"] < row["rdm-sdk --help"]
+
+
+def test_against_modelopt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both sides train in turns, where the other is installed; else the script says how to install it."""
+    arguments = ("--batch", 8, "--cycles", 1, "--ways", "shared rollouts")
+    if importlib.util.find_spec("modelopt") is None:
+        with pytest.raises(SystemExit):
+            run(monkeypatch, "against_modelopt", *arguments)
+        assert "this compares with nvidia-modelopt" in capsys.readouterr().err
+        pytest.skip("nvidia-modelopt is not installed: what was run is the refusal alone")
+    run(monkeypatch, "against_modelopt", *arguments)
+    row = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert row["time"] > 0.1
+    assert row["bytes"] < 0.5
 
 
 def test_reward_overhead(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
