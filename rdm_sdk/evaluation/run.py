@@ -123,9 +123,10 @@ def _prompts_of_images(prompts: object, samples: int, reference_samples: int | N
     """Return the prompt of every image of a row, and of every image of the reference."""
     given = list(load_prompts(prompts, "prompts")["prompt"])
     compared = samples if reference_samples is None else reference_samples
+    spread = _spread(given, samples, "samples"), _spread(given, compared, "reference_samples")
     if compared < FEWEST <= samples:
         raise ConfigError(f"reference_samples={compared} must be at least {FEWEST}, for distances to mean anything")
-    return _spread(given, samples, "samples"), _spread(given, compared, "reference_samples")
+    return spread
 
 
 def _candidates(
