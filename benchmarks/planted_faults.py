@@ -95,11 +95,11 @@ def row(case: Case, history: list[dict[str, Any]]) -> list[str]:
 
 
 def stacked(pictures: list[Path], target: Path) -> None:
-    """Write pictures one below the other, with a gap between."""
-    images = [Image.open(path).convert("RGB") for path in pictures]
+    """Write gray pictures one below the other, with a gap between."""
+    images = [Image.open(path).convert("L") for path in pictures]
     gap = 12
     height = sum(image.height + gap for image in images) - gap
-    page = Image.new("RGB", (max(image.width for image in images), height), "white")
+    page = Image.new("L", (max(image.width for image in images), height), "white")
     top = 0
     for image in images:
         page.paste(image, (0, top))
