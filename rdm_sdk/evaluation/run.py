@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rdm_sdk.errors import ConfigError
+from rdm_sdk.errors import ConfigError, DataError
 from rdm_sdk.evaluation.candidates import (
     Candidate,
     counted,
@@ -123,7 +123,10 @@ def _prompts_of_images(prompts: object, samples: int, reference_samples: int | N
     """Return the prompt of every image of a row, and of every image of the reference."""
     given = list(load_prompts(prompts, "prompts")["prompt"])
     compared = samples if reference_samples is None else reference_samples
-    return _spread(given, samples, "samples"), _spread(given, compared, "reference_samples")
+    spread = _spread(given, samples, "samples"), _spread(given, compared, "reference_samples")
+    if compared < FEWEST <= samples:
+        raise ConfigError(f"reference_samples={compared} must be at least {FEWEST}, for distances to mean anything")
+    return spread
 
 
 def _candidates(
@@ -146,8 +149,8 @@ def _checked(real: Tensor | None, rewards: RewardFuncs, batch_size: int) -> list
     """Return the rewards, nothing of them loaded, after checking what can be checked so."""
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size} cannot be used; it must be at least 1")
-    if real is not None:
-        check_images(real, "real")
+    if real is not None and len(check_images(real, "real")) < FEWEST:
+        raise DataError(f"real must be at least {FEWEST} images, for distances to mean anything; got {len(real)}")
     planned = [] if rewards is None else plan_rewards(rewards)
     check_scorable(planned, True, ())
     return planned
@@ -266,9 +269,10 @@ class _Run:
         if len(features) < FEWEST:
             self._note(f"distances need {FEWEST} images or more, and there are {len(features)}")
             return {}
-        if len(features) <= features.shape[1]:
+        fewest = min(len(features), *(len(reference.features) for reference in references.values()))
+        if fewest <= features.shape[1]:
             self._note(
-                f"{len(features)} images are no more than the {features.shape[1]} features, so Frechet distances are "
+                f"{fewest} images are no more than the {features.shape[1]} features, so Frechet distances are "
                 "mostly their bias; look at the kernel distances"
             )
         labels = group_labels(self.prompts)

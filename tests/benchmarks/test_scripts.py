@@ -169,6 +169,17 @@ def test_reward_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+def test_planted_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row for each fault, and a picture of the first three."""
+    run(monkeypatch, "planted_faults", "--steps", 2, "--out", tmp_path)
+    lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 2 + 4
+    assert lines[2].startswith("| healthy ")
+    assert lines[5].count(" to ") == 5
+    assert (tmp_path / "pictures.png").is_file()
+
+
+@pytest.mark.slow
 def test_digits_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Classifier, VAE and teacher are trained and saved as a pipeline; a second call trains none of them again."""
     module = run(monkeypatch, "digits_teacher", "--smoke", "--out", tmp_path)

@@ -199,6 +199,23 @@ def test_a_student_is_sampled_as_plain_diffusers_does(pipeline: Any, students: d
     assert (images.float() / 255 - expected).abs().max() < 0.51 / 255
 
 
+def test_a_merged_student_draws_the_same(students: dict[str, Path]) -> None:
+    """`fuse_lora` and `unload_lora_weights`, as docs/export.md has them for speed, leave its pictures as they are."""
+    pipeline = DiffusionPipeline.from_pretrained(digits.teacher_path())
+    call = load_student(pipeline, students["renoise"]) | {"max_sequence_length": 4}
+
+    def pictures() -> torch.Tensor:
+        torch.manual_seed(0)
+        images: torch.Tensor = pipeline(prompt=digits.prompts(), output_type="pt", **call).images
+        return images
+
+    before = pictures()
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    assert not any("lora" in name for name in pipeline.transformer.state_dict())
+    assert torch.allclose(pictures(), before, atol=1e-4)
+
+
 def test_the_teacher_is_sampled_in_steps_of_equal_size(pipeline: Any) -> None:
     """On the student's grid, as the demo's table: 1, 3/4, 1/2, 1/4 for four steps."""
     sampler = Sampler(pipeline, guidance_scale=1.0, seed=0, batch_size=10, device="cpu")
@@ -225,6 +242,8 @@ def test_steps_that_a_student_cannot_take_are_refused(pipeline: Any, students: d
     [
         ({"samples": 41}, ConfigError, "samples=41 must be a multiple of the 10 different prompts.*give 40 or 50"),
         ({"reference_samples": 15}, ConfigError, "reference_samples=15 must be a multiple"),
+        ({"reference_samples": 10}, ConfigError, "reference_samples=10 must be at least 16"),
+        ({"real": digits.heldout_images()[:15]}, DataError, "real must be at least 16 images.*got 15"),
         ({"teacher_steps": []}, ConfigError, "nothing to evaluate"),
         ({"teacher_steps": [2, 2]}, ConfigError, "given twice"),
         ({"teacher_steps": [0]}, ConfigError, "0 steps"),
