@@ -76,7 +76,8 @@ class Monitor:
         groups = groups[~groups.isnan().all(1)]
         zero_std = zero_std_share(groups.flatten(), group_size)
         self.log(f"rewards/{name}/zero_std", zero_std, len(groups))
-        if output.magnitude is not None:
+        # A tilt's is the teacher's distance, which is dm's figure and none of the reward's.
+        if output.magnitude is not None and judged.route != "tilt":
             self.log(f"{name}/residual", output.magnitude[~missing].mean(), count)
         for figure, values in output.figures.items():
             self.log(f"{name}/{figure}", values[~missing].mean(), count)
