@@ -16,20 +16,27 @@ HEAD = """# Recipes
 
 <!-- Written by docs/recipes_page.py from examples/recipes/*.yaml; change the recipes there. -->
 
-Settings to start from, as files in the repository's `examples/recipes/` (no wheel has them). `rdm-sdk train --config
-examples/recipes/NAME.yaml --prompts prompts.txt` runs one with your prompts; `digits` needs none. The tests run each
-for a step on a tiny random pipeline of its class. Rates and weights are starting points, from what others published and
-from the digits.
+Settings to start from, as files in the folder `examples/recipes/` of the repository (pip does not install them).
+
+```sh
+rdm-sdk plan --config examples/recipes/NAME.yaml --memory 24          # does it fit? reads config files, loads no weights
+rdm-sdk train --config examples/recipes/NAME.yaml --prompts prompts.txt   # `digits` needs no prompts
+```
+
+Where a recipe has other rewards than `dm`, install their packages first, such as `rdm-reward-hps`. Rates and weights are
+starting points, from what others published and from the digits. Only `digits` was run on its real weights; the tests run
+each of the others for a step on a tiny random pipeline of its class.
 
 | recipe | what | rewards | rates: student, critics | LoRA rank | batch | guidance | on published weights |
 |---|---|---|---|---|---|---|---|
 """
 TAIL = """
-Batch is samples in a micro-batch, times micro-batches in a step. **Memory** is what `rdm-sdk plan --config
-examples/recipes/NAME.yaml --memory 24` says: it reads the base's configs from the hub, which could not be reached where
-this was written; [models](models.md#on-a-gpu) has what was measured at published shapes. **Hours** are known for no
-base but the digits (five minutes on two cores): a step's seconds in that table, times `max_steps`, is the nearest that
-there is.
+*Batch*: samples in a micro-batch, times micro-batches in a step. *Rates*: learning rates.
+
+**Memory**: ask `plan`. It downloads the base's config files from the hub (a few kilobytes), or reads them in a local
+folder that you give as `--model`. [Models](models.md#on-a-gpu) has what was measured at published sizes on an H200.
+**Hours**: known for the digits alone (five minutes on two cores). For another base, the nearest that there is: the
+seconds of a step in that table, times `max_steps`.
 """
 
 

@@ -12,8 +12,8 @@ from rdm_sdk import Capabilities, RDMTrainer, Reward, RewardBatch, RewardConfig,
 
 
 def ink(images: Tensor, prompts: list[str], **columns: object) -> list[float]:
-    """How dark an image is, in [0, 1]: any function will do. It acts by comparing a prompt's samples."""
-    return (1 - images.mean(dim=(1, 2, 3))).tolist()
+    """How much of a picture is white, in [0, 1]: any function will do. It acts by comparing a prompt's samples."""
+    return images.mean(dim=(1, 2, 3)).tolist()
 
 
 class Sharpness(Reward):

@@ -10,8 +10,8 @@ from rdm_sdk import RDMTrainer, digits
 
 
 def ink(images: Tensor, prompts: list[str]) -> list[float]:
-    """How dark an image is, in [0, 1]."""
-    return (1 - images.mean(dim=(1, 2, 3))).tolist()
+    """How much of a picture is white, in [0, 1]."""
+    return images.mean(dim=(1, 2, 3)).tolist()
 
 
 def main() -> None:

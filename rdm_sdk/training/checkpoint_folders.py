@@ -197,8 +197,8 @@ def refuse_other_runs(output_dir: Path, run: str) -> None:
     if others:
         raise CheckpointError(
             f"{str(output_dir)!r} holds checkpoints of another run ({', '.join(others[:3])}"
-            f"{', ...' if len(others) > 3 else ''}). Go on with it (resume_from_checkpoint=True), or give this run "
-            "another output_dir, or move them away"
+            f"{', ...' if len(others) > 3 else ''}). Go on with it (resume_from_checkpoint=True; on the command line, "
+            "--resume_from_checkpoint latest), or give this run another output_dir, or move them away"
         )
 
 

@@ -95,7 +95,8 @@ class Monitor:
         there = ~missing.reshape(-1, group_size).all(1)
         zero_std = mean_where(constant_groups(scores, group_size).float(), there)
         self.log(f"rewards/{name}/zero_std", zero_std, there.sum())
-        if output.magnitude is not None:
+        # A tilt's is the teacher's distance, which is dm's figure and none of the reward's.
+        if output.magnitude is not None and judged.route != "tilt":
             self.log(f"{name}/residual", mean_where(output.magnitude, ~missing), count)
         for figure, values in output.figures.items():
             self.log(f"{name}/{figure}", mean_where(values, ~missing), count)
@@ -105,9 +106,8 @@ class Monitor:
     def logged(self, reward: str, figures: Mapping[str, Tensor]) -> None:
         """Take down what a reward logged itself, `[N]` each; NaN is no value."""
         for figure, values in figures.items():
-            known = values[~values.isnan()]
-            if len(known):
-                self.log(f"rewards/{reward}/{figure}", known.mean(), len(known))
+            known = ~values.isnan()
+            self.log(f"rewards/{reward}/{figure}", mean_where(values, known), known.sum())
 
     def pulls(self, pulls: Mapping[str, float], counts: Mapping[str, int]) -> None:
         """Take down the mean |normalized, unweighted gradient| of each reward, and over how many samples it is.

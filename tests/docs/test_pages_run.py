@@ -18,6 +18,7 @@ SHORTER |= {"--samples 1000": "--samples 70", "--log_images 50": "--log_images 1
 def commands(page: str) -> list[list[str]]:
     """Return the commands of a page's bash blocks, shorter; the comments behind them are left out."""
     blocks = "".join(re.findall(r"```bash\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.S))
+    blocks = blocks.replace("\\\n", "")
     for long, short in SHORTER.items():
         blocks = blocks.replace(long, short)
     return [shlex.split(line, comments=True) for line in blocks.splitlines()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,3 +67,15 @@ def test_a_run_prints_lines_and_keeps_all_figures(
     assert "legibility 0." in lines[1] or "legibility 1" in lines[1]
     assert {"loss", "dm/pull", "rewards/legibility/std", "cost/rollouts"} <= trainer.state.log_history[0].keys()
     json.dumps(trainer.state.log_history)
+
+
+def test_the_line_has_the_score_of_a_reward_that_tilts(
+    make_trainer: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is in the reward's units, whatever the reward acts by; a residual is that of `dm` alone."""
+    settings = {"reward_route": "tilt", "max_steps": 1, "logging_steps": 1, "disable_tqdm": True}
+    trainer = make_trainer(tmp_path, "dm + 0.2*legibility", **settings)
+    trainer.train()
+    assert re.search(r"step 1/1 .*\| legibility [01]", capsys.readouterr().out)
+    assert "dm/residual" in trainer.state.log_history[0]
+    assert "legibility/residual" not in trainer.state.log_history[0]
