@@ -56,6 +56,9 @@ class Judge:
         self.processes = Processes() if processes is None else processes
         self.randomness = Randomness(models.device, self.processes)
         """Where the random numbers of the run's steps come from."""
+        self.watching = True
+        """Whether rewards without weight judge what comes: they change nothing, so a step without a log can do so
+        without them."""
 
     @property
     def critics(self) -> list[tuple[WeightedReward, str]]:
@@ -131,11 +134,15 @@ class Judge:
             weights=samples.weights,
         )
 
+    def asked(self, rewards: Sequence[WeightedReward]) -> list[WeightedReward]:
+        """Return those of some rewards that judge now: the ones with a weight, and all while `watching`."""
+        return [reward for reward in rewards if reward.weight or self.watching]
+
     # ---- What they return ---------------------------------------------------------------------------------------
 
     def judge(self, experience: Experience) -> dict[str, RewardOutput]:
         """Evaluate every reward at an experience's x_0, except those that have scored its endpoints already."""
-        left = [reward for reward in judged_at_replay(self.rewards) if reward.label not in experience.scored]
+        left = [one for one in self.asked(judged_at_replay(self.rewards)) if one.label not in experience.scored]
         batch = self.batch(experience.samples)
         outputs = self.score(left, batch)
         tilting = {reward.label: reward for reward in left if reward.route == "tilt" and reward.weight}
@@ -151,6 +158,8 @@ class Judge:
     def score_endpoints(self, endpoints: Samples) -> Answers:
         """Evaluate the rewards that act by their scores on the student's final samples; whoever reads first waits."""
         rewards = judged_at_endpoints(self.rewards)
+        if self.settings.num_iterations == 1:  # later uses of a rollout have no other scores, and may be logged
+            rewards = self.asked(rewards)
         return Answers([reward.label for reward in rewards], self.start(rewards, self.batch(endpoints)))
 
     def score(self, rewards: Sequence[WeightedReward], batch: RewardBatch) -> dict[str, RewardOutput]:
