@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DynamoBackend
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import IntervalStrategy
 
 from rdm_sdk.families.compiled import compile_networks, compiling_seconds
 from rdm_sdk.training.accelerated import leave_unwrapped
@@ -20,6 +21,7 @@ from rdm_sdk.training.run_log import KeepLog
 from rdm_sdk.training.run_record import RunRecord
 from rdm_sdk.training.trackers import TellTrackers
 from rdm_sdk.training.watch import Watch
+from rdm_sdk.training.weighting import STRATEGIES
 
 if TYPE_CHECKING:
     from rdm_sdk.training.config import RDMConfig
@@ -123,8 +125,16 @@ class Compiling(TrainerCallback):
             )
 
 
+def will_log(args: Any, state: TrainerState) -> bool:
+    """Return whether the coming optimizer step is one that Trainer logs, or may be: at epochs, any may be the last."""
+    if args.logging_strategy != IntervalStrategy.STEPS:
+        return bool(args.logging_strategy == IntervalStrategy.EPOCH)
+    step = state.global_step + 1
+    return step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+
+
 class Bookkeeper(TrainerCallback):
-    """Epochs for the sampler, the moving average, pictures."""
+    """Epochs for the sampler, which rewards judge a step, the moving average, pictures."""
 
     def __init__(self, trainer: RDMTrainer, trackers: TellTrackers) -> None:
         self.trainer, self.trackers = trainer, trackers
@@ -136,6 +146,11 @@ class Bookkeeper(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.trainer._sampler is not None:
             self.trainer._sampler.epoch = int(state.epoch or 0)
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # A weighting that is not one of ours may go by what rewards without weight do.
+        by_weights = type(self.trainer.weighting) in STRATEGIES.values()
+        self.trainer.judge.watching = not by_weights or will_log(args, state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.models.move_average()

@@ -60,6 +60,9 @@ class Judge:
         """Where the random numbers of the run's steps come from."""
         self.step: int | None = None
         """The optimizer step that is under way, from 0."""
+        self.watching = True
+        """Whether rewards without weight judge what comes: they change nothing, so a step without a log can do so
+        without them."""
 
     @property
     def critics(self) -> list[tuple[WeightedReward, str]]:
@@ -136,11 +139,15 @@ class Judge:
             step=self.step,
         )
 
+    def asked(self, rewards: Sequence[WeightedReward]) -> list[WeightedReward]:
+        """Return those of some rewards that judge now: the ones with a weight, and all while `watching`."""
+        return [reward for reward in rewards if reward.weight or self.watching]
+
     # ---- What they return ---------------------------------------------------------------------------------------
 
     def judge(self, experience: Experience) -> dict[str, RewardOutput]:
         """Evaluate every reward at an experience's x_0, except those that have scored its endpoints already."""
-        left = [reward for reward in judged_at_replay(self.rewards) if reward.label not in experience.scored]
+        left = [one for one in self.asked(judged_at_replay(self.rewards)) if one.label not in experience.scored]
         batch = self.batch(experience.samples)
         outputs = self.score(left, batch)
         tilting = {reward.label: reward for reward in left if reward.route == "tilt" and reward.weight}
@@ -156,6 +163,8 @@ class Judge:
     def score_endpoints(self, endpoints: Samples) -> Answers:
         """Evaluate the rewards that act by their scores on the student's final samples; whoever reads first waits."""
         rewards = judged_at_endpoints(self.rewards)
+        if self.settings.num_iterations == 1:  # later uses of a rollout have no other scores, and may be logged
+            rewards = self.asked(rewards)
         return Answers([reward.label for reward in rewards], self.start(rewards, self.batch(endpoints)))
 
     def score(self, rewards: Sequence[WeightedReward], batch: RewardBatch) -> dict[str, RewardOutput]:

@@ -51,9 +51,9 @@ class _Sign:
 class RollCall:
     """A process's place in the roll call of a run.
 
-    What the process is doing goes to the store that it shares with the others every `BEAT` seconds, from a thread. When a
-    collective operation fails, here or there, the message says who did not come, and why; and a process that goes on
-    though another has failed is ended.
+    What the process is doing goes to the store that it shares with the others every `BEAT` seconds, from a thread.
+    When a collective operation fails, here or there, the message says who did not come, and why; and a process that
+    goes on though another has failed is ended.
 
     Args:
         index: of this process, from 0.

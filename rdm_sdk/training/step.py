@@ -140,7 +140,7 @@ class DistillationStep:
         else:
             transitions = {}
         self.monitor.pulls({name: pull for name, pull in pulls.items() if counts[name]}, counts | transitions)
-        if not outputs:
+        if not outputs and len(self.judge.asked(self.judge.rewards)) == len(self.judge.rewards):
             raise RDMError("every reward was skipped, so there is nothing to learn from; the warnings above say why")
         # Every weight may be 0 for now: a cold start without distribution matching.
         loss = torch.stack(losses).sum() if losses else 0.0 * x_0.sum()

@@ -62,6 +62,7 @@ def step_alone(args: RDMConfig, first: FirstStep) -> dict[str, Tensor]:
     lora = LoraConfig(r=16, lora_alpha=16)
     family.add_roles({"student": lora, "fake": lora}, {}, args.steps_told)
     models = RunModels(family, args, torch.device("cpu"))
+    models.encode.know(digits.prompts())  # as a trainer's, so that they are encoded in the same batches
     step = DistillationStep(Judge(models, resolve_rewards(SPEC), args), args)
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
     student = kind([{"params": models.parameters_of("student"), "weight_decay": args.weight_decay}], **options)
