@@ -88,6 +88,7 @@ def test_a_mean_over_all_processes() -> None:
     monitors = [Monitor() for _ in range(3)]
     for monitor, values in zip(monitors, ([1.0, 1.0, 4.0], [torch.nan, 8.0], [torch.nan]), strict=True):
         monitor.logged("ink", {"blots": torch.tensor(values)})
+        monitor._read()
     (name,) = monitors[0]._values
     sums = [{name: (sum(v * n for v, n in m._values[name]), sum(n for _, n in m._values[name]))} for m in monitors[:2]]
     assert not monitors[2]._values
