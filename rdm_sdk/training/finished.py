@@ -24,6 +24,7 @@ def score_finished(
     Where a reward compares within groups, every prompt (and its columns) is repeated for a group. `size` samples
     are made and judged at a time.
     """
+    judge.processes.note("evaluating the student")
     rewards = judge.of_images
     in_groups = any(reward.capabilities.scope == "group" for reward in rewards.values())
     group = judge.settings.num_generations if in_groups else 1

@@ -51,7 +51,7 @@ class _Sign:
 class RollCall:
     """A process's place in the roll call of a run.
 
-    What the process is doing goes to the store that it shares with the others every `BEAT` seconds, from a thread.
+    Every `BEAT` seconds, what the process is doing goes to the store that it shares with the others, from a thread.
     When a collective operation fails, here or there, the message says who did not come, and why; and a process that
     goes on though another has failed is ended.
 
@@ -95,7 +95,7 @@ class RollCall:
             yield
             return
         self._over.clear()
-        self._calls += 1
+        self._calls, self._waiting = self._calls + 1, 0
         thread = threading.Thread(target=self._attend, name="roll call", daemon=True)
         thread.start()
         try:
@@ -108,7 +108,7 @@ class RollCall:
             raise RDMError(cause) from error
         finally:
             self._over.set()
-            thread.join()
+            thread.join(GRACE)
 
     def _attend(self) -> None:
         """Give a sign every `BEAT`, and end the process if the run has ended elsewhere and it has not noticed."""
@@ -158,13 +158,23 @@ class RollCall:
 
     def _end(self, reason: str) -> None:
         """Tell the others why the run ends, unless one has told before."""
-        self._store.compare_set(self._ended, "", reason)
+        try:
+            self._store.compare_set(self._ended, "", reason)
+        except RuntimeError as error:
+            logger.warning(f"process {self.index} cannot tell the others why it ends: {described(error)}")
 
     def _cause(self, error: Exception) -> str | None:
         """Return why a collective operation has failed, None for an error of another kind."""
         if not isinstance(error, RuntimeError) or not _COLLECTIVE.search(str(error)):
             return None
         self._waiting += 1
+        try:
+            return self._listen(error)
+        except RuntimeError as gone:
+            return f"the process that keeps what the others say has left ({described(gone)}): {described(error)}"
+
+    def _listen(self, error: Exception) -> str:
+        """Return what the others say after a collective operation has failed."""
         before = self._signs()
         deadline = time.monotonic() + SETTLE
         while time.monotonic() < deadline and not self._store.check([self._ended]):

@@ -146,7 +146,7 @@ RDMTrainer(
     [(troubled, 0.2)],
     RDMConfig(output_dir=sys.argv[1], max_steps=4, per_device_train_batch_size=2, num_generations=2, guidance_scale=1.0,
               max_sequence_length=4, save_strategy="no", disable_tqdm=True, use_cpu=True, report_to="none",
-              ddp_timeout=20),
+              ddp_timeout=15),
     digits.prompts(),
 ).train()
 """
@@ -154,19 +154,18 @@ RDMTrainer(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("trouble", "within", "words"),
+    ("trouble", "words"),
     [
         (
             "hangs",
-            30,
-            "process 1 did not come; it has been asking the rewards troubled for 2[0-9] s.*ddp_timeout=20 seconds",
+            "process 1 did not come; it has been asking the rewards troubled for [12][0-9] s.*ddp_timeout=15 seco",
         ),
-        ("fails", 15, "process 1 has failed: ValueError: no picture today"),
-        ("is killed", 15, "process 1 gives no sign of life .its last was that it was .*killed, or is it out of memory"),
+        ("fails", "process 1 has failed: ValueError: no picture today"),
+        ("is killed", "process 1 gives no sign of life .its last was that it was .*killed, or is it out of memory"),
     ],
 )
-def test_a_process_in_trouble_ends_the_others(tmp_path: Path, trouble: str, within: float, words: str) -> None:
-    """With what it was doing; one that hangs is ended as well."""
+def test_a_process_in_trouble_ends_the_others(tmp_path: Path, trouble: str, words: str) -> None:
+    """Within half a minute, with what it was doing; one that hangs is ended as well."""
     script = tmp_path / "run.py"
     script.write_text(TROUBLE)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -177,4 +176,4 @@ def test_a_process_in_trouble_ends_the_others(tmp_path: Path, trouble: str, with
     (begun,) = re.findall(r"TROUBLE (\S+)", done.stdout)
     assert re.search(rf"(RDMError: |process 0 ends, still ).*{words}", done.stderr), done.stderr[-5000:]
     print(f"{trouble}: over after {ended - float(begun):.1f} s")
-    assert ended - float(begun) < within
+    assert ended - float(begun) < 30

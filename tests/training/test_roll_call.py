@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -157,3 +158,21 @@ def test_the_process_of_a_run_knows_when_it_waits() -> None:
     processes.reduce("tensor", "sum")  # type: ignore[arg-type]
     processes.note("training")
     assert (seen, call._waiting, call.note("")) == ([1], 0, "training")
+
+
+class Gone(Store):
+    """The process that kept it has left."""
+
+    def set(self, *_: object) -> None:
+        raise dist.DistNetworkError("Broken pipe")
+
+    check = get = compare_set = set
+
+
+def test_a_store_that_is_gone_hides_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """Neither an error of this process nor that of a collective operation."""
+    with pytest.raises(ValueError, match="no picture"), RollCall(0, 2, 20, Gone()).attended():
+        raise ValueError("no picture")
+    assert "process 0 cannot tell the others why it ends: DistNetworkError: Broken pipe" in caplog.text
+    message = gives_up(RollCall(0, 2, 20, Gone()), RuntimeError(TIMEOUT))
+    assert re.match(r"the process that keeps what the others say has left .*Timed out waiting 20000ms", message)
