@@ -10,7 +10,7 @@ import torch
 
 from rdm_sdk.errors import ConfigError
 from rdm_sdk.families.encodings import Masks, full_lengths, padded, rows_without_padding
-from rdm_sdk.types import Condition, select
+from rdm_sdk.types import Condition, select, sent
 
 TOGETHER = 8
 """How many prompts of a dataset are encoded at a time."""
@@ -118,7 +118,7 @@ class PromptCache:
         self._forget(prompts)
         if len(unique) == len(prompts):
             return dict(condition)
-        return select(condition, torch.tensor([unique[prompt] for prompt in prompts], device=self._device))
+        return select(condition, sent(torch.tensor([unique[prompt] for prompt in prompts]), self._device))
 
     @property
     def kept(self) -> int:
