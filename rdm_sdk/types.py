@@ -30,7 +30,7 @@ def read_all(scalars: Sequence[Tensor]) -> list[float]:
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on a device; where it comes from the CPU's pageable memory to a GPU, nobody waits for that.
 
-    CUDA copies such memory aside before it goes on, so the tensor need not be kept; other devices promise no such thing.
+    CUDA copies such memory aside before it goes on, so the tensor need not be kept; others promise no such thing.
     """
     return tensor.to(device, non_blocking=device.type == "cuda" and not tensor.is_cuda and not tensor.is_pinned())
 
