@@ -27,6 +27,14 @@ def read_all(scalars: Sequence[Tensor]) -> list[float]:
     return values
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; where it comes from the CPU's pageable memory to a GPU, nobody waits for that.
+
+    CUDA copies such memory aside before it goes on, so the tensor need not be kept; others promise no such thing.
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda" and not tensor.is_cuda and not tensor.is_pinned())
+
+
 def select(condition: Condition, rows: Tensor) -> Condition:
     """Return the given rows (int64 `[n]`) of a condition."""
     return {name: tensor[rows] for name, tensor in condition.items()}

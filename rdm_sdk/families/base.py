@@ -18,7 +18,7 @@ from rdm_sdk.families.compiled import compiled_in_place
 from rdm_sdk.families.encodings import encoded
 from rdm_sdk.families.features import block_output
 from rdm_sdk.families.fingerprint import fingerprint
-from rdm_sdk.families.finite import check_decoded, check_encoding
+from rdm_sdk.families.finite import check_decoded
 from rdm_sdk.families.lora_files import fold_scale
 from rdm_sdk.families.roles import STUDENT, Roles, StepEmbedding
 from rdm_sdk.families.targets import check_bare, target_names, with_targets
@@ -199,7 +199,6 @@ class ModelFamily(ABC):
             guidance_scale: where the backbone is told it (`guidance` is "embedded"), it becomes a part: "guidance".
         """
         condition = encoded(prompts, self.encode_prompts, self.encode_no_prompt)
-        check_encoding(condition, prompts, self.text_encoders())
         if self.guidance == "embedded":
             condition["guidance"] = torch.full((len(prompts),), guidance_scale, device=self.device)
         return condition

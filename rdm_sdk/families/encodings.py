@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from rdm_sdk.types import Condition
+from rdm_sdk.types import Condition, sent
 
 Masks = Sequence[tuple[str, str]]
 """Tensors of a condition, each with the mask that hides its padding."""
@@ -60,9 +60,9 @@ def padded(rows: Sequence[Condition], lengths: Mapping[str, int], device: torch.
     for name in rows[0]:
         tensors = [row[name] for row in rows]
         if name not in lengths:
-            condition[name] = torch.stack(tensors).to(device, non_blocking=True)
+            condition[name] = sent(torch.stack(tensors), device)
             continue
-        together = pad_sequence(tensors, batch_first=True).to(device, non_blocking=True)
+        together = sent(pad_sequence(tensors, batch_first=True), device)
         missing = lengths[name] - together.shape[1]
         condition[name] = nn.functional.pad(together, (*[0] * (2 * (together.ndim - 2)), 0, missing))
     return condition

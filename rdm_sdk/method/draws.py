@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rdm_sdk.types import sent
+
 Spread = Literal["stratified", "shared", "free"]
 """Over the samples of a group: "stratified" spreads them evenly over the range, "shared" gives all of them one value,
 "free" draws each by itself (DMD2). Whatever the choice, each sample's own value is uniform on the range."""
@@ -56,7 +58,7 @@ class Draws:
         """
         device = chosen.device if device is None else device
         chosen = chosen.cpu()
-        rows = self.mine(chosen).nonzero()[:, 0].to(device, non_blocking=True)
+        rows = sent(self.mine(chosen).nonzero()[:, 0], device)
         sizes = [len(rows)] if self.count == 1 else chosen.reshape(self.count, -1).sum(1).tolist()
         numbers = torch.randn(sum(sizes), *shape, generator=self.generator, device=device, dtype=dtype)
         return rows, numbers.split(sizes)[self.index]

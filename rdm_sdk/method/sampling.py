@@ -13,7 +13,7 @@ from rdm_sdk.method.draws import Draws
 from rdm_sdk.method.importance import log_ratio_of_random
 from rdm_sdk.method.noise import NoiseSchedule
 from rdm_sdk.method.transitions import TRANSITIONS, Reduction, Transition, TransitionKind, step
-from rdm_sdk.types import Denoiser, Rollout, select_steps
+from rdm_sdk.types import Denoiser, Rollout, select_steps, sent
 
 StudentOf = Callable[[Tensor], Denoiser]
 """Rows (int64 `[n]`) to the student's denoiser for the prompts of those rows."""
@@ -159,7 +159,7 @@ def state_log_ratio(
     last = int(known.max())
     _check_density(policy, last)
     for k in range(last):
-        rows = (known > k).nonzero()[:, 0].to(steps.device, non_blocking=True)
+        rows = sent((known > k).nonzero()[:, 0], steps.device)
         at = torch.full_like(rows, k)
         state = done.states[k, rows]
         now = policy.transition(state, student_of(rows)(state, policy.levels(at)), at)

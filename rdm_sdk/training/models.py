@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rdm_sdk.errors import CheckpointError, ConfigError, DataError, check_texts
 from rdm_sdk.families.base import ModelFamily
+from rdm_sdk.families.finite import check_encoding
 from rdm_sdk.families.placement import Offload, slice_vae, tile_vae
 from rdm_sdk.families.roles import STUDENT, TEACHER
 from rdm_sdk.method.noise import FlowSchedule
@@ -120,6 +121,7 @@ class RunModels:
             self.device,
             encoded=encoders.release,
             masks=family.masks,
+            check=lambda condition, prompts: check_encoding(condition, prompts, family.text_encoders()),
         )
         if offload:
             self.encode([None])  # now, because its first use is while the student's graph takes the memory

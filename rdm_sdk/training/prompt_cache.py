@@ -10,7 +10,7 @@ import torch
 
 from rdm_sdk.errors import ConfigError
 from rdm_sdk.families.encodings import Masks, full_lengths, padded, rows_without_padding
-from rdm_sdk.types import Condition, select
+from rdm_sdk.types import Condition, select, sent
 
 TOGETHER = 8
 """How many prompts of a dataset are encoded at a time."""
@@ -50,6 +50,7 @@ class PromptCache:
         capacity: how many prompts are kept; None is all.
         encoded: called after new prompts were encoded.
         masks: the family's.
+        check: raises if the encodings of prompts `[N, ...]` cannot be used; asked about those that are.
     """
 
     def __init__(
@@ -59,8 +60,9 @@ class PromptCache:
         capacity: int | None = KEPT,
         encoded: Callable[[], None] = lambda: None,
         masks: Masks = (),
+        check: Callable[[Condition, Sequence[str | None]], None] = lambda condition, prompts: None,
     ) -> None:
-        self._encode, self._device, self._encoded = encode, device, encoded
+        self._encode, self._device, self._encoded, self._check = encode, device, encoded, check
         self._masks, self._lengths = masks, dict[str, int]()
         self.capacity = capacity
         self.bytes_kept = 0
@@ -68,6 +70,8 @@ class PromptCache:
         self._rows: OrderedDict[str | None, Condition] = OrderedDict()
         self._batches: dict[str, tuple[list[str], int]] = {}
         """A known prompt's batch, and its place there."""
+        self._usable: set[str | None] = set()
+        """The prompts whose rows were checked."""
         self._nothing: Condition = {}
         """No prompt, on the device."""
         self.store: Store | None = None
@@ -93,6 +97,7 @@ class PromptCache:
             self._fetch(batch)
         elif not self.store.holds(batch):
             rows = self._encoded_rows(batch)
+            self._check_rows(batch, rows)
             self.store.write(batch, rows, self._lengths)
 
     def close(self, reason: str) -> None:
@@ -118,7 +123,7 @@ class PromptCache:
         self._forget(prompts)
         if len(unique) == len(prompts):
             return dict(condition)
-        return select(condition, torch.tensor([unique[prompt] for prompt in prompts], device=self._device))
+        return select(condition, sent(torch.tensor([unique[prompt] for prompt in prompts]), self._device))
 
     @property
     def kept(self) -> int:
@@ -128,19 +133,30 @@ class PromptCache:
     def _fetch(self, prompts: Iterable[str | None]) -> None:
         """Have these prompts among the rows."""
         for prompt in prompts:
-            if prompt in self._rows:
-                continue  # perhaps just now, with another of its batch
-            batch, place = self._batches.get(prompt, ([], 0)) if prompt is not None else ([], 0)
-            if not batch:
-                self._keep([prompt], self._encoded_rows([prompt]))
-            elif self.store is None or not self.store.holds(batch):
-                rows = self._encoded_rows(batch)
-                self._keep(batch, rows)
-                if self.store is not None:
-                    self.store.write(batch, rows, self._lengths)
-            else:
-                row, self._lengths = self.store.row(batch, place)
-                self._keep([prompt], [row])
+            if prompt not in self._rows:  # nor just now, with another of its batch
+                self._fetch_one(prompt)
+            if prompt not in self._usable:
+                self._check_rows([prompt], [self._rows[prompt]])
+                self._usable.add(prompt)
+
+    def _fetch_one(self, prompt: str | None) -> None:
+        """Read a prompt from the store, or encode its batch; a prompt that is not known is a batch of its own."""
+        batch, place = self._batches.get(prompt, ([], 0)) if prompt is not None else ([], 0)
+        if not batch:
+            self._keep([prompt], self._encoded_rows([prompt]))
+        elif self.store is not None and self.store.holds(batch):
+            row, self._lengths = self.store.row(batch, place)
+            self._keep([prompt], [row])
+        else:
+            rows = self._encoded_rows(batch)
+            self._keep(batch, rows)
+            if self.store is not None:
+                self._check_rows(batch, rows)
+                self.store.write(batch, rows, self._lengths)
+
+    def _check_rows(self, prompts: Sequence[str | None], rows: Sequence[Condition]) -> None:
+        for prompt, row in zip(prompts, rows, strict=True):
+            self._check({name: tensor[None] for name, tensor in row.items()}, [prompt])
 
     def _keep(self, prompts: Sequence[str | None], rows: Sequence[Condition]) -> None:
         for prompt, row in zip(prompts, rows, strict=True):
@@ -150,6 +166,7 @@ class PromptCache:
 
     def _drop(self, prompt: str | None) -> None:
         row = self._rows.pop(prompt, None)
+        self._usable.discard(prompt)
         self.bytes_kept -= 0 if row is None else _bytes(row)
 
     def _encoded_rows(self, prompts: Sequence[str | None]) -> list[Condition]:

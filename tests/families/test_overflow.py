@@ -90,7 +90,8 @@ def test_an_encoder_that_overflows_is_named(
     def overflowing(*arguments: Any, **options: Any) -> Any:
         embeds, *rest = encode(*arguments, **options)
         prompts = options.get("prompt") or arguments[0]
-        return (embeds.masked_fill(embeds == embeds, value) if "seven" in prompts[0] else embeds, *rest)
+        seven = torch.tensor(["seven" in prompt for prompt in prompts])  # of a batch
+        return (embeds.masked_fill(seven[:, None, None], value), *rest)
 
     pipeline.encode_prompt = overflowing
     trainer = RDMTrainer(pipeline, "dm", small_config(tmp_path), ["a three", "a seven"] * 4)

@@ -82,14 +82,14 @@ def waits(trainer: RDMTrainer) -> list[Counter[str]]:
     ("rewards", "settings", "bound"),
     [
         # 61 when every figure was read where it was taken down. What is left: the depths of the rollout (2 by this
-        # count, which takes the CPU's copy for the device's), the three of the replay's check, prompts to rows, scores
-        # that are infinite, one per critic update before its weights change, and five reads of many figures at once.
-        ("dm", {}, 15),
-        # In addition: what the other rewards decode, score and ask of prompts, no prompt for the teacher, and advantages.
+        # count, which takes the CPU's copy for the device's), the three of the replay's check, scores that are
+        # infinite, one per critic update before its weights change, and five reads of many figures at once.
+        ("dm", {}, 14),
+        # In addition: what the other rewards decode, score and ask of prompts, no prompt for the teacher, advantages.
         (
             ["dm", "0.1*legibility", (lambda images, **_: images.mean(dim=(1, 2, 3)), 0.1)],
             {"weighting": "balance", "guidance_scale": 1.5},
-            30,
+            28,
         ),
     ],
     ids=["dm", "three rewards"],

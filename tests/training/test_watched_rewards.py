@@ -35,7 +35,9 @@ def run(make_trainer: Make, folder: Path, beside: list[Any], resume: bool = Fals
     """Train with a watched reward; return the trainer and the steps at which it was asked."""
     watched = Watched()
     watched.trainer = trainer = make_trainer(
-        folder, [*beside, (watched, 0.0)], **({"critic_steps": 1, "learning_rate": 1e-3, "lr_scheduler_type": "constant"} | settings)
+        folder,
+        [*beside, (watched, 0.0)],
+        **({"critic_steps": 1, "learning_rate": 1e-3, "lr_scheduler_type": "constant"} | settings),
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer, watched.steps
