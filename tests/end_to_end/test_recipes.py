@@ -22,8 +22,10 @@ from tiny_pipelines import (
     tiny_sdxl,
     tiny_z_image,
 )
+from true_shapes import write_configs
 
 from rdm_sdk import RDMConfig, RDMTrainer, digits
+from rdm_sdk.cli.main import main
 from rdm_sdk.cli.run_arguments import parse_run
 from rdm_sdk.families.load import load_family
 from rdm_sdk.rewards.resolve import plan_rewards
@@ -95,3 +97,16 @@ def test_a_recipe_runs(path: Path, tmp_path: Path) -> None:
     assert trainer.state.global_step == 1
     trainer.save_model(str(tmp_path / "student"))
     assert (tmp_path / "student" / "inference.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("recipe", "kind"), [("sdxl-hps", "StableDiffusionXLPipeline"), ("flux1-dev-4bit", "FluxPipeline")]
+)
+def test_a_recipe_for_a_card_of_24_gb_fits_there(recipe: str, kind: str, tmp_path: Path) -> None:
+    """By the plan, at the published size; a recipe whose title names a card must be possible on it."""
+    (path,) = [path for path in RECIPES if path.stem == recipe]
+    assert "24 GB card" in path.read_text().splitlines()[0]
+    configs = write_configs(tmp_path / "base", kind)
+    assert main(["plan", "--config", str(path), "--model", configs, "--memory", "24"]) == 0
