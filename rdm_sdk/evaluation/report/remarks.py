@@ -57,8 +57,8 @@ def _idle(curves: Sequence[Curve], run: int) -> list[str]:
         errors = values.get(f"{reward}/error", [])
         if figure == "gap" and min(len(gaps), len(errors)) >= 8 and _end(gaps) < LEARNED * _end(errors):
             found.append(
-                f"{name} ended at {_end(gaps):.1g}, next to nothing: the critic still equals the teacher, so {reward!r} "
-                "has no direction. Raise critic_learning_rate."
+                f"{name} ended at {_end(gaps):.1g}, next to nothing: the critic still equals the teacher, so "
+                f"{reward!r} has no direction. Raise critic_learning_rate."
             )
     return found
 
