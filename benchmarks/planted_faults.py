@@ -44,7 +44,8 @@ class Alike(Reward):
 
     def score(self, batch: RewardBatch) -> Tensor:
         groups = batch.images.unflatten(0, (-1, batch.group_size))
-        return -(groups - groups.mean(1, keepdim=True)).square().flatten(2).mean(2).flatten()
+        distances: Tensor = (groups - groups.mean(1, keepdim=True)).square().flatten(2).mean(2)
+        return -distances.flatten()
 
 
 class Bright(Reward):

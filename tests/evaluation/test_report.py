@@ -248,6 +248,16 @@ def test_remarks_say_what_to_look_at(name: str, values: list[float], remark: str
     assert (remark is None and not found) or (remark is not None and remark in found[0])
 
 
+@pytest.mark.parametrize(("gap", "told"), [(0.01, False), (0.001, False), (1e-7, True)])
+def test_a_critic_that_learns_nothing_is_told(gap: float, told: bool) -> None:
+    """It equals the teacher, so that nothing else in the logs looks wrong."""
+    sides = {"dm/gap": gap, "dm/error": 0.08}
+    curves = [Curve(name, "", "", "", [[(step, value) for step in range(40)]], 0) for name, value in sides.items()]
+    found = remarks(curves, 0)
+    assert len(found) == told
+    assert not told or "dm/gap ended at 1e-07, next to nothing: the critic still equals the teacher" in found[0]
+
+
 def test_labels_of_small_values_are_whole() -> None:
     """A curve between 0 and 0.004 has labels that differ, and every line is inside its drawing."""
     svg = plot(Curve("loss", "", "", "", [[(step, step * 1e-5) for step in range(400)]], 0), 3)
