@@ -19,13 +19,13 @@ HEAD = """# Recipes
 Settings to start from, as files in the folder `examples/recipes/` of the repository (pip does not install them).
 
 ```sh
-rdm-sdk plan --config examples/recipes/NAME.yaml --memory 24          # does it fit? reads config files, loads no weights
-rdm-sdk train --config examples/recipes/NAME.yaml --prompts prompts.txt   # `digits` needs no prompts
+rdm-sdk plan --config examples/recipes/NAME.yaml --memory 24   # does it fit? loads no weights
+rdm-sdk train --config examples/recipes/NAME.yaml --prompts prompts.txt   # digits needs no prompts
 ```
 
-Where a recipe has other rewards than `dm`, install their packages first, such as `rdm-reward-hps`. Rates and weights are
-starting points, from what others published and from the digits. Only `digits` was run on its real weights; the tests run
-each of the others for a step on a tiny random pipeline of its class.
+Where a recipe has other rewards than `dm`, install their packages first, such as `rdm-reward-hps`. Rates and weights
+are starting points, from what others published and from the digits. Only `digits` was run on its real weights; the
+tests run each of the others for a step on a tiny random pipeline of its class.
 
 | recipe | what | rewards | rates: student, critics | LoRA rank | batch | guidance | on published weights |
 |---|---|---|---|---|---|---|---|
