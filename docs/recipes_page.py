@@ -19,8 +19,8 @@ HEAD = """# Recipes
 Settings to start from, as files in the folder `examples/recipes/` of the repository (pip does not install them).
 
 ```sh
-rdm-sdk plan --config examples/recipes/NAME.yaml --memory 24   # does it fit? reads config files, loads no weights
-rdm-sdk train --config examples/recipes/NAME.yaml --prompts prompts.txt   # `digits` needs no prompts
+rdm-sdk plan --config examples/recipes/NAME.yaml --memory 24   # does it fit? loads no weights
+rdm-sdk train --config examples/recipes/NAME.yaml --prompts prompts.txt   # digits needs no prompts
 ```
 
 Where a recipe has other rewards than `dm`, install their packages first, such as `rdm-reward-hps`. Rates and weights

@@ -92,6 +92,7 @@ class Run:
             ("optim", "adamw_8bit", "8bit" not in OptimizerNames(args.optim).value),
             ("lora_r", self.rank // 2, self.rank >= 8 and "lora" in weights),
             ("reward_batch_size", 1, args.reward_batch_size != 1),
+            ("reward_route", "advantage", args.reward_route == "gradient"),  # no gradient through the VAE
             ("per_device_train_batch_size", batch, batch > 0),
         ]
         return [Switch(name, value) for name, value, changes in table if changes]

@@ -19,7 +19,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def image_grid(rows: Sequence[tuple[str, Tensor]], path: str | Path, scale: int | None = None) -> Path:
-    """Write labeled rows of images as one PNG. Labels grow with the rows: legible on a small screen, too.
+    """Write labeled rows of images as one PNG. Labels grow with the rows, to be legible on a small screen too.
 
     Args:
         rows: (label, images `[n, 3, H, W]` in [0, 1]) per row; all images of one size.
