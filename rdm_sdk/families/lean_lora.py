@@ -24,7 +24,9 @@ class LeanLinear(Linear):
         if lean and active[0] in self.lora_A and active[0] not in self.lora_variant:
             down: Any = self.lora_A[active[0]].weight
             up: Any = self.lora_B[active[0]].weight
-            if x.ndim > 1 and x.dtype == down.dtype and not torch.is_autocast_enabled(x.device.type):
+            # A plan's tensors are on "meta", which has no autocast to ask for.
+            autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+            if x.ndim > 1 and x.dtype == down.dtype and not autocast:
                 network: Any = self.base_layer
                 base: Tensor = network(x)
                 hidden = functional.linear(x, down).flatten(0, -2)

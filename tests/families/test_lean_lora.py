@@ -69,6 +69,14 @@ def test_other_precisions_are_left_to_peft() -> None:
             assert torch.equal(layer(x), Linear.forward(layer, x))
 
 
+def test_a_plan_runs_it_too() -> None:
+    """On the device that has shapes alone."""
+    roles, layer = roles_of()
+    roles.to("meta")
+    with roles.use(STUDENT):
+        assert layer(torch.empty(2, 8, device="meta")).shape == (2, 6)
+
+
 def test_fewer_operations() -> None:
     """Three products, in place of three, a scaling and a sum."""
 
