@@ -14,9 +14,9 @@ from rdm_sdk.digits import teacher_path
 from rdm_sdk.families.load import load_family
 from rdm_sdk.method.draws import draw_steps
 from rdm_sdk.method.noise import FlowSchedule, VariancePreservingSchedule
-from rdm_sdk.method.sampling import FewStepPolicy, plan_steps, redraw, rollout, sample
+from rdm_sdk.method.sampling import FewStepPolicy, plan_steps, redraw, replay_log_ratio, rollout, sample
 from rdm_sdk.method.transitions import TransitionKind
-from rdm_sdk.types import Denoiser, select, select_steps
+from rdm_sdk.types import Denoiser, Rollout, select, select_steps
 
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
 FLOW, VP = FlowSchedule(), VariancePreservingSchedule()
@@ -261,3 +261,15 @@ def test_the_grid_of_the_embedded_teacher(steps: int, shift: float | None, expec
     """K equal steps down from pure noise, and no step wasted next to zero."""
     family = load_family(teacher_path(), torch.float32)
     assert family.student_sigmas(steps, shift) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "eta", "random"), [("renoise", 0.0, 3), ("cps", 0.5, 3), ("cps", 0.0, 0), ("ode", 1.0, 0)]
+)
+def test_steps_without_noise_have_no_density(kind: TransitionKind, eta: float, random: int) -> None:
+    """Of four steps the last never is random; without noise none is, and asking for a ratio says so."""
+    policy = FewStepPolicy(FLOW, SIGMAS, kind, eta)
+    assert policy.num_random_steps == random
+    done = Rollout(torch.zeros(4, 2, 3), torch.zeros(4, 2, 3), torch.full((2,), 4))
+    with pytest.raises(ValueError, match=f"step {random} of {kind!r} has no density"):
+        replay_log_ratio(done, torch.zeros(2, 3), torch.arange(2), torch.full((2,), random), policy, "sum")
