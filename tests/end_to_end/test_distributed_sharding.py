@@ -98,15 +98,14 @@ def test_a_base_in_two_halves(tmp_path: Path) -> None:
     for name, tensor in whole.items():
         assert_close(shared[name], tensor, rtol=0, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
         assert shared[name].equal(resumed[name]), name
-    for name in ("adapter_model.safetensors",):
-        exported = (load_file(tmp_path / run / "student" / "peft" / name) for run in ("whole", "shared"))
-        assert_close(*exported, rtol=0, atol=1e-4)
+    exported = [load_file(tmp_path / run / "student/peft/adapter_model.safetensors") for run in ("whole", "shared")]
+    assert_close(*exported, rtol=0, atol=1e-4)
     described = [json.loads((tmp_path / run / "student" / "base.json").read_text()) for run in ("whole", "shared")]
     assert described[0] == described[1]
     assert [path.name for path in (tmp_path / "shared" / "images").iterdir()] == ["step_000002.png"]
     for index in range(2):
         facts = json.loads((tmp_path / f"shared_{index}.json").read_text())
-        print(facts)
         assert json.loads((tmp_path / f"whole_{index}.json").read_text())["held"] == facts["total"]
         assert facts["held"] == facts["after"] <= 0.51 * facts["total"]
-        assert 0 < facts["most"] < 0.5 * facts["total"]
+        assert 0 < facts["most"] < 0.1 * facts["total"]  # what is in no block, whenever one has run
+        assert 0 < facts["block"] < 0.2 * facts["total"]
