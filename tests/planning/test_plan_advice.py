@@ -74,6 +74,7 @@ def test_switches_that_are_on_are_not_offered(folders: Path, tmp_path: Path) -> 
     """Nor those that exclude what is on."""
     on = {"activation_checkpointing": True, "text_encoders": "offload", "vae_offload": True, "vae_slicing": True}
     on |= {"optim": "adamw_8bit", "reward_offload": True, "reward_batch_size": 1, "per_device_train_batch_size": 2}
+    on |= {"reward_route": "advantage"}
     run = advised_run(folders, tmp_path, **on)
     assert [str(switch) for switch in run.switches()] == [
         "--text_encoders drop",
