@@ -97,6 +97,7 @@ def test_import_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert 0 < row["python"] < row["rdm-sdk --help"]
 
 
+@pytest.mark.filterwarnings("ignore")  # of the other side, which knows older versions
 def test_against_modelopt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Both sides train in turns, where the other is installed; else the script says how to install it."""
     arguments = ("--batch", 8, "--cycles", 1, "--ways", "shared rollouts")
