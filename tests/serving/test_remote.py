@@ -253,7 +253,9 @@ trainer = RDMTrainer(
     train_dataset=digits.prompts(),
 )
 trainer.train()
-print("RANK", sum(p.double().sum() for p in trainer.parameters_of("student")).item(), flush=True)
+total = sum(p.double().sum() for p in trainer.parameters_of("student")).item()
+sys.stdout.write(f"RANK {total} ")  # one write, or the lines of two processes mix
+sys.stdout.flush()
 """
 
 
