@@ -132,7 +132,8 @@ calls = []
 def troubled(images, prompts):
     calls.append(1)
     if rank == 1 and len(calls) == 2:
-        print("TROUBLE", time.time(), flush=True)
+        sys.stdout.write(f"TROUBLE {time.time()} ")  # one write, or the lines of two processes mix
+        sys.stdout.flush()
         if trouble == "hangs":
             time.sleep(1000)
         if trouble == "fails":
