@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import psutil
 from datasets import Dataset
 from tqdm.auto import tqdm
@@ -11,7 +13,10 @@ from rdm_sdk.families.placement import drop_text_encoders
 from rdm_sdk.training.config import RDMConfig
 from rdm_sdk.training.models import RunModels
 from rdm_sdk.training.processes import Processes
+from rdm_sdk.training.prompt_cache import KEPT, TOGETHER
 from rdm_sdk.training.prompt_store import PromptStore, encoder_key
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_prompts(models: RunModels, args: RDMConfig, processes: Processes, *datasets: Dataset | None) -> None:
@@ -29,6 +34,13 @@ def prepare_prompts(models: RunModels, args: RDMConfig, processes: Processes, *d
     if args.prompt_cache is not None:
         store = PromptStore(args.prompt_cache, encoder_key(models.family, args.guidance_scale))
         _encode_into(store, models, processes, quiet)
+    elif args.text_encoders != "drop" and sum(map(len, cache.batches)) > KEPT:
+        logger.warning(
+            "there are more prompts than the %d whose encodings are kept in memory, and one that was let go of is "
+            "encoded again with the %d others of its batch; a folder as prompt_cache keeps all of them",
+            KEPT,
+            TOGETHER - 1,
+        )
     if args.text_encoders == "drop":
         cache([None])
         if args.prompt_cache is None:

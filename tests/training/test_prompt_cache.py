@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import TINY_PIPELINES, tiny_sd, tiny_sd3
 
@@ -215,6 +216,19 @@ def test_a_run_with_a_folder_is_the_run_without(make_trainer: Make, tmp_path: Pa
         weights.append([p.detach() for p in trainer.parameters_of("student")])
     assert all(torch.equal(a, b) for other in weights[1:] for a, b in zip(weights[0], other, strict=True))
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == -(-len(digits.prompts()) // TOGETHER)
+
+
+def test_more_prompts_than_are_kept_are_told(
+    make_trainer: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Because each use of most of them encodes a batch; a folder keeps them all."""
+    trainer = make_trainer(tmp_path / "run")
+    few, many = (Dataset.from_dict({"prompt": [f"the number {i}" for i in range(n)]}) for n in (240, 257))
+    for prompts, told in ((few, False), (many, True)):
+        trainer.models.encode = PromptCache(Encoder(), CPU)
+        caplog.clear()
+        prompt_encoding.prepare_prompts(trainer.models, trainer.args, Processes(), prompts)
+        assert ("a folder as prompt_cache keeps all of them" in caplog.text) is told
 
 
 def test_processes_share_the_work(make_trainer: Make, tmp_path: Path) -> None:
