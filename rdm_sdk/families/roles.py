@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rdm_sdk.errors import ConfigError, ModelError
-from rdm_sdk.families.lean_lora import lean
 from rdm_sdk.types import Condition
 
 TEACHER = "teacher"
@@ -165,8 +164,6 @@ class Roles(nn.Module):
             ) from error
         self._names.append(name)
         self._layers = [module for module in self.backbone.modules() if isinstance(module, BaseTunerLayer)]
-        for layer in self._layers:
-            lean(layer)
         self._places[name] = [
             (f"{path}.{leaf}", module, leaf)
             for path, module in self.backbone.named_modules()

@@ -38,12 +38,17 @@ VALUES: dict[str, Any] = {
     "torch_compile_mode": "reduce-overhead",
 }
 """Fields whose other value is not simply the next number, choice or text."""
-BESIDE: dict[str, dict[str, Any]] = {"dataloader_prefetch_factor": {"dataloader_num_workers": 1}}
+BESIDE: dict[str, dict[str, Any]] = {
+    "dataloader_prefetch_factor": {"dataloader_num_workers": 1},
+    "log_images_limit": {"log_images": 5},
+}
 """What a setting wants beside it."""
 REFUSED = {
     **dict.fromkeys(UNSUPPORTED, "not supported by the SDK"),
     "tf32": "wants a GPU",
     "ddp_backend": "wants several processes",
+    "fsdp": "wants several processes, and a plan is of one that holds the base whole",
+    "fsdp_config": "wants fsdp",
     "eval_strategy": "the command line takes no prompts to evaluate with",
     "load_best_model_at_end": "wants an evaluation",
 }
