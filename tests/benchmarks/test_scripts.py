@@ -77,6 +77,7 @@ def test_step_floor_of_tiny_models(
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["ratio"] > 0.5
 
 
+@pytest.mark.slow
 def test_scaling(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A cycle is timed at two values of a setting, and an exponent fitted."""
     module = run(monkeypatch, "scaling", "--axes", "rewards", "--values", 2, "--cycles", 1)

@@ -17,6 +17,7 @@ from rdm_sdk.training.inherited import UNSUPPORTED
 
 FIELDS = {s.name: s for kind in (RunArguments, RDMConfig) for s in dataclasses.fields(kind) if s.init}
 VALUES: dict[str, Any] = {
+    "log_images_limit": 24,
     "model": digits.teacher_path(),
     "prompts": "prompts.txt",
     "rewards": "dm + 0.5*legibility",

@@ -22,6 +22,8 @@ from transformers import (
     Owlv2Config,
     Owlv2ForObjectDetection,
     Qwen2VLConfig,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 from transformers import Qwen2_5_VLConfig as VlmConfig
 from transformers import Qwen2_5_VLForConditionalGeneration as Vlm
@@ -137,6 +139,30 @@ OWL_V2: dict[str, Any] = {
 }
 
 
+QWEN3_VL_8B: dict[str, Any] = {
+    "text_config": {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "vision_config": {
+        "depth": 27,
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_heads": 16,
+        "patch_size": 16,
+        "out_hidden_size": 4096,
+        "num_position_embeddings": 2304,
+        "deepstack_visual_indexes": [8, 16, 24],
+    },
+    "tie_word_embeddings": False,
+}
+
+
 def hpsv3() -> list[nn.Module]:
     """Its vocabulary is Qwen2-VL's without what pads it, and a token for the score."""
     from rdm_reward_hpsv3.model import _Network
@@ -181,9 +207,10 @@ MODELS: dict[str, Callable[[], list[nn.Module]]] = {
         Owlv2ForObjectDetection(Owlv2Config(vision_config=OWL_V2)),
         CLIPModel(CLIPConfig(**CLIP_VIT_L)),
     ],
+    "geneval2": lambda: [Qwen3VLForConditionalGeneration(Qwen3VLConfig(**QWEN3_VL_8B))],
 }
 """What the rewards load by default, built without weights."""
-ELSEWHERE = {"ocr", "safety", "remote", "isolated"}
+ELSEWHERE = {"ocr", "safety", "remote", "isolated", "vlm-api", "unified-api"}
 """Their models are not PyTorch's, or not in this process."""
 
 

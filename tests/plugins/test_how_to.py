@@ -224,7 +224,7 @@ def test_a_family_from_the_page_to_a_run(tmp_path: Path, run: Run) -> None:
         path.write_text(text)
     install(run, tmp_path / "acme-models", tmp_path / "site")
     assert "AuraFlowPipeline" in run("-m", "rdm_sdk.cli.main", "models", "list")
-    assert "20 passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", "acme-models/tests")
+    assert "21 passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", "acme-models/tests")
     (tmp_path / "train.py").write_text(FAMILY)
     assert "AuraFlowFamily True" in run("train.py")
     assert "from diffusers import AuraFlowPipeline" in (tmp_path / "student" / "README.md").read_text()
