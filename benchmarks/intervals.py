@@ -19,7 +19,7 @@ class Estimate:
     count: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.4g} ± {self.half_width:.2g}"
+        return f"{self.mean:.4g} ± {self.half_width:.2g}" if self.count > 1 else f"{self.mean:.4g}"
 
     @property
     def low(self) -> float:
