@@ -14,6 +14,7 @@ from family_asserts import (
 from pipeline_calls import PROMPTS, in_the_loop, run_pipeline, size_of
 from tiny_pipelines import TINY_PIPELINES
 from torch import Tensor
+from usual_families import usual_families
 
 from rdm_sdk import RDMConfig, RDMTrainer
 from rdm_sdk.families.base import ModelFamily
@@ -31,7 +32,7 @@ def test_the_backbone_gets_what_the_pipeline_sends(kind: str, pipelines: dict[st
     assert_the_backbone_gets_what_the_pipeline_sends(pipelines[kind])
 
 
-@by_family
+@usual_families
 @pytest.mark.parametrize("sampler", ["renoise", "ode"])
 def test_a_trained_student_runs_in_plain_diffusers(
     kind: str, sampler: str, pipelines: dict[str, Any], tmp_path: Path

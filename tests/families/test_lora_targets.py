@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_pipelines import TINY_PIPELINES
 from torch import nn
 from true_shapes import write_configs
+from usual_families import usual_families
 
 from rdm_sdk import ConfigError, RDMTrainer, digits
 from rdm_sdk.cli import main as cli
@@ -27,8 +28,6 @@ from rdm_sdk.testing.family_subject import CLOSE, ModelSubject, call, images_of,
 from rdm_sdk.training.export import PEFT_FOLDER, StudentInfo, load_student, save_student
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-FAMILIES = sorted(TINY_PIPELINES)
-by_family = pytest.mark.parametrize("kind", FAMILIES)
 ALPHA = {"r": 4, "lora_alpha": 12}
 
 LEFT_OUT: dict[str, set[str]] = {
@@ -71,7 +70,7 @@ def digits_with(**roles: LoraConfig | None) -> ModelFamily:
 # ---- Defaults ---------------------------------------------------------------------------------------------------
 
 
-@by_family
+@usual_families
 def test_every_layer_that_can_learn_has_an_adapter(kind: str) -> None:
     """All linear layers and convolutions but the few listed; each adapter gets a gradient, both its matrices."""
     subject = ModelSubject(TINY_PIPELINES[kind])
@@ -88,7 +87,7 @@ def test_every_layer_that_can_learn_has_an_adapter(kind: str) -> None:
     assert [name for name, parameter in parameters.items() if parameter.grad is None or not parameter.grad.any()] == []
 
 
-@by_family
+@usual_families
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 def test_roles_have_the_same_layers(kind: str, targets: str | None) -> None:
     """Whatever was there before: no role wraps another's matrices, and nothing but the backbone is touched."""
@@ -122,7 +121,7 @@ def test_a_copy_beside_adapters_has_none(student: str, critic: str) -> None:
 # ---- The export -------------------------------------------------------------------------------------------------
 
 
-@by_family
+@usual_families
 def test_every_adapter_survives_the_export(kind: str, tmp_path: Path) -> None:
     """A plain pipeline and PEFT load each on its layer with its scale, and make the student's images."""
     subject = ModelSubject(TINY_PIPELINES[kind])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from planned_runs import PROMPTS, moving, plan_of, run_under_meter, settings
-from tiny_pipelines import TINY_PIPELINES
+from usual_families import usual_families
 
 from rdm_sdk import RDMTrainer, plan_memory
 from rdm_sdk.planning import footprint
@@ -20,14 +20,8 @@ from rdm_sdk.planning.phases import Phase, Step
 from rdm_sdk.planning.rehearsal import Rehearsal
 from rdm_sdk.rewards.resolve import plan_rewards
 
-USUAL = ("FluxPipeline", "SanaPipeline", "StableDiffusion3Pipeline", "StableDiffusionXLPipeline")
-"""A rectified flow with guidance embedded, another latent space, the digits' family, a UNet."""
-by_family = pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=() if kind in USUAL else pytest.mark.slow) for kind in sorted(TINY_PIPELINES)]
-)
 
-
-@by_family
+@usual_families
 def test_plan_is_what_a_real_run_takes(kind: str, folders: Path, tmp_path: Path) -> None:
     """Weights and optimizer to the byte, and the rest within 5 %, on the CPU, where attention is fused as well."""
     configs = folders / "configs" / kind
