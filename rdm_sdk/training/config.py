@@ -274,8 +274,7 @@ class RDMConfig(_KnownSettings):
     text_encoders: Literal["keep", "offload", "drop"] = field(
         default="keep",
         metadata={
-            "help": "Text encoders between uses: on the device, on the CPU, or gone for good once every prompt of the "
-            "datasets is encoded at the start."
+            "help": "Text encoders between uses: on the device, on the CPU, or gone once all prompts are encoded."
         },
     )
     prompt_cache: str | None = field(
@@ -283,9 +282,7 @@ class RDMConfig(_KnownSettings):
     )
     vae_offload: bool = field(default=False, metadata={"help": "Keep the VAE on the CPU between uses."})
     vae_slicing: bool = field(default=False, metadata={"help": "Decode one image at a time, to save memory."})
-    vae_tiling: bool = field(
-        default=False, metadata={"help": "Decode large images in overlapping tiles, to save memory; seams are blended."}
-    )
+    vae_tiling: bool = field(default=False, metadata={"help": "Decode in overlapping tiles, blended, to save memory."})
 
     # ---- Looking at the run
     log_images: int = field(
@@ -293,6 +290,9 @@ class RDMConfig(_KnownSettings):
     )
     log_images_limit: int | None = field(
         default=None, metadata={"help": "How many of them to keep: the first, the last, and evenly in between."}
+    )
+    log_images_filter: str | None = field(
+        default=None, metadata={"help": "A reward and its least score, as in 'safety >= 0.9': others are shown gray."}
     )
     watch: Literal["warn", "stop", "off"] = field(
         default="warn",

@@ -13,6 +13,7 @@ from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.evaluate import evaluate_rewards
 from rdm_sdk.training.judge import Judge
 from rdm_sdk.training.models import RunModels
+from rdm_sdk.training.picture_filter import PictureFilter
 from rdm_sdk.types import RewardOutput
 
 
@@ -38,10 +39,12 @@ def score_finished(
         return evaluate_rewards(rewards, batch, chunk_size=size, gradients_of=(), **judge.options).outputs
 
 
-def look(models: RunModels, judge: Judge, prompts: Sequence[str]) -> list[tuple[str, Tensor]]:
+def look(
+    models: RunModels, judge: Judge, prompts: list[str], shown: PictureFilter | None = None
+) -> list[tuple[str, Tensor]]:
     """Return rows of pictures with labels: the student's, and what teacher and critics make of them at sigma 0.6.
 
-    A row holds the prompts' images `[N, 3, H, W]` in [0, 1].
+    A row holds the prompts' images `[N, 3, H, W]` in [0, 1], of which some may be gray: those not to be `shown`.
     """
     latents = models.sample_latents(prompts)
     sigma = torch.full((len(latents),), 0.6, device=latents.device)
@@ -52,7 +55,10 @@ def look(models: RunModels, judge: Judge, prompts: Sequence[str]) -> list[tuple[
     names = [TEACHER, *("critic" if role == "fake" else f"critic {role}" for role in critics)]
     labels = [STUDENT, *(f"{name}, after\nnoise of 0.6" for name in names)]
     rows = [latents, *(context.denoiser(role)(x_t, sigma) for role in (TEACHER, *critics))]
-    return list(zip(labels, models.decode(rows), strict=True))
+    pictures = models.decode(rows)
+    if shown is not None:
+        pictures = [shown(images, prompts) for images in pictures]
+    return list(zip(labels, pictures, strict=True))
 
 
 def figures(outputs: Mapping[str, RewardOutput], prefix: str) -> dict[str, float]:

@@ -25,7 +25,7 @@ RATES = frozenset(
 PLACES = frozenset(
     {
         *("reward_batch_size", "reward_device", "reward_offload", "reward_on_error", "log_images"),
-        *("log_images_limit", "reward_timeout", "watch", "eval_rewards"),
+        *("log_images_limit", "log_images_filter", "reward_timeout", "watch", "eval_rewards"),
         *("text_encoders", "prompt_cache", "vae_offload", "vae_slicing", "vae_tiling"),
     }
 )

@@ -71,6 +71,9 @@ _RULES = {
         "log_images above 0 and log_images_limit 2 or more, or log_images_limit None",
         lambda given: given[1] is None or (given[0] > 0 and given[1] >= 2),
     ),
+    "log_images, log_images_filter": Rule(
+        "log_images above 0, or log_images_filter None", lambda given: given[1] is None or given[0] > 0
+    ),
     "min_time, max_time": Rule("0 <= min_time < max_time < 1", lambda times: 0 <= times[0] < times[1] < 1),
     **dict.fromkeys(("critic_learning_rate", "critic_weight_decay"), _or_none(_AT_LEAST_0)),
     **dict.fromkeys(("critic_adam_beta1", "critic_adam_beta2"), _or_none(_BELOW_1)),

@@ -32,6 +32,7 @@ from rdm_sdk.training.interrupt import SaveOnSignal
 from rdm_sdk.training.judge import Judge, add_run_roles
 from rdm_sdk.training.models import RunModels
 from rdm_sdk.training.optimizers import CriticOptimizer, critic_optimizer, restart_rates
+from rdm_sdk.training.picture_filter import PictureFilter
 from rdm_sdk.training.pictures import image_grid
 from rdm_sdk.training.prompt_encoding import prepare_prompts
 from rdm_sdk.training.roll_call import roll_call
@@ -88,13 +89,10 @@ class RDMTrainer(Trainer):
         self.rewards, self.held_out = validation.run_rewards(reward_funcs, args)
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         validation.check_run(args, self.rewards, datasets, weighting, self.held_out)
+        self.shown = None if args.log_images_filter is None else PictureFilter(args.log_images_filter)
         roles = validation.role_configs(args, self.rewards, peft_config, fake_peft_config)
-        self.family = load_family(
-            model,
-            torch.bfloat16 if args.bf16 else torch.float32,
-            args.quantization,
-            max_sequence_length=args.max_sequence_length,
-        )
+        dtype = torch.bfloat16 if args.bf16 else torch.float32
+        self.family = load_family(model, dtype, args.quantization, max_sequence_length=args.max_sequence_length)
         set_seed(args.seed)  # the adapters' initial weights are part of the run
         add_run_roles(self.family, roles, self.rewards, args.steps_told, args.start_from)
         if args.fsdp:
@@ -253,7 +251,7 @@ class RDMTrainer(Trainer):
             raise DataError("write_images() shows the first training prompts: pass train_dataset to the trainer")
         prompts = list(dict.fromkeys(self.train_dataset[:64]["prompt"]))[:10]
         with self.models.seeded(self.args.seed):
-            images = look(self.models, self.judge, prompts)
+            images = look(self.models, self.judge, prompts, self.shown)
         return image_grid(images, path) if self.args.should_save or not self.roles.sharded else Path(path)
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from rdm_sdk.training.inherited import UNSUPPORTED
 FIELDS = {s.name: s for kind in (RunArguments, RDMConfig) for s in dataclasses.fields(kind) if s.init}
 VALUES: dict[str, Any] = {
     "log_images_limit": 24,
+    "log_images_filter": "jpeg >= -2",
     "model": digits.teacher_path(),
     "prompts": "prompts.txt",
     "rewards": "dm + 0.5*legibility",
@@ -42,6 +43,7 @@ VALUES: dict[str, Any] = {
 BESIDE: dict[str, dict[str, Any]] = {
     "dataloader_prefetch_factor": {"dataloader_num_workers": 1},
     "log_images_limit": {"log_images": 5},
+    "log_images_filter": {"log_images": 5},
 }
 """What a setting wants beside it."""
 REFUSED = {

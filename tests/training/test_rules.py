@@ -56,6 +56,7 @@ def test_a_subclass_is_checked_too(settings: dict[str, Any], words: str, tmp_pat
         ({"log_images": -1}, "log_images=-1 .*0 or more"),
         ({"log_images": 2, "log_images_limit": 1}, "log_images_limit 2 or more"),
         ({"log_images_limit": 5}, "log_images above 0"),
+        ({"log_images_filter": "jpeg >= 0"}, "log_images above 0, or log_images_filter None"),
         ({"importance_sampling_cap": 0.5}, r"importance_sampling_cap=0\.5 .*at least 1"),
         ({"min_effective_sample_size": 1.5}, r"min_effective_sample_size=1\.5 .*a share of the samples"),
         ({"num_iterations": 0, "shift": 0.0}, "num_iterations=0"),
