@@ -28,8 +28,6 @@ _PUBLIC = {
     "evaluate": "rdm_sdk.evaluation.run",
     "EvaluationResult": "rdm_sdk.evaluation.result",
     "score_folder": "rdm_sdk.evaluation.folder",
-    "folder_distance": "rdm_sdk.evaluation.folder_distance",
-    "FolderDistance": "rdm_sdk.evaluation.folder_distance",
     "write_report": "rdm_sdk.evaluation.report.page",
     "hookimpl": "rdm_sdk.plugins.hookspecs",
     "RegisterReward": "rdm_sdk.plugins.hookspecs",
@@ -74,8 +72,6 @@ __all__ = [  # noqa: RUF022 - in the order of _PUBLIC
     "evaluate",
     "EvaluationResult",
     "score_folder",
-    "folder_distance",
-    "FolderDistance",
     "write_report",
     "hookimpl",
     "RegisterReward",
@@ -130,8 +126,6 @@ if TYPE_CHECKING:
         RewardError as RewardError,
     )
     from rdm_sdk.evaluation.folder import score_folder as score_folder
-    from rdm_sdk.evaluation.folder_distance import FolderDistance as FolderDistance
-    from rdm_sdk.evaluation.folder_distance import folder_distance as folder_distance
     from rdm_sdk.evaluation.report.page import write_report as write_report
     from rdm_sdk.evaluation.result import EvaluationResult as EvaluationResult
     from rdm_sdk.evaluation.run import evaluate as evaluate

@@ -9,7 +9,6 @@ from typing import Protocol
 import rdm_sdk
 from rdm_sdk.cli import (
     demo,
-    distance,
     evaluate,
     isolate,
     models,
@@ -43,7 +42,6 @@ COMMANDS: dict[str, Command] = {
     "sample": sample,
     "eval": evaluate,
     "score": score,
-    "distance": distance,
     "report": report,
     "plan": plan,
     "presets": presets,

@@ -107,7 +107,7 @@ def score_folder(
         RewardError: a reward is unknown, or cannot judge finished images.
     """
     path = Path(folder)
-    found = picture_files(path)
+    found = _pictures(path)
     files = [p.relative_to(path).as_posix() for p in found]
     columns = _columns(prompts, files)
     texts = columns.pop("prompt", None)
@@ -136,7 +136,7 @@ def read_folder(folder: str | Path) -> Tensor:
     Raises:
         DataError: there are none, one of them cannot be read, or their sizes differ.
     """
-    found = picture_files(Path(folder))
+    found = _pictures(Path(folder))
     sizes = {_size(path): path.name for path in found}
     if len(sizes) > 1:
         shown = ", ".join(f"{name}: {height} x {width}" for (height, width), name in list(sizes.items())[:3])
@@ -144,19 +144,7 @@ def read_folder(folder: str | Path) -> Tensor:
     return torch.stack([_read(path) for path in found])
 
 
-def picture_batches(files: Sequence[Path]) -> Iterator[Tensor]:
-    """Yield pictures as images `[N, 3, H, W]` in [0, 1], those of one size together, a few at a time."""
-    sizes = [_size(path) for path in files]
-    order = sorted(range(len(files)), key=lambda row: sizes[row])
-    yield from (piece.images for piece in _pieces(files, sizes, order, None, {}))
-
-
-def picture_files(folder: Path) -> list[Path]:
-    """Return the pictures in a folder, and in the folders in it.
-
-    Raises:
-        DataError: there is no folder, or none in it.
-    """
+def _pictures(folder: Path) -> list[Path]:
     if not folder.is_dir():
         parent = f"; it is a file: give the folder that it lies in, {str(folder.parent)!r}" if folder.is_file() else ""
         raise DataError(f"there is no folder {str(folder)!r}{parent}")

@@ -74,13 +74,6 @@ class EvaluationResult:
         return path
 
 
-def distance_table(figures: Mapping[str, Any]) -> str:
-    """Return the figures against one reference as a Markdown table of one row."""
-    shares = ("precision", "recall", "density", "coverage")
-    cells = [_frechet(figures), _kernel(figures), *(_number(figures[name]) for name in shares)]
-    return markdown_table(["FID", "KID", *shares], [cells])
-
-
 def _cells(row: Row, real: bool) -> list[str]:
     teacher, scans = row.against.get("teacher", {}), row.against.get("real", {})
     shape = scans if real else teacher

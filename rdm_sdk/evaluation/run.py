@@ -22,9 +22,10 @@ from rdm_sdk.evaluation.candidates import (
     student_candidates,
     teacher_candidate,
 )
-from rdm_sdk.evaluation.comparison import FEWEST, FeatureSet, compare, remark_on_bias
+from rdm_sdk.evaluation.distances import frechet_interval, kernel_distance
 from rdm_sdk.evaluation.features import Extractor, Features, feature_extractor
 from rdm_sdk.evaluation.images import check_images
+from rdm_sdk.evaluation.neighbors import density_coverage, precision_recall
 from rdm_sdk.evaluation.provenance import digest
 from rdm_sdk.evaluation.result import EvaluationResult, Row
 from rdm_sdk.evaluation.sampling import Sampler, check_guidance
@@ -38,6 +39,8 @@ from rdm_sdk.training.pictures import image_grid
 from rdm_sdk.training.run_record import versions
 
 PICTURES = "grid.png"
+FEWEST = 16
+"""Images from which distances and neighbors begin to mean anything."""
 
 
 def evaluate(
@@ -173,6 +176,16 @@ def _spread(prompts: list[str], samples: int, argument: str) -> list[str]:
     return [prompt for prompt in different for _ in range(samples // len(different))]
 
 
+@dataclass(frozen=True)
+class FeatureSet:
+    """A set of images, by its features."""
+
+    features: Tensor
+    """`[N, D]`."""
+    groups: list[int] | None
+    """The number of each image's prompt; None where all were drawn from one distribution."""
+
+
 @dataclass
 class _Run:
     """One evaluation on its way."""
@@ -256,8 +269,12 @@ class _Run:
         if len(features) < FEWEST:
             self._note(f"distances need {FEWEST} images or more, and there are {len(features)}")
             return {}
-        for remark in remark_on_bias(features, *(reference.features for reference in references.values())):
-            self._note(remark)
+        fewest = min(len(features), *(len(reference.features) for reference in references.values()))
+        if fewest <= features.shape[1]:
+            self._note(
+                f"{fewest} images are no more than the {features.shape[1]} features, so Frechet distances are "
+                "mostly their bias; look at the kernel distances"
+            )
         labels = group_labels(self.prompts)
         return {name: compare(FeatureSet(features, labels), reference) for name, reference in references.items()}
 
@@ -312,6 +329,30 @@ class _Run:
             "real": None if self.real is None else len(self.real),
             "rewards": {judge.label: judge.reward.provenance() for judge in self.judges},
         }
+
+
+def compare(images: FeatureSet, reference: FeatureSet) -> dict[str, Any]:
+    """Return all figures of images against a reference.
+
+    Raises:
+        DataError: they cannot be compared.
+    """
+    ours, theirs = images.features, reference.features
+    distance = frechet_interval(ours, theirs, images.groups, reference.groups)
+    kernel = kernel_distance(ours, theirs, subset_size=min(500, len(ours) // 2, len(theirs) // 2))
+    precision, recall = precision_recall(ours, theirs)
+    density, coverage = density_coverage(ours, theirs)
+    return {
+        "frechet": distance.value,
+        "low": distance.low,
+        "high": distance.high,
+        "kernel": kernel.mean,
+        "kernel_deviation": kernel.deviation,
+        "precision": precision,
+        "recall": recall,
+        "density": density,
+        "coverage": coverage,
+    }
 
 
 def _split(prompts: Sequence[str], size: int) -> list[Sequence[str]]:

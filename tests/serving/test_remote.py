@@ -325,8 +325,9 @@ torch.save(weights, f"{sys.argv[1]}/{trainer.args.process_index}.pt")
 
 
 @pytest.mark.slow
-def test_two_processes_ask_one_server(server: Faulty, tmp_path: Path) -> None:
-    """Both ranks hold one student, which is the local reward's up to rounding: two requests may be judged together."""
+def test_two_processes_ask_one_server(server: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ranks hold the student that the local reward makes, bit for bit where no two requests are put together."""
+    monkeypatch.setattr(server.scorer, "batch_size", 4)  # a rank's: what is judged together may differ in last bits
     (tmp_path / "run.py").write_text(_RANKS)
     found = []
     for reward in ("legibility", f'remote[url="{server.url}",reward=legibility,token_env=JUDGE_TOKEN]'):
@@ -338,4 +339,4 @@ def test_two_processes_ask_one_server(server: Faulty, tmp_path: Path) -> None:
         one, other = (torch.load(folder / f"{rank}.pt") for rank in (0, 1))
         assert torch.equal(one, other)
         found.append(one)
-    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-6)
+    assert torch.equal(found[1], found[0])
