@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -294,3 +295,27 @@ def test_a_reward_that_only_reads_is_given_no_copy(only_reads: bool) -> None:
     reward.only_reads = only_reads
     evaluate_reward(reward, RewardBatch.from_images(images))
     assert (seen == [images.data_ptr()]) is only_reads
+
+
+def test_what_waits_takes_no_threads_from_what_computes() -> None:
+    """The loop and its workers compute on one thread each; the caller keeps its number, and so do threads to come."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    loop = awaiting.event_loop.__wrapped__()
+
+    async def counts() -> list[int]:
+        waiting = [asyncio.to_thread(torch.get_num_threads) for _ in range(8)]
+        return [torch.get_num_threads(), *await asyncio.gather(*waiting)]
+
+    try:
+        assert asyncio.run_coroutine_threadsafe(counts(), loop).result(10) == [1] * 9
+        assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(before)
+        asyncio.run_coroutine_threadsafe(loop.shutdown_default_executor(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        while loop.is_running():
+            time.sleep(0.01)
+        loop.close()
