@@ -57,6 +57,7 @@ class Cell:
     settings: dict[str, Any] = field(default_factory=dict)
     rank: int = RANK
     """LoRA rank of student and critic, where they are LoRA adapters; 0 means that neither is."""
+    rewards: str = "dm"
 
     def digest(self) -> str:
         """Return a hash of all that the cell's runs depend on, so that changed settings are run again."""
@@ -74,6 +75,9 @@ DMD2: dict[str, Any] = {
 """DMD2 as published (arXiv 2405.14867): the mixture of all steps, fresh rollouts for each critic update, each sample on
 its own."""
 
+FLOW = "dm + 3*flow"
+"""The last step learns the teacher's own flow besides."""
+
 LONG = 1000
 SHORT = 150
 
@@ -81,7 +85,8 @@ SHORT = 150
 def all_cells() -> list[Cell]:
     """Return every cell, the most telling ones first."""
     return [
-        Cell("demo", SHORT, 50),
+        Cell("demo", SHORT, 50, rewards=FLOW),
+        Cell("dm alone", SHORT, 50),
         *(Cell(f"matching {name}", SHORT, 50, {"matching": name}) for name in ("range", "mixture")),
         Cell("dmd2", SHORT, 50, DMD2),
         Cell("dmd2 with ranges", SHORT, 50, DMD2 | {"matching": "range"}),
@@ -97,7 +102,11 @@ def all_cells() -> list[Cell]:
             )
             for rate in (1e-4, 3e-5)
         ),
-        *(Cell(f"long, {k} step{'s' if k > 1 else ''}", LONG, 50, {"num_inference_steps": k}) for k in (4, 2, 1)),
+        *(
+            Cell(f"long, {k} step{'s' if k > 1 else ''}{note}", LONG, 50, {"num_inference_steps": k}, rewards=rewards)
+            for k in (4, 2, 1)
+            for rewards, note in ((FLOW, ""), ("dm", ", dm alone"))
+        ),
     ]
 
 
@@ -136,7 +145,7 @@ def run(cell: Cell, seed: int, path: Path, num_samples: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = RDMTrainer(
             digits.teacher_path(),
-            "dm",
+            cell.rewards,
             RDMConfig(output_dir=folder, max_steps=cell.updates, seed=seed, **(COMMON | cell.settings)),
             digits.prompts(),
             peft_config=LoraConfig(r=cell.rank, lora_alpha=cell.rank) if cell.rank else None,
@@ -209,7 +218,7 @@ def run_all(path: Path, only: Sequence[str], seeds: Sequence[int], processes: in
         if path == RESULTS:
             raise SystemExit("--smoke needs an --out of its own, so that its figures do not mix with the study's")
         small = {"per_device_train_batch_size": 8}
-        cells = [Cell(f"smoke {own.name}", 2, 1, own.settings | small, own.rank) for own in cells]
+        cells = [Cell(f"smoke {one.name}", 2, 1, one.settings | small, one.rank, one.rewards) for one in cells]
     done = {(row["cell"], row["seed"]) for row in read_rows(path)}
     tasks = [(cell, seed) for seed in seeds for cell in cells if (cell.name, seed) not in done]
     context = multiprocessing.get_context("spawn")

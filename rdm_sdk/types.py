@@ -98,6 +98,8 @@ class Samples:
     columns: Mapping[str, list[object]]
     """The dataset's other columns, `N` entries each."""
     condition: Condition
+    states: Tensor
+    """x_k `[N, *x]`, at which the student predicted them."""
     x_0: Tensor
     """`[N, *x]`, detached."""
     steps: Tensor
@@ -143,11 +145,11 @@ class Experience:
     @property
     def samples(self) -> Samples:
         """Return what the student predicts at this use's states."""
-        return self._samples(self.x_0.detach(), self.steps)
+        return self._samples(self.states, self.x_0.detach(), self.steps)
 
     def samples_at(self, steps: Tensor) -> Samples:
         """Return what the student predicted in the rollout at steps k (int64 `[N]`), which it must have reached."""
-        return self._samples(select_steps(self.rollout.x_0, steps), steps)
+        return self._samples(select_steps(self.rollout.states, steps), select_steps(self.rollout.x_0, steps), steps)
 
-    def _samples(self, x_0: Tensor, steps: Tensor) -> Samples:
-        return Samples(self.prompts, self.columns, self.condition, x_0, steps, self.weights)
+    def _samples(self, states: Tensor, x_0: Tensor, steps: Tensor) -> Samples:
+        return Samples(self.prompts, self.columns, self.condition, states, x_0, steps, self.weights)

@@ -12,7 +12,7 @@ from torch import Tensor
 from rdm_sdk.method.draws import Draws
 from rdm_sdk.method.importance import log_ratio_of_random
 from rdm_sdk.method.noise import NoiseSchedule
-from rdm_sdk.method.transitions import TRANSITIONS, Reduction, Transition, TransitionKind, step
+from rdm_sdk.method.transitions import TRANSITIONS, Reduction, Transition, TransitionKind, ode_transition, step
 from rdm_sdk.types import Denoiser, Rollout, select_steps, sent
 
 StudentOf = Callable[[Tensor], Denoiser]
@@ -92,6 +92,22 @@ def sample_each_step(student: Denoiser, noise: Tensor, policy: FewStepPolicy) ->
         if k + 1 < policy.num_steps:
             transition = policy.transition(state, x_0, steps)
             state = transition.mean if policy.kind == "ode" else step(transition, torch.randn_like(x_0))
+
+
+@torch.no_grad()
+def follow_flow(denoiser: Denoiser, schedule: NoiseSchedule, x_t: Tensor, sigma: Tensor, num_steps: int) -> Tensor:
+    """Return where a denoiser's probability-flow ODE (arXiv 2011.13456) leads from `x_t`: x_0 `[N, *x]`.
+
+    Deterministic steps (DDIM's, Euler's on a rectified flow) to levels whose times lie evenly between that of `sigma`
+    `[N]` and 0, `num_steps` evaluations of the denoiser in all; one of them alone is its prediction at `x_t`.
+    """
+    time, level = schedule.time(sigma), sigma
+    for k in range(1, num_steps + 1):
+        share = torch.full_like(sigma, 1 - k / num_steps)
+        lower = schedule.levels(share, torch.zeros_like(time), time) if k < num_steps else torch.zeros_like(sigma)
+        x_t = ode_transition(schedule, x_t, denoiser(x_t, level), level, lower).mean
+        level = lower
+    return x_t
 
 
 @torch.no_grad()

@@ -278,6 +278,9 @@ class Reward(ABC):
     only_reads: bool = False
     """Whether it never changes in place what it is given. An asynchronous one is otherwise given a copy, because it
     works at the same time as the others."""
+    may_sit_out: bool = False
+    """Whether it may be for none of a batch's samples though it is shown all, as rewards are that see the run's models;
+    for others `applies` tells. NaN for all is an error otherwise."""
     origin: str = ""
     """The distribution that it comes from, with its version; set by the registry."""
     preprocessing: str = "none"

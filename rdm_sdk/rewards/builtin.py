@@ -23,6 +23,11 @@ def rdm_register_rewards(register: RegisterReward) -> None:
         description="classifier-free guidance: how much more likely the teacher finds a sample with its prompt",
     )
     register(
+        "flow",
+        "rdm_sdk.rewards.flow:TeacherFlow",
+        description="how near a sample of the student's last step is to where the teacher's flow leads from its state",
+    )
+    register(
         "adversarial",
         "rdm_sdk.rewards.adversarial:Adversarial",
         description="a discriminator on the teacher's features, which learns from a column of real images",

@@ -32,6 +32,20 @@ def _no_encoder(images: Tensor) -> Tensor:
     raise RewardError("this batch has no model that could encode images")
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where the student predicted samples from."""
+
+    states: Tensor
+    """x_k `[N, *x]`, what it saw."""
+    levels: Tensor
+    """Their noise levels, `[N]`."""
+    steps_left: Tensor
+    """How many of its steps come after the one that made each sample, int64 `[N]`: 0 for the last."""
+    teacher_of: Callable[[Tensor], Denoiser]
+    """Rows (int64 `[n]`) to the teacher's denoiser for the prompts of those rows, guided as the run says."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DiffusionContext:
     """The run's models for the prompts of one batch."""
@@ -65,6 +79,8 @@ class DiffusionContext:
     """The times that critics learn at."""
     steps: Tensor | None = None
     """The student's step that made each sample, int64 `[N]`, where critics are told it; None where they are not."""
+    origin: Origin | None = None
+    """Where the student predicted the samples from; None of samples that were not predicted in a run."""
     carries_back: bool = False
     """Whether the teacher's predictions keep their graph, so that `Renoised.carry_back` works."""
     draws: Draws = field(default_factory=Draws)

@@ -363,7 +363,7 @@ def _finished(run: Started) -> Evaluation:
     finite = [is_finite_gradient(rewards[name], batch, output) for name, output in outputs.items()]
     flags = read_all([*absent, *finite])
     for name, is_absent, is_finite in zip(outputs, flags, flags[len(outputs) :], strict=False):
-        sits_out = name in run.may_sit_out and not rewards[name].capabilities.trains
+        sits_out = (name in run.may_sit_out or rewards[name].may_sit_out) and not rewards[name].capabilities.trains
         if run.shown[name] and not sits_out and is_absent:
             run.give_up(name, nothing_applies(rewards[name], batch))
         elif not is_finite:

@@ -35,7 +35,7 @@ WHAT_TO_WATCH = (
 
 _TRACKED = re.compile(
     r"loss|grad_norm|learning_rate|epoch|total_flos|frac_reward_zero_std|(loss|weights|weighting|ratio|cost|rewards)/.*"
-    r"|.*/(pull|critic_grad_norm|residual|critic_loss|gap|error|lag)|student/.*|(.*_)?(runtime|per_second|loss)"
+    r"|.*/(pull|critic_grad_norm|residual|critic_loss|gap|error|lag|distance)|student/.*|(.*_)?(runtime|per_second|loss)"
 )
 """The names of a run's figures; the line shows the few that are named below."""
 
@@ -60,6 +60,7 @@ def log_line(logs: Mapping[str, Any], step: int, max_steps: int) -> str:
     scores = [(name, value) for name, value in each("rewards/(.+)/mean") if name not in residuals]
     parts = [f"step {step}/{max_steps}"]
     parts += [f"{name} gap {value:.3g}" for name, value in each("(.+)/gap")]
+    parts += [f"{name} distance {value:.3g}" for name, value in each("(.+)/distance")]
     parts += [f"diversity {value:.3g}" for _, value in each("(student/diversity)")]
     parts += [f"{name} {value:.4g}" for name, value in scores]
     parts += [f"evaluation: {name} {value:.4g}" for name, value in each("eval_rewards/(.+)/mean")]

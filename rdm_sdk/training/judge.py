@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.roles import STUDENT, TEACHER
 from rdm_sdk.rewards.base import RewardBatch
-from rdm_sdk.rewards.context import DiffusionContext, Times
+from rdm_sdk.rewards.context import DiffusionContext, Origin, Times
 from rdm_sdk.rewards.evaluate import start_rewards
 from rdm_sdk.rewards.resolve import WeightedReward, carried_back
 from rdm_sdk.rewards.tilt import tilted
@@ -27,7 +27,7 @@ from rdm_sdk.training.processes import Processes
 from rdm_sdk.training.randomness import Randomness
 from rdm_sdk.training.start import check_start, load_start
 from rdm_sdk.training.step_rules import judged_at_endpoints, judged_at_replay, uses_advantages, uses_fields
-from rdm_sdk.types import Condition, Denoiser, Experience, RewardOutput, Samples
+from rdm_sdk.types import Condition, Denoiser, Experience, RewardOutput, Samples, select
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,11 @@ class Judge:
     # ---- What rewards see ---------------------------------------------------------------------------------------
 
     def context(
-        self, condition: Condition, steps: Tensor | None = None, trained: str | None = None
+        self,
+        condition: Condition,
+        steps: Tensor | None = None,
+        trained: str | None = None,
+        origin: Origin | None = None,
     ) -> DiffusionContext:
         """Return what model-aware rewards see of samples that the student made at steps k (int64 `[N]`).
 
@@ -106,6 +110,7 @@ class Judge:
             critic_correction=settings.critic_correction,
             critic_times=critic_times,
             steps=steps if settings.steps_told else None,
+            origin=origin,
             carries_back=carries_back,
             draws=self.randomness.draws,
         )
@@ -128,13 +133,20 @@ class Judge:
 
     def batch(self, samples: Samples, trained: str | None = None) -> RewardBatch:
         """Return samples as rewards see them, with fresh renoising draws; `trained` as in `context`."""
+        policy, condition = self.models.policy, samples.condition
+        origin = Origin(
+            samples.states,
+            policy.levels(samples.steps),
+            policy.num_steps - 1 - samples.steps,
+            lambda rows: self.models.denoiser(TEACHER, select(condition, rows)),
+        )
         return RewardBatch(
             latents=samples.x_0,
             prompts=samples.prompts,
             group_size=self.settings.num_generations,
             decode=self.models.to_images,
             columns=samples.columns,
-            context=self.context(samples.condition, samples.steps, trained),
+            context=self.context(condition, samples.steps, trained, origin),
             weights=samples.weights,
             step=self.step,
         )
