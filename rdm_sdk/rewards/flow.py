@@ -28,7 +28,6 @@ class TeacherFlow(Reward):
     capabilities = Capabilities(
         space="latent",
         gradient="field",
-        prompts=True,
         stochastic=True,  # the magnitude alone, which is taken at the draws of `dm`
         range=(-float("inf"), 0.0),
         parameters=0,

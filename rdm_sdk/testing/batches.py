@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from rdm_sdk.errors import RewardError
 from rdm_sdk.method.noise import FlowSchedule
 from rdm_sdk.rewards.base import Reward, RewardBatch
-from rdm_sdk.rewards.context import DiffusionContext
+from rdm_sdk.rewards.context import DiffusionContext, Origin
 from rdm_sdk.types import Denoiser
 
 PROMPTS = ("a red fox in the snow", "two boats at night", "an old wooden chair", "a bowl of green apples")
@@ -57,14 +57,15 @@ def example_batch(reward: Reward, height: int = 64, width: int = 64, seed: int =
         group_size=GROUP_SIZE,
         decode=_decode,
         columns=columns,
-        context=gaussian_context(),
+        context=gaussian_context(latents),
     )
 
 
-def gaussian_context() -> DiffusionContext:
+def gaussian_context(latents: Tensor) -> DiffusionContext:
     """Return a context in which teacher and critic know data of mean 1 and -1 and unit variance, exactly.
 
-    Without the prompt, the teacher's mean is 0; its features are the noised pixels themselves.
+    Without the prompt, the teacher's mean is 0; its features are the noised pixels themselves. The latents `[N, *x]`
+    are the student's predictions in its last step, from states as noisy as 0.25.
     """
     means = {"teacher": 1.0, "fake": -1.0, "unprompted": 0.0}
 
@@ -79,9 +80,13 @@ def gaussian_context() -> DiffusionContext:
     def pair(x_t: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return denoiser("teacher")(x_t, sigma), denoiser("unprompted")(x_t, sigma)
 
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    levels = torch.full((len(latents),), 0.25)
+    left = torch.zeros(len(latents), dtype=torch.long)
     return DiffusionContext(
         schedule=FlowSchedule(),
         denoiser=denoiser,
+        origin=Origin(0.75 * latents + 0.25 * noise, levels, left, lambda rows: denoiser("teacher")),
         min_time=0.02,
         max_time=0.98,
         num_draws=8,
@@ -96,6 +101,18 @@ def copied(batch: RewardBatch) -> RewardBatch:
     """Return a batch that shares no data with the given one."""
     columns = {name: list(values) for name, values in batch.columns.items()}
     return replace(batch, latents=batch.latents.clone(), prompts=list(batch.prompts), columns=columns)
+
+
+def resized(batch: RewardBatch, size: tuple[int, int]) -> RewardBatch:
+    """Return a batch of latents of another size `(height, width)`, and of the states that they were predicted from."""
+
+    def resize(latents: Tensor) -> Tensor:
+        return F.interpolate(latents, size=size, mode="bilinear", align_corners=False)
+
+    context = batch.context
+    if context is not None and context.origin is not None:
+        context = replace(context, origin=replace(context.origin, states=resize(context.origin.states)))
+    return replace(batch, latents=resize(batch.latents), context=context)
 
 
 def _encode(images: Tensor) -> Tensor:

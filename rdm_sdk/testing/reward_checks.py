@@ -18,14 +18,13 @@ from functools import cache
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from rdm_sdk.rewards.base import RewardConfig
 from rdm_sdk.rewards.evaluate import evaluate_reward
 from rdm_sdk.rewards.judging import as_declared
 from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.rewards.spec import checked_model, parse_spec
-from rdm_sdk.testing.batches import copied
+from rdm_sdk.testing.batches import copied, resized
 from rdm_sdk.testing.kit import Check, Remark, advising, collector, require
 from rdm_sdk.testing.reward_subject import Subject, assert_close, same, shown
 
@@ -275,8 +274,7 @@ def retains_no_graph(subject: Subject) -> None:
 def odd_sizes(subject: Subject) -> None:
     """Images (or latents) of sizes that nothing divides are judged too."""
     size = (37, 53) if subject.reward.capabilities.space == "pixel" else (5, 7)
-    batch = copied(subject.batch)
-    batch = batch.with_latents(F.interpolate(batch.latents, size=size, mode="bilinear", align_corners=False))
+    batch = resized(copied(subject.batch), size)
     with advising("resize or pad inside score(); reshape() and view() by fixed factors need sizes that divide"):
         subject.judge(batch)
 

@@ -191,6 +191,7 @@ def image_reward() -> list[nn.Module]:
 MODELS: dict[str, Callable[[], list[nn.Module]]] = {
     "dm": list,
     "guidance": list,
+    "flow": list,
     "adversarial": list,
     "jpeg": list,
     "legibility": lambda: [DigitClassifier()],

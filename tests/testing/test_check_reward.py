@@ -56,7 +56,7 @@ def test_waking_cuda_at_import_fails(tmp_path: Path, monkeypatch: pytest.MonkeyP
     del sys.modules["wakes_cuda"]
 
 
-@pytest.mark.parametrize("reward", ["dm", "legibility", "adversarial"])
+@pytest.mark.parametrize("reward", ["dm", "legibility", "adversarial", "flow"])
 def test_built_in_rewards_pass(reward):
     """The SDK's own rewards keep the contract."""
     results = check_reward(reward)

@@ -60,10 +60,10 @@ def gndm(make_trainer: Make, tmp_path_factory: pytest.TempPathFactory) -> list[T
     return trained(make_trainer, tmp_path_factory.mktemp("gndm"), "dm", pictures())
 
 
-ALL_KINDS = ["0*legibility", (jpeg_like, 0.0), "0*guidance", "0*adversarial"]
+ALL_KINDS = ["0*legibility", (jpeg_like, 0.0), "0*guidance", "0*adversarial", "0*flow"]
 
 
-@pytest.mark.parametrize("watched", ALL_KINDS, ids=["pixel", "scored", "guidance", "adversarial"])
+@pytest.mark.parametrize("watched", ALL_KINDS, ids=["pixel", "scored", "guidance", "adversarial", "flow"])
 def test_a_zero_weight_of_any_kind_changes_nothing(
     make_trainer: Make, tmp_path: Path, gndm: list[Tensor], watched: object
 ) -> None:
@@ -80,7 +80,7 @@ def test_gndmr_with_zero_weights_is_gndm(
     trainer.train()
     assert same(student_of(trainer), gndm)
     row = losses_of(trainer)[-1]
-    names = ("legibility", "jpeg_like", "guidance", "adversarial")
+    names = ("legibility", "jpeg_like", "guidance", "adversarial", "flow")
     assert all(f"rewards/{name}/mean" in row and row[f"weights/{name}"] == 0 for name in names)
     assert row["adversarial/critic_loss"] > 0
 
