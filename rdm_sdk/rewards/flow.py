@@ -17,10 +17,10 @@ from rdm_sdk.types import RewardOutput
 class TeacherFlow(Reward):
     """-1/2 |x_0 - F(x_k)|^2: how near a sample is to where the teacher's own flow leads from the student's state x_k.
 
-    For samples of the student's last step alone, or of its `last_steps`. There little noise is left, the flow's end is
-    near, and nothing is blurred by learning it; what is left for distribution matching to tell is smaller there than
-    its critic's errors. DMD's regression (arXiv 2311.18828) asks for the same of the first step, from pairs of noise
-    and image made beforehand; this one asks at the states that the student reaches.
+    For samples of the student's last step alone, or of its `last_steps`. There little noise is left, so that the flow's
+    end is a function of the state that a network learns well, and if the steps before made the right distribution, the
+    flow keeps it (docs/method.md). DMD's regression (arXiv 2311.18828) asks for the same of the first step, from pairs
+    of noise and image made beforehand; this one asks at the states that the student reaches.
     Its gradient is F(x_k) - x_0, in the teacher's terms, and it is measured against |x_0 - D_real|, as that of `dm`.
     """
 
