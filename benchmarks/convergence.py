@@ -118,8 +118,17 @@ def run_teacher(seeds: Sequence[int], path: Path, num_samples: int = 1000) -> No
     done = {(row["seed"], row["steps"]) for row in read_rows(path) if row["cell"] == "teacher"}
     for seed, steps in product(seeds, TEACHER_STEPS):
         if (seed, steps) not in done:
-            figures = sample_teacher(digits.prompts() * (num_samples // 10), seed, steps).figures
+            figures = sample_teacher(digits.prompts() * (num_samples // 10), noise_of(seed), steps).figures
             append(path, {"cell": "teacher", "seed": seed, "steps": steps, **figures})
+
+
+def noise_of(seed: int) -> int:
+    """Return the seed of the noise that runs of a seed, and the teacher beside them, are measured with.
+
+    Each has noise of its own: the same 1,000 images' worth of it would favor some students everywhere (the teacher's
+    own FID-SD at eight steps moves by more than one with its noise alone).
+    """
+    return 100_000 * (seed + 1)
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
@@ -177,18 +186,14 @@ def run(cell: Cell, seed: int, path: Path, num_samples: int) -> None:
 
 
 def measure(trainer: Any, num_samples: int, seed: int) -> dict[str, Any]:
-    """Return FID-SD after each evaluation, and how the last images are.
-
-    Each seed has noise of its own: the same 1,000 images' worth of it would favor some students everywhere (the
-    teacher's own FID-SD at eight steps is 8.6 to 10.3, by its noise alone).
-    """
+    """Return FID-SD after each evaluation, and how the last images are."""
     import torch
 
     from rdm_sdk import digits, diversity, frechet_distance, legibility, teacher_statistics
 
     prompts = digits.prompts() * (num_samples // 10)
-    noise = 100_000 * (seed + 1)
-    batches = [trainer.sample_each_step(prompts[i : i + 250], seed=noise + i) for i in range(0, num_samples, 250)]
+    starts = range(0, num_samples, 250)
+    batches = [trainer.sample_each_step(prompts[i : i + 250], seed=noise_of(seed) + i) for i in starts]
     steps = [torch.cat(images) for images in zip(*batches, strict=True)]
     return {
         "FID-SD": [frechet_distance(images, teacher_statistics()) for images in steps],
