@@ -61,10 +61,12 @@ def run_under_meter(folder: Path, rewards: Any, args: RDMConfig, **loras: Any) -
 _PLANS: dict[str, MemoryPlan] = {}
 
 
-def plan_of(folders: Path, tmp_path: Path, rewards: Any = "dm", lora: Any = None, **changed: Any) -> MemoryPlan:
-    """Return the plan of a small run with the small Stable Diffusion 3; one that was made before, as it was made."""
-    configs, key = folders / "configs" / SMALL, repr((rewards, lora, changed))
+def plan_of(
+    folders: Path, tmp_path: Path, rewards: Any = "dm", lora: Any = None, kind: str = SMALL, **changed: Any
+) -> MemoryPlan:
+    """Return the plan of a small run with a Stable Diffusion 3; one that was made before, as it was made."""
+    configs, key = folders / "configs" / kind, repr((kind, rewards, lora, changed))
     if key not in _PLANS:
-        args = settings(SMALL, blueprint(configs, torch.float32), tmp_path, **changed)
+        args = settings(kind, blueprint(configs, torch.float32), tmp_path, **changed)
         _PLANS[key] = plan_memory(configs, args, rewards, lora)
     return _PLANS[key]

@@ -64,7 +64,8 @@ def test_rewards_are_counted_and_not_made(folders: Path, tmp_path: Path) -> None
 
 def test_a_head_is_trained_too(folders: Path, tmp_path: Path) -> None:
     """A discriminator has parameters, and the teacher's features keep a graph of their own."""
-    with_head, without = (plan_of(folders, tmp_path, rewards) for rewards in ("dm + 0.1*adversarial", "dm"))
+    kind = "StableDiffusion3Pipeline"  # the features are its middle block's
+    with_head, without = (plan_of(folders, tmp_path, rewards, kind=kind) for rewards in ("dm + 0.1*adversarial", "dm"))
     row = next(row for row in with_head.rows if row.role == "discriminator")
     assert row.parameters == 2 * 16 + 128 * 16 + 128 + 128 + 1 + 4 * 128  # and what tells it which of four steps
     assert (with_head.bytes_of("activations") or 0) > 1.1 * (without.bytes_of("activations") or 0)

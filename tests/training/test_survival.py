@@ -70,11 +70,9 @@ def same_end(one: Path, other: Path, steps: int = STEPS) -> bool:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a run that nothing has stopped, done in this process: another one's bits are the same."""
+    """Return the folder of a run that nothing has stopped."""
     folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["run", str(folder), str(STEPS)])
-        exec(PROGRAM, {"__name__": "__main__"})
+    finish(folder)
     return folder
 
 
