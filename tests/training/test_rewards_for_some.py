@@ -197,11 +197,11 @@ def test_statistics_are_over_its_samples() -> None:
 
 
 @pytest.mark.parametrize("make", [Bright, Written])
-def test_balance_gives_a_rare_reward_its_weight(make_trainer: Make, tmp_path: Path, make: Any) -> None:
+def test_balance_gives_a_rare_reward_its_weight(make_digits_trainer: Make, tmp_path: Path, make: Any) -> None:
     """Under `balance` a reward for few prompts is weighed by its pull on those, not thinned out by the others."""
 
     def weight(prompts: Dataset) -> float:
-        trainer = make_trainer(
+        trainer = make_digits_trainer(
             tmp_path,
             ["dm", (make(), 0.5)],
             prompts,
