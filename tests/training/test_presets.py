@@ -77,13 +77,9 @@ def test_what_show_prints_is_the_preset(name: str, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_what_show_prints_trains(
-    name: str,
-    small_teacher: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`presets show NAME > run.yaml`, then `train --config run.yaml`, on the smaller digits."""
+    """`presets show NAME > run.yaml`, then `train --config run.yaml`, on the embedded digits."""
     assert main(["presets", "show", name]) == 0
     (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
     trained: list[RDMTrainer] = []
@@ -94,7 +90,7 @@ def test_what_show_prints_trains(
         return train(self, *args, **kwargs)
 
     monkeypatch.setattr(RDMTrainer, "train", watching)
-    flags = {"model": small_teacher, "output_dir": str(tmp_path / "run"), "max_steps": "2", "critic_steps": "1"}
+    flags = {"model": "digits", "output_dir": str(tmp_path / "run"), "max_steps": "2", "critic_steps": "1"}
     flags |= {"per_device_train_batch_size": "8", "max_sequence_length": "4", "guidance_scale": "1"}
     flags |= {"save_strategy": "no", "disable_tqdm": "true", "use_cpu": "true", "report_to": "none"}
     arguments = [part for key, value in flags.items() for part in (f"--{key}", value)]

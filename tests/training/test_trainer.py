@@ -125,10 +125,10 @@ def test_clipping_is_per_role(make_trainer: Make, tmp_path: Path, monkeypatch: p
     assert all(0 < count <= with_gradient for count, _ in norms)
 
 
-def test_accumulation_averages_micro_batches(make_trainer: Make, tmp_path: Path, losses_of: Losses) -> None:
+def test_accumulation_averages_micro_batches(make_digits_trainer: Make, tmp_path: Path, losses_of: Losses) -> None:
     """Two micro-batches of one group log a loss of the size of one, not twice it."""
-    one = make_trainer(tmp_path, "dm", max_steps=8)
-    two = make_trainer(tmp_path, "dm", max_steps=8, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    one = make_digits_trainer(tmp_path, "dm", max_steps=8)
+    two = make_digits_trainer(tmp_path, "dm", max_steps=8, per_device_train_batch_size=4, gradient_accumulation_steps=2)
     for trainer in (one, two):
         trainer.train()
     sums = [sum(row["loss/pathwise"] for row in losses_of(t)) for t in (one, two)]
