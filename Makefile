@@ -6,8 +6,9 @@ PLUGINS := $(wildcard plugins/*)
 # Small tensors: a second thread per process costs more than it brings, and many times more on busy cores.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-# A process per core; a file's tests stay together, for the sake of the fixtures that they share.
-PARALLEL := -n logical --dist loadfile
+# A process per core; a file's tests stay together, for the sake of the fixtures that they share. In the order of their
+# names: by default files with few tests come last, among them some of the longest, and cores wait for each other.
+PARALLEL := -n logical --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all lint types docs wheels teacher clean
 

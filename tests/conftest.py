@@ -1,4 +1,8 @@
-"""Settings and fixtures every test shares."""
+"""Settings and fixtures every test shares.
+
+The process that hands tests to others imports this file and runs none, while those wait; so nothing heavy is imported
+before the tests are.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +10,19 @@ import gc
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
+
+if TYPE_CHECKING:
+    from rdm_sdk import RDMConfig, RDMTrainer
 
 # On some CPUs it warns at import of a kernel for inference that it does not find, and the line would come out behind
 # pytest's last one.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-from small_teacher import save_small_teacher  # noqa: E402
-
-from rdm_sdk import RDMConfig, RDMTrainer, digits  # noqa: E402
-
 # Their assertions show values as those of tests do.
 pytest.register_assert_rewrite("family_asserts", "pipeline_calls")
-
-# The tests' tensors are tiny: more threads only cost time, and change the order of sums.
-torch.set_num_threads(1)
 
 SMALL: dict[str, Any] = {
     "per_device_train_batch_size": 8,
@@ -43,6 +42,12 @@ SMALL: dict[str, Any] = {
 
 def pytest_collection_finish() -> None:
     """Keep what the imports made out of the garbage collector, which Trainer runs at the start of every training."""
+    import torch
+    from import_checks import check_imports_together
+
+    # The tests' tensors are tiny: more threads only cost time, and change the order of sums.
+    torch.set_num_threads(1)
+    check_imports_together()
     gc.collect()
     gc.freeze()
 
@@ -50,6 +55,8 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session")
 def small_config() -> Callable[..., RDMConfig]:
     """Return `make(output_dir, **settings)`: the config of a small run, with some settings replaced."""
+
+    from rdm_sdk import RDMConfig
 
     def make(output_dir: str | Path, **settings: Any) -> RDMConfig:
         return RDMConfig(output_dir=str(output_dir), **(SMALL | settings))
@@ -60,6 +67,8 @@ def small_config() -> Callable[..., RDMConfig]:
 @pytest.fixture(scope="session")
 def small_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the path of the embedded teacher with one transformer block; see `small_teacher`."""
+    from small_teacher import save_small_teacher
+
     return str(save_small_teacher(tmp_path_factory.mktemp("small") / "teacher"))
 
 
@@ -70,6 +79,8 @@ def make_digits_trainer(small_config: Callable[..., RDMConfig]) -> Callable[...,
     `model`, `peft_config`, `fake_peft_config`, `callbacks`, `eval_dataset` and a `weighting` that is an object go to
     the trainer, all else to `args`.
     """
+    from rdm_sdk import RDMTrainer, digits
+
     own = ("model", "peft_config", "fake_peft_config", "callbacks", "eval_dataset")
 
     def make(output_dir: str | Path, rewards: Any = "dm", prompts: object = None, **settings: Any) -> RDMTrainer:

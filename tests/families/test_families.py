@@ -14,7 +14,6 @@ from family_asserts import (
 from pipeline_calls import PROMPTS, in_the_loop, run_pipeline, size_of
 from tiny_pipelines import TINY_PIPELINES
 from torch import Tensor
-from usual_families import usual_families
 
 from rdm_sdk import RDMConfig, RDMTrainer
 from rdm_sdk.families.base import ModelFamily
@@ -23,6 +22,20 @@ from rdm_sdk.families.roles import TEACHER
 
 # Diffusers' Euler scheduler under numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+BY_DEFAULT = {
+    *("StableDiffusion3Pipeline-renoise", "StableDiffusion3Pipeline-ode"),  # a flow
+    *("StableDiffusionXLPipeline-renoise", "StableDiffusionXLPipeline-ode"),  # a DDPM
+    *("FluxPipeline-ode", "SanaPipeline-renoise"),
+}
+both_samplers = pytest.mark.parametrize(
+    ("kind", "sampler"),
+    [
+        pytest.param(kind, sampler, id=name, marks=[] if name in BY_DEFAULT else pytest.mark.slow)
+        for kind in sorted(TINY_PIPELINES)
+        for sampler in ("renoise", "ode")
+        for name in [f"{kind}-{sampler}"]
+    ],
+)
 by_family = pytest.mark.parametrize("kind", sorted(TINY_PIPELINES))
 
 
@@ -32,8 +45,7 @@ def test_the_backbone_gets_what_the_pipeline_sends(kind: str, pipelines: dict[st
     assert_the_backbone_gets_what_the_pipeline_sends(pipelines[kind])
 
 
-@usual_families
-@pytest.mark.parametrize("sampler", ["renoise", "ode"])
+@both_samplers
 def test_a_trained_student_runs_in_plain_diffusers(
     kind: str, sampler: str, pipelines: dict[str, Any], tmp_path: Path
 ) -> None:

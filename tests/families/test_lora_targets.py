@@ -147,7 +147,10 @@ def test_every_adapter_survives_the_export(kind: str, tmp_path: Path) -> None:
     assert relative_difference(ours, theirs) < CLOSE < 0.1 * relative_difference(ours, base)
 
 
-@pytest.mark.parametrize("kind", ["StableDiffusion3Pipeline", "StableDiffusionXLPipeline", "FluxPipeline"])
+@pytest.mark.parametrize(
+    "kind",
+    ["StableDiffusion3Pipeline", "StableDiffusionXLPipeline", pytest.param("FluxPipeline", marks=pytest.mark.slow)],
+)
 def test_true_shapes_are_described_in_few_words(kind: str, tmp_path: Path) -> None:
     """Hundreds of layers come down to some endings of names, which stand for the same layers again."""
     family = blueprint(write_configs(tmp_path / kind, kind), torch.bfloat16)

@@ -14,6 +14,8 @@ from rdm_sdk.planning.footprint import Meter
 from rdm_sdk.planning.plan import MemoryPlan
 
 PROMPTS = ["a handwritten one, drawn with a brush", "a handwritten two, drawn with a pencil"]
+SMALL = "small"
+"""The folder of a Stable Diffusion 3 of one block."""
 CLIP_ONLY = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
@@ -56,8 +58,15 @@ def run_under_meter(folder: Path, rewards: Any, args: RDMConfig, **loras: Any) -
     return trainer, meter.peak + sum(4 * parameter.numel() for parameter in average)
 
 
-def plan_of(folders: Path, tmp_path: Path, rewards: Any = "dm", lora: Any = None, **changed: Any) -> MemoryPlan:
-    """Return the plan of a small run with the tiny Stable Diffusion 3."""
-    kind = "StableDiffusion3Pipeline"
-    configs = folders / "configs" / kind
-    return plan_memory(configs, settings(kind, blueprint(configs, torch.float32), tmp_path, **changed), rewards, lora)
+_PLANS: dict[str, MemoryPlan] = {}
+
+
+def plan_of(
+    folders: Path, tmp_path: Path, rewards: Any = "dm", lora: Any = None, kind: str = SMALL, **changed: Any
+) -> MemoryPlan:
+    """Return the plan of a small run with a Stable Diffusion 3; one that was made before, as it was made."""
+    configs, key = folders / "configs" / kind, repr((kind, rewards, lora, changed))
+    if key not in _PLANS:
+        args = settings(kind, blueprint(configs, torch.float32), tmp_path, **changed)
+        _PLANS[key] = plan_memory(configs, args, rewards, lora)
+    return _PLANS[key]

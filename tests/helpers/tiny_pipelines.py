@@ -127,7 +127,7 @@ def tiny_sdxl(seed: int = 0) -> Any:
         return randomized(pipeline)
 
 
-def tiny_sd3(seed: int = 0) -> Any:
+def tiny_sd3(seed: int = 0, num_layers: int = 3) -> Any:
     """Return a `StableDiffusion3Pipeline` with T5: CLIP tokens of 8 + 16 channels, padded by zeros to T5's 32."""
     small, t5_width = WIDTH // 2, 2 * WIDTH
     with seeded(seed):
@@ -143,7 +143,7 @@ def tiny_sd3(seed: int = 0) -> Any:
                 sample_size=8,
                 in_channels=LATENT_CHANNELS,
                 out_channels=LATENT_CHANNELS,
-                num_layers=3,  # the last block has no text to update: two of the others
+                num_layers=num_layers,  # the last block has no text to update: two of the others
                 joint_attention_dim=t5_width,
                 caption_projection_dim=WIDTH,
                 pooled_projection_dim=(small + WIDTH) // 2,

@@ -13,6 +13,7 @@ from peft import LoraConfig
 from tiny_pipelines import TINY_PIPELINES
 from torch import Tensor, nn
 from torch.nn import functional as F
+from usual_families import USUAL
 
 from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.load import load_family
@@ -180,7 +181,13 @@ def prepared(family: ModelFamily, targets: list[str] | None = None) -> tuple[Reh
     return Rehearsal(family, family.latent_shape(height, 2 * height)), 3
 
 
-@by_family
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=() if kind in (*USUAL, "QwenImagePipeline") else pytest.mark.slow)
+        for kind in sorted(TINY_PIPELINES)
+    ],
+)
 def test_passes_take_what_they_take_for_real(kind: str, folders: Path) -> None:
     """Forward, backward, with blocks run again, guided, decoding: the bytes on the meta device are those on the CPU."""
     planned, count = prepared(blueprint(folders / kind, torch.float32))
@@ -229,7 +236,10 @@ class _OnCpu(_Nothing):
         return torch.autocast("cpu", torch.bfloat16)
 
 
-@pytest.mark.parametrize("kind", ["StableDiffusion3Pipeline", "FluxPipeline", "StableDiffusionXLPipeline"])
+@pytest.mark.parametrize(
+    "kind",
+    ["StableDiffusion3Pipeline", "FluxPipeline", pytest.param("StableDiffusionXLPipeline", marks=pytest.mark.slow)],
+)
 def test_bfloat16_passes_under_autocast(kind: str, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bfloat16 base with float32 adapters: all bytes are those of the CPU's autocast, whose list is shorter."""
     monkeypatch.setattr(footprint, "FLOAT32", frozenset())

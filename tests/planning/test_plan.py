@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from planned_runs import PROMPTS, moving, plan_of, run_under_meter, settings
+from planned_runs import PROMPTS, SMALL, moving, plan_of, run_under_meter, settings
 from usual_families import usual_families
 
 from rdm_sdk import RDMTrainer, plan_memory
@@ -80,10 +80,9 @@ def test_plan_follows_the_settings(
     changed: dict[str, Any], rewards: str, tolerance: float, said: str, folders: Path, tmp_path: Path
 ) -> None:
     """The same for a run that is set up otherwise; what a reward's own model saves is left out."""
-    kind = "StableDiffusion3Pipeline"
-    args = settings(kind, blueprint(folders / kind, torch.float32), tmp_path, **changed)
-    plan = plan_memory(folders / "configs" / kind, args, rewards)
-    _, peak = run_under_meter(folders / kind, rewards, args)
+    args = settings(SMALL, blueprint(folders / SMALL, torch.float32), tmp_path, **changed)
+    plan = plan_memory(folders / "configs" / SMALL, args, rewards)
+    _, peak = run_under_meter(folders / SMALL, rewards, args)
     assert moving(plan) == pytest.approx(peak, rel=tolerance)
     assert re.search(said, plan.peak)
 
@@ -115,11 +114,10 @@ def test_what_waits_elsewhere_takes_nothing(folders: Path, tmp_path: Path) -> No
 
 def test_bfloat16_runs_under_autocast(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real run in bfloat16, with the CPU's shorter list of float32 functions in the plan."""
-    kind = "StableDiffusion3Pipeline"
     monkeypatch.setattr(footprint, "FLOAT32", frozenset())
-    args = settings(kind, blueprint(folders / kind, torch.float32), tmp_path, bf16=True)
-    plan = plan_memory(folders / "configs" / kind, args)
-    _, peak = run_under_meter(folders / kind, "dm", args)
+    args = settings(SMALL, blueprint(folders / SMALL, torch.float32), tmp_path, bf16=True)
+    plan = plan_memory(folders / "configs" / SMALL, args)
+    _, peak = run_under_meter(folders / SMALL, "dm", args)
     assert moving(plan) == pytest.approx(peak, rel=0.05)
     single = plan_of(folders, tmp_path)
     assert plan.bytes_of("base") == (single.bytes_of("base") or 0) / 2
@@ -141,9 +139,10 @@ def test_gradients_and_scratch_are_where_the_trainer_has_them(folders: Path, tmp
     size = {role: 4 * sum(p.numel() for p in family.roles.parameters_of(role).values()) for role in ("student", "fake")}
     assert 2 * size["student"] == size["fake"] > 0
 
+    rehearsal = Rehearsal(family, family.latent_shape(32, 64))
+
     def phases(**changed: Any) -> dict[str, Phase]:
         args = settings(kind, family, tmp_path, **changed)
-        rehearsal = Rehearsal(family, family.latent_shape(32, 64))
         return {phase.name: phase for phase in Step(rehearsal, args, plan_rewards("dm")).phases()}
 
     once, twice = phases(), phases(gradient_accumulation_steps=2)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from planned_runs import plan_of, settings
+from planned_runs import SMALL, plan_of, settings
 from torch import nn
 from transformers import (
     BlipConfig,
@@ -64,7 +64,8 @@ def test_rewards_are_counted_and_not_made(folders: Path, tmp_path: Path) -> None
 
 def test_a_head_is_trained_too(folders: Path, tmp_path: Path) -> None:
     """A discriminator has parameters, and the teacher's features keep a graph of their own."""
-    with_head, without = (plan_of(folders, tmp_path, rewards) for rewards in ("dm + 0.1*adversarial", "dm"))
+    kind = "StableDiffusion3Pipeline"  # the features are its middle block's
+    with_head, without = (plan_of(folders, tmp_path, rewards, kind=kind) for rewards in ("dm + 0.1*adversarial", "dm"))
     row = next(row for row in with_head.rows if row.role == "discriminator")
     assert row.parameters == 2 * 16 + 128 * 16 + 128 + 128 + 1 + 4 * 128  # and what tells it which of four steps
     assert (with_head.bytes_of("activations") or 0) > 1.1 * (without.bytes_of("activations") or 0)
@@ -264,9 +265,7 @@ def test_quantization_leaves_adapters_alone(folders: Path, tmp_path: Path) -> No
     plans = {bits: plan_of(folders, tmp_path, quantization=bits) for bits in ("none", "8bit", "4bit")}
     for bits in ("8bit", "4bit"):
         rows = {row.role: row.bytes for row in plans[bits].rows}
-        assert rows.pop("base") == quantized_bytes(
-            blueprint(folders / "configs/StableDiffusion3Pipeline", torch.float32).backbone, bits
-        )
+        assert rows.pop("base") == quantized_bytes(blueprint(folders / "configs" / SMALL, torch.float32).backbone, bits)
         assert rows == {row.role: row.bytes for row in plans["none"].rows if row.role != "base"}
 
 
@@ -307,6 +306,7 @@ def test_true_shapes_have_their_published_size(kind: str, billions: float, tmp_p
     assert tables == (2 * 192**2 * 1536 if kind == "StableDiffusion3Pipeline" else 0)  # of positions
 
 
+@pytest.mark.slow
 def test_a_plan_of_stable_diffusion_3_medium(tmp_path: Path) -> None:
     """A run at 1,024 pixels: T5 is the largest weight, activations the largest part, and checkpointing most of them."""
     planner = Planner(write_configs(tmp_path / "sd3", "StableDiffusion3Pipeline"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -31,6 +32,23 @@ print(sorted(key for key in trainer.state.log_history[0] if key.startswith("rewa
 """
 
 
+FAMILY = """
+import sys
+sys.path.insert(0, "acme-models/tests")
+from test_auraflow import tiny_auraflow
+from rdm_sdk import RDMConfig, RDMTrainer
+tiny_auraflow().save_pretrained("base")
+args = RDMConfig(
+    output_dir="models_run", max_steps=1, per_device_train_batch_size=4, num_generations=2, max_sequence_length=16,
+    critic_steps=1, logging_steps=1, report_to="none", use_cpu=True, save_strategy="no",
+)
+trainer = RDMTrainer("base", "dm", args, ["a red fox", "two boats"])
+trainer.train()
+trainer.save_model("student")
+print(type(trainer.family).__name__, trainer.state.log_history[0]["loss"] > 0)
+"""
+
+
 def files_of_the_page(name: str) -> dict[str, str]:
     """Return the files that a page tells its reader to write: a name in backquotes, a colon, and a block of code."""
     text = (DOCS / name).read_text(encoding="utf-8")
@@ -38,15 +56,14 @@ def files_of_the_page(name: str) -> dict[str, str]:
     return dict(found)
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """Return `run(*arguments, expect=0)`: a Python process that sees what was installed into `tmp_path/site`."""
+def runner(folder: Path) -> Run:
+    """Return `run(*arguments, expect=0)`: a Python process that sees what was installed into `folder/site`."""
 
     def start(*arguments: str, expect: int = 0) -> str:
-        path = os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(filter(None, [str(folder / "site"), os.environ.get("PYTHONPATH")]))
         everything = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
-            [sys.executable, *arguments], cwd=tmp_path, env=everything, capture_output=True, text=True, timeout=280
+            [sys.executable, *arguments], cwd=folder, env=everything, capture_output=True, text=True, timeout=280
         )
         assert done.returncode == expect, done.stdout + done.stderr
         return done.stdout + done.stderr
@@ -54,56 +71,115 @@ def run(tmp_path: Path) -> Run:
     return start
 
 
-def install(run: Run, folder: Path, site: Path) -> None:
-    """Install a distribution with pip; nothing is downloaded."""
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Return the `runner` of the test's folder."""
+    return runner(tmp_path)
+
+
+def install(run: Run, site: Path, *folders: Path) -> None:
+    """Install distributions with pip; nothing is downloaded."""
     quietly = ("--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
-    run("-m", "pip", "install", *quietly, "--target", str(site), str(folder))
+    run("-m", "pip", "install", *quietly, "--target", str(site), *map(str, folders))
 
 
-def test_the_page_from_an_empty_folder_to_a_run(tmp_path: Path, run: Run) -> None:
+STEPS = """
+import json, sys, traceback
+import pytest
+from rdm_sdk.cli.main import main
+
+kinds = {"rdm-sdk": main, "pytest": pytest.main, "python": lambda words: exec(words[0], {"__name__": "__main__"})}
+for name, kind, words in json.loads(sys.argv[1]):
+    print(f"<<<{name}>>>", flush=True)
+    try:
+        status = kinds[kind](words) or 0
+    except Exception:
+        traceback.print_exc(file=sys.stdout)
+        status = 1
+    print(f"status {int(status)}", flush=True)
+"""
+QUIETLY = ["-q", "-p", "no:cacheprovider"]
+
+
+def write_files(page: str, folder: Path) -> set[str]:
+    """Write the files of a page into a folder, and return their names."""
+    files = files_of_the_page(page)
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return set(files)
+
+
+@pytest.fixture(scope="module")
+def strangers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """Return a folder with three packages of strangers, installed with pip, and what each step with them printed.
+
+    All in one process that sees them, as its imports take longer than most of the steps.
+    """
+    folder = tmp_path_factory.mktemp("strangers")
+    start = runner(folder)
+    packages = [folder / "acme-rewards", folder / "acme-models", new_reward("acme/fine-Grain_2", folder)]
+    for page, package in zip(("write-a-reward.md", "write-a-model.md"), packages, strict=False):
+        write_files(page, package)
+    install(start, folder / "site", *packages)
+    spec = "dm + 0.2*acme/ink + 0.1*acme/sharpness[radius=2]"
+    steps = [
+        ("rewards", "rdm-sdk", ["rewards", "list"]),
+        ("info", "rdm-sdk", ["rewards", "info", "acme/sharpness"]),
+        ("check", "rdm-sdk", ["rewards", "check", "acme/sharpness[radius=2]"]),
+        ("rewards' tests", "pytest", [*QUIETLY, str(packages[0])]),
+        ("rewards' run", "python", [TRAIN.format(spec=spec)]),
+        ("models", "rdm-sdk", ["models", "list"]),
+        ("models' tests", "pytest", [*QUIETLY, str(packages[1] / "tests")]),
+        ("models' run", "python", [FAMILY]),
+        ("new tests", "pytest", [*QUIETLY, str(packages[2])]),
+        ("new info", "rdm-sdk", ["rewards", "info", "acme/fine-Grain_2"]),
+    ]
+    parts = re.split("<<<(.+?)>>>\n", start("-u", "-c", STEPS, json.dumps(steps)))
+    return folder, dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def done(told: str) -> str:
+    """Return what a step printed, which must have gone well."""
+    assert re.search("^status 0$", told, re.MULTILINE), told
+    return told
+
+
+def test_the_page_from_an_empty_folder_to_a_run(strangers: tuple[Path, dict[str, str]]) -> None:
     """The page's own files, installed with pip, are listed, checked and trained with, without touching the SDK."""
-    files = files_of_the_page("write-a-reward.md")
-    assert files.keys() == {
+    _, told = strangers
+    assert files_of_the_page("write-a-reward.md").keys() == {
         "pyproject.toml",
         "acme_rewards/__init__.py",
         "acme_rewards/rewards.py",
         "tests/test_rewards.py",
     }
-    for name, text in files.items():
-        path = tmp_path / "acme-rewards" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    install(run, tmp_path / "acme-rewards", tmp_path / "site")
-    listed = run("-m", "rdm_sdk.cli.main", "rewards", "list")
+    listed = done(told["rewards"])
     assert "acme/ink" in listed
     assert "how much neighboring pixels differ" in listed
-    assert "radius  int  default 1  Distance of the compared pixels." in run(
-        "-m", "rdm_sdk.cli.main", "rewards", "info", "acme/sharpness"
-    )
-    assert "keeps the contract" in run("-m", "rdm_sdk.cli.main", "rewards", "check", "acme/sharpness[radius=2]")
-    assert "passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "acme-rewards"))
-    spec = "dm + 0.2*acme/ink + 0.1*acme/sharpness[radius=2]"
+    assert "radius  int  default 1  Distance of the compared pixels." in done(told["info"])
+    assert "keeps the contract" in done(told["check"])
+    assert "passed" in done(told["rewards' tests"])
     means = [f"rewards/{name}/mean" for name in ("acme/ink", "acme/sharpness", "dm")]
-    assert str(means) in run("-c", TRAIN.format(spec=spec))
+    assert str(means) in done(told["rewards' run"])
 
 
-def test_a_new_reward_passes_its_own_tests_at_once(tmp_path: Path, run: Run) -> None:
+def test_a_new_reward_passes_its_own_tests_at_once(strangers: tuple[Path, dict[str, str]]) -> None:
     """The generated distribution installs, its tests pass, and its reward can be named."""
-    folder = new_reward("acme/fine-Grain_2", tmp_path)
-    assert folder.name == "rdm-reward-acme-fine-grain-2"
-    install(run, folder, tmp_path / "site")
-    said = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder))
+    folder, told = strangers
+    assert (folder / "rdm-reward-acme-fine-grain-2").is_dir()
+    said = done(told["new tests"])
     assert re.search(r"\d+ passed", said)
     assert "failed" not in said
-    info = run("-m", "rdm_sdk.cli.main", "rewards", "info", "acme/fine-Grain_2")
-    assert "rdm_reward_acme_fine_grain_2.reward:FineGrain2" in info
+    assert "rdm_reward_acme_fine_grain_2.reward:FineGrain2" in done(told["new info"])
 
 
 @pytest.mark.slow
 def test_a_new_remote_reward_passes_its_own_tests_at_once(tmp_path: Path, run: Run) -> None:
     """Both of its rewards keep the contract, one through a real server; the thin one needs an address, and says so."""
     folder = new_reward("acme/fine-Grain_2", tmp_path, remote=True)
-    install(run, folder, tmp_path / "site")
+    install(run, tmp_path / "site", folder)
     told = run("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(folder))
     assert re.search(r"\d+ passed", told)
     assert "failed" not in told
@@ -192,42 +268,19 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
-FAMILY = """
-import sys, warnings
-sys.path.insert(0, "acme-models/tests")
-from test_auraflow import tiny_auraflow
-from rdm_sdk import RDMConfig, RDMTrainer
-tiny_auraflow().save_pretrained("base")
-args = RDMConfig(
-    output_dir="run", max_steps=1, per_device_train_batch_size=4, num_generations=2, max_sequence_length=16,
-    critic_steps=1, logging_steps=1, report_to="none", use_cpu=True, save_strategy="no",
-)
-trainer = RDMTrainer("base", "dm", args, ["a red fox", "two boats"])
-trainer.train()
-trainer.save_model("student")
-print(type(trainer.family).__name__, trainer.state.log_history[0]["loss"] > 0)
-"""
-
-
-def test_a_family_from_the_page_to_a_run(tmp_path: Path, run: Run) -> None:
+def test_a_family_from_the_page_to_a_run(strangers: tuple[Path, dict[str, str]]) -> None:
     """The page's own family is found by the pipeline's class, keeps the contract and trains."""
-    files = files_of_the_page("write-a-model.md")
-    assert files.keys() == {
+    folder, told = strangers
+    assert files_of_the_page("write-a-model.md").keys() == {
         "pyproject.toml",
         "acme_models/__init__.py",
         "acme_models/auraflow.py",
         "tests/test_auraflow.py",
     }
-    for name, text in files.items():
-        path = tmp_path / "acme-models" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    install(run, tmp_path / "acme-models", tmp_path / "site")
-    assert "AuraFlowPipeline" in run("-m", "rdm_sdk.cli.main", "models", "list")
-    assert "21 passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", "acme-models/tests")
-    (tmp_path / "train.py").write_text(FAMILY)
-    assert "AuraFlowFamily True" in run("train.py")
-    assert "from diffusers import AuraFlowPipeline" in (tmp_path / "student" / "README.md").read_text()
+    assert "AuraFlowPipeline" in done(told["models"])
+    assert "21 passed" in done(told["models' tests"])
+    assert "AuraFlowFamily True" in done(told["models' run"])
+    assert "from diffusers import AuraFlowPipeline" in (folder / "student" / "README.md").read_text()
 
 
 def test_every_distribution_has_its_license() -> None:

@@ -1,75 +1,19 @@
 """The plugin system: faults stay with the plugin that has them, and everything says who is to blame.
 
-The plugins here are written as pip leaves them: a module and a `.dist-info` folder on the path of a fresh interpreter.
+The plugins here are written as pip leaves them: a module and a `.dist-info` folder on the path. Most are looked for
+in this process (`run`), as a new interpreter costs seconds of imports; what is about a start itself gets one (`start`).
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-HOOK = "from rdm_sdk import hookimpl\n\n@hookimpl\ndef {hook}({arguments}):\n    {body}\n"
-INK = '''
-from rdm_sdk import Capabilities, Reward, RewardConfig
-
-class Ink(Reward):
-    """How dark an image is."""
-    capabilities = Capabilities(gradient="autograd")
-    class Config(RewardConfig):
-        scale: float = 1.0
-    def score(self, batch):
-        return self.config.scale * (1 - batch.images.mean(dim=(1, 2, 3)))
-
-def darkness(images, prompts, **columns):
-    return (1 - images.mean(dim=(1, 2, 3))).tolist()
-'''
 Install = Callable[..., None]
 Run = Callable[..., str]
-
-
-@pytest.fixture
-def install(tmp_path: Path) -> Install:
-    """Return `install(distribution, entry, hook=..., arguments=..., body=..., code=...)`."""
-
-    def make(
-        distribution: str,
-        entry: str = "main",
-        hook: str = "rdm_register_rewards",
-        arguments: str = "register",
-        body: str = "pass",
-        code: str | None = None,
-    ) -> None:
-        module = distribution.replace("-", "_")
-        source = HOOK.format(hook=hook, arguments=arguments, body=body) if code is None else code
-        (tmp_path / f"{module}.py").write_text(source)
-        (tmp_path / f"{module}_rewards.py").write_text(INK)
-        info = tmp_path / f"{module}-1.2.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2\n")
-        (info / "entry_points.txt").write_text(f"[rdm_sdk]\n{entry} = {module}\n")
-
-    return make
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """Return `run(code or command-line words, **environment)`: standard output and error of a fresh interpreter."""
-
-    def start(*words: str, code: str | None = None, **environment: str) -> str:
-        command = ["-c", code] if code is not None else ["-m", "rdm_sdk.cli.main", *words]
-        path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
-        everything = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment
-        done = subprocess.run([sys.executable, *command], env=everything, capture_output=True, text=True, timeout=120)
-        return done.stdout + done.stderr
-
-    return start
-
 
 GOOD = 'register("good/ink", "good_one_rewards:Ink"); register("good/darkness", "good_one_rewards:darkness")'
 
@@ -83,10 +27,10 @@ def install_one_good_and_four_bad(install: Install) -> None:
     install("bad-twin", body='register("legibility", "a:B"); register("twin/ink", "bad_twin_rewards:Ink")')
 
 
-def test_four_bad_plugins_do_not_hurt_a_good_one(install: Install, run: Run) -> None:
+def test_four_bad_plugins_do_not_hurt_a_good_one(install: Install, run: Run, start: Run) -> None:
     """The good plugin's rewards work, and `rdm-sdk plugins` names the four faults with their distributions."""
     install_one_good_and_four_bad(install)
-    said = run("plugins")
+    said = start("plugins")
     faults = {line.split()[2].split(":")[0]: line for line in said.splitlines() if line.startswith("FAULT")}
     assert faults.keys() == {"bad-import", "bad-hook", "bad-future", "bad-twin"}
     assert "No module named 'no_such_module'" in faults["bad-import"]
@@ -191,13 +135,13 @@ def test_a_typo_is_not_blamed_on_a_fault_elsewhere(install: Install, run: Run) -
     assert "Did you mean 'acme/sharpness'?" in run("rewards", "info", "acme/sharpnes")
 
 
-def test_damage_and_exits_stay_with_their_plugin(install: Install, run: Run, tmp_path: Path) -> None:
+def test_damage_and_exits_stay_with_their_plugin(install: Install, start: Run, tmp_path: Path) -> None:
     """A plugin that ends the process at import, and an installation without a name, do not end the program."""
     install("good-one", body=GOOD)
     install("bad-exit", code="import sys; sys.exit('bye')\n")
     install("bad-damage", body="pass")
     (tmp_path / "bad_damage-1.2.dist-info" / "METADATA").unlink()
-    said = run("plugins")
+    said = start("plugins")
     assert "FAULT in bad-exit:main (1.2): it cannot be imported: SystemExit: bye" in said
     assert "good/ink" in said
     assert "Traceback" not in said
@@ -257,7 +201,7 @@ def test_a_known_plugin_that_is_missing_names_its_pip_command(run: Run) -> None:
     assert "Did you mean 'hps'?" in run("rewards", "info", "hsp", RDM_SDK_PLUGINS="none")
 
 
-def test_listing_rewards_imports_nothing_heavy(install: Install, run: Run) -> None:
+def test_listing_rewards_imports_nothing_heavy(install: Install, start: Run) -> None:
     """All rewards, installed plugins included, are listed without torch or transformers."""
     install("good-one", body=GOOD)
     code = (
@@ -265,7 +209,7 @@ def test_listing_rewards_imports_nothing_heavy(install: Install, run: Run) -> No
         "assert {'dm', 'legibility', 'good/ink'} <= set(names), names\n"
         "print(len(names), sorted({'torch', 'transformers', 'diffusers', 'pydantic', 'numpy'} & sys.modules.keys()))"
     )
-    count, heavy = run(code=code).strip().split(maxsplit=1)
+    count, heavy = start(code=code).strip().split(maxsplit=1)
     assert int(count) >= 4
     assert heavy == "[]"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from rdm_sdk.types import Condition
 
 # Diffusers' Euler scheduler under numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-tiny_sd3 = TINY_PIPELINES["StableDiffusion3Pipeline"]
+tiny_sd3 = partial(TINY_PIPELINES["StableDiffusion3Pipeline"], num_layers=2)  # the last has no text to update
 
 
 @pytest.mark.parametrize("kind", sorted(TINY_PIPELINES))

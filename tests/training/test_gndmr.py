@@ -13,7 +13,7 @@ from digit_runs import pictures
 from torch import Tensor
 from transformers import TrainerCallback
 
-from rdm_sdk import ConfigError, RDMTrainer, digits
+from rdm_sdk import ConfigError, RDMTrainer
 from rdm_sdk.families.load import load_family
 from rdm_sdk.training.weighting import RewardStatistics
 
@@ -254,10 +254,12 @@ class Snapshots(TrainerCallback):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_each_update_changes_its_own_roles(make_digits_trainer: Make, tmp_path: Path, accumulation: int) -> None:
+def test_each_update_changes_its_own_roles(
+    make_trainer: Make, small_teacher: str, tmp_path: Path, accumulation: int
+) -> None:
     """Law 7 with a head: critics and student take turns, the teacher's output stays the same bits."""
     watch = Snapshots()
-    trainer = make_digits_trainer(
+    trainer = make_trainer(
         tmp_path,
         ["dm + 0.5*adversarial + 0.1*guidance", (jpeg_like, 0.1)],
         pictures(),
@@ -275,7 +277,7 @@ def test_each_update_changes_its_own_roles(make_digits_trainer: Make, tmp_path: 
         with torch.no_grad():
             return family.denoiser(family.roles, "teacher", family.encode_prompts(["one", "two"]))(x_t, sigma)
 
-    before = teacher(load_family(digits.teacher_path(), torch.float32, max_sequence_length=4))
+    before = teacher(load_family(small_teacher, torch.float32, max_sequence_length=4))
     trainer.train()
     assert torch.equal(teacher(trainer.family), before)
     for start, critics_done, student_done in zip(*[iter(watch.taken)] * 3, strict=True):

@@ -69,12 +69,12 @@ def test_all_routes_in_one_run(make_trainer: Make, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("settings", [{"reward_batch_size": 3}, {"reward_offload": True}, {"reward_device": "cpu"}])
 def test_memory_settings_change_nothing_else(
-    make_digits_trainer: Make, tmp_path: Path, losses_of: Any, settings: dict[str, Any]
+    make_trainer: Make, tmp_path: Path, losses_of: Any, settings: dict[str, Any]
 ) -> None:
     """Chunks, offloading and the rewards' device leave the run as it is."""
 
     def run(name: str, **extra: Any) -> list[dict[str, float]]:
-        trainer = make_digits_trainer(tmp_path / name, "dm + 0.5*legibility + 0.2*jpeg", **extra)
+        trainer = make_trainer(tmp_path / name, "dm + 0.5*legibility + 0.2*jpeg", **extra)
         trainer.train()
         return [{k: v for k, v in row.items() if not k.endswith("/seconds")} for row in losses_of(trainer)]
 

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from datasets import Dataset
 from matplotlib import get_data_path
@@ -87,6 +88,7 @@ def mean_score(models, reward, seed):
         return float(reward.score(batch).mean())
 
 
+@pytest.mark.slow
 def test_a_student_learns_to_spell():
     """Over 12 steps of policy gradient the reward of new samples rises from that of chance to nearly all letters."""
     torch.manual_seed(0)
