@@ -34,7 +34,7 @@ class Sampler:
         guidance_scale: the teacher's.
         seed: the images of a candidate are the same for the same seed, whatever else was sampled.
         batch_size: images at a time; images depend on it, by their last bits and by their noise.
-        dtype: of the base, where it is loaded here.
+        dtype: of the base, where it is loaded here, float32 by default.
         device: where it works.
         other_base: take students of another base of the same family, as `load_student`.
         cache: a folder for the images, 8 bits a channel, by a hash of all that decides them; None keeps none.
@@ -47,11 +47,11 @@ class Sampler:
     def __init__(
         self,
         model: object,
-        *,
         guidance_scale: float,
         seed: int,
         batch_size: int,
-        dtype: torch.dtype = torch.float32,
+        *,
+        dtype: torch.dtype | None = None,
         device: torch.device | str,
         cache: Path | None = None,
         other_base: bool = False,
@@ -59,7 +59,7 @@ class Sampler:
         check_guidance(guidance_scale)
         self.guidance_scale, self.seed, self.batch_size, self.cache = guidance_scale, seed, batch_size, cache
         self.other_base = other_base
-        self.family: ModelFamily = load_family(model, dtype)
+        self.family: ModelFamily = load_family(model, dtype or torch.float32)
         self.fingerprint = self.family.fingerprint()
         if str(self.family.pipeline.device) != str(device):  # one that is spread over devices refuses to be moved
             self.family.pipeline.to(device)

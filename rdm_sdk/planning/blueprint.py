@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from transformers.modeling_utils import local_torch_dtype
 
 from rdm_sdk.errors import ModelError
 from rdm_sdk.families.base import ModelFamily
-from rdm_sdk.families.load import family_class, find_folder
+from rdm_sdk.families.load import explained, family_class, find_folder
 
 CONFIGS = ("model_index.json", "*/config.json", "*/scheduler_config.json")
 """What is downloaded of a hub repository."""
@@ -46,13 +45,13 @@ def blueprint(model: object, dtype: torch.dtype, **options: Any) -> ModelFamily:
     folder = find_folder(str(model))
     if folder is None:
         hint = "Pass a hub id you have access to, check the connection, or pass the path of a local folder."
-        with _explained(f"reach the hub for the configs of {str(model)!r}", hint):
+        with explained(f"reach the hub for the configs of {str(model)!r}", hint):
             folder = Path(huggingface_hub.snapshot_download(str(model), allow_patterns=list(CONFIGS)))
-    with _explained(f"read {str(folder / 'model_index.json')!r}", "Is it a whole pipeline's?"):
+    with explained(f"read {str(folder / 'model_index.json')!r}", "Is it a whole pipeline's?"):
         index: dict[str, Any] = dict(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
     family = family_class(str(index.get("_class_name")))
     hint = "Is every component's config.json there, and are diffusers and transformers new enough for them?"
-    with _explained(f"build the pipeline in {str(folder)!r} from its configs", hint), torch.no_grad():
+    with explained(f"build the pipeline in {str(folder)!r} from its configs", hint), torch.no_grad():
         kind: Any = getattr(diffusers, index["_class_name"])
         parts = {
             name: _part(folder, name, value, torch.float32 if name == "vae" else dtype)
@@ -95,12 +94,3 @@ def _part(folder: Path, name: str, named: Sequence[str | None], dtype: torch.dty
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
     return module
-
-
-@contextmanager
-def _explained(what: str, hint: str) -> Iterator[None]:
-    """Turn whatever happens in the block into a `ModelError`."""
-    try:
-        yield
-    except Exception as error:
-        raise ModelError(f"cannot {what}: {type(error).__name__}: {error}. {hint}") from error
