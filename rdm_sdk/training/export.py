@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from rdm_sdk.families.roles import STUDENT
 from rdm_sdk.rewards.resolve import WeightedReward
 from rdm_sdk.rewards.spec import show_spec, without_places
 from rdm_sdk.training.config import RDMConfig
+from rdm_sdk.training.rules import default_of
 from rdm_sdk.training.student_base import (
     BASE,
     PEFT_FOLDER,
@@ -373,13 +374,11 @@ def _cautions(family: ModelFamily, info: StudentInfo) -> str:
 
 def non_default_settings(config: Any) -> dict[str, object]:
     """Return the settings of a dataclass config that differ from its defaults, leaving out paths and reporting."""
-    from dataclasses import MISSING, fields
-
     hidden = {"output_dir", "logging_dir", "run_name", "report_to", "hub_token", "disable_tqdm", "use_cpu"}
     result: dict[str, object] = {}
     for spec in fields(config):
         value = getattr(config, spec.name)
-        default = spec.default_factory() if spec.default_factory is not MISSING else spec.default
+        default = default_of(spec)
         if value == [] or (default is None and value is False):
             continue  # what Trainer makes of settings that nobody touched
         if spec.init and spec.name not in hidden and value != default and isinstance(value, (int, float, str, list)):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any
 
 from transformers import TrainingArguments
 
 from rdm_sdk.errors import ConfigError
+from rdm_sdk.training.rules import default_of
 
 _NO_LABELS = "there are no labels and no metrics of predictions: rewards judge images"
 _NO_TOKENS = "no tokens are counted: what is trained sees latents"
@@ -60,7 +61,7 @@ def check_inherited(config: Any) -> None:
         if spec.name not in UNSUPPORTED:
             continue
         value = getattr(config, spec.name)
-        default = spec.default_factory() if spec.default_factory is not MISSING else spec.default
+        default = default_of(spec)
         evaluates = spec.name == "do_eval" and config.eval_strategy != "no"  # then transformers sets it itself
         if value != default and not (_is_nothing(value) and _is_nothing(default)) and not evaluates:
             raise ConfigError(f"{spec.name}={value!r} is not supported: {UNSUPPORTED[spec.name]}. Leave it out")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from rdm_sdk.rewards.resolve import plan_rewards
 from rdm_sdk.rewards.spec import is_secret, show_spec
 from rdm_sdk.training.config import RDMConfig
 from rdm_sdk.training.inherited import UNSUPPORTED
+from rdm_sdk.training.rules import default_of
 from rdm_sdk.training.weighting import make_weighting
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def _chosen(args: RDMConfig) -> Iterator[tuple[str, Any]]:
     plain: dict[str, Any] = args.to_dict()  # type: ignore[no-untyped-call] # with plain values in the place of enums
     for spec in fields(args):
         name, value = spec.name, plain.get(spec.name)
-        default = spec.default_factory() if spec.default_factory is not MISSING else spec.default
+        default = default_of(spec)
         if getattr(args, name) == default:
             continue  # to_dict writes a mask even where there is no secret
         # The factors of reward_weights are in the spec's weights already.
