@@ -30,9 +30,9 @@ from rdm_sdk.rewards.judging import (
     as_declared,
     copied,
     differentiated,
-    inapplicable,
     judged_with_models,
     logged_by,
+    nothing,
     pulled_back,
     spread,
 )
@@ -245,7 +245,7 @@ class Started:
                 rows[name] = rows_it_is_for(reward, chunk)
                 self.shown[name] += len(rows[name])
                 if not rows[name]:
-                    self.outputs[name].append(inapplicable(chunk, name in self.graded))
+                    self.outputs[name].append(nothing(chunk.latents, name in self.graded))
         return rows
 
     def collect(self) -> Evaluation:
