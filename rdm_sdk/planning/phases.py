@@ -38,13 +38,7 @@ class Phase:
 
 
 class Step:
-    """The phases of a run's optimizer step.
-
-    Args:
-        rehearsal: of the run's model, with its roles.
-        args: the run's settings.
-        rewards: the run's rewards, made or declared.
-    """
+    """The phases of a run's optimizer step, its rewards made or declared."""
 
     def __init__(self, rehearsal: Rehearsal, args: RDMConfig, rewards: Sequence[RunReward]) -> None:
         self.rehearsal, self.args, self.rewards = rehearsal, args, rewards

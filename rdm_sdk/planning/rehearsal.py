@@ -94,9 +94,8 @@ class Rehearsal:
         x_t.requires_grad_()
         features = self.family.features(self._network, TEACHER, condition)
         self._run_blocks_again(checkpointing)
-        return _tape(
-            self._mode, lambda: features(x_t, sigma), lambda held: torch.autograd.grad(held[0].sum(), x_t)
-        ).peak
+        tape = _tape(self._mode, lambda: features(x_t, sigma), lambda held: torch.autograd.grad(held[0].sum(), x_t))
+        return tape.peak
 
     def carry_back(self, count: int, checkpointing: bool, guided: bool) -> Tape:
         """Return what the teacher's pass takes for `count` samples where a gradient is carried back to x_t."""

@@ -176,14 +176,8 @@ class _Asked:
 class Started:
     """An evaluation on its way: asynchronous rewards may be at work, the others have judged what they were given.
 
-    Args:
-        rewards: name to reward.
-        batch: the samples, group-major.
-        device: where the rewards' models are.
-        on_error: as `evaluate_rewards`.
-        graded: the names of the rewards whose gradient is wanted, each of which has one.
-        may_sit_out: as `evaluate_rewards`.
-        time_limit: as `evaluate_rewards`.
+    The arguments are those of `evaluate_rewards`, settled; `graded` names the rewards whose gradient is wanted, each of
+    which has one.
     """
 
     def __init__(

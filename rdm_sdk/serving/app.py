@@ -63,12 +63,7 @@ def error_response(status: int, message: str, **more: Any) -> JSONResponse:
 
 
 class Service:
-    """The endpoints.
-
-    Args:
-        scorer: answers; closed by whoever made it.
-        limits: of a request.
-    """
+    """The endpoints; the scorer is closed by whoever made it."""
 
     def __init__(self, scorer: Scorer, limits: Limits) -> None:
         self.scorer, self.limits = scorer, limits

@@ -74,6 +74,22 @@ def _is_nothing(value: object) -> bool:
     return value in (None, False, "", "no") or value in ([], {}) or value == AcceleratorConfig()
 
 
+def chosen_settings(config: Any) -> dict[str, Any]:
+    """Return the settings of an `RDMConfig` that are not as the class has them, as plain values."""
+    plain: dict[str, Any] = config.to_dict()  # with plain values in the place of enums
+    chosen = {}
+    for spec in fields(config):
+        name, value, default = spec.name, plain.get(spec.name), default_of(spec)
+        # `to_dict` writes a mask even where there is no secret.
+        if not spec.init or name in UNSUPPORTED or getattr(config, name) == default:
+            continue
+        if name == "report_to":
+            chosen[name] = value or "none"
+        elif value != getattr(default, "value", default) and not (value in (None, [], {}) and not default):
+            chosen[name] = value
+    return chosen
+
+
 def name_checkpointing(config: Any) -> None:
     """Give activation checkpointing its older name, the only one that earlier versions of transformers know.
 
