@@ -83,6 +83,8 @@ def chosen_settings(config: Any) -> dict[str, Any]:
         # `to_dict` writes a mask even where there is no secret.
         if not spec.init or name in UNSUPPORTED or getattr(config, name) == default:
             continue
+        if name.endswith("_checkpointing") and not value:  # which transformers makes of None
+            continue
         if name == "report_to":
             chosen[name] = value or "none"
         elif value != getattr(default, "value", default) and not (value in (None, [], {}) and not default):
