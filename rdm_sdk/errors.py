@@ -58,13 +58,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def check_texts(texts: object, name: str, error_class: type[RDMError]) -> list[str]:
-    """Return `texts` as a list, or raise if it is no list of texts; a single text is none, though it can be iterated.
-
-    Args:
-        texts: what was given.
-        name: the argument's name, for the message.
-        error_class: what is raised.
-    """
+    """Return `texts` as a list, or raise if it is none of texts; a single text is none, though it can be iterated."""
     if isinstance(texts, str):
         raise error_class(f"{name} must be a list of texts; got the single text {shown(texts, 60)}. Write [{name}]")
     if not isinstance(texts, Sequence) or not texts:

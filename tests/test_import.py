@@ -6,10 +6,12 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import rdm_sdk
+import rdm_sdk.testing
 
 ROOT = Path(rdm_sdk.__file__).parent
 
@@ -22,12 +24,12 @@ def dotted(path: Path) -> str:
 
 
 def test_the_front_door_imports_nothing_of_the_package() -> None:
-    """`rdm_sdk/__init__.py` imports the package's modules for type checkers only."""
+    """`rdm_sdk/__init__.py` imports three small modules; what it names stands in its stub."""
     tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
-    at_run_time = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    at_run_time = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
     names = {a.name for n in at_run_time if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module for n in at_run_time if isinstance(n, ast.ImportFrom) and n.module}
-    assert names <= {"__future__", "importlib", "typing", "rdm_sdk._version", "rdm_sdk.quiet"}
+    assert names <= {"rdm_sdk._version", "rdm_sdk.lazy", "rdm_sdk.quiet"}
 
 
 def test_import_is_light_and_fast() -> None:
@@ -53,21 +55,18 @@ def test_every_public_name_loads(name: str) -> None:
     assert name in dir(rdm_sdk)
 
 
-def test_public_names_agree() -> None:
-    """What is listed, what is lazily loaded and what type checkers see are the same names."""
-    assert set(rdm_sdk.__all__) == {*rdm_sdk._PUBLIC, *rdm_sdk._SUBMODULES}
+@pytest.mark.parametrize("package", [rdm_sdk, rdm_sdk.testing], ids=lambda package: package.__name__)
+def test_public_names_agree(package: ModuleType) -> None:
+    """What is lazily loaded are the names that type checkers see, each from the module that they see it in."""
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        rdm_sdk.nothing  # noqa: B018
-    tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
-    typed = {
-        a.asname
-        for block in tree.body
-        if isinstance(block, ast.If)
-        for node in block.body
-        if isinstance(node, ast.ImportFrom)
-        for a in node.names
-    }
-    assert typed == set(rdm_sdk.__all__)
+        package.nothing  # noqa: B018
+    tree = ast.parse(Path(str(package.__file__)).with_suffix(".pyi").read_text(encoding="utf-8"))
+    assert all(isinstance(node, (ast.Expr, ast.ImportFrom)) for node in tree.body)
+    typed = {a.asname: n.module for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    assert {name for name in typed if name != "__version__"} == set(package.__all__)
+    for name in package.__all__:
+        found = getattr(package, name)
+        assert found is getattr(sys.modules[str(typed[name])], name)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)

@@ -114,10 +114,7 @@ def sample_teacher(prompts: Sequence[str], seed: int, num_steps: int) -> Row:
     pipeline = _quiet(DiffusionPipeline.from_pretrained(digits.teacher_path()))
     grid = [(num_steps - k) / num_steps for k in range(num_steps)]
     name = f"teacher, {num_steps} step{'s' if num_steps > 1 else ''}"
-    print(f"sampling {len(prompts)} images: {name} ...", flush=True)
-    begin = time.perf_counter()
-    images = sample(pipeline, prompts, seed, num_inference_steps=num_steps, sigmas=grid, guidance_scale=GUIDANCE)
-    return _measured(name, images, prompts, time.perf_counter() - begin)
+    return _sampled(name, pipeline, prompts, seed, num_inference_steps=num_steps, sigmas=grid, guidance_scale=GUIDANCE)
 
 
 def sample_student(folder: Path, prompts: Sequence[str], seed: int) -> Row:
@@ -125,11 +122,8 @@ def sample_student(folder: Path, prompts: Sequence[str], seed: int) -> Row:
     pipeline = _quiet(DiffusionPipeline.from_pretrained(digits.teacher_path()))
     pipeline.load_lora_weights(str(folder))
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
-    name = f"student, {STUDENT_STEPS} steps"
-    print(f"sampling {len(prompts)} images: {name} ...", flush=True)
-    begin = time.perf_counter()
-    images = sample(pipeline, prompts, seed, num_inference_steps=STUDENT_STEPS, guidance_scale=1.0)
-    return _measured(name, images, prompts, time.perf_counter() - begin)
+    name, call = f"student, {STUDENT_STEPS} steps", {"num_inference_steps": STUDENT_STEPS, "guidance_scale": 1.0}
+    return _sampled(name, pipeline, prompts, seed, **call)
 
 
 def sample_stopped(trainer: RDMTrainer, prompts: Sequence[str], seed: int) -> list[Row]:
@@ -156,6 +150,13 @@ def sample(pipeline: Any, prompts: Sequence[str], seed: int, **call: Any) -> Ten
         torch.manual_seed(seed + start)
         batches.append(pipeline(list(prompts[start : start + BATCH]), **CALL, **call).images)
     return torch.cat(batches)
+
+
+def _sampled(name: str, pipeline: Any, prompts: Sequence[str], seed: int, **call: Any) -> Row:
+    print(f"sampling {len(prompts)} images: {name} ...", flush=True)
+    begin = time.perf_counter()
+    images = sample(pipeline, prompts, seed, **call)
+    return _measured(name, images, prompts, time.perf_counter() - begin)
 
 
 def _measured(name: str, images: Tensor, prompts: Sequence[str], seconds: float) -> Row:

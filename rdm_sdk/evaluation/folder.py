@@ -22,6 +22,7 @@ from rdm_sdk.files import replacing
 from rdm_sdk.rewards.images import read_images
 from rdm_sdk.rewards.resolve import RewardFuncs, plan_rewards
 from rdm_sdk.rewards.scoring import check_scorable
+from rdm_sdk.training.prompt_files import read_prompt_file
 from rdm_sdk.training.run_record import versions
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -190,7 +191,7 @@ def _columns(source: str | Path | Mapping[str, str] | None, files: Sequence[str]
     rows = (
         {name: {"prompt": prompt} for name, prompt in source.items()}
         if isinstance(source, Mapping)
-        else _read_rows(Path(source))
+        else _read_rows(Path(source).expanduser())
     )
     missing = [name for name in files if name not in rows]
     if missing:
@@ -206,26 +207,14 @@ def _columns(source: str | Path | Mapping[str, str] | None, files: Sequence[str]
 
 
 def _read_rows(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the lines of a CSV or JSONL file by their `file_name`."""
-    kind = path.suffix.lower()
-    if kind not in (".csv", ".jsonl"):
+    """Return the rows of a table by their `file_name`."""
+    if path.suffix.lower() not in (".csv", ".jsonl"):
         raise DataError(f"prompts: {str(path)!r} must end in .csv or .jsonl, or be {NAMES!r}")
-    if not path.is_file():
-        raise DataError(f"prompts: there is no file {str(path)!r}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        rows = list(csv.DictReader(io.StringIO(text))) if kind == ".csv" else _json_lines(text)
-    except (ValueError, csv.Error) as error:
-        raise DataError(f"prompts: {str(path)!r} cannot be read: {error}") from error
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or None in row or not {"file_name", "prompt"} <= row.keys():
-            got = ", ".join(map(str, row)) if isinstance(row, dict) else row  # None: more fields than columns
-            raise DataError(f"prompts: row {number} of {str(path)!r} needs file_name and prompt; it holds: {got}")
-    return {row["file_name"]: {k: v for k, v in row.items() if k != "file_name"} for row in rows}
-
-
-def _json_lines(text: str) -> list[Any]:
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    table = read_prompt_file(path, "prompts")
+    if not {"file_name", "prompt"} <= set(table.column_names):
+        found = ", ".join(table.column_names)
+        raise DataError(f"prompts: {str(path)!r} needs the columns file_name and prompt; it has: {found}")
+    return {row.pop("file_name"): row for row in table}
 
 
 def _size(path: Path) -> tuple[int, int]:

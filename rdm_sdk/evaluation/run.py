@@ -73,9 +73,8 @@ def evaluate(
         model: the base: a hub id, a path or a loaded pipeline, which is left as it was.
         prompts: a list, a file or a dataset with a `prompt` column.
         students: folders that training saved.
-        features: "dinov2", the hub id or path of another one, "inception", the path of its file, or a function of
-            images `[N, 3, H, W]` in [0, 1] that returns features `[N, D]`, such as
-            `rdm_sdk.digits.metrics.digit_features`.
+        features: as `rdm-sdk eval --features` takes them, such as "dinov2" or "inception"; or a function of images
+            `[N, 3, H, W]` in [0, 1] that returns features `[N, D]`: `rdm_sdk.digits.metrics.digit_features`.
         teacher_steps: numbers of steps at which the teacher gets a row too; from two on, students are worth steps.
         steps: numbers of steps of the students, for those that can be sampled with others than their trained one.
         rewards: as `RDMTrainer`'s `reward_funcs`; weights mean nothing here.
@@ -97,26 +96,12 @@ def evaluate(
     """
     texts, compared = _prompts_of_images(prompts, samples, reference_samples)
     rows, reference = _candidates(students, teacher_steps, steps, reference_steps, call or {})
-    check_guidance(guidance_scale)
-    if dtype is not None and not isinstance(model, (str, Path)):
-        raise ConfigError(f"dtype={dtype} is for a base that is named; the pipeline that is passed has one")
-    planned = _checked(real, rewards, batch_size)
-    place = _place(model, device)
+    planned, place = _checked(real, rewards, batch_size, guidance_scale), _place(model, device, dtype)
     extractor, judges = feature_extractor(features, place), [reward.make() for reward in planned]
     cache = None if output is None else Path(output) / "images"
-    sampler = Sampler(
-        model,
-        guidance_scale=guidance_scale,
-        seed=seed,
-        batch_size=batch_size,
-        dtype=dtype or torch.float32,
-        device=place,
-        cache=cache,
-    )
+    sampler = Sampler(model, guidance_scale, seed, batch_size, dtype=dtype, device=place, cache=cache)
     run = _Run(sampler, texts, compared, extractor, judges, reference, real, progress, place)
-    result = EvaluationResult(run.rows(rows), run.provenance(rows), run.notes)
-    run.save(result, output)
-    return result
+    return run.result(rows, output)
 
 
 def _prompts_of_images(prompts: object, samples: int, reference_samples: int | None) -> tuple[list[str], list[str]]:
@@ -145,8 +130,9 @@ def _candidates(
     return rows, teacher_candidate(reference_steps, shared)
 
 
-def _checked(real: Tensor | None, rewards: RewardFuncs, batch_size: int) -> list[PlannedReward]:
+def _checked(real: Tensor | None, rewards: RewardFuncs, batch_size: int, guidance_scale: float) -> list[PlannedReward]:
     """Return the rewards, nothing of them loaded, after checking what can be checked so."""
+    check_guidance(guidance_scale)
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size} cannot be used; it must be at least 1")
     if real is not None and len(check_images(real, "real")) < FEWEST:
@@ -156,10 +142,12 @@ def _checked(real: Tensor | None, rewards: RewardFuncs, batch_size: int) -> list
     return planned
 
 
-def _place(model: object, device: torch.device | str | None) -> str:
+def _place(model: object, device: torch.device | str | None, dtype: torch.dtype | None) -> str:
     """Return where the models work: as asked, else where a loaded pipeline is, else on a GPU if there is one."""
-    if device is None and not isinstance(model, (str, Path)):
-        device = getattr(model, "device", None)
+    if not isinstance(model, (str, Path)):
+        if dtype is not None:
+            raise ConfigError(f"dtype={dtype} is for a base that is named; the pipeline that is passed has one")
+        device = getattr(model, "device", None) if device is None else device
     return str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -292,12 +280,14 @@ class _Run:
         every = len(images) // len(set(self.prompts))
         self.pictures.append((label, images[::every][:10].float() / 255))
 
-    def save(self, result: EvaluationResult, output: str | Path | None) -> None:
-        """Write the result, and the first images of every row as one picture, into a folder if there is one."""
+    def result(self, candidates: Sequence[Candidate], output: str | Path | None) -> EvaluationResult:
+        """Return all figures; write them, and the first images of every row as one picture, if there is a folder."""
+        result = EvaluationResult(self.rows(candidates), self.provenance(candidates), self.notes)
         if output is not None:
             result.save(output)
             with replacing(Path(output) / PICTURES) as staged:
                 image_grid(self.pictures, staged)
+        return result
 
     def _note(self, text: str) -> None:
         if text not in self.notes:

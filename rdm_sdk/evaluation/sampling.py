@@ -6,12 +6,11 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -35,7 +34,7 @@ class Sampler:
         guidance_scale: the teacher's.
         seed: the images of a candidate are the same for the same seed, whatever else was sampled.
         batch_size: images at a time; images depend on it, by their last bits and by their noise.
-        dtype: of the base, where it is loaded here.
+        dtype: of the base, where it is loaded here, float32 by default.
         device: where it works.
         other_base: take students of another base of the same family, as `load_student`.
         cache: a folder for the images, 8 bits a channel, by a hash of all that decides them; None keeps none.
@@ -48,11 +47,11 @@ class Sampler:
     def __init__(
         self,
         model: object,
-        *,
         guidance_scale: float,
         seed: int,
         batch_size: int,
-        dtype: torch.dtype = torch.float32,
+        *,
+        dtype: torch.dtype | None = None,
         device: torch.device | str,
         cache: Path | None = None,
         other_base: bool = False,
@@ -60,7 +59,7 @@ class Sampler:
         check_guidance(guidance_scale)
         self.guidance_scale, self.seed, self.batch_size, self.cache = guidance_scale, seed, batch_size, cache
         self.other_base = other_base
-        self.family: ModelFamily = load_family(model, dtype)
+        self.family: ModelFamily = load_family(model, dtype or torch.float32)
         self.fingerprint = self.family.fingerprint()
         if str(self.family.pipeline.device) != str(device):  # one that is spread over devices refuses to be moved
             self.family.pipeline.to(device)
@@ -82,12 +81,13 @@ class Sampler:
         Raises:
             ConfigError: the pipeline cannot be called so.
         """
-        pieces, missing = [], []
+        pieces = []
         starts = range(0, len(prompts), self.batch_size)
         keys = [self._key(candidate, prompts[start : start + self.batch_size], stream, start) for start in starts]
         kept = [self._kept(key) for key in keys]
         missing = [row for row, images in enumerate(kept) if images is None]
-        with self._loaded(candidate) if missing else _nothing() as call:
+        loaded: AbstractContextManager[dict[str, Any]] = self._loaded(candidate) if missing else nullcontext({})
+        with loaded as call:
             for row, (start, images) in enumerate(zip(starts, kept, strict=True)):
                 batch = list(prompts[start : start + self.batch_size])
                 if images is None:
@@ -128,8 +128,7 @@ class Sampler:
                 pipeline.register_modules(**{family.component: copy.deepcopy(backbone)})
                 if place.type != "cpu":
                     backbone.to("cpu")
-                with _quiet_loading():
-                    load_student(pipeline, candidate.student, other_base=self.other_base)
+                load_student(pipeline, candidate.student, other_base=self.other_base)
                 if candidate.regrid:
                     pipeline.scheduler = family.student_scheduler(candidate.steps, candidate.shift, stochastic=False)
             yield call
@@ -167,22 +166,6 @@ class Sampler:
         if self.cache is not None:
             with replacing(self.cache / f"{key}.safetensors") as staged:
                 save_file({"images": images}, staged)
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Keep diffusers from remarking that a student's LoRA leaves the text encoders alone."""
-    level = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        diffusers_logging.set_verbosity(level)
-
-
-@contextmanager
-def _nothing() -> Iterator[dict[str, Any]]:
-    yield {}
 
 
 def check_guidance(scale: float) -> None:

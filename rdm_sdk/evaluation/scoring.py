@@ -13,7 +13,6 @@ from rdm_sdk.errors import DataError
 from rdm_sdk.evaluation.intervals import mean_interval
 from rdm_sdk.evaluation.variety import group_labels, rows_of
 from rdm_sdk.rewards.base import RewardBatch
-from rdm_sdk.rewards.checks import InapplicableError
 from rdm_sdk.rewards.evaluate import evaluate_rewards
 from rdm_sdk.rewards.resolve import WeightedReward
 
@@ -63,13 +62,9 @@ def scores_of(
             batch,
             chunk_size=32,
             device=device,
-            on_error="skip",
             gradients_of=(),
+            may_sit_out=found,
         )
-        for label, error in result.skipped.items():
-            if not isinstance(error, InapplicableError):
-                raise error
-            found[label].append(torch.full((len(pixels),), torch.nan))
         for label, output in result.outputs.items():
             found[label].append(output.scores.cpu())
         done(len(pixels))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+
+
+def middle(blocks: Sequence[nn.Module] | nn.ModuleList) -> nn.Module:
+    """Return the middle one of a backbone's blocks, the earlier of two."""
+    return blocks[(len(blocks) - 1) // 2]
 
 
 def block_output(network: nn.Module, block: nn.Module, run: Callable[..., object], *inputs: object) -> Tensor:

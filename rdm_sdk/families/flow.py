@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rdm_sdk.errors import ModelError
 from rdm_sdk.families.base import ModelFamily
-from rdm_sdk.families.blocks import middle
+from rdm_sdk.families.features import middle
 from rdm_sdk.method.noise import FlowSchedule
 
 

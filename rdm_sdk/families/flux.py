@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rdm_sdk.errors import ConfigError
 from rdm_sdk.families.base import Network
-from rdm_sdk.families.blocks import middle
+from rdm_sdk.families.features import middle
 from rdm_sdk.families.flow import PackedFlowFamily, unpack
 from rdm_sdk.types import Condition
 

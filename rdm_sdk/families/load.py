@@ -85,24 +85,23 @@ def load_pipeline(source: str, dtype: torch.dtype, quantization: Quantization = 
     """Return the pipeline that a hub id or a path names, its VAE in float32; raises as `load_family`."""
     from diffusers import DiffusionPipeline
 
-    place = str(find_folder(source) or source)
-    with _explained(source):
+    place, what = str(find_folder(source) or source), f"load the base model {source!r}"
+    hint = "Pass a hub id you have access to, or the path of a folder that DiffusionPipeline.from_pretrained can read."
+    with explained(what, hint):
         index: dict[str, Any] = DiffusionPipeline.load_config(place)
     family = family_class(str(index["_class_name"]))  # an unsupported family is refused before its weights are read
     extra = {} if quantization == "none" else {"quantization_config": _quantized(family.component, dtype, quantization)}
-    with _explained(source):
+    with explained(what, hint):
         return DiffusionPipeline.from_pretrained(place, dtype={"default": dtype, "vae": torch.float32}, **extra)
 
 
 @contextmanager
-def _explained(source: str) -> Iterator[None]:
+def explained(what: str, hint: str) -> Iterator[None]:
+    """Turn whatever happens in the block into a `ModelError`: it cannot do `what`, and what to do instead."""
     try:
         yield
     except Exception as error:
-        raise ModelError(
-            f"cannot load the base model {source!r}: {type(error).__name__}: {error}. Pass a hub id you have access "
-            "to, or the path of a folder that DiffusionPipeline.from_pretrained can read."
-        ) from error
+        raise ModelError(f"cannot {what}: {type(error).__name__}: {error}. {hint}") from error
 
 
 def _quantized(component: str, dtype: torch.dtype, quantization: Quantization) -> Any:

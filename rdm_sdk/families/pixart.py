@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from rdm_sdk.errors import ConfigError, ModelError
 from rdm_sdk.families.base import ModelFamily, Network
-from rdm_sdk.families.blocks import middle
 from rdm_sdk.families.ddpm import DDPMFamily
+from rdm_sdk.families.features import middle
 from rdm_sdk.types import Condition
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft import LoraConfig
 from transformers.training_args import OptimizerNames
@@ -19,26 +19,22 @@ WORTH_SAYING = 0.005
 """Share of the total that a switch must save."""
 
 
-@dataclass(frozen=True)
-class Switch:
+class Switch(NamedTuple):
     """A change of a run that may save memory, by the name of its flag."""
 
     name: str
-    value: str | int | bool
+    value: Any
 
     def __str__(self) -> str:
         return f"--{self.name}" + ("" if self.value is True else f" {self.value}")
 
 
-@dataclass(frozen=True)
-class Saving:
-    """What a switch saves by itself."""
+class Saving(NamedTuple):
+    """What a switch saves by itself, in bytes, and whether that is enough."""
 
     switch: Switch
     saved: int
-    """Bytes."""
     fits: bool
-    """Whether that is enough."""
 
 
 @dataclass(frozen=True)
@@ -51,34 +47,31 @@ class Run:
     peft_config: LoraConfig | None = None
     fake_peft_config: LoraConfig | None = None
 
-    @property
-    def rank(self) -> int:
-        """The LoRA rank."""
-        return next((int(lora.r) for lora in (self.peft_config, self.fake_peft_config) if lora), 16)
-
     def plan(self) -> MemoryPlan:
         """Return the plan; raises as `plan_memory`."""
         return self.planner.plan(self.args, self.reward_funcs, self.peft_config, self.fake_peft_config)
 
     def switched(self, switch: Switch) -> Run:
         """Return the run with a switch on."""
-        if switch.name == "lora_r":
-            given = self.peft_config, self.fake_peft_config
-            loras = [copy.deepcopy(lora) for lora in (given if any(given) else (LoraConfig(lora_alpha=16), None))]
-            for lora in filter(None, loras):
-                lora.r = int(switch.value)
-            return replace(self, peft_config=loras[0], fake_peft_config=loras[1])
-        args = copy.copy(self.args)
-        setattr(args, switch.name, switch.value)
-        return replace(self, args=args)
+        if switch.name != "lora_r":
+            args = copy.copy(self.args)
+            setattr(args, *switch)
+            return replace(self, args=args)
+        student, critic = copy.deepcopy((self.peft_config, self.fake_peft_config))
+        if student is None and critic is None:
+            student = LoraConfig(lora_alpha=16)
+        for lora in filter(None, (student, critic)):
+            lora.r = switch.value
+        return replace(self, peft_config=student, fake_peft_config=critic)
 
     def switches(self) -> list[Switch]:
         """Return all that can be changed about the run; some of it may not be possible with this model."""
         args = self.args
         weights = args.student_weights, args.critic_weights
+        rank = next((int(lora.r) for lora in (self.peft_config, self.fake_peft_config) if lora), 16)
         # About half the batch, while its groups stay whole.
         batch = args.per_device_train_batch_size // args.num_generations // 2 * args.num_generations
-        table: list[tuple[str, Any, bool]] = [
+        table = [
             ("activation_checkpointing", True, not args.activation_checkpointing),
             ("text_encoders", "offload", args.text_encoders == "keep"),
             ("text_encoders", "drop", args.text_encoders != "drop"),
@@ -90,7 +83,7 @@ class Run:
             ("quantization", "8bit", args.quantization == "none" and "full" not in weights),
             ("quantization", "4bit", args.quantization == "none" and "full" not in weights),
             ("optim", "adamw_8bit", "8bit" not in OptimizerNames(args.optim).value),
-            ("lora_r", self.rank // 2, self.rank >= 8 and "lora" in weights),
+            ("lora_r", rank // 2, rank >= 8 and "lora" in weights),
             ("reward_batch_size", 1, args.reward_batch_size != 1),
             ("reward_route", "advantage", args.reward_route == "gradient"),  # no gradient through the VAE
             ("per_device_train_batch_size", batch, batch > 0),

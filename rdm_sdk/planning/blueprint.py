@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import huggingface_hub
 import torch
 from torch import nn
+from transformers.modeling_utils import local_torch_dtype
 
 from rdm_sdk.errors import ModelError
 from rdm_sdk.families.base import ModelFamily
-from rdm_sdk.families.load import family_class, find_folder
+from rdm_sdk.families.load import explained, family_class, find_folder
 
 CONFIGS = ("model_index.json", "*/config.json", "*/scheduler_config.json")
 """What is downloaded of a hub repository."""
@@ -40,14 +42,16 @@ def blueprint(model: object, dtype: torch.dtype, **options: Any) -> ModelFamily:
             f"a model is planned from its configs, so pass its hub id or the path of its folder; got a "
             f"{type(model).__name__}"
         )
-    folder = find_folder(str(model)) or _download_configs(str(model))
-    with _explained(f"read {str(folder / 'model_index.json')!r}", "Is it a whole pipeline's?"):
+    folder = find_folder(str(model))
+    if folder is None:
+        hint = "Pass a hub id you have access to, check the connection, or pass the path of a local folder."
+        with explained(f"reach the hub for the configs of {str(model)!r}", hint):
+            folder = Path(huggingface_hub.snapshot_download(str(model), allow_patterns=list(CONFIGS)))
+    with explained(f"read {str(folder / 'model_index.json')!r}", "Is it a whole pipeline's?"):
         index: dict[str, Any] = dict(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
     family = family_class(str(index.get("_class_name")))
     hint = "Is every component's config.json there, and are diffusers and transformers new enough for them?"
-    with _explained(f"build the pipeline in {str(folder)!r} from its configs", hint), torch.no_grad():
-        import diffusers
-
+    with explained(f"build the pipeline in {str(folder)!r} from its configs", hint), torch.no_grad():
         kind: Any = getattr(diffusers, index["_class_name"])
         parts = {
             name: _part(folder, name, value, torch.float32 if name == "vae" else dtype)
@@ -80,46 +84,13 @@ def _part(folder: Path, name: str, named: Sequence[str | None], dtype: torch.dty
     if not issubclass(cls, nn.Module):
         is_scheduler = (folder / name / "scheduler_config.json").is_file()
         return cls.from_config(cls.load_config(folder / name)) if is_scheduler else NoTokenizer()
-    with torch.device("meta"), _default_dtype(dtype):
+    with torch.device("meta"), local_torch_dtype(dtype):
         if library == "transformers" or not hasattr(cls, "load_config"):
             module: nn.Module = cls(cls.config_class.from_pretrained(folder / name))
         else:
             module = cls.from_config(cls.load_config(folder / name))
-    _cast_what_is_saved(module, dtype)
-    return module
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _cast_what_is_saved(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast what a file would hold, as `from_pretrained` does; buffers that no file holds stay as they are made."""
-    saved = module.state_dict(keep_vars=True).values()
-    for tensor in saved:
+    # What a file would hold is cast, as by `from_pretrained`; buffers that no file holds stay as they are made.
+    for tensor in module.state_dict(keep_vars=True).values():
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
-
-
-def _download_configs(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    what = f"reach the hub for the configs of {repository!r}"
-    hint = "Pass a hub id you have access to, check the connection, or pass the path of a local folder."
-    with _explained(what, hint):
-        return Path(snapshot_download(repository, allow_patterns=list(CONFIGS)))
-
-
-@contextmanager
-def _explained(what: str, hint: str) -> Iterator[None]:
-    """Turn whatever happens in the block into a `ModelError`."""
-    try:
-        yield
-    except Exception as error:
-        raise ModelError(f"cannot {what}: {type(error).__name__}: {error}. {hint}") from error
+    return module

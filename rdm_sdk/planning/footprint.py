@@ -140,30 +140,14 @@ if _has_kernel is None or _has_kernel("aten::rms_norm", "AutocastCUDA"):  # PyTo
     FLOAT32 |= {"rms_norm"}
 
 
-class _FusedAttention(torch.autograd.Function):
-    """The shapes of a fused attention kernel and of its backward pass; zeros, where tensors have values."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        # The kernels write in the order in which the queries lie, so that merging the heads afterwards copies nothing.
-        *samples, heads, tokens, width = query.shape
-        if width == value.shape[-1]:
-            output = torch.zeros_like(query)
-        else:
-            output = query.new_zeros(*samples, tokens, heads, value.shape[-1]).transpose(-2, -3)
-        log_sums = query.new_zeros(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, mask, output, log_sums)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        query, key, value, _, _, _ = ctx.saved_tensors
-        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value), None
-
-
 def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-    """Take the place of `scaled_dot_product_attention` (`[N, heads, tokens, width]`)."""
-    output: Tensor = _FusedAttention.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call]
+    """Take the place of `scaled_dot_product_attention` (`[N, heads, tokens, width]`).
+
+    The CPU's fused kernel keeps what CUDA's do: the output lies as the queries do, so that merging the heads afterwards
+    copies nothing, and a float32 per query and head is left for the backward pass.
+    """
+    fused: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    output: Tensor = fused(query, key, value, attn_mask=attn_mask)[0]
     return output
 
 

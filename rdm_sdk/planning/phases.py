@@ -28,25 +28,17 @@ class Phase:
     activations: int = 0
     """Samples, conditions, graphs and passing results."""
     gradients: int = 0
-    """Bytes of the gradients of parameters."""
+    """Those of parameters."""
     vae: bool = False
-    """Whether a VAE that waits on the CPU is on the device."""
     encoders: bool = False
-    """Whether text encoders that wait on the CPU, or are to be dropped, are on the device."""
     rewards: bool = False
-    """Whether rewards that wait on the CPU are on the device."""
+    """Whether what else waits on the CPU, or is to be dropped, is on the device."""
     trained: bool = True
     """Whether there are optimizer states and a moving average yet."""
 
 
 class Step:
-    """The phases of a run's optimizer step.
-
-    Args:
-        rehearsal: of the run's model, with its roles.
-        args: the run's settings.
-        rewards: the run's rewards, made or declared.
-    """
+    """The phases of a run's optimizer step, its rewards made or declared."""
 
     def __init__(self, rehearsal: Rehearsal, args: RDMConfig, rewards: Sequence[RunReward]) -> None:
         self.rehearsal, self.args, self.rewards = rehearsal, args, rewards

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -21,6 +22,7 @@ from transformers.training_args import OptimizerNames
 from rdm_sdk.errors import ConfigError
 from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.roles import STUDENT, describe_lora
+from rdm_sdk.families.targets import linear_layers
 from rdm_sdk.planning.blueprint import blueprint
 from rdm_sdk.planning.footprint import bytes_of, bytes_of_all, count_of
 from rdm_sdk.planning.phases import Phase, Step
@@ -35,15 +37,12 @@ GB = 2**30
 """Bytes in what is printed as a GB, as graphics cards have them."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """What one part of a run takes at the peak."""
+class Row(NamedTuple):
+    """What one part of a run takes at the peak, in bytes; None is unknown, or nothing to count."""
 
     role: str
     parameters: int | None
-    """None where it has none, or where they are unknown."""
     bytes: int | None
-    """None is unknown."""
     note: str = ""
 
 
@@ -76,11 +75,17 @@ class MemoryPlan:
             lines.append((row.role, _short(row.parameters), known, row.note))
         total = f"{'at least ' if self.unknown else ''}{self.total / GB:.2f}"
         lines.append(("total", "", total, f"at the peak: {self.peak}"))
-        widths = [max(len(line[column]) for line in lines) for column in range(3)]
-        return "\n".join(
-            f"{role:<{widths[0]}}  {count:>{widths[1]}}  {size:>{widths[2]}}  {note}".rstrip()
-            for role, count, size, note in lines
-        )
+        first, second, third = (max(len(line[column]) for line in lines) for column in range(3))
+        shown = [f"{role:<{first}}  {count:>{second}}  {size:>{third}}  {note}" for role, count, size, note in lines]
+        return "\n".join(map(str.rstrip, shown))
+
+
+def _short(count: int | None) -> str:
+    """Return a number of parameters as people write it, "2.03 B"."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count is not None and count >= size:
+            return f"{count / size:.3g} {unit}"
+    return "" if count is None else str(count)
 
 
 def plan_memory(
@@ -114,7 +119,7 @@ class Planner:
 
     def __init__(self, model: object) -> None:
         self.model = model
-        self._drafts: dict[str, Draft] = {}
+        self._rehearsals: dict[str, Rehearsal] = {}
 
     def plan(
         self,
@@ -132,56 +137,38 @@ class Planner:
         found = plan_rewards(reward_funcs, args.reward_weights, args.reward_route, args.eval_rewards)
         rewards, held_out = split_held_out(found, args.eval_rewards)
         check_run(args, rewards, {}, held_out=held_out)
-        draft = self._draft(args, role_configs(args, rewards, peft_config, fake_peft_config), rewards)
-        check_fits(draft.family, args)
-        phases = Step(draft.rehearsal(args), args, rewards).phases()
-        plans = (MemoryPlan(tuple(_rows(draft, args, found, phase)), phase.name) for phase in phases)
+        rehearsal = self._rehearsal(args, role_configs(args, rewards, peft_config, fake_peft_config), rewards)
+        check_fits(rehearsal.family, args)
+        phases = Step(rehearsal, args, rewards).phases()
+        plans = (MemoryPlan(tuple(_rows(rehearsal.family, args, found, phase)), phase.name) for phase in phases)
         return max(plans, key=lambda plan: plan.total)
 
-    def _draft(
+    def _rehearsal(
         self, args: RDMConfig, configs: Mapping[str, LoraConfig | None], rewards: Sequence[PlannedReward]
-    ) -> Draft:
-        """Return the model with a run's roles, as it was made before if it was."""
-        heads = [str(reward.term) for reward in rewards if reward.capabilities.head]
+    ) -> Rehearsal:
+        """Return what measures the passes of a run's roles at the largest of its sizes, made once for equal runs."""
+        heads = [reward for reward in rewards if reward.capabilities.head]
         loras = {role: lora and describe_lora(lora) + str(lora.target_modules) for role, lora in configs.items()}
-        key = str((args.bf16, args.max_sequence_length, loras, heads, args.steps_told))
-        if key not in self._drafts:
-            dtype = torch.bfloat16 if args.bf16 else torch.float32
-            draft = Draft(blueprint(self.model, dtype, max_sequence_length=args.max_sequence_length))
+        named = [str(reward.term) for reward in heads]
+        key = str((args.bf16, args.max_sequence_length, args.sizes, loras, named, args.steps_told))
+        if key not in self._rehearsals:
+            half = torch.bfloat16 if args.bf16 else None
+            family = blueprint(self.model, half or torch.float32, max_sequence_length=args.max_sequence_length)
             with torch.device("meta"):
-                made = dict(
-                    reward_heads(
-                        [reward.make() for reward in rewards if reward.capabilities.head], draft.family, args.steps_told
-                    )
-                )
-                draft.family.add_roles(configs, made, args.steps_told)
-            self._drafts[key] = draft
-        return self._drafts[key]
+                modules = reward_heads([reward.make() for reward in heads], family, args.steps_told)
+                family.add_roles(configs, dict(modules), args.steps_told)
+            shape = max((family.latent_shape(*size) for size in args.sizes), key=math.prod)
+            self._rehearsals[key] = Rehearsal(family, shape, half)
+        return self._rehearsals[key]
 
 
-class Draft:
-    """A model on the meta device, measured before its roles come: LoRA layers are linear too, and are not quantized."""
-
-    def __init__(self, family: ModelFamily) -> None:
-        self.family = family
-        self.base_parameters = count_of(family.backbone)
-        self.base_bytes = {bits: quantized_bytes(family.backbone, bits) for bits in ("none", "8bit", "4bit")}
-        self._rehearsals: dict[object, Rehearsal] = {}
-
-    def rehearsal(self, args: RDMConfig) -> Rehearsal:
-        """Return what measures the passes at the largest of a run's sizes."""
-        shape = max((self.family.latent_shape(*size) for size in args.sizes), key=math.prod)
-        if shape not in self._rehearsals:
-            self._rehearsals[shape] = Rehearsal(self.family, shape, torch.bfloat16 if args.bf16 else None)
-        return self._rehearsals[shape]
-
-
-def _rows(draft: Draft, args: RDMConfig, rewards: Sequence[PlannedReward], phase: Phase) -> Iterator[Row]:
+def _rows(family: ModelFamily, args: RDMConfig, rewards: Sequence[PlannedReward], phase: Phase) -> Iterator[Row]:
     """Yield what each part of a run takes in a phase."""
-    family, roles = draft.family, draft.family.roles
-    dtype = str(family.backbone.dtype).removeprefix("torch.")
+    roles, backbone = family.roles, family.backbone
+    dtype = str(backbone.dtype).removeprefix("torch.")
     kind = dtype if args.quantization == "none" else f"linear layers in {args.quantization}, the rest in {dtype}"
-    yield Row("base", draft.base_parameters, draft.base_bytes[args.quantization], f"{family.component}, {kind}, frozen")
+    count = sum(parameter.numel() for name, parameter in backbone.named_parameters() if "lora_" not in name)
+    yield Row("base", count, quantized_bytes(backbone, args.quantization), f"{family.component}, {kind}, frozen")
     trained: list[Tensor] = []
     for role in roles.trainable_roles:
         parameters = list(roles.parameters_of(role).values())
@@ -203,29 +190,33 @@ def _rows(draft: Draft, args: RDMConfig, rewards: Sequence[PlannedReward], phase
 
 def _frozen(family: ModelFamily, args: RDMConfig, phase: Phase) -> Iterator[Row]:
     """Yield the pipeline's parts beside the backbone."""
-    parts, encoders = family.frozen_parts(), family.text_encoders()
-    vae = parts["vae"]
-    here = phase.vae or not args.vae_offload
-    yield Row("VAE", count_of(vae), bytes_of(vae) * here, "float32" + ("" if here else ", on the CPU at the peak"))
-    if encoders:
-        here = phase.encoders or args.text_encoders == "keep"
-        away = "gone" if args.text_encoders == "drop" else "on the CPU"
-        note = ", ".join(encoders) + ("" if here else f", {away} at the peak")
-        yield Row("text encoders", count_of(*encoders.values()), bytes_of(*encoders.values()) * here, note)
-    others = {name: part for name, part in parts.items() if name not in encoders and part is not vae}
-    if others:
-        yield Row("other parts", count_of(*others.values()), bytes_of(*others.values()), ", ".join(others))
+    encoders, others = family.text_encoders(), family.frozen_parts()
+    vae = {"float32": others.pop("vae")}
+    others = {name: part for name, part in others.items() if name not in encoders}
+    gone = "gone" if args.text_encoders == "drop" else "on the CPU"
+    for role, parts, here, place in (
+        ("VAE", vae, phase.vae or not args.vae_offload, "on the CPU"),
+        ("text encoders", encoders, phase.encoders or args.text_encoders == "keep", gone),
+        ("other parts", others, True, ""),
+    ):
+        if parts:
+            note = ", ".join(parts) + ("" if here else f", {place} at the peak")
+            yield Row(role, count_of(*parts.values()), bytes_of(*parts.values()) * here, note)
 
 
 def _judges(args: RDMConfig, rewards: Sequence[PlannedReward], phase: Phase) -> Iterator[Row]:
-    """Yield the rewards that have models, or may have."""
+    """Yield the rewards that have models, or may have: counted if they are made, by what they declare otherwise."""
     for reward in rewards:
-        count, size = reward_size(reward)
+        made = [value for value in vars(reward.given).values() if isinstance(value, nn.Module)] if reward.given else []
+        count = count_of(*made) if made else reward.capabilities.parameters
         if count == 0:
             continue
-        notes = ["how large it is, it does not say"] if count is None else [_dtype_of(reward)]
-        if reward.term.options.get("path") is not None and count is not None:
-            notes.append("if what is at its path is as large as the published model")
+        dtype = str(getattr(reward.config, "dtype", "float32"))  # an option of rewards with pretrained models
+        size, notes = None, ["how large it is, it does not say"]
+        if count is not None:
+            size, notes = bytes_of(*made) if made else count * getattr(torch, dtype).itemsize, [dtype]
+            if reward.term.options.get("path") is not None:
+                notes.append("if what is at its path is as large as the published model")
         if args.reward_device is not None or (args.reward_offload and not phase.rewards):
             size = 0
             notes.append("on the CPU at the peak" if args.reward_device is None else f"on {args.reward_device}")
@@ -233,15 +224,15 @@ def _judges(args: RDMConfig, rewards: Sequence[PlannedReward], phase: Phase) -> 
 
 
 def quantized_bytes(module: nn.Module, quantization: str) -> int:
-    """Return how many bytes a module takes whose linear layers are loaded in few bits by bitsandbytes.
+    """Return how many bytes a module without its adapters takes whose linear layers are loaded by bitsandbytes.
 
     8 bits are a byte per weight and a float32 per output (LLM.int8, arXiv 2208.07339). 4 bits are half a byte per
-    weight, a float32 per block of 64 weights and the code's 16 values per layer (NF4, arXiv 2305.14314).
+    weight, a float32 per block of 64 weights and the code's 16 values per layer (NF4, arXiv 2305.14314). "none" leaves
+    all as it is.
     """
-    total = bytes_of(module)
-    if quantization == "none":
-        return total
-    for layer in module.modules():
+    named = (*module.named_parameters(), *module.named_buffers())
+    total = bytes_of_all(tensor for name, tensor in named if "lora_" not in name)
+    for layer in linear_layers(module).values() if quantization != "none" else ():
         if isinstance(layer, nn.Linear):
             weights = layer.weight.numel()
             total -= bytes_of_all([layer.weight])
@@ -275,28 +266,3 @@ def optimizer_bytes(name: str, parameters: Sequence[Tensor]) -> int | None:
         total += states * (count + 4 * -(-count // 256) if few_bits and count >= 4096 else 4 * count)
         total += 4 if name.startswith("adamw_torch") else 0  # the number of the step
     return total
-
-
-def reward_size(reward: PlannedReward) -> tuple[int | None, int | None]:
-    """Return how many parameters a reward's models hold, and how many bytes they take; None is unknown.
-
-    A reward that was made is counted, one that is only declared says it (`Capabilities.parameters`).
-    """
-    modules = [value for value in vars(reward.given).values() if isinstance(value, nn.Module)] if reward.given else []
-    if modules:
-        return count_of(*modules), bytes_of(*modules)
-    count = reward.capabilities.parameters
-    return count, None if count is None else count * getattr(torch, _dtype_of(reward)).itemsize
-
-
-def _dtype_of(reward: PlannedReward) -> str:
-    """Return the dtype that a reward's weights are loaded in: rewards with pretrained models have an option for it."""
-    return str(getattr(reward.config, "dtype", "float32"))
-
-
-def _short(count: int | None) -> str:
-    """Return a number of parameters as people write it, "2.03 B"."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count is not None and count >= size:
-            return f"{count / size:.3g} {unit}"
-    return "" if count is None else str(count)

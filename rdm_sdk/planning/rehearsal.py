@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.placement import slice_vae, tile_vae
-from rdm_sdk.families.roles import TEACHER
+from rdm_sdk.families.roles import TEACHER, Roles
 from rdm_sdk.planning.footprint import LikeCuda, Meter
 from rdm_sdk.types import Condition, Denoiser
 
 
-@dataclass(frozen=True)
-class Tape:
+class Tape(NamedTuple):
     """What a pass with gradients takes, in bytes, besides its inputs and the weights."""
 
     kept: int
@@ -49,7 +46,8 @@ class Rehearsal:
     def __init__(self, family: ModelFamily, shape: Sequence[int], autocast: torch.dtype | None = None) -> None:
         self.family, self.shape = family, tuple(shape)
         self._mode = LikeCuda(autocast)
-        self._running = TEACHER
+        roles: Any = family.roles
+        roles._checkpoint_contexts = self._checkpoint_contexts
         for name in ("predict", "predict_pair", "train", "features", "carry_back", "decode", "differentiate", "encode"):
             setattr(self, name, cache(getattr(self, name)))
 
@@ -73,22 +71,19 @@ class Rehearsal:
         return _peak(self._mode, lambda: self._pair(condition, count)(x_t, sigma))
 
     def train(self, role: str, count: int, checkpointing: bool, accumulates: bool = False) -> Tape:
-        """Return what a pass with gradients takes for a role that is trained.
+        """Return what a pass with gradients takes for `count` samples of a role that is trained.
 
-        Args:
-            role: student or critic.
-            count: samples.
-            checkpointing: whether blocks are run again in the backward pass.
-            accumulates: whether the role's gradients are there already, from a pass before; they are not counted.
+        `checkpointing` runs blocks again in the backward pass. Where the role `accumulates` gradients, they are there
+        already, from a pass before, and are not counted.
         """
         condition, x_t, sigma = self._inputs(count)
-        with self._blocks_run_again(checkpointing):
-            tape = _tape(
-                self._mode,
-                lambda: self._denoiser(role, condition)(x_t, sigma),
-                lambda held: torch.autograd.backward((held.pop() - x_t).square().mean()),
-                2 if accumulates else 1,
-            )
+        self._run_blocks_again(checkpointing)
+        tape = _tape(
+            self._mode,
+            lambda: self._denoiser(role, condition)(x_t, sigma),
+            lambda held: torch.autograd.backward((held.pop() - x_t).square().mean()),
+            2 if accumulates else 1,
+        )
         for parameter in self.family.roles.parameters_of(role).values():
             parameter.grad = None
         return tape
@@ -96,10 +91,11 @@ class Rehearsal:
     def features(self, count: int, checkpointing: bool) -> int:
         """Return the peak of the teacher's features for `count` samples and of their gradient in x_t."""
         condition, x_t, sigma = self._inputs(count)
+        x_t.requires_grad_()
         features = self.family.features(self._network, TEACHER, condition)
-        with self._blocks_run_again(checkpointing):
-            found = lambda: features(x_t.requires_grad_(), sigma)  # noqa: E731 - a pass beside others of its kind
-            return _tape(self._mode, found, lambda held: torch.autograd.grad(held[0].sum(), x_t)).peak
+        self._run_blocks_again(checkpointing)
+        tape = _tape(self._mode, lambda: features(x_t, sigma), lambda held: torch.autograd.grad(held[0].sum(), x_t))
+        return tape.peak
 
     def carry_back(self, count: int, checkpointing: bool, guided: bool) -> Tape:
         """Return what the teacher's pass takes for `count` samples where a gradient is carried back to x_t."""
@@ -114,33 +110,33 @@ class Rehearsal:
         def carry(held: list[Tensor]) -> None:  # other rewards follow, so the graph stays
             torch.autograd.grad(held[0], x_t, torch.ones_like(held[0]), retain_graph=True)
 
-        with self._blocks_run_again(checkpointing):
-            return _tape(self._mode, predict, carry)
+        self._run_blocks_again(checkpointing)
+        return _tape(self._mode, predict, carry)
 
     # ---- The VAE's, in bytes ------------------------------------------------------------------------------------
 
     def decode(self, count: int, slicing: bool, tiling: bool) -> int:
         """Return the peak of decoding `count` latents, without gradients."""
+        self._part_vae(slicing, tiling)
         latents = self._latents(count)
-        with self._vae_in_parts(slicing, tiling):
-            return _peak(LikeCuda(), lambda: self.family.decode(latents))
+        return _peak(LikeCuda(), lambda: self.family.decode(latents))
 
     def differentiate(self, count: int, slicing: bool, tiling: bool) -> Tape:
         """Return what decoding `count` latents takes whose images rewards differentiate."""
+        self._part_vae(slicing, tiling)
         latents = self._latents(count).requires_grad_()
-        with self._vae_in_parts(slicing, tiling):
-            return _tape(
-                LikeCuda(),
-                lambda: self.family.decode(latents),
-                lambda held: torch.autograd.grad(held[0], latents, torch.zeros_like(held[0])),
-            )
+        return _tape(
+            LikeCuda(),
+            lambda: self.family.decode(latents),
+            lambda held: torch.autograd.grad(held[0], latents, torch.zeros_like(held[0])),
+        )
 
     def encode(self, count: int, slicing: bool, tiling: bool) -> int:
         """Return the peak of encoding `count` images."""
-        with self._vae_in_parts(slicing, tiling):
-            with LikeCuda(), torch.no_grad():
-                images = self.family.decode(self._latents(count))
-            return _peak(LikeCuda(), lambda: self.family.encode_images(images))
+        self._part_vae(slicing, tiling)
+        with LikeCuda(), torch.no_grad():
+            images = self.family.decode(self._latents(count))
+        return _peak(LikeCuda(), lambda: self.family.encode_images(images))
 
     # ---- How they are run ---------------------------------------------------------------------------------------
 
@@ -163,54 +159,38 @@ class Rehearsal:
     def _network(self, role: str, **inputs: Any) -> Tensor:
         """Run the backbone as `Roles` does, but for its autocast, which knows no meta device."""
         roles = self.family.roles
-        self._running = role
         with roles.use(role), self._mode.one_forward():
             output: Tensor = dict(roles.copies.items()).get(role, roles.backbone)(**inputs, return_dict=False)[0]
         return output
 
-    @contextmanager
-    def _blocks_run_again(self, checkpointing: bool) -> Iterator[None]:
-        """Switch gradient checkpointing on for the block; raises `ModelError` if the backbone has none."""
-        if not checkpointing:
-            yield
-            return
+    def _run_blocks_again(self, checkpointing: bool) -> None:
+        """Switch gradient checkpointing on or off; raises `ModelError` if the backbone has none."""
         roles = self.family.roles
-        roles.gradient_checkpointing_enable()
+        if checkpointing:
+            roles.gradient_checkpointing_enable()
+            return
         networks: list[Any] = [roles.backbone, *roles.copies.values()]
         for network in networks:
-            network.enable_gradient_checkpointing(
-                partial(checkpoint, use_reentrant=False, context_fn=self._checkpoint_contexts)
-            )
-        try:
-            yield
-        finally:
-            for network in networks:
-                network.disable_gradient_checkpointing()
+            network.disable_gradient_checkpointing()
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Return the contexts of a block's forward pass and of its replay, which PyTorch runs outside of all modes."""
-        return self.family.roles.use(self._running), self._replay(self._running)
+        forward, replay = Roles._checkpoint_contexts(self.family.roles)
+        return forward, self._with_mode(replay)
 
     @contextmanager
-    def _replay(self, role: str) -> Iterator[None]:
-        with self._mode, self.family.roles.use(role):
+    def _with_mode(self, replay: AbstractContextManager[None]) -> Iterator[None]:
+        """Switch the mode on for the replay of a block, which PyTorch runs outside of all modes."""
+        with self._mode, replay:
             yield
 
-    @contextmanager
-    def _vae_in_parts(self, slicing: bool, tiling: bool) -> Iterator[None]:
-        """Switch the VAE's slicing and tiling on for the block; raises `ConfigError` if it does not have it."""
+    def _part_vae(self, slicing: bool, tiling: bool) -> None:
+        """Let the VAE work in slices, in tiles or on the whole; raises `ConfigError` if it cannot."""
         vae = self.family.pipeline.vae
+        vae.use_slicing = vae.use_tiling = False
         if slicing:
             slice_vae(self.family)
         if tiling:
             tile_vae(self.family)
-        try:
-            yield
-        finally:
-            if slicing:
-                vae.disable_slicing()
-            if tiling:
-                vae.disable_tiling()
 
 
 def _peak(mode: LikeCuda, run: Callable[[], object]) -> int:

@@ -51,21 +51,11 @@ class Registry:
         """
         if name in self.rewards:
             return self.rewards[name]
-        if name in self.contested:
-            owners = self.contested[name]
-            raise RewardError(
-                f"the reward {name!r} is registered by {' and by '.join(owners)}, and nothing says which one is meant; "
-                f"uninstall one, or set {WITHOUT}={owners[-1]}"
-            )
-        broken = [plugin for plugin in self.plugins if plugin.failures]
-        for plugin in broken:
+        self._refuse(name, f"the reward {name!r}", RewardError)
+        for plugin in self.plugins:
             unknown_content = plugin.cause is not None or not plugin.hooks  # it did not come to say what it holds
-            if name in plugin.refused or (unknown_content and _is_home(plugin, name)):
-                problem = plugin.refused.get(name, plugin.failures[0])
-                raise RewardError(
-                    f"the reward {name!r} cannot be had, because the plugin {plugin.key} ({plugin.version}) is broken: "
-                    f"{problem}. Repair or upgrade {plugin.distribution}; 'rdm-sdk plugins' lists all plugins."
-                ) from plugin.cause
+            if plugin.failures and unknown_content and _is_home(plugin, name):
+                raise _broken(plugin, f"the reward {name!r}", plugin.failures[0], RewardError) from plugin.cause
         if name in KNOWN_PLUGINS:
             raise RewardError(
                 f"the reward {name!r} is a plugin that is not installed (or switched off by {ONLY} or {WITHOUT}): "
@@ -74,7 +64,7 @@ class Registry:
         known = sorted({*self.rewards, *KNOWN_PLUGINS})
         raise RewardError(
             f"unknown reward {name!r}.{nearest(name, known)}{_missing_spaces(name, self.rewards)} "
-            f"Known rewards: {', '.join(sorted(self.rewards))}{_suspects(broken)}. A function of your own is named "
+            f"Known rewards: {', '.join(sorted(self.rewards))}{self._suspects()}. A function of your own is named "
             "by its place, module:function."
         )
 
@@ -95,24 +85,28 @@ class Registry:
         """
         if pipeline in self.models:
             return _imported(self.models[pipeline], f"the family for {pipeline}", ModelError)
-        if pipeline in self.contested:
-            owners = self.contested[pipeline]
-            raise ModelError(
-                f"a family for {pipeline} is registered by {' and by '.join(owners)}, and nothing says which one is "
-                f"meant; uninstall one, or set {WITHOUT}={owners[-1]}"
-            )
-        for plugin in self.plugins:
-            if pipeline in plugin.refused:
-                raise ModelError(
-                    f"the family for {pipeline} cannot be had, because the plugin {plugin.key} ({plugin.version}) is "
-                    f"broken: {plugin.refused[pipeline]}. Repair or upgrade {plugin.distribution}."
-                )
-        broken = [plugin for plugin in self.plugins if plugin.failures]
+        self._refuse(pipeline, f"a family for {pipeline}", ModelError)
         raise ModelError(
             f"{pipeline} is not supported.{nearest(pipeline, self.models)} Pass a hub id, a local path or a pipeline "
             f"of one of: {', '.join(sorted(self.models))}; install a plugin that brings a family for it; or pass a "
-            f"rdm_sdk.ModelFamily of your own (docs/write-a-model.md says how to write one){_suspects(broken)}"
+            f"rdm_sdk.ModelFamily of your own (docs/write-a-model.md says how to write one){self._suspects()}"
         )
+
+    def _refuse(self, name: str, what: str, kind: type[RDMError]) -> None:
+        """Raise for a name that several distributions claim, or that a plugin tried to register in vain."""
+        if name in self.contested:
+            owners = self.contested[name]
+            raise kind(
+                f"{what} is registered by {' and by '.join(owners)}, and nothing says which one is meant; uninstall "
+                f"one, or set {WITHOUT}={owners[-1]}"
+            )
+        for plugin in self.plugins:
+            if name in plugin.refused:
+                raise _broken(plugin, what, plugin.refused[name], kind) from plugin.cause
+
+    def _suspects(self) -> str:
+        broken = ", ".join(plugin.key for plugin in self.plugins if plugin.failures)
+        return broken and f". Broken plugins, which may hold it: {broken} (see 'rdm-sdk plugins')"
 
     def fingerprint(self) -> list[str]:
         """Return what must be the same on every process of a run: plugins, versions and failures."""
@@ -227,10 +221,11 @@ def _is_home(plugin: Plugin, name: str) -> bool:
     return normalized(owner) in (plugin.name.lower(), *plugin.distribution.split("-"), plugin.distribution)
 
 
-def _suspects(broken: list[Plugin]) -> str:
-    if not broken:
-        return ""
-    return f". Broken plugins, which may hold it: {', '.join(plugin.key for plugin in broken)} (see 'rdm-sdk plugins')"
+def _broken(plugin: Plugin, what: str, problem: str, kind: type[RDMError]) -> RDMError:
+    return kind(
+        f"{what} cannot be had, because the plugin {plugin.key} ({plugin.version}) is broken: {problem}. Repair or "
+        f"upgrade {plugin.distribution}; 'rdm-sdk plugins' lists all plugins."
+    )
 
 
 def _missing_spaces(name: str, known: Iterable[str]) -> str:

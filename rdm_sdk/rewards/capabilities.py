@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from rdm_sdk.errors import RewardError, nearest
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "space": ("pixel", "latent"),
-    "gradient": ("none", "autograd", "field", "awaited"),
-    "scope": ("sample", "group"),
-    "dtype": ("float32", "bfloat16", "float16"),
-}
 
 
 @dataclass(frozen=True)
@@ -54,9 +47,9 @@ class Capabilities:
         return self.context or self.gradient == "field"
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
+        for name, hint in get_type_hints(Capabilities).items():
+            value, choices = getattr(self, name), get_args(hint)
+            if get_origin(hint) is Literal and value not in choices:
                 offered = ", ".join(repr(choice) for choice in choices)
                 raise RewardError(
                     f"Capabilities({name}={value!r}) cannot be used; it must be one of {offered}."

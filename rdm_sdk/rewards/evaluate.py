@@ -30,9 +30,9 @@ from rdm_sdk.rewards.judging import (
     as_declared,
     copied,
     differentiated,
-    inapplicable,
     judged_with_models,
     logged_by,
+    nothing,
     pulled_back,
     spread,
 )
@@ -176,14 +176,8 @@ class _Asked:
 class Started:
     """An evaluation on its way: asynchronous rewards may be at work, the others have judged what they were given.
 
-    Args:
-        rewards: name to reward.
-        batch: the samples, group-major.
-        device: where the rewards' models are.
-        on_error: as `evaluate_rewards`.
-        graded: the names of the rewards whose gradient is wanted, each of which has one.
-        may_sit_out: as `evaluate_rewards`.
-        time_limit: as `evaluate_rewards`.
+    The arguments are those of `evaluate_rewards`, settled; `graded` names the rewards whose gradient is wanted, each of
+    which has one.
     """
 
     def __init__(
@@ -245,7 +239,7 @@ class Started:
                 rows[name] = rows_it_is_for(reward, chunk)
                 self.shown[name] += len(rows[name])
                 if not rows[name]:
-                    self.outputs[name].append(inapplicable(chunk, name in self.graded))
+                    self.outputs[name].append(nothing(chunk.latents, name in self.graded))
         return rows
 
     def collect(self) -> Evaluation:

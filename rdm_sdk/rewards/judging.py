@@ -45,10 +45,10 @@ def logged_by(given: RewardBatch, rows: Sequence[int], count: int, device: torch
     return {name: spread(values, rows, count, device, torch.nan) for name, values in (given.logged or {}).items()}
 
 
-def inapplicable(chunk: RewardBatch, graded: bool) -> RewardOutput:
-    """Return the output of a reward that is for none of the chunk's samples."""
-    scores = torch.full((len(chunk),), torch.nan, device=chunk.latents.device)
-    return RewardOutput(scores, torch.zeros_like(chunk.latents) if graded else None)
+def nothing(latents: Tensor, graded: bool) -> RewardOutput:
+    """Return the output of a reward that is for none of some samples `[N, *x]`."""
+    scores = torch.full((len(latents),), torch.nan, device=latents.device)
+    return RewardOutput(scores, torch.zeros_like(latents) if graded else None)
 
 
 def spread(values: Tensor, rows: Sequence[int], count: int, device: torch.device, fill: float) -> Tensor:

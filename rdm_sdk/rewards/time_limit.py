@@ -28,10 +28,6 @@ def limited(name: str, seconds: float | None) -> Iterator[None]:
     In the main thread, on a system with SIGALRM, the timer interrupts whatever Python does or waits for there: sleeps,
     sockets, locks, child processes. Code that does not come back to Python (a stuck kernel) cannot be interrupted, and
     neither can another thread; then an error in the log names the reward, and the call goes on.
-
-    Args:
-        name: what messages call the reward.
-        seconds: the limit.
     """
     if seconds is None:
         yield

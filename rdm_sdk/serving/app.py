@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 
 from rdm_sdk._version import __version__
 from rdm_sdk.serving.answers import described_capabilities, pack_answer
-from rdm_sdk.serving.requests import FIELDS, FORMS, Limits, Request, RequestError, parse_request
+from rdm_sdk.serving.requests import FIELDS, FORMS, Limits, RequestError, parse_request
 from rdm_sdk.serving.scorer import Answer, Scorer, ScoringError
 from rdm_sdk.serving.tensors import CONTENT_TYPE, VERSION
 
@@ -63,12 +63,7 @@ def error_response(status: int, message: str, **more: Any) -> JSONResponse:
 
 
 class Service:
-    """The endpoints.
-
-    Args:
-        scorer: answers; closed by whoever made it.
-        limits: of a request.
-    """
+    """The endpoints; the scorer is closed by whoever made it."""
 
     def __init__(self, scorer: Scorer, limits: Limits) -> None:
         self.scorer, self.limits = scorer, limits
@@ -119,7 +114,7 @@ class Service:
         answer = await asyncio.wrap_future(self.scorer.submit(asked, gradients))
         if as_json:
             return JSONResponse({"version": VERSION} | _as_json(answer))
-        return Response(await run_in_threadpool(_packed, answer, asked), media_type=CONTENT_TYPE)
+        return Response(await run_in_threadpool(pack_answer, answer, asked.gradient_dtype), media_type=CONTENT_TYPE)
 
     async def _body(self, request: HttpRequest) -> bytearray:
         """Return the body, of which no more is read than the limit allows."""
@@ -176,10 +171,6 @@ class Service:
             f"rdm_requests_inside {self.inside}",
         ]
         return PlainTextResponse("\n".join(lines) + "\n")
-
-
-def _packed(answer: Answer, request: Request) -> bytes:
-    return pack_answer(answer, request.gradient_dtype)
 
 
 def _as_json(answer: Answer) -> dict[str, Any]:

@@ -34,20 +34,8 @@ class ServerLostError(RDMError, ConnectionError):
     """A reward's server that cannot be reached, or does not answer in time; `reward_on_error` says what it does."""
 
 
-@dataclass(frozen=True)
-class Patience:
-    """How long a client waits, and how often it tries."""
-
-    timeout: float = 60.0
-    """Seconds that one try may take."""
-    retries: int = 4
-    """Further tries after the first."""
-    max_wait: float = 300.0
-    """Seconds that all tries of a request may take together."""
-
-
 class PatientConfig(RewardConfig):
-    """Options of a reward that asks a server: how long, and how often."""
+    """Options of a reward that asks a server: how long a client waits, and how often it tries."""
 
     timeout: float = Field(default=60.0, gt=0)
     """Seconds that one try may take."""
@@ -55,10 +43,6 @@ class PatientConfig(RewardConfig):
     """Further tries where the first fails."""
     max_wait: float = Field(default=300.0, gt=0)
     """Seconds that all tries of one request may take together."""
-
-    @property
-    def patience(self) -> Patience:
-        return Patience(timeout=self.timeout, retries=self.retries, max_wait=self.max_wait)
 
 
 @dataclass(frozen=True)
@@ -143,7 +127,7 @@ async def exchange(
 
 async def persist(
     attempt: Callable[[], Awaitable[bytearray | Failed]],
-    patience: Patience,
+    patience: PatientConfig,
     who: str,
     servers: int = 1,
     trouble: Callable[[], str] = lambda: "",

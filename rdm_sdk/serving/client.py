@@ -13,7 +13,7 @@ from rdm_sdk.errors import RewardError, nearest, shown
 from rdm_sdk.rewards.awaiting import event_loop
 from rdm_sdk.rewards.base import Capabilities, RewardBatch
 from rdm_sdk.serving.answers import read_answer, read_capabilities
-from rdm_sdk.serving.asking import Failed, Patience, ServerLostError, exchange, open_client, persist
+from rdm_sdk.serving.asking import Failed, PatientConfig, ServerLostError, exchange, open_client, persist
 from rdm_sdk.serving.requests import request_parts
 from rdm_sdk.serving.tensors import CONTENT_TYPE, HEADER_LIMIT, VERSION, BodyError, parse_json
 from rdm_sdk.types import RewardOutput
@@ -53,7 +53,7 @@ class Client:
     def __init__(
         self,
         urls: Sequence[str],
-        patience: Patience,
+        patience: PatientConfig,
         token: str | None = None,
         uds: str | None = None,
         trouble: Callable[[], str] = lambda: "",

@@ -169,7 +169,7 @@ class Isolated(ServedReward):
         self.child = Child(_interpreter(self.config.python), terms[0].reference, self.config.device)
         self.child.wait_until_ready(self.config.start_timeout)
         uds, trouble = self.child.socket, self.child.trouble
-        self.connect(Client(["http://isolated"], self.config.patience, uds=uds, trouble=trouble), None)
+        self.connect(Client(["http://isolated"], self.config, uds=uds, trouble=trouble), None)
 
     async def _ask(self, batch: RewardBatch, gradient: bool) -> RewardOutput:
         if self.child.state():

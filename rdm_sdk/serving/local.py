@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import uvicorn
 
-from rdm_sdk.rewards.resolve import RewardFuncs, plan_rewards
+from rdm_sdk.rewards.resolve import RewardFuncs
 from rdm_sdk.serving.app import make_app
-from rdm_sdk.serving.scorer import Scorer, check_servable
+from rdm_sdk.serving.scorer import make_scorer
 
 STOP_SECONDS = 10.0
 
@@ -53,9 +53,7 @@ def served(rewards: RewardFuncs, token: str | None = None, device: torch.device 
         RewardError: a reward that is unknown or cannot be loaded.
         ConfigError: one that cannot judge finished images.
     """
-    planned = plan_rewards(rewards)
-    check_servable(planned)
-    scorer = Scorer([reward.make() for reward in planned], device)
+    scorer = make_scorer(rewards, device)
     try:
         server = ThreadedServer(make_app(scorer, token=token))
         try:

@@ -118,7 +118,7 @@ class Remote(ServedReward):
     def __init__(self, config: RewardConfig | None = None, **options: object) -> None:
         super().__init__(config, **options)
         urls, token = _addresses(self.name, self.config), read_secret("token_env", self.config.token_env)
-        self.connect(Client(urls, self.config.patience, token), self.config.reward)
+        self.connect(Client(urls, self.config, token), self.config.reward)
 
 
 def _listed(value: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from rdm_sdk.errors import ConfigError, RewardError, described, nearest, shown
 from rdm_sdk.rewards.base import RewardBatch
-from rdm_sdk.rewards.checks import InapplicableError
 from rdm_sdk.rewards.evaluate import evaluate_rewards, merged
-from rdm_sdk.rewards.resolve import RunReward, WeightedReward
+from rdm_sdk.rewards.resolve import RewardFuncs, RunReward, WeightedReward, plan_rewards
 from rdm_sdk.serving.requests import Request, RequestError, as_floats
 from rdm_sdk.types import RewardOutput
 
@@ -225,17 +224,25 @@ class Scorer:
                 device=self.device,
                 on_error="skip",
                 gradients_of=job.labels if job.gradients else (),
+                may_sit_out=job.labels,  # of these images: whoever asked may have asked about others as well
             )
         except RewardError as error:
             raise ScoringError(str(error), nonsense=True) from error
-        answer = dict(result.outputs)
         for label, raised in result.skipped.items():
-            if not isinstance(raised, InapplicableError):
-                raise ScoringError(f"the reward {label!r} raised {described(raised)}", nonsense=False) from raised
-            # To none of these images: that is for whoever asked to judge, who may have asked about others as well.
-            nothing = torch.full((len(batch),), torch.nan)
-            answer[label] = RewardOutput(nothing, torch.zeros_like(batch.images) if job.gradients else None)
-        return answer
+            raise ScoringError(f"the reward {label!r} raised {described(raised)}", nonsense=False) from raised
+        return result.outputs
+
+
+def make_scorer(rewards: RewardFuncs, device: torch.device | str, batch_size: int = 64) -> Scorer:
+    """Return a scorer of rewards as `RDMTrainer` takes them; what cannot be served is refused before it is loaded.
+
+    Raises:
+        RewardError: a reward that is unknown or cannot be loaded.
+        ConfigError: one that cannot judge finished images.
+    """
+    planned = plan_rewards(rewards)
+    check_servable(planned)
+    return Scorer([reward.make() for reward in planned], device, batch_size)
 
 
 def check_servable(rewards: Sequence[RunReward]) -> None:

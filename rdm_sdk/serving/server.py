@@ -10,10 +10,10 @@ from contextlib import contextmanager
 import torch
 import uvicorn
 
-from rdm_sdk.rewards.resolve import RewardFuncs, plan_rewards
+from rdm_sdk.rewards.resolve import RewardFuncs
 from rdm_sdk.serving.app import make_app
 from rdm_sdk.serving.requests import Limits
-from rdm_sdk.serving.scorer import Scorer, check_servable
+from rdm_sdk.serving.scorer import make_scorer
 
 GRACEFUL_SECONDS = 30
 
@@ -56,10 +56,7 @@ def serve(
         RewardError: a reward that is unknown or cannot be loaded.
         ConfigError: one that cannot judge finished images.
     """
-    planned = plan_rewards(rewards)
-    check_servable(planned)  # before anything is loaded
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    scorer = Scorer([reward.make() for reward in planned], where, batch_size)
+    scorer = make_scorer(rewards, device or ("cuda" if torch.cuda.is_available() else "cpu"), batch_size)
     config = uvicorn.Config(
         make_app(scorer, limits, token),
         log_level="warning",

@@ -38,6 +38,8 @@ class Check:
     name: str
     run: Callable[[Any], Remark | None]
     needs: tuple[str, ...]
+    unless: Callable[[Any], str] = lambda subject: ""
+    """Why it does not apply to a subject; empty where it does."""
 
     @property
     def promise(self) -> str:
@@ -61,11 +63,11 @@ Run = TypeVar("Run", bound=Callable[[Any], Remark | None])
 
 
 def collector(checks: list[Check]) -> Callable[..., Callable[[Run], Run]]:
-    """Return the decorator factory `check(*needs)` that appends functions to a list of checks."""
+    """Return the decorator factory `check(*needs, unless=...)` that appends functions to a list of checks."""
 
-    def check(*needs: str) -> Callable[[Run], Run]:
+    def check(*needs: str, **options: Callable[[Any], str]) -> Callable[[Run], Run]:
         def add(run: Run) -> Run:
-            checks.append(Check(run.__name__, run, needs))
+            checks.append(Check(run.__name__, run, needs, **options))
             return run
 
         return add
@@ -91,7 +93,8 @@ def run_checks(checks: Sequence[Check], subject: object, noun: str) -> list[Chec
 
 def _outcome(check: Check, subject: object, noun: str) -> CheckResult:
     try:
-        remark = check.run(subject)
+        reason = check.unless(subject)
+        remark = Remark("skipped", reason) if reason else check.run(subject)
     except AssertionError as error:
         return CheckResult(check.name, "failed", str(error), error.__cause__)
     except Exception as error:

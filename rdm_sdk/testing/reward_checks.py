@@ -36,6 +36,16 @@ CHECKS: list[Check] = []
 check = collector(CHECKS)
 
 
+def stochastic(subject: Subject) -> str:
+    """Return why a check that repeats a call does not apply, empty where it does."""
+    return "the reward is declared stochastic" if subject.reward.capabilities.stochastic else ""
+
+
+def no_gradient(subject: Subject) -> str:
+    """Return why a check of gradients does not apply, empty where it does."""
+    return "the reward declares no gradient" if subject.reward.capabilities.gradient == "none" else ""
+
+
 @check()
 def returns_scores(subject: Subject) -> None:
     """`score` returns a floating-point tensor with one entry per sample."""
@@ -97,25 +107,20 @@ def declared_range(subject: Subject) -> Remark | None:
     return None
 
 
-@check("leaves_inputs_alone")
-def deterministic(subject: Subject) -> Remark | None:
+@check("leaves_inputs_alone", unless=stochastic)
+def deterministic(subject: Subject) -> None:
     """Two calls on the same batch give the same scores, unless the reward declares that it is stochastic."""
-    if subject.reward.capabilities.stochastic:
-        return Remark("skipped", "the reward is declared stochastic")
     first, second = (subject.judge().scores for _ in range(2))
     require(
         same(first, second),
         f"two calls on the same batch differ by up to {(first - second).abs().max():.3g}; put dropout in eval mode, "
         "fix the generator, or declare Capabilities(stochastic=True)",
     )
-    return None
 
 
-@check("leaves_inputs_alone")
-def rng_untouched(subject: Subject) -> Remark | None:
+@check("leaves_inputs_alone", unless=stochastic)
+def rng_untouched(subject: Subject) -> None:
     """`score` leaves the random states of torch, NumPy and Python alone, unless it is declared stochastic."""
-    if subject.reward.capabilities.stochastic:
-        return Remark("skipped", "the reward is declared stochastic")
     with torch.random.fork_rng(devices=[]):
         before = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()  # noqa: NPY002 - theirs is watched
         evaluate_reward(subject.reward, copied(subject.batch), gradients_of=())
@@ -134,28 +139,22 @@ def rng_untouched(subject: Subject) -> Remark | None:
         f"score() moved the random state of {', '.join(moved)}, which changes the training run; use a "
         "torch.Generator of your own, and never call manual_seed() in score()",
     )
-    return None
 
 
-@check("deterministic")
-def chunk_invariant(subject: Subject) -> Remark | None:
+@check("deterministic", unless=stochastic)
+def chunk_invariant(subject: Subject) -> None:
     """Judging a batch in chunks gives the same scores as judging it at once."""
-    if subject.reward.capabilities.stochastic:
-        return Remark("skipped", "the reward is declared stochastic")
     advice = (
         "a sample's score must not depend on the others in the batch (no batch means, no batch norm in training mode, "
         "no prompts[0]); if it compares samples of one prompt, declare Capabilities(scope='group')"
     )
     parts = subject.judge(chunk_size=subject.chunk).scores
     assert_close(parts, subject.judge().scores, f"in chunks of {subject.chunk}, scores", advice)
-    return None
 
 
-@check("chunk_invariant")
+@check("chunk_invariant", unless=stochastic)
 def logs_the_same_in_chunks(subject: Subject) -> Remark | None:
     """What the reward logs (`batch.log`) at a step of a run has the same mean in chunks as at once."""
-    if subject.reward.capabilities.stochastic:
-        return Remark("skipped", "the reward is declared stochastic")
     batch = replace(subject.batch, step=0)
     whole = subject.judge(copied(batch)).logged
     if not whole:
@@ -175,11 +174,9 @@ def logs_the_same_in_chunks(subject: Subject) -> Remark | None:
     return None
 
 
-@check("chunk_invariant")
-def permutation_equivariant(subject: Subject) -> Remark | None:
+@check("chunk_invariant", unless=stochastic)
+def permutation_equivariant(subject: Subject) -> None:
     """Shuffling images and prompts together shuffles the scores, and nothing else."""
-    if subject.reward.capabilities.stochastic:
-        return Remark("skipped", "the reward is declared stochastic")
     count, group = len(subject.batch), subject.batch.group_size
     generator = torch.Generator().manual_seed(1)
     if subject.reward.capabilities.scope == "group":
@@ -193,7 +190,6 @@ def permutation_equivariant(subject: Subject) -> Remark | None:
         "with images and prompts shuffled together, scores",
         "pair images[i] with prompts[i], and do not use a sample's position",
     )
-    return None
 
 
 @check("deterministic")
@@ -211,11 +207,9 @@ def follows_the_prompt(subject: Subject) -> Remark | None:
     return None
 
 
-@check("leaves_inputs_alone")
-def gradient_not_zero(subject: Subject) -> Remark | None:
+@check("leaves_inputs_alone", unless=no_gradient)
+def gradient_not_zero(subject: Subject) -> None:
     """A reward that declares a gradient has one, for every sample that it applies to."""
-    if subject.reward.capabilities.gradient == "none":
-        return Remark("skipped", "the reward declares no gradient")
     field = subject.reward.capabilities.gradient == "field"
     advice = "compute the score in torch from batch.images, without PIL, NumPy, no_grad, detach, round or argmax"
     with advising("field(batch) must return a RewardOutput with a gradient" if field else advice):
@@ -227,21 +221,15 @@ def gradient_not_zero(subject: Subject) -> Remark | None:
         not (flat & ~output.scores.isnan()).any(),
         f"{int(flat.sum())} of {len(flat)} samples have a gradient of zero; is something rounded, clamped or detached?",
     )
-    return None
 
 
-@check("chunk_invariant", "gradient_not_zero")
-def gradient_chunk_invariant(subject: Subject) -> Remark | None:
+@check("chunk_invariant", "gradient_not_zero", unless=lambda subject: no_gradient(subject) or stochastic(subject))
+def gradient_chunk_invariant(subject: Subject) -> None:
     """Gradients, too, are the same in chunks as at once."""
-    if subject.reward.capabilities.gradient == "none":
-        return Remark("skipped", "the reward declares no gradient")
-    if subject.reward.capabilities.stochastic:
-        return Remark("skipped", "the reward is declared stochastic")
     whole, parts = (subject.judge(differentiate=True, chunk_size=size).gradient for size in (None, subject.chunk))
     if whole is not None and parts is not None:
         advice = "a sample's gradient must not depend on the others in the batch"
         assert_close(parts, whole, f"in chunks of {subject.chunk}, gradients", advice, 1e-3)
-    return None
 
 
 @check("gradient_not_zero")
@@ -303,11 +291,9 @@ def device_round_trip(subject: Subject) -> None:
     )
 
 
-@check("gradient_not_zero")
-def ascent_raises_score(subject: Subject) -> Remark | None:
+@check("gradient_not_zero", unless=no_gradient)
+def ascent_raises_score(subject: Subject) -> None:
     """A small step along the gradient raises the score."""
-    if subject.reward.capabilities.gradient == "none":
-        return Remark("skipped", "the reward declares no gradient")
     output = subject.judge(differentiate=True)
     gradient = output.gradient if output.gradient is not None else torch.zeros(())
     largest = gradient.abs().flatten(1).amax(1).clamp_min(torch.finfo(torch.float32).tiny)
@@ -323,7 +309,6 @@ def ascent_raises_score(subject: Subject) -> Remark | None:
         f"steps of {STEPS} along the gradient change the mean score by {', '.join(f'{gain:.3g}' for gain in gains)}; "
         "is its sign wrong, or is it the gradient of something else?",
     )
-    return None
 
 
 @check("leaves_inputs_alone")

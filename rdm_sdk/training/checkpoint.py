@@ -150,12 +150,12 @@ def save_state(
 
 
 def check(directory: str | Path, mine: RunState, index: int) -> RunState:
-    """Return the run state of a checkpoint that can be read and belongs to the run whose state is `mine`.
+    """Return the run state of a verified checkpoint that can be read and belongs to the run whose state is `mine`.
 
     `index` is that of this process, whose share of stored rollouts must be there if the run has any.
 
     Raises:
-        CheckpointError: the folder is missing, incomplete, damaged, of another kind, or of a run with another base,
+        CheckpointError: the folder is incomplete, damaged, of another format, or of a run with another base,
             other rewards, or with (without) a moving average.
     """
     folder = Path(directory)
@@ -201,22 +201,10 @@ DAMAGED = (
 """What reading a damaged file can raise."""
 
 
-def _check_is_checkpoint(folder: Path) -> None:
-    """Raise `CheckpointError` unless the folder is there and a run of this SDK has begun to write a checkpoint."""
-    if not folder.is_dir():
-        raise CheckpointError(f"cannot resume: there is no folder {str(folder)!r}")
-    if not (folder / STATE).is_file():
-        raise CheckpointError(
-            f"cannot resume from {str(folder)!r}: it has no {STATE}, so it is no checkpoint of this SDK. Pass a "
-            "folder named checkpoint-N from the output folder of an earlier run."
-        )
-
-
 def _check_complete(folder: Path, mine: RunState) -> None:
     """Raise `CheckpointError` unless the folder has the files of a checkpoint."""
-    _check_is_checkpoint(folder)
     critics = [CRITIC_OPTIMIZER] if len(mine.adapters) > 1 else []
-    missing = [name for name in (*TRAINER_FILES, *critics, WEIGHTS) if not (folder / name).is_file()]
+    missing = [name for name in (*TRAINER_FILES, *critics, WEIGHTS, STATE) if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
             f"cannot resume from {str(folder)!r}: {', '.join(missing)} missing, so its writing was interrupted (or "

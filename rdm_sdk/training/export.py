@@ -24,6 +24,7 @@ from rdm_sdk.families.roles import STUDENT
 from rdm_sdk.rewards.resolve import WeightedReward
 from rdm_sdk.rewards.spec import show_spec, without_places
 from rdm_sdk.training.config import RDMConfig
+from rdm_sdk.training.inherited import chosen_settings
 from rdm_sdk.training.student_base import (
     BASE,
     PEFT_FOLDER,
@@ -44,6 +45,8 @@ CALL = "inference.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 
 CARD = "README.md"
+UNTOLD = ("output_dir", "logging_dir", "run_name", "report_to", "hub_token", "disable_tqdm", "use_cpu")
+"""Settings that the card leaves out: places, reporting, secrets."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class StudentInfo:
 def student_info(args: RDMConfig, shift: float | None, rewards: Sequence[WeightedReward]) -> StudentInfo:
     """Return what is said about a run's student on a grid with this shift."""
     stochastic = args.sampler == "renoise"
-    settings = non_default_settings(args)
+    chosen = {name: value for name, value in chosen_settings(args).items() if name not in UNTOLD}
+    settings = {name: value for name, value in chosen.items() if isinstance(value, (int, float, str, list))}
     return StudentInfo(args.num_inference_steps, shift, stochastic, args.guidance_scale, rewards, settings, args.sizes)
 
 
@@ -369,19 +373,3 @@ def _cautions(family: ModelFamily, info: StudentInfo) -> str:
             "again at each step"
         )
     return "\n".join(lines)
-
-
-def non_default_settings(config: Any) -> dict[str, object]:
-    """Return the settings of a dataclass config that differ from its defaults, leaving out paths and reporting."""
-    from dataclasses import MISSING, fields
-
-    hidden = {"output_dir", "logging_dir", "run_name", "report_to", "hub_token", "disable_tqdm", "use_cpu"}
-    result: dict[str, object] = {}
-    for spec in fields(config):
-        value = getattr(config, spec.name)
-        default = spec.default_factory() if spec.default_factory is not MISSING else spec.default
-        if value == [] or (default is None and value is False):
-            continue  # what Trainer makes of settings that nobody touched
-        if spec.init and spec.name not in hidden and value != default and isinstance(value, (int, float, str, list)):
-            result[spec.name] = getattr(value, "value", value)
-    return result

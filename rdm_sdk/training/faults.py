@@ -143,14 +143,7 @@ def explained(error: RDMError, models: RunModels, rollouts: Rollouts, step: int,
     """Return what to raise for an error of a step: one that names the first value that is not finite, if any is.
 
     What the step was doing is then written to `<output_dir>/fault`: `fault.json`, and the samples that it had
-    (`batch.safetensors`), in place of what an earlier fault left there.
-
-    Args:
-        error: what stopped the step.
-        models: with the watch that was kept.
-        rollouts: of the step.
-        step: the optimizer step, from 1.
-        output_dir: the run's.
+    (`batch.safetensors`), in place of what an earlier fault left there. Steps are counted from 1.
     """
     prompts = [prompt for batch in rollouts.window for prompt in batch["prompts"]]
     fault = models.watch.first(prompts, models.encode)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any
 
 from transformers import TrainingArguments
 
 from rdm_sdk.errors import ConfigError
+from rdm_sdk.training.rules import default_of
 
 _NO_LABELS = "there are no labels and no metrics of predictions: rewards judge images"
 _NO_TOKENS = "no tokens are counted: what is trained sees latents"
@@ -60,7 +61,7 @@ def check_inherited(config: Any) -> None:
         if spec.name not in UNSUPPORTED:
             continue
         value = getattr(config, spec.name)
-        default = spec.default_factory() if spec.default_factory is not MISSING else spec.default
+        default = default_of(spec)
         evaluates = spec.name == "do_eval" and config.eval_strategy != "no"  # then transformers sets it itself
         if value != default and not (_is_nothing(value) and _is_nothing(default)) and not evaluates:
             raise ConfigError(f"{spec.name}={value!r} is not supported: {UNSUPPORTED[spec.name]}. Leave it out")
@@ -71,6 +72,24 @@ def _is_nothing(value: object) -> bool:
     from transformers.trainer_pt_utils import AcceleratorConfig
 
     return value in (None, False, "", "no") or value in ([], {}) or value == AcceleratorConfig()
+
+
+def chosen_settings(config: Any) -> dict[str, Any]:
+    """Return the settings of an `RDMConfig` that are not as the class has them, as plain values."""
+    plain: dict[str, Any] = config.to_dict()  # with plain values in the place of enums
+    chosen = {}
+    for spec in fields(config):
+        name, value, default = spec.name, plain.get(spec.name), default_of(spec)
+        # `to_dict` writes a mask even where there is no secret.
+        if not spec.init or name in UNSUPPORTED or getattr(config, name) == default:
+            continue
+        if name.endswith("_checkpointing") and not value:  # which transformers makes of None
+            continue
+        if name == "report_to":
+            chosen[name] = value or "none"
+        elif value != getattr(default, "value", default) and not (value in (None, [], {}) and not default):
+            chosen[name] = value
+    return chosen
 
 
 def name_checkpointing(config: Any) -> None:

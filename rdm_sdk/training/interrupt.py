@@ -38,16 +38,12 @@ class SaveOnSignal(TrainerCallback):
         self.processes = processes
         self._before: dict[int, Any] = {}
 
-    def watch(self) -> None:
-        """Catch the signals from now on, until `restore`."""
-        self.caught = None
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._catch) for number in SIGNALS}
-
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Catch the signals during the block."""
-        self.watch()
+        self.caught = None
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._catch) for number in SIGNALS}
         try:
             yield
         finally:

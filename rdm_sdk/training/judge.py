@@ -17,6 +17,7 @@ from rdm_sdk.families.roles import STUDENT, TEACHER
 from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.context import DiffusionContext, Origin, Times
 from rdm_sdk.rewards.evaluate import start_rewards
+from rdm_sdk.rewards.judging import nothing
 from rdm_sdk.rewards.resolve import WeightedReward, carried_back
 from rdm_sdk.rewards.tilt import tilted
 from rdm_sdk.training.export import check_exportable
@@ -247,12 +248,6 @@ class Judge:
         for reward in self.rewards:
             if reward.label in outputs:
                 self.monitor.reward(reward, outputs[reward.label], self.settings.num_generations)
-
-
-def nothing(latents: Tensor, gradient: bool) -> RewardOutput:
-    """Return what a reward that applies to none of some samples `[N, *x]` says of them."""
-    missing = torch.full((len(latents),), torch.nan, device=latents.device)
-    return RewardOutput(missing, torch.zeros_like(latents) if gradient else None)
 
 
 class Answers(Mapping[str, RewardOutput]):

@@ -137,7 +137,6 @@ class RunModels:
     # ---- Roles --------------------------------------------------------------------------------------------------
 
     def parameters_of(self, role: str) -> list[nn.Parameter]:
-        """Return the trained parameters of a role."""
         return list(self.roles.parameters_of(role).values())
 
     @property
@@ -146,10 +145,7 @@ class RunModels:
         return is_guided(self.family, self.settings.guidance_scale)
 
     def denoiser(self, role: str, condition: Condition, steps: Tensor | None = None) -> Denoiser:
-        """Return a role's denoiser for a condition; the teacher's is guided as the settings say.
-
-        `steps` (int64 `[N]`) are the student's that made the samples, for critics that are told them.
-        """
+        """Return a role's denoiser for a condition; the teacher's is guided as the settings say."""
         if role != TEACHER or not self.guided:
             made = self.family.denoiser(self.roles, role, self.roles.tell(role, condition, steps))
             return self.watch.watched(role, condition, made)
@@ -193,10 +189,7 @@ class RunModels:
     # ---- Samples ------------------------------------------------------------------------------------------------
 
     def step_shape(self, step: int) -> tuple[int, ...]:
-        """Return the shape of the latents of an optimizer step (from 0).
-
-        It depends on the seed and the step alone, so that all processes and a resumed run agree.
-        """
+        # By the seed and the step alone, so that all processes and a resumed run agree.
         return random.Random(f"{self.settings.seed} {step}").choice(self.latent_shapes)
 
     def sample_latents(self, prompts: Sequence[str], noise: Tensor | None = None) -> Tensor:

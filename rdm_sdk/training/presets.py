@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import yaml
+
 from rdm_sdk.errors import ConfigError, nearest
 
 Value = str | int | float | bool
@@ -102,7 +104,5 @@ def find_preset(name: str) -> Preset:
 def show_preset(name: str) -> str:
     """Return a preset as YAML for `rdm-sdk train --config`."""
     found = find_preset(name)
-    lines = [f"# {name}: {found.summary}", f"rewards: {found.rewards}"]
-    for key, value in found.settings.items():
-        lines.append(f"{key}: {str(value).lower() if isinstance(value, bool) else value}")
-    return "\n".join(lines)
+    settings = yaml.safe_dump({"rewards": found.rewards} | found.settings, sort_keys=False)
+    return f"# {name}: {found.summary}\n{settings.rstrip()}"

@@ -9,30 +9,18 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 
-def _alone(tensor: Tensor, how: Literal["sum", "mean"]) -> Tensor:
-    return tensor
-
-
-def _only(value: object) -> list[Any]:
-    return [value]
-
-
-def _unheard(doing: str) -> str:
-    return ""
-
-
 @dataclass(frozen=True)
 class Processes:
     """A run's processes, each of which calls every method at the same point of the step."""
 
     count: int = 1
-    reduce: Callable[[Tensor, Literal["sum", "mean"]], Tensor] = _alone
+    reduce: Callable[[Tensor, Literal["sum", "mean"]], Tensor] = lambda tensor, how: tensor
     """`(tensor, how)` to the sum or mean of all processes' tensors, on each of them."""
-    gather: Callable[[object], list[Any]] = _only
+    gather: Callable[[object], list[Any]] = lambda value: [value]
     """A value to the list of all processes' values, on each of them."""
     index: int = 0
     """Which process this is, from 0; a micro-batch of all processes holds their samples in this order."""
-    note: Callable[[str], str] = _unheard
+    note: Callable[[str], str] = lambda doing: ""
     """Takes down what this process begins to do, for the others if they wait for it; returns what it did before."""
 
     def total(self, sums: Tensor) -> Tensor:

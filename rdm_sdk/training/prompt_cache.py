@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,29 +12,13 @@ from rdm_sdk.errors import ConfigError
 from rdm_sdk.families.encodings import Masks, full_lengths, padded, rows_without_padding
 from rdm_sdk.types import Condition, select, sent
 
+if TYPE_CHECKING:
+    from rdm_sdk.training.prompt_store import PromptStore
+
 TOGETHER = 8
 """How many prompts of a dataset are encoded at a time."""
 KEPT = 256
 """How many prompts are kept, where not all are."""
-
-
-class Store(Protocol):
-    """Where encodings are kept beyond the run."""
-
-    def holds(self, batch: Sequence[str]) -> bool:
-        """Return whether there is a batch of prompts that can be read."""
-        ...
-
-    def row(self, batch: Sequence[str], place: int) -> tuple[Condition, dict[str, int]]:
-        """Return the encoding of one prompt of a batch without its padding, and the lengths that tensors have with it.
-
-        Only of a batch that is held.
-        """
-        ...
-
-    def write(self, batch: Sequence[str], rows: Sequence[Condition], lengths: dict[str, int]) -> None:
-        """Keep the encodings of a batch."""
-        ...
 
 
 class PromptCache:
@@ -74,7 +58,7 @@ class PromptCache:
         """The prompts whose rows were checked."""
         self._nothing: Condition = {}
         """No prompt, on the device."""
-        self.store: Store | None = None
+        self.store: PromptStore | None = None
         """Where known prompts are kept beyond the run."""
 
     # ---- Prompts that are known ---------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -63,7 +63,8 @@ class RollCall:
     """
 
     def __init__(self, index: int, count: int, limit: float, store: Store | None) -> None:
-        self.index, self.count, self.limit, self.store = index, count, limit, store
+        self.index, self.count, self.limit = index, count, limit
+        self.store: Any = store
         self._doing, self._since, self._waiting, self._beat = "starting", time.monotonic(), 0, 0
         self._over = threading.Event()
         self._calls = 0
@@ -113,7 +114,7 @@ class RollCall:
     def _attend(self) -> None:
         """Give a sign every `BEAT`, and end the process if the run has ended elsewhere and it has not noticed."""
         # A connection of its own where PyTorch can make one: the main thread's may be waiting for an answer.
-        store = getattr(self._store, "clone", lambda: self._store)()
+        store = getattr(self.store, "clone", lambda: self.store)()
         try:
             while not self._over.is_set():
                 self._give_sign(store)
@@ -138,12 +139,6 @@ class RollCall:
         """The store's key for why this training ends, which the first process to fail sets."""
         return f"rdm/{self._calls}/ended"
 
-    @property
-    def _store(self) -> Store:
-        if self.store is None:
-            raise RuntimeError("one process alone has no store")
-        return self.store
-
     def _give_sign(self, store: Store) -> None:
         self._beat += 1
         seconds = time.monotonic() - self._since
@@ -153,13 +148,13 @@ class RollCall:
     def _signs(self) -> dict[int, _Sign]:
         """Return the latest sign of every other process that has given one."""
         keys = {index: f"rdm/sign/{index}" for index in range(self.count) if index != self.index}
-        there = {index: key for index, key in keys.items() if self._store.check([key])}
-        return {index: _Sign(**json.loads(self._store.get(key))) for index, key in there.items()}
+        there = {index: key for index, key in keys.items() if self.store.check([key])}
+        return {index: _Sign(**json.loads(self.store.get(key))) for index, key in there.items()}
 
     def _end(self, reason: str) -> None:
         """Tell the others why the run ends, unless one has told before."""
         try:
-            self._store.compare_set(self._ended, "", reason)
+            self.store.compare_set(self._ended, "", reason)
         except RuntimeError as error:
             logger.warning(f"process {self.index} cannot tell the others why it ends: {described(error)}")
 
@@ -177,10 +172,10 @@ class RollCall:
         """Return what the others say after a collective operation has failed."""
         before = self._signs()
         deadline = time.monotonic() + SETTLE
-        while time.monotonic() < deadline and not self._store.check([self._ended]):
+        while time.monotonic() < deadline and not self.store.check([self._ended]):
             time.sleep(BEAT / 10)
-        if self._store.check([self._ended]):
-            return f"process {self.index} ends with the run: {self._store.get(self._ended).decode()}"
+        if self.store.check([self._ended]):
+            return f"process {self.index} ends with the run: {self.store.get(self._ended).decode()}"
         return absence(before, self._signs(), [i for i in range(self.count) if i != self.index], self.limit, error)
 
 

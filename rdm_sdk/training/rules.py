@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from functools import cache, reduce
 from operator import or_
 from types import UnionType
@@ -161,6 +161,11 @@ def check_rules(config: TrainingArguments) -> None:
         if not rule.holds(value):
             meant = f".{nearest(str(value), rule.choices)}" if rule.choices else ""
             raise ConfigError(f"{names}={value!r} cannot be used; it must be {rule.wanted}{meant}")
+
+
+def default_of(setting: Field[Any]) -> Any:
+    """Return the value of a setting that nobody gives."""
+    return setting.default_factory() if setting.default_factory is not MISSING else setting.default
 
 
 def check_known(names: list[str], known: list[str]) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +16,7 @@ from rdm_sdk.families.roles import STUDENT
 from rdm_sdk.files import replacing
 from rdm_sdk.rewards.resolve import plan_rewards
 from rdm_sdk.rewards.spec import is_secret, show_spec
-from rdm_sdk.training.config import RDMConfig
-from rdm_sdk.training.inherited import UNSUPPORTED
+from rdm_sdk.training.inherited import chosen_settings
 from rdm_sdk.training.weighting import make_weighting
 
 if TYPE_CHECKING:
@@ -83,27 +80,11 @@ def settings_of(trainer: RDMTrainer) -> tuple[dict[str, Any], list[str]]:
         missing.append(f"the weighting, an object in Python: {type(trainer.weighting).__name__}")
     if trainer.eval_dataset is not None:
         missing.append("the evaluation while it trains: its prompts and the settings of eval_...")
-    chosen = dict(_chosen(args))
+    # The factors of reward_weights are in the spec's weights already.
+    chosen = {n: v for n, v in chosen_settings(args).items() if n != "reward_weights" and not n.startswith(_EVALUATION)}
     secrets = [name for name in chosen if is_secret(name)]
     missing += [f"{name}, a secret" for name in secrets]
     return content | lora | {name: value for name, value in chosen.items() if name not in secrets}, missing
-
-
-def _chosen(args: RDMConfig) -> Iterator[tuple[str, Any]]:
-    """Yield the settings that are not as the class has them, as plain values."""
-    plain: dict[str, Any] = args.to_dict()  # type: ignore[no-untyped-call] # with plain values in the place of enums
-    for spec in fields(args):
-        name, value = spec.name, plain.get(spec.name)
-        default = spec.default_factory() if spec.default_factory is not MISSING else spec.default
-        if getattr(args, name) == default:
-            continue  # to_dict writes a mask even where there is no secret
-        # The factors of reward_weights are in the spec's weights already.
-        if not spec.init or name in UNSUPPORTED or name == "reward_weights" or name.startswith(_EVALUATION):
-            continue
-        if name == "report_to":
-            yield name, value or "none"
-        elif value != getattr(default, "value", default) and not (value in (None, [], {}) and not default):
-            yield name, value
 
 
 def _lora(trainer: RDMTrainer) -> tuple[dict[str, Any], list[str]]:

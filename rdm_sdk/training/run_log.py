@@ -73,11 +73,7 @@ def _lines(history: Sequence[dict[str, Any]]) -> list[str]:
 
 
 class LogFile:
-    """Writes the log of a run; nothing before `begin`.
-
-    Args:
-        path: the file.
-    """
+    """Writes the log of a run; nothing before `begin`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

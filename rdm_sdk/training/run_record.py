@@ -34,12 +34,7 @@ def versions() -> dict[str, str]:
 
 
 class RunRecord(TrainerCallback):
-    """Writes `run.json` into the output folder when training begins, and `trainer_state.json` when it ends.
-
-    Args:
-        rewards: the run's.
-        base: the name of the base model.
-    """
+    """Writes `run.json` into the output folder when training begins, and `trainer_state.json` when it ends."""
 
     def __init__(self, rewards: Sequence[WeightedReward], base: str) -> None:
         self.rewards, self.base = rewards, base

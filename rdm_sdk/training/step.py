@@ -15,7 +15,8 @@ from rdm_sdk.method.losses import pathwise_loss
 from rdm_sdk.method.noise import per_sample
 from rdm_sdk.method.objective import aggregate, combine, normalize, policy_loss, policy_pull
 from rdm_sdk.method.sampling import replay_log_ratio
-from rdm_sdk.training.judge import Judge, nothing
+from rdm_sdk.rewards.judging import nothing
+from rdm_sdk.training.judge import Judge
 from rdm_sdk.training.method_settings import MethodSettings
 from rdm_sdk.training.monitor import mean_where
 from rdm_sdk.training.rollouts import Rollouts, Window
@@ -154,7 +155,7 @@ class DistillationStep:
         if settings.normalization == "batch" and self.processes.count > 1:
             here = [name for name, output in outputs.items() if output.gradient is not None]
             outputs = {
-                name: outputs[name] if name in here else nothing(x_0, gradient=True)
+                name: outputs[name] if name in here else nothing(x_0, graded=True)
                 for name in self.processes.anywhere(here)
             }
         return normalize(outputs, settings.num_generations, settings.normalization, self.processes.total)

@@ -50,20 +50,18 @@ def _picture_to_tensorboard(tracker: Any, path: Path, step: int) -> None:
 
 
 def _describe_to_wandb(tracker: Any, content: Mapping[str, Any]) -> None:
-    tracker._wandb.config.update({"run": dict(content)}, allow_val_change=True)
+    _client(tracker).config.update({"run": dict(content)}, allow_val_change=True)
 
 
 def _picture_to_wandb(tracker: Any, path: Path, step: int) -> None:
     # By the step that transformers' callback has chosen for the axis: W&B's counter is that of its calls.
-    tracker._wandb.log({PICTURES: tracker._wandb.Image(str(path)), "train/global_step": step})
+    client = _client(tracker)
+    client.log({PICTURES: client.Image(str(path)), "train/global_step": step})
 
 
-def _describe_to_trackio(tracker: Any, content: Mapping[str, Any]) -> None:
-    tracker._trackio.config.update({"run": dict(content)}, allow_val_change=True)
-
-
-def _picture_to_trackio(tracker: Any, path: Path, step: int) -> None:
-    tracker._trackio.log({PICTURES: tracker._trackio.Image(str(path)), "train/global_step": step})
+def _client(tracker: Any) -> Any:
+    """Return the library of W&B, or Trackio's, which has W&B's interface."""
+    return tracker._wandb if isinstance(tracker, WandbCallback) else tracker._trackio
 
 
 _Describe = Callable[[Any, Mapping[str, Any]], None]
@@ -71,7 +69,7 @@ _Show = Callable[[Any, Path, int], None]
 TRACKERS: dict[type[TrainerCallback], tuple[_Describe, _Show]] = {
     TensorBoardCallback: (_describe_to_tensorboard, _picture_to_tensorboard),
     WandbCallback: (_describe_to_wandb, _picture_to_wandb),
-    TrackioCallback: (_describe_to_trackio, _picture_to_trackio),
+    TrackioCallback: (_describe_to_wandb, _picture_to_wandb),
 }
 """Transformers' callback to what tells its tracker what the run is, and what shows it a picture."""
 

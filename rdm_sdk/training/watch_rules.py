@@ -103,14 +103,9 @@ class Course:
         """How many levels each of `before` is the median of."""
         return min(REMEMBERED, len(self.levels) - LASTING)
 
-    def highest(self) -> tuple[int, float]:
-        """Return the best level before now, and the step it was left at."""
-        at = int(self.before.argmax())
-        return int(self.steps[at + self.remembered - 1]), float(self.before[at])
-
-    def lowest(self) -> tuple[int, float]:
-        """Return the lowest level before now, and the step it was left at."""
-        at = int(self.before.argmin())
+    def best(self, lowest: bool = False) -> tuple[int, float]:
+        """Return the highest level before now, or the lowest, and the step it was left at."""
+        at = int(self.before.argmin() if lowest else self.before.argmax())
         return int(self.steps[at + self.remembered - 1]), float(self.before[at])
 
     def is_below(self, bound: float) -> bool:
@@ -195,7 +190,7 @@ def _held_out(run: _Run) -> Iterable[Finding]:
         course = run.course(figure)
         if course is None:
             continue
-        step, best = course.highest()
+        step, best = course.best()
         matters = run.unit(figure, course, step)
         if matters and course.is_below(best - max(matters, NOISES * course.noise)):
             where = "on the evaluation prompts" if figure.startswith("eval_") else "which is watched only"
@@ -211,7 +206,7 @@ def _collapsed(run: _Run) -> Iterable[Finding]:
         course = run.course(figure)
         if course is None:
             continue
-        step, best = course.highest()
+        step, best = course.best()
         if course.is_below(best - max((1 - LEFT) * best, NOISES * course.noise)):
             what = f"{of} are alike: they differ by {course.latest:.3g}, {course.latest / best:.0%} of what it was"
             yield _finding(run, "collapse", figure, f"{what} at step {step}", step)
@@ -223,7 +218,7 @@ def _drifted(run: _Run) -> Iterable[Finding]:
         course, error = run.course(figure), run.course(f"{name}/error")
         if course is None or error is None:
             continue
-        step, least = course.lowest()
+        step, least = course.best(lowest=True)
         beyond = course.is_above(least + max((FARTHER - 1) * least, NOISES * course.noise))
         share = course.latest / (course.latest + error.latest)
         if beyond and share > MOSTLY:

@@ -95,7 +95,7 @@ def test_one_that_waits_too_is_not_to_blame(calls: tuple[RollCall, RollCall]) ->
 def test_one_that_was_killed_is_named(calls: tuple[RollCall, RollCall], signs: bool) -> None:
     if signs:
         calls[1].note("training")
-        calls[1]._give_sign(calls[1]._store)
+        calls[1]._give_sign(calls[1].store)
     message = gives_up(calls[0], RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
     last = "its last was that it was training" if signs else "it never gave one"
     assert f"process 1 gives no sign of life ({last}); was it killed" in message

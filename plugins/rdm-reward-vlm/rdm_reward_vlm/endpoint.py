@@ -158,7 +158,7 @@ class Endpoint:
                 return Failed(reason, reply.wait)
             raise RewardError(f"{reason}. {HINT}" if (method, reply.status) == ("GET", 404) else reason)
 
-        answer = await persist(attempt, config.patience, url)
+        answer = await persist(attempt, config, url)
         try:
             return read(answer)
         except NonsenseError as error:
