@@ -111,6 +111,9 @@ def test_against_modelopt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     row = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert row["time"] > 0.1
     assert row["bytes"] < 0.5
+    assert row["compile"] is None
+    # The fourth cycle's rollouts, 18 to 23, end at the steps in turn.
+    assert row["modelopt_forwards"] == 8 * sum((turn % 4) + 1 for turn in range(18, 24))
 
 
 def test_reward_overhead(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
