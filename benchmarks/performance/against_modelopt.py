@@ -180,6 +180,7 @@ def compare(way: str, options: argparse.Namespace) -> dict[str, Any]:
             disable_tqdm=True,
             report_to="none",
             torch_compile=options.compile is not None,
+            torch_compile_backend=options.backend if options.compile else None,
             **WAYS[way],
         )
         lora = None if "student_weights" in WAYS[way] else LoraConfig(r=options.rank, lora_alpha=options.rank)
@@ -223,6 +224,7 @@ def main() -> None:
     parser.add_argument(
         "--compile", choices=["ours", "both"], help="whose networks torch.compile compiles; by default none"
     )
+    parser.add_argument("--backend", default="inductor", help="of torch.compile, where something is compiled")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters; 16 is the SDK's default")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--layers", type=int, help="blocks of a network with random weights; by default the teacher's")
