@@ -58,7 +58,7 @@ class Rollout:
     x_0: Tensor
     """What the student predicted at each state, `[K, N, *x]`; at step K - 1, the endpoint."""
     depths: Tensor
-    """How many steps each sample took, int64 `[N]` in [1, K]."""
+    """How many steps each sample took, int64 `[N]` in [0, K]."""
 
 
 @dataclass(frozen=True)

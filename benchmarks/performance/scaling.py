@@ -43,7 +43,7 @@ class Level(Reward):
 
     def __init__(self, level: float) -> None:
         super().__init__()
-        self.name, self.level = f"level_{level:g}", level
+        self.name, self.level = f"level_{round(1000 * level)}", level
 
     def score(self, batch: RewardBatch) -> Tensor:
         return -(batch.images.mean(dim=(1, 2, 3)) - self.level).square()

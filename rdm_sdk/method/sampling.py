@@ -119,7 +119,7 @@ def rollout(
     Args:
         student_of: only samples still on their way are computed.
         noise: `[N, *x]`.
-        depths: how many steps each sample takes, int64 `[N]` in [1, K]; with `draws`, the samples of all processes.
+        depths: how many steps each sample takes, int64 `[N]` in [0, K]; with `draws`, the samples of all processes.
         policy: the sampler.
         draws: this process's share of the random numbers; by default there is one process.
     """

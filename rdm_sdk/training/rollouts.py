@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -68,17 +68,22 @@ class Rollouts:
 
     def collect(self, inputs: dict[str, Any]) -> Experience:
         """Roll the student out for a micro-batch of prompts; score the endpoints if a reward acts by its scores."""
-        scored = self.judge.uses_advantages
-        experience = self._roll_out(inputs, to_the_end=scored or self.settings.critic_rollouts == "shared")
-        done = experience.rollout  # followed to the end, but where critics have rollouts of their own
-        self.monitor.variety(select_steps(done.x_0, done.depths - 1), self.settings.num_generations)
-        if not scored:
-            return experience
+        if not self._followed:  # the replay predicts at the state that the rollout leads to, and nobody before it
+            return self._roll_out(inputs, "state")
+        experience = self._roll_out(inputs, "end")
         endpoints = experience.samples_at(torch.full_like(experience.steps, self.policy.num_steps - 1))
+        self.monitor.variety(endpoints.x_0, self.settings.num_generations)
+        if not self.judge.uses_advantages:
+            return experience
         return replace(experience, scored=self.judge.score_endpoints(endpoints))
 
-    def _roll_out(self, inputs: dict[str, Any], to_the_end: bool = False) -> Experience:
-        """Roll the student out for prompts, group-major, as far as their first use goes or to the end."""
+    @property
+    def _followed(self) -> bool:
+        """Whether the student's rollouts are followed to their end, for scores or for critics that learn from them."""
+        return self.judge.uses_advantages or self.settings.critic_rollouts == "shared"
+
+    def _roll_out(self, inputs: dict[str, Any], until: Literal["state", "sample", "end"]) -> Experience:
+        """Roll the student out for prompts, group-major, until a sample's trained state, its x_0 there, or the end."""
         settings, prompts, policy = self.settings, inputs["prompts"], self.policy
         condition = self.models.encode(prompts)
         draws, device = self.draws, self.models.device
@@ -88,7 +93,7 @@ class Rollouts:
         groups = draws.count * len(prompts) // settings.num_generations
         first = draw_steps(settings.spread, groups, settings.num_generations, last, device, draws.generator)
         plan = plan_steps(first, settings.num_iterations, last)
-        depths = torch.full_like(first, policy.num_steps) if to_the_end else first + 1
+        depths = torch.full_like(first, policy.num_steps) if until == "end" else first + (until == "sample")
         done = rollout(self._student_of(condition), noise, depths, policy, draws)
         self.monitor.spent["rollouts"] += len(prompts)
         x_0, weights = select_steps(done.x_0, draws.mine(first)), torch.ones(len(prompts), device=device)
@@ -162,7 +167,7 @@ class Rollouts:
         of 64 then holds 64 K samples. In a later use, only what the student has predicted anew is its present self's.
         """
         if self.settings.critic_rollouts == "fresh":
-            return [self._roll_out(batch).samples for batch in self.window]
+            return [self._roll_out(batch, "sample").samples for batch in self.window]
         last = self.policy.num_steps
         return [one.samples if one.use else one.samples_at((one.steps + 1 + turn) % last) for one in self.experiences]
 
@@ -176,10 +181,12 @@ class Rollouts:
     def _predict(self, experience: Experience) -> Tensor:
         student = self.models.denoiser(STUDENT, experience.condition)
         x_0 = student(experience.states, self.policy.levels(experience.steps))
-        if experience.use == 0:
+        if experience.use == 0 and not self._followed:
+            self.monitor.variety(x_0.detach(), self.settings.num_generations)
+        if experience.use == 0 and self._followed:
             self._check_first_ratio(experience, x_0.detach())
         elif not self.judge.uses_advantages:
-            # No score hangs on how these trajectories ended, so the states that later uses start from are kept fresh.
+            # No score hangs on how these trajectories end, so the states that later uses start from are kept fresh.
             redraw(experience.rollout, x_0.detach(), experience.plan[experience.use], self.policy, self.draws)
         return x_0
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from rdm_sdk.rewards.resolve import resolve_rewards
+
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 EXAMPLE_TESTS = TESTS / "end_to_end" / "test_example_programs.py"
@@ -89,6 +91,7 @@ def test_scaling(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert module.fitted([1, 2, 4], [3.0, 12.0, 48.0])[0] == pytest.approx(2)
     assert 0.5 < exponent < 1
     assert all(module.settings_of(axis, values[0])[0] for axis, values in module.AXES.items())
+    assert len(resolve_rewards(module.settings_of("rewards", 8)[1])) == 1 + 8
 
 
 def test_import_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +114,23 @@ def test_against_modelopt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     row = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert row["time"] > 0.1
     assert row["bytes"] < 0.5
+    assert row["compile"] is None
+    # The fourth cycle's rollouts, 18 to 23, end at the steps in turn.
+    assert row["modelopt_forwards"] == 8 * sum((turn % 4) + 1 for turn in range(18, 24))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the other side, which knows older versions
+def test_against_modelopt_compiled(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Networks of both sides are compiled before the cycles that are timed, and evaluations are counted as without."""
+    pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed")
+    small = ("--batch", 8, "--cycles", 1, "--ways", "same rollouts")
+    run(monkeypatch, "against_modelopt", *small, "--compile", "both", "--backend", "eager")
+    row = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert row["compile"] == "both"
+    assert row["compiling_s"] > 0
+    assert row["compiling_late_s"] == 0
+    assert (row["forwards"], row["modelopt_forwards"]) == (8 * 15, 8 * 17)
 
 
 def test_reward_overhead(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -201,11 +201,16 @@ def test_the_weights_act_on_the_students_loss(make_trainer: Make, tmp_path: Path
 # ---- States that later uses start from --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scored", [False, True], ids=["gradients", "scores"])
-def test_later_uses_start_from_states_of_the_latest_student(make_trainer: Make, tmp_path: Path, scored: bool) -> None:
-    """A later use's prediction leads to the next use's state, unless a score hangs on how the trajectory ended."""
-    rewards = ["dm", (Judge(), 0.1)] if scored else "dm"
-    trainer = make_trainer(tmp_path, rewards, num_iterations=4, max_steps=4, min_effective_sample_size=0.0, **BOLD)
+@pytest.mark.parametrize("case", ["gradients", "scores", "fresh"])
+def test_later_uses_start_from_states_of_the_latest_student(make_trainer: Make, tmp_path: Path, case: str) -> None:
+    """A later use's prediction leads to the next use's state, unless a score hangs on how the trajectory ended.
+
+    Where the critics have fresh rollouts, so does the first use's: the rollout went no further than to its state.
+    """
+    scored = case == "scores"
+    settings: dict[str, Any] = {"num_iterations": 4, "max_steps": 4, "min_effective_sample_size": 0.0, **BOLD}
+    settings["critic_rollouts"] = "fresh" if case == "fresh" else "shared"
+    trainer = make_trainer(tmp_path, ["dm", (Judge(), 0.1)] if scored else "dm", **settings)
     seen: list[tuple[Any, Tensor, Tensor]] = []  # rollout, states and predictions of a use
     plain = trainer.judge.judge
 
@@ -217,6 +222,10 @@ def test_later_uses_start_from_states_of_the_latest_student(make_trainer: Make, 
     trainer.judge.judge = watching  # type: ignore[method-assign]
     trainer.train()
     assert [own.use for own, _, _ in seen] == [0, 1, 2, 3]
+    first, states, x_0 = seen[0]
+    for i, k in enumerate(first.steps.tolist()):
+        assert torch.equal(first.rollout.x_0[k, i], x_0[i])
+        assert bool((states[: k + 2, i].flatten(1) != 0).any(1).all())
     for (own, states, x_0), (_, before, _) in zip(seen[1:], seen, strict=False):
         for i, k in enumerate(own.steps.tolist()):
             if scored:
@@ -250,4 +259,5 @@ def test_a_rollout_goes_only_as_far_as_its_first_use(make_trainer: Make, tmp_pat
             costs.append(trainer.costs())
         assert costs[0] == costs[1]
         forwards[source] = costs[0]["cost/student_forwards"] - 8  # without the update's predictions
-    assert forwards == {"fresh": 2 * 8 * (1 + 2 + 3 + 4) / 4, "shared": 8 * 4}
+    # Two groups of four: the critics' rollouts up to an x_0 of each step, the student's up to the state before it.
+    assert forwards == {"fresh": 2 * (1 + 2 + 3 + 4) + 2 * (0 + 1 + 2 + 3), "shared": 8 * 4}
