@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rdm_sdk.errors import ConfigError, ModelError
-from rdm_sdk.families.lora_layers import lighten
 from rdm_sdk.types import Condition
 
 TEACHER = "teacher"
@@ -165,7 +164,6 @@ class Roles(nn.Module):
             ) from error
         self._names.append(name)
         self._layers = [module for module in self.backbone.modules() if isinstance(module, BaseTunerLayer)]
-        lighten(self._layers)
         self._places[name] = [
             (f"{path}.{leaf}", module, leaf)
             for path, module in self.backbone.named_modules()
