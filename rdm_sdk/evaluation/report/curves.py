@@ -109,6 +109,13 @@ KINDS = (
         "half of the gap says that the critic lags behind: more critic_steps, or a higher critic_learning_rate.",
     ),
     Kind(
+        "(.+)/distance",
+        "Matching",
+        "mean square, per latent value",
+        "How far samples of the student's last step are from where the teacher's flow leads ({0}). It falls and stays "
+        "above 0, because early steps go on changing what the last one sees.",
+    ),
+    Kind(
         "student/diversity",
         "Variety",
         "standard deviation of a latent value",
