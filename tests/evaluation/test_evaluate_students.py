@@ -273,7 +273,7 @@ def test_a_dtype_is_of_a_base_that_is_named(pipeline: Any, monkeypatch: pytest.M
         evaluate(pipeline, **settings)
     asked: dict[str, Any] = {}
 
-    def stop(model: object, **options: Any) -> None:
+    def stop(*_: object, **options: Any) -> None:
         asked.update(options)
         raise KeyboardInterrupt
 
