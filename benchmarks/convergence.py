@@ -1,7 +1,7 @@
 """How near students of the embedded teacher come to it, and whether they stay there.
 
     python benchmarks/convergence.py run                      # hours, two runs at a time; resumable
-    python benchmarks/convergence.py run --only demo --seeds 0
+    python benchmarks/convergence.py run --only "dm alone" --seeds 0
     python benchmarks/convergence.py teacher                  # the ruler, three minutes
     python benchmarks/convergence.py report                   # docs/convergence.md and its plot, from the rows
 
@@ -85,7 +85,7 @@ SHORT = 150
 def all_cells() -> list[Cell]:
     """Return every cell, the most telling ones first."""
     return [
-        Cell("demo", SHORT, 50, rewards=FLOW),
+        Cell("dm and flow", SHORT, 50, rewards=FLOW),
         Cell("dm alone", SHORT, 50),
         *(Cell(f"matching {name}", SHORT, 50, {"matching": name}) for name in ("range", "mixture")),
         Cell("dmd2", SHORT, 50, DMD2),

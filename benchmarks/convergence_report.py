@@ -99,7 +99,7 @@ def drift_table(rows: Sequence[Row], cells: Sequence[str]) -> str:
 
 def plot_runs(rows: Sequence[Row], cells: Sequence[str], curve: dict[int, float], path: Path) -> None:
     """Plot FID-SD after the last evaluation against the updates, the seeds' mean and each seed."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
     for index, cell in enumerate(cells):
         own = [row for row in rows if row["cell"] == cell]
         updates = sorted({row["update"] for row in own})
@@ -112,6 +112,6 @@ def plot_runs(rows: Sequence[Row], cells: Sequence[str], curve: dict[int, float]
             axes.axhline(curve[steps], color="gray", linestyle=":", linewidth=1)
             axes.annotate(f"teacher, {steps} steps", (0, curve[steps]), color="gray", fontsize=11, va="bottom")
     axes.set(xlim=(0, None), ylim=(0, None), xlabel="updates of the student", ylabel="FID-SD (lower is better)")
-    axes.legend(fontsize=12)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -227,10 +227,10 @@ def test_digits_teacher_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_convergence(tmp_path: Path) -> None:
     """The runs write a line per measurement."""
     out = tmp_path / "rows.jsonl"
-    start("benchmarks/convergence.py", "run", "--smoke", "--only", "demo", "dmd2", "--seeds", "0", "--out", out)
+    start("benchmarks/convergence.py", "run", "--smoke", "--only", "dm and flow", "dmd2", "--seeds", "0", "--out", out)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert {(row["cell"], row["update"]) for row in rows} == {
-        (f"smoke {c}", u) for c in ("demo", "dmd2") for u in (1, 2)
+        (f"smoke {c}", u) for c in ("dm and flow", "dmd2") for u in (1, 2)
     }
     assert all(len(row["FID-SD"]) == 4 and min(row["FID-SD"]) > 0 for row in rows)
 
