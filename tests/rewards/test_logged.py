@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -109,7 +110,8 @@ def test_what_is_logged_is_of_the_samples_that_were_shown(make: Any, chunk_size:
 
 def test_beside_the_gradient_that_a_reward_computes_itself() -> None:
     """Two such rewards do not log into each other's figures."""
-    batch = batch_of([0, 1, 2, 3], context=gaussian_context())
+    batch = batch_of([0, 1, 2, 3])
+    batch = replace(batch, context=gaussian_context(batch.latents))
     outputs = evaluate_rewards({"one": Field(), "two": Field()}, batch).outputs
     for output in outputs.values():
         assert output.gradient is not None
