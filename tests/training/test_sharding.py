@@ -206,7 +206,10 @@ def test_every_familys_passes_are_the_same(kind: str, checkpointing: bool) -> No
         trained = [p for role in ("student", "fake") for p in family.roles.parameters_of(role).values()]
         found.append([*predicted, *(p.grad for p in trained if p.grad is not None)])
     assert len(found[0]) == len(found[1]) > 10
-    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+    for shared, whole in zip(found[1], found[0], strict=True):
+        # A sum in another order is off by a share of its largest terms, which are up to 30 here (in float64: by 1e-15).
+        largest = max(1.0, whole.abs().max().item())
+        torch.testing.assert_close(shared, whole, rtol=1e-5, atol=1e-6 * largest)
     everything = sum(1 for name, _ in family.backbone.named_parameters() if "lora_" not in name)
     assert 0 < max(resident) < everything
 
