@@ -46,17 +46,13 @@ class TeacherFlow(Reward):
         if origin is None:
             raise RewardError(f"reward {self.name!r} needs to know from which states the student predicted the samples")
         meant = origin.steps_left < self.config.last_steps
+        rows = meant.nonzero()[:, 0]
         # Where there is none, one is asked for all the same: sharded weights are gathered on all processes or on none.
-        rows = meant.nonzero()[:, 0] if bool(meant.any()) else torch.zeros_like(origin.steps_left[:1])
-        target = x_0.clone()
-        target[rows] = follow_flow(
-            origin.teacher_of(rows),
-            context.schedule,
-            origin.states[rows],
-            origin.levels[rows],
-            self.config.num_inference_steps,
-        ).to(x_0)
-        gradient = (target - x_0).where(meant.reshape(-1, *([1] * (x_0.ndim - 1))), torch.zeros_like(x_0))
+        asked = rows if len(rows) else rows.new_zeros(1)
+        teacher, steps = origin.teacher_of(asked), self.config.num_inference_steps
+        ends = follow_flow(teacher, context.schedule, origin.states[asked], origin.levels[asked], steps)
+        gradient = torch.zeros_like(x_0)
+        gradient[rows] = ends[: len(rows)].to(x_0) - x_0[rows]
         distance = gradient.float().square().flatten(1)
         scores = (-0.5 * distance.sum(1)).masked_fill(~meant, torch.nan)
         draws = context.renoise(x_0, batch.group_size)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from rdm_sdk import ConfigError, RDMTrainer, RewardError
 from rdm_sdk.training.picture_filter import GRAY, PictureFilter
@@ -16,7 +17,7 @@ from rdm_sdk.training.picture_filter import GRAY, PictureFilter
 Make = Callable[..., RDMTrainer]
 
 
-def light(images, prompts):  # type: ignore[no-untyped-def]
+def light(images: Tensor, prompts: list[str]) -> list[float | None]:
     """How light a picture is; for nothing that is asked for in the dark."""
     means = images.mean(dim=(1, 2, 3)).tolist()
     return [None if prompt == "dark" else mean for mean, prompt in zip(means, prompts, strict=True)]
