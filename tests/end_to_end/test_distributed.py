@@ -79,7 +79,7 @@ def bright(images, prompts):
 
 trainer = RDMTrainer(
     digits.teacher_path(),
-    ["dm", (bright, 0.2)],
+    ["dm", "flow", (bright, 0.2)],
     RDMConfig(output_dir=folder, max_steps=4, per_device_train_batch_size=8 // processes, num_generations=2,
               guidance_scale=1.0, max_sequence_length=4, critic_steps=1, num_iterations=2, weighting="balance",
               min_effective_sample_size=0.0, save_steps=1, logging_steps=1, disable_tqdm=True, use_cpu=True,

@@ -46,9 +46,10 @@ def held(parameters):
 def run(name, until=3, **settings):
     trainer = RDMTrainer(
         digits.teacher_path(),
-        "dm + 0.3*legibility",
+        "dm + flow + 0.3*legibility",
         RDMConfig(output_dir=str(folder / name), max_steps=3, per_device_train_batch_size=4, num_generations=2,
-                  guidance_scale=2.0, max_sequence_length=4, critic_steps=1, reward_route="tilt", ema_decay=0.9,
+                  guidance_scale=2.0, max_sequence_length=4, critic_steps=1,
+                  reward_route="gradient[legibility=tilt]", ema_decay=0.9,
                   activation_checkpointing=True, log_images=2, eval_strategy="steps", eval_steps=2,
                   save_steps=2, logging_steps=1, disable_tqdm=True, use_cpu=True, report_to="none", ddp_timeout=120,
                   **settings),

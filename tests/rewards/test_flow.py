@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from pipeline_calls import size_of
+from tiny_pipelines import TINY_PIPELINES
 from torch import Tensor
 
-from rdm_sdk import RDMTrainer, RewardBatch, RewardError
+from rdm_sdk import RDMConfig, RDMTrainer, RewardBatch, RewardError
+from rdm_sdk.families.load import load_family
 from rdm_sdk.method.noise import FlowSchedule, NoiseSchedule, VariancePreservingSchedule, per_sample
 from rdm_sdk.method.sampling import follow_flow
 from rdm_sdk.rewards.context import DiffusionContext, Origin
@@ -147,6 +150,48 @@ def test_a_run_learns_the_flow_at_its_last_step(make_trainer: Callable[..., RDMT
     distances = [entry["flow/distance"] for entry in trainer.state.log_history if "flow/distance" in entry]
     assert len(distances) == 12
     assert sum(distances[-4:]) < 0.7 * sum(distances[:4]), distances
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "PixArtSigmaPipeline",
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in sorted(TINY_PIPELINES)
+            if kind != "PixArtSigmaPipeline"
+        ),
+    ],
+)
+def test_students_of_every_family_learn_it(kind: str, small_config: Callable[..., RDMConfig], tmp_path: Path) -> None:
+    """From `flow` alone, at guidance 2 where the family has guidance: noise of a DDPM and of a flow, UNets and DiTs."""
+    family = load_family(TINY_PIPELINES[kind](), torch.float32)
+    args = small_config(
+        tmp_path,
+        max_steps=20,
+        learning_rate=1e-3,
+        num_inference_steps=1,
+        logging_steps=1,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=8,
+        guidance_scale=1.0 if family.guidance == "none" else 2.0,
+        **size_of(family),
+    )
+    trainer = RDMTrainer(family, "flow[num_inference_steps=3]", args, ["one", "two", "three", "four"] * 4)
+    trainer.train()
+    distances = [entry["flow/distance"] for entry in trainer.state.log_history if "flow/distance" in entry]
+    assert len(distances) == 20
+    assert sum(distances[-5:]) < 0.7 * sum(distances[:5]), distances
+
+
+def test_its_scores_act_as_advantages_too(make_trainer: Callable[..., RDMTrainer], tmp_path: Path) -> None:
+    """Endpoints are all samples of the last step, so that none is without a score."""
+    trainer = make_trainer(tmp_path, "dm + flow", reward_route="advantage", max_steps=1, logging_steps=1)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["rewards/flow/applies"] == 1
+    assert logged["rewards/flow/mean"] < 0 < logged["rewards/flow/std"]
+    assert logged["loss/policy"] != 0
 
 
 def test_the_run_tells_states_levels_and_the_guided_teacher(
