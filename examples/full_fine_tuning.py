@@ -20,7 +20,6 @@ def main() -> None:
         critic_weights="full",
         learning_rate=5e-5,
         critic_learning_rate=2e-4,
-        ema_decay=0.98,  # full weights are noisier: sample, evaluate and export their moving average
     )
     print(plan_memory(digits.teacher_path(), settings))
     trainer = RDMTrainer(digits.teacher_path(), "dm", settings, digits.prompts())

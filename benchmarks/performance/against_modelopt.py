@@ -181,6 +181,7 @@ def compare(way: str, options: argparse.Namespace) -> dict[str, Any]:
             report_to="none",
             torch_compile=options.compile is not None,
             torch_compile_backend=options.backend if options.compile else None,
+            ema_decay=0.0,  # the other side has none
             **WAYS[way],
         )
         lora = None if "student_weights" in WAYS[way] else LoraConfig(r=options.rank, lora_alpha=options.rank)

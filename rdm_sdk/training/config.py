@@ -149,7 +149,7 @@ class RDMConfig(_KnownSettings):
 
     # ---- Moving average
     ema_decay: float = field(
-        default=0.0, metadata={"help": "Decay of the student's moving average, which is then exported; 0 is none."}
+        default=0.99, metadata={"help": "Decay of the student's moving average, which is then exported; 0 is none."}
     )
 
     # ---- Rewards

@@ -45,6 +45,16 @@ def test_real_digits_are_legible_and_near_the_teacher():
     assert frechet_distance(real, teacher_statistics()) < 0.2 * frechet_distance(1 - real, teacher_statistics())
 
 
+def test_measuring_draws_no_random_number():
+    """Who measures a run in a callback does not change the run: its random state is PyTorch's global one."""
+    before = torch.get_rng_state()
+    images, prompts = digits.heldout_images()[:100], digits.prompts() * 10
+    frechet_distance(images, teacher_statistics())
+    legibility(images, prompts)
+    diversity(images, prompts)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_diversity_is_the_deviation_within_a_prompt():
     """Different pictures of different prompts are no diversity; of one prompt they are, pixel by pixel."""
     black, white = torch.zeros(3, 32, 32), torch.ones(3, 32, 32)
