@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def end_table(rows: Sequence[Row], cells: Sequence[str], curve: dict[int, float]
 
 
 def drift_table(rows: Sequence[Row], cells: Sequence[str]) -> str:
-    """Return how far FID-SD after the last evaluation rises again above its lowest, per seed."""
+    """Return how far FID-SD after the last evaluation rises above the lowest that it has had by then, per seed."""
     lines = []
     for cell in cells:
         seeds = sorted({row["seed"] for row in rows if row["cell"] == cell})
@@ -92,9 +93,10 @@ def drift_table(rows: Sequence[Row], cells: Sequence[str]) -> str:
             own = sorted((r for r in rows if r["cell"] == cell and r["seed"] == seed), key=lambda row: row["update"])
             values = [row["FID-SD"][-1] for row in own]
             lowest = min(range(len(values)), key=values.__getitem__)
-            rise = max(values[lowest:]) / values[lowest] - 1
+            rise = max(value / before for value, before in zip(values, accumulate(values, min), strict=True)) - 1
             lines.append([cell, seed, values[lowest], own[lowest]["update"], values[-1], f"{rise:.0%}"])
-    return markdown_table(("runs", "seed", "lowest", "at update", "at the end", "highest rise after the lowest"), lines)
+    header = ("runs", "seed", "lowest", "at update", "at the end", "highest rise above the lowest so far")
+    return markdown_table(header, lines)
 
 
 def plot_runs(rows: Sequence[Row], cells: Sequence[str], curve: dict[int, float], path: Path) -> None:

@@ -31,8 +31,9 @@ def advised_run(folders: Path, tmp_path: Path, **changed: Any) -> Run:
     return Run(Planner(configs), args, "dm + 0.5*legibility", LoraConfig(r=16, lora_alpha=16))
 
 
-def test_advice_is_what_the_switched_run_takes(folders: Path, tmp_path: Path) -> None:
-    """Each switch is planned alone, the largest first; a plan made afresh has the same total."""
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 4])
+def test_advice_is_what_the_switched_run_takes(folders: Path, tmp_path: Path, every: int) -> None:
+    """Each switch is planned alone, the largest first; a plan made afresh (of each, or of some) has the same total."""
     run = advised_run(folders, tmp_path)
     before = run.plan().total
     memory = int(0.6 * before)
@@ -40,9 +41,10 @@ def test_advice_is_what_the_switched_run_takes(folders: Path, tmp_path: Path) ->
     assert [one.saved for one in savings] == sorted((one.saved for one in savings), reverse=True)
     assert {one.fits for one in savings} == {True, False}
     for one in savings:
+        assert one.fits == (before - one.saved <= memory)
+    for one in savings[::every]:
         fresh = advised_run(folders, tmp_path).switched(one.switch).plan()
         assert before - fresh.total == one.saved > 0
-        assert one.fits == (fresh.total <= memory)
     assert run.plan().total == before  # the run itself is as it was
     lines = show_advice(savings).splitlines()[1:]
     assert [line.split("  ")[1] for line in lines] == [str(one.switch) for one in savings]
