@@ -106,8 +106,14 @@ def all_cells() -> list[Cell]:
             for rate in (1e-4, 3e-5)
         ),
         *(
-            Cell(f"long, {steps}, {rewards}", LONG, 50, GENTLE | {"num_inference_steps": int(steps[0])}, rewards=rewards)
-            for steps, rewards in (("4 steps", FLOW), ("4 steps", "dm"), ("2 steps", "dm"), ("1 step", "dm"))
+            Cell(
+                f"long, {k} step{'s' if k > 1 else ''}, {use}",
+                LONG,
+                50,
+                GENTLE | {"num_inference_steps": k},
+                rewards=use,
+            )
+            for k, use in ((4, FLOW), (4, "dm"), (2, "dm"), (1, "dm"))
         ),
         *(
             Cell(f"long, rates of short runs, no average, {rewards}", LONG, 50, rewards=rewards)
