@@ -46,6 +46,7 @@ COMMON: dict[str, Any] = {
     "critic_steps": 1,
     "guidance_scale": 5.0,
     "max_steps": STEPS,
+    "ema_decay": 0.0,  # no default when the first rows were measured
     "logging_steps": 1,
     "report_to": "none",
     "save_strategy": "no",
