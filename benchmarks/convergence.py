@@ -100,7 +100,12 @@ def all_cells() -> list[Cell]:
                 f"full weights, rate {rate:g}",
                 SHORT,
                 50,
-                {"student_weights": "full", "critic_weights": "full", "learning_rate": rate},
+                {
+                    "student_weights": "full",
+                    "critic_weights": "full",
+                    "learning_rate": rate,
+                    "critic_learning_rate": 4 * rate,
+                },
                 0,
             )
             for rate in (1e-4, 3e-5)
