@@ -110,16 +110,9 @@ def all_cells() -> list[Cell]:
             )
             for rate in (1e-4, 3e-5)
         ),
-        *(
-            Cell(
-                f"long, {k} step{'s' if k > 1 else ''}, {use}",
-                LONG,
-                50,
-                GENTLE | {"num_inference_steps": k},
-                rewards=use,
-            )
-            for k, use in ((4, FLOW), (4, "dm"), (2, "dm"), (1, "dm"))
-        ),
+        *(Cell(f"long, 4 steps, {rewards}", LONG, 50, GENTLE, rewards=rewards) for rewards in (FLOW, "dm")),
+        Cell("long, 2 steps, dm, shift 3", LONG, 50, GENTLE | {"num_inference_steps": 2, "shift": 3.0}),
+        Cell("long, 1 step, dm", LONG, 50, GENTLE | {"num_inference_steps": 1}),
         *(
             Cell(f"long, rates of short runs, no average, {rewards}", LONG, 50, rewards=rewards)
             for rewards in (FLOW, "dm")
