@@ -108,7 +108,7 @@ def all_cells() -> list[Cell]:
                 },
                 0,
             )
-            for rate in (1e-4, 3e-5)
+            for rate in (3e-4, 1e-4)
         ),
         *(Cell(f"long, 4 steps, {rewards}", LONG, 50, GENTLE, rewards=rewards) for rewards in (FLOW, "dm")),
         Cell("long, 2 steps, dm, shift 3", LONG, 50, GENTLE | {"num_inference_steps": 2, "shift": 3.0}),
