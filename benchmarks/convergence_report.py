@@ -101,19 +101,23 @@ def drift_table(rows: Sequence[Row], cells: Sequence[str]) -> str:
 
 def plot_runs(rows: Sequence[Row], cells: Sequence[str], curve: dict[int, float], path: Path) -> None:
     """Plot FID-SD after the last evaluation against the updates, the seeds' mean and each seed."""
-    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
-    for index, cell in enumerate(cells):
+    figure, axes = plt.subplots(figsize=(8, 6.5), layout="constrained")
+    shades = [
+        color for index, color in enumerate(matplotlib.color_sequences["tab20"]) if index not in (14, 15)
+    ]  # grays
+    shades = shades[::2] + shades[1::2]
+    for cell, color in zip(cells, shades, strict=False):
         own = [row for row in rows if row["cell"] == cell]
         updates = sorted({row["update"] for row in own})
         at = [[row["FID-SD"][-1] for row in own if row["update"] == update] for update in updates]
-        axes.plot(updates, [sum(values) / len(values) for values in at], color=f"C{index}", label=cell)
+        axes.plot(updates, [sum(values) / len(values) for values in at], color=color, label=cell)
         for update, values in zip(updates, at, strict=True):
-            axes.plot([update] * len(values), values, ".", color=f"C{index}", alpha=0.4)
+            axes.plot([update] * len(values), values, ".", color=color, alpha=0.4)
     for steps in (4, 8, 40):
         if steps in curve:
             axes.axhline(curve[steps], color="gray", linestyle=":", linewidth=1)
             axes.annotate(f"teacher, {steps} steps", (0, curve[steps]), color="gray", fontsize=11, va="bottom")
     axes.set(xlim=(0, None), ylim=(0, None), xlabel="updates of the student", ylabel="FID-SD (lower is better)")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
