@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def plot_runs(rows: Sequence[Row], cells: Sequence[str], curve: dict[int, float]
         color for index, color in enumerate(matplotlib.color_sequences["tab20"]) if index not in (14, 15)
     ]  # grays
     shades = shades[::2] + shades[1::2]
-    for cell, color in zip(cells, shades, strict=False):
+    for cell, color in zip(cells, cycle(shades), strict=False):
         own = [row for row in rows if row["cell"] == cell]
         updates = sorted({row["update"] for row in own})
         at = [[row["FID-SD"][-1] for row in own if row["update"] == update] for update in updates]
