@@ -102,10 +102,8 @@ def drift_table(rows: Sequence[Row], cells: Sequence[str]) -> str:
 def plot_runs(rows: Sequence[Row], cells: Sequence[str], curve: dict[int, float], path: Path) -> None:
     """Plot FID-SD after the last evaluation against the updates, the seeds' mean and each seed."""
     figure, axes = plt.subplots(figsize=(8, 6.5), layout="constrained")
-    shades = [
-        color for index, color in enumerate(matplotlib.color_sequences["tab20"]) if index not in (14, 15)
-    ]  # grays
-    shades = shades[::2] + shades[1::2]
+    pairs = matplotlib.color_sequences["tab20"]  # strong and pale in turns; gray is the teacher's
+    shades = [*pairs[:14:2], *pairs[16::2], *pairs[1:14:2], *pairs[17::2]]
     for cell, color in zip(cells, cycle(shades), strict=False):
         own = [row for row in rows if row["cell"] == cell]
         updates = sorted({row["update"] for row in own})
