@@ -2,8 +2,8 @@
 
 python examples/full_fine_tuning.py --output outputs/full --steps 150
 
-Each copy of P parameters takes 16 P bytes beside the base (`rdm-sdk plan` counts them); rates are far lower than those
-of adapters. The student is a whole transformer: `<output>/student/transformer`.
+Each copy of P parameters takes 16 P bytes beside the base (`rdm-sdk plan` counts them); rates are lower than those of
+adapters. The student is a whole transformer: `<output>/student/transformer`.
 """
 
 from shared import digits_settings, flags
@@ -18,8 +18,8 @@ def main() -> None:
         "run",
         student_weights="full",
         critic_weights="full",
-        learning_rate=5e-5,
-        critic_learning_rate=2e-4,
+        learning_rate=3e-4,
+        critic_learning_rate=1.2e-3,
     )
     print(plan_memory(digits.teacher_path(), settings))
     trainer = RDMTrainer(digits.teacher_path(), "dm", settings, digits.prompts())
