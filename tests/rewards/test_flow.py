@@ -134,37 +134,20 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, float]) -> Non
         TeacherFlow(**options)
 
 
-def test_a_run_learns_the_flow_at_its_last_step(make_trainer: Callable[..., RDMTrainer], tmp_path: Path) -> None:
-    """From `flow` alone, without a critic: the only step's distance to the flow's end falls."""
-    trainer = make_trainer(
-        tmp_path,
-        "flow[num_inference_steps=4]",
-        max_steps=12,
-        learning_rate=1e-3,
-        num_inference_steps=1,
-        logging_steps=1,
-        lr_scheduler_type="constant",
-        per_device_train_batch_size=8,
-    )
-    trainer.train()
-    distances = [entry["flow/distance"] for entry in trainer.state.log_history if "flow/distance" in entry]
-    assert len(distances) == 12
-    assert sum(distances[-4:]) < 0.7 * sum(distances[:4]), distances
-
-
 @pytest.mark.parametrize(
     "kind",
     [
-        "PixArtSigmaPipeline",
-        *(
-            pytest.param(kind, marks=pytest.mark.slow)
-            for kind in sorted(TINY_PIPELINES)
-            if kind != "PixArtSigmaPipeline"
-        ),
+        pytest.param(
+            kind, marks=() if kind in ("PixArtSigmaPipeline", "StableDiffusion3Pipeline") else pytest.mark.slow
+        )
+        for kind in sorted(TINY_PIPELINES)
     ],
 )
-def test_students_of_every_family_learn_it(kind: str, small_config: Callable[..., RDMConfig], tmp_path: Path) -> None:
-    """From `flow` alone, at guidance 2 where the family has guidance: noise of a DDPM and of a flow, UNets and DiTs."""
+def test_a_run_learns_it(kind: str, small_config: Callable[..., RDMConfig], tmp_path: Path) -> None:
+    """From `flow` alone, without a critic, the only step's distance to the flow's end falls, in every family.
+
+    At guidance 2 where the family has guidance.
+    """
     family = load_family(TINY_PIPELINES[kind](), torch.float32)
     args = small_config(
         tmp_path,
