@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from rdm_sdk.training import checkpoint_folders
 
-STEPS = 6
+STEPS = 12
 MANY_STEPS = 60
 """Of a run that is killed more than ten times, however fast the machine is."""
 PROGRAM = """
