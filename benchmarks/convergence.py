@@ -83,6 +83,8 @@ LONG = 1000
 SHORT = 150
 GENTLE: dict[str, Any] = {"learning_rate": 5e-4, "critic_learning_rate": 2e-3, "ema_decay": 0.99}
 """Of long runs: half the rates of short ones, and the moving average that is the default."""
+DEFAULT: dict[str, Any] = {"learning_rate": 1e-4, "critic_learning_rate": 2e-4, "ema_decay": 0.99}
+"""Of long runs: the package's defaults."""
 
 
 def all_cells() -> list[Cell]:
@@ -93,6 +95,9 @@ def all_cells() -> list[Cell]:
         *(Cell(f"matching {name}", SHORT, 50, {"matching": name}) for name in ("range", "mixture")),
         Cell("dmd2", SHORT, 50, DMD2),
         Cell("dmd2 with ranges", SHORT, 50, DMD2 | {"matching": "range"}),
+        Cell("dmd2, told the step", SHORT, 50, DMD2 | {"matching": "step"}),
+        Cell("gndm", SHORT, 50, {"normalization": "group"}),
+        Cell("four uses of a rollout", SHORT, 50, {"num_iterations": 4}),
         Cell("fresh rollouts", SHORT, 50, {"critic_rollouts": "fresh"}),
         Cell("betas .9 and .999", SHORT, 50, {"adam_beta1": 0.9, "adam_beta2": 0.999}),
         *(
@@ -110,6 +115,12 @@ def all_cells() -> list[Cell]:
             )
             for rate in (3e-4, 1e-4)
         ),
+        *(
+            Cell(f"long, 4 steps, default rates, {rewards}", LONG, 50, DEFAULT, rewards=rewards)
+            for rewards in (FLOW, "dm")
+        ),
+        Cell("long, 2 steps, default rates, dm, shift 3", LONG, 50, DEFAULT | {"num_inference_steps": 2, "shift": 3.0}),
+        Cell("long, 1 step, default rates, dm", LONG, 50, DEFAULT | {"num_inference_steps": 1}),
         *(Cell(f"long, 4 steps, {rewards}", LONG, 50, GENTLE, rewards=rewards) for rewards in (FLOW, "dm")),
         Cell("long, 2 steps, dm, shift 3", LONG, 50, GENTLE | {"num_inference_steps": 2, "shift": 3.0}),
         Cell("long, 1 step, dm", LONG, 50, GENTLE | {"num_inference_steps": 1}),

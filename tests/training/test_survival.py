@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import stoppable_run
 from safetensors.torch import load_file
 
 from rdm_sdk.training import checkpoint_folders
@@ -18,28 +19,13 @@ from rdm_sdk.training import checkpoint_folders
 STEPS = 12
 MANY_STEPS = 60
 """Of a run that is killed more than ten times, however fast the machine is."""
-PROGRAM = """
-import sys, time, torch
-torch.set_num_threads(1)
-from rdm_sdk import RDMConfig, RDMTrainer, digits
-args = RDMConfig(
-    output_dir=sys.argv[1], max_steps=int(sys.argv[2]), per_device_train_batch_size=4, num_generations=4,
-    critic_steps=1, max_sequence_length=4, guidance_scale=1.0, num_iterations=2, learning_rate=1e-3, ema_decay=0.9,
-    save_strategy="steps", save_steps=1, save_total_limit=3,
-    logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=True,
-)
-trainer = RDMTrainer(digits.teacher_path(), "dm", args, digits.prompts())
-print("ready", flush=True)
-trainer.train(resume_from_checkpoint="latest")
-print("finished", flush=True)
-"""
 
 
 def start(folder: Path, until: str = "ready", steps: int = STEPS) -> subprocess.Popen[str]:
     """Start the run, or go on with it, and return its process when it has printed a line that begins like this."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(folder), str(steps)],
+        [sys.executable, stoppable_run.__file__, str(folder), str(steps)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -50,13 +36,6 @@ def start(folder: Path, until: str = "ready", steps: int = STEPS) -> subprocess.
         if line.startswith(until):
             return process
     raise AssertionError(process.stderr.read() if process.stderr else "")
-
-
-def finish(folder: Path, steps: int = STEPS) -> None:
-    """Let the run go on to its end."""
-    process = start(folder, steps=steps)
-    _, errors = process.communicate(timeout=250)
-    assert process.returncode == 0, errors
 
 
 def same_end(one: Path, other: Path, steps: int = STEPS) -> bool:
@@ -72,7 +51,7 @@ def same_end(one: Path, other: Path, steps: int = STEPS) -> bool:
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a run that nothing has stopped."""
     folder = tmp_path_factory.mktemp("whole")
-    finish(folder)
+    stoppable_run.train(folder, STEPS)
     return folder
 
 
@@ -90,7 +69,7 @@ def test_a_stopped_run_saves_and_goes_on(uninterrupted: Path, tmp_path: Path, nu
     assert skipped == []
     assert f"stopped by {number.name} after optimizer step {checkpoint_folders.step_of(newest)}" in errors
     assert "--resume_from_checkpoint latest" in errors
-    finish(tmp_path)
+    stoppable_run.train(tmp_path, STEPS)
     assert same_end(uninterrupted, tmp_path)
 
 
@@ -117,6 +96,6 @@ def test_twenty_kills(tmp_path: Path, number: signal.Signals) -> None:
         stopped += 1
         assert checkpoint_folders.newest_whole(killed)[1] == []
     for folder in (whole, killed):
-        finish(folder, MANY_STEPS)
+        stoppable_run.train(folder, MANY_STEPS)
     assert same_end(whole, killed, MANY_STEPS)
     assert stopped >= 10
