@@ -96,7 +96,7 @@ def all_cells() -> list[Cell]:
         Cell("dmd2", SHORT, 50, DMD2),
         Cell("dmd2 with ranges", SHORT, 50, DMD2 | {"matching": "range"}),
         Cell("dmd2, told the step", SHORT, 50, DMD2 | {"matching": "step"}),
-        Cell("gndm", SHORT, 50, {"normalization": "group"}),
+        Cell("group normalization", SHORT, 50, {"normalization": "group"}),
         Cell("four uses of a rollout", SHORT, 50, {"num_iterations": 4}),
         Cell("fresh rollouts", SHORT, 50, {"critic_rollouts": "fresh"}),
         Cell("betas .9 and .999", SHORT, 50, {"adam_beta1": 0.9, "adam_beta2": 0.999}),

@@ -1,6 +1,7 @@
 """Time and memory of a training cycle against NVIDIA's `modelopt.torch.fastgen`, in one process, in turns.
 
-    pip install rdm-sdk -c constraints.txt && pip install --no-deps nvidia-modelopt ninja nvidia-ml-py pulp omegaconf
+    pip install rdm-sdk scipy -c constraints.txt
+    pip install --no-deps nvidia-modelopt ninja nvidia-ml-py pulp omegaconf antlr4-python3-runtime
     OMP_NUM_THREADS=1 python benchmarks/performance/against_modelopt.py                        # the digits teacher
     OMP_NUM_THREADS=1 python benchmarks/performance/against_modelopt.py --layers 12 --heads 16 --batch 8 --cycles 2
     OMP_NUM_THREADS=1 python benchmarks/performance/against_modelopt.py --compile both --ways "shared rollouts"
