@@ -162,8 +162,8 @@ def start_worker() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def run(cell: Cell, seed: int, path: Path, num_samples: int) -> None:
-    """Train one student, and append its measurements to a file as they are made."""
+def run(cell: Cell, seed: int, path: Path, num_samples: int, keep: Path | None = None) -> None:
+    """Train one student, append its measurements to a file as they are made, and keep it in a folder if asked to."""
     from peft import LoraConfig
     from transformers import TrainerCallback
 
@@ -201,6 +201,8 @@ def run(cell: Cell, seed: int, path: Path, num_samples: int) -> None:
 
         trainer.add_callback(Measure())
         trainer.train()
+        if keep is not None:
+            trainer.save_model(str(keep / cell.name / str(seed)))
 
 
 def measure(trainer: Any, num_samples: int, seed: int) -> dict[str, Any]:
@@ -234,24 +236,25 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [*teacher, *(row for key, row in latest.items() if key[:2] in whole)]
 
 
-def run_all(path: Path, only: Sequence[str], seeds: Sequence[int], processes: int, smoke: bool) -> None:
+def run_all(options: argparse.Namespace) -> None:
     """Run what is missing, seed by seed, so that whatever has been done so far is balanced."""
-    cells = [cell for cell in all_cells() if any(fnmatchcase(cell.name, pattern) for pattern in only)]
-    if smoke:
+    path: Path = options.out
+    cells = [cell for cell in all_cells() if any(fnmatchcase(cell.name, pattern) for pattern in options.only)]
+    if options.smoke:
         if path == RESULTS:
             raise SystemExit("--smoke needs an --out of its own, so that its figures do not mix with the study's")
         small = {"per_device_train_batch_size": 8}
         cells = [Cell(f"smoke {one.name}", 2, 1, one.settings | small, one.rank, one.rewards) for one in cells]
     done = {(row["cell"], row["seed"]) for row in read_rows(path)}
-    tasks = [(cell, seed) for seed in seeds for cell in cells if (cell.name, seed) not in done]
+    tasks = [(cell, seed) for seed in options.seeds for cell in cells if (cell.name, seed) not in done]
     context = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(processes, context, start_worker) as pool,
+        ProcessPoolExecutor(options.processes, context, start_worker) as pool,
         tqdm(total=len(tasks), unit="run") as progress,
     ):
-        for future in as_completed(
-            [pool.submit(run, cell, seed, path, 250 if smoke else 1000) for cell, seed in tasks]
-        ):
+        samples = 250 if options.smoke else 1000
+        pending = [pool.submit(run, cell, seed, path, samples, options.keep) for cell, seed in tasks]
+        for future in as_completed(pending):
             future.result()
             progress.update()
 
@@ -263,6 +266,7 @@ def main() -> None:
     running.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     running.add_argument("--only", nargs="+", default=["*"], help="names of cells, or patterns such as 'long*'")
     running.add_argument("--processes", type=int, default=2)
+    running.add_argument("--keep", type=Path, help="a folder for the students: <folder>/<cell>/<seed>")
     running.add_argument("--smoke", action="store_true", help="two updates each, 250 images")
     reporting = commands.add_parser("report", help="write the page and its plot from the rows")
     reporting.add_argument("--page", type=Path, default=Path(__file__).parents[1] / "docs" / "convergence.md")
@@ -272,7 +276,7 @@ def main() -> None:
         command.add_argument("--out", type=Path, default=RESULTS, help="the file of the rows")
     options = parser.parse_args()
     if options.command == "run":
-        run_all(options.out, options.only, options.seeds, options.processes, options.smoke)
+        run_all(options)
     elif options.command == "teacher":
         run_teacher(options.seeds, options.out)
     else:
