@@ -262,3 +262,53 @@ def test_the_convergence_page_is_written_from_rows(tmp_path: Path) -> None:
     assert " 6.1 " in end or " 6 " in end
     rises = [line for line in page.splitlines() if line.startswith("| demo |") and line.rstrip(" |").endswith("%")]
     assert [line.split("|")[-2].strip() for line in rises] == ["33%", "31%"]  # of 16 above 12, though 10 came later
+
+
+@pytest.mark.slow
+def test_fronts(tmp_path: Path, make_trainer: Any) -> None:
+    """A finished student is trained further, with a scored reward and without, and a second call repeats nothing."""
+    from rdm_sdk import digits
+
+    trainer = make_trainer(tmp_path / "run", model=digits.teacher_path(), max_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "students" / "0"))
+    out = tmp_path / "rows.jsonl"
+    wanted = (
+        "--students",
+        tmp_path / "students",
+        "--seeds",
+        "0",
+        "--only",
+        "gndmr",
+        "gndmr jpeg 3",
+        "--max_steps",
+        "1",
+    )
+    for _ in range(2):
+        start("benchmarks/study/fronts.py", "run", *wanted, "--out", out)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sorted(row["point"] for row in rows) == ["gndmr", "gndmr jpeg 3"]
+    assert all(row["FID-SD"] > 0 and row["costs"]["cost/teacher_forwards"] == 64 for row in rows)
+
+
+def test_the_page_of_fronts_is_written_from_rows(tmp_path: Path) -> None:
+    """At the reward of the baseline's point the other front is read between its own, and so it is at its FID-SD."""
+    from fronts_report import write_report
+
+    def row(method: str, weight: float | None, jpeg: float, distance: float, seed: int) -> dict[str, Any]:
+        setting = "" if weight is None else "jpeg"
+        figures = {"FID": 30.0, "ink": 0.3, "legibility": 0.99, "diversity": 0.15, "cpu_seconds": 60.0}
+        point = f"{method} {setting} {weight}" if setting else method
+        own = {"point": point, "method": method, "setting": setting, "weights": [weight] if weight else []}
+        return figures | own | {"seed": seed, "jpeg": jpeg, "FID-SD": distance}
+
+    points = [
+        *(("dmdr", None, -1.0, 10.0), ("dmdr", 1.0, -0.8, 20.0)),
+        *(("gndmr", None, -1.0, 10.0), ("gndmr", 1.0, -0.9, 12.0), ("gndmr", 3.0, -0.7, 16.0)),
+    ]
+    write_report([row(*point, seed) for seed in (0, 1) for point in points], tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert (tmp_path / "fronts_jpeg.png").stat().st_size > 0
+    assert "0.700 [0.700, 0.700], 2 of 2 seeds reach it" in page  # 14 at -0.8, against 20
+    assert "0.10 [0.10, 0.10], 2 of 2 seeds reach it" in page  # -0.7 at 16, where -0.8 costs 20
+    assert page.count("None of its points has been run yet.") == 2
