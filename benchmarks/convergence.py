@@ -85,6 +85,14 @@ GENTLE: dict[str, Any] = {"learning_rate": 5e-4, "critic_learning_rate": 2e-3, "
 """Of long runs: half the rates of short ones, and the moving average that is the default."""
 DEFAULT: dict[str, Any] = {"learning_rate": 1e-4, "critic_learning_rate": 2e-4, "ema_decay": 0.99}
 """Of long runs: the package's defaults."""
+ROOT: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "critic_learning_rate": 4e-3,
+    "lr_scheduler_type": "inverse_sqrt",
+    "lr_scheduler_kwargs": {"timescale": 10},
+    "ema_decay": 0.99,
+}
+"""Rates that fall as the root of the updates: fast at first, and after 1,000 updates where the defaults begin."""
 
 
 def all_cells() -> list[Cell]:
