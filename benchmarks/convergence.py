@@ -123,6 +123,11 @@ def all_cells() -> list[Cell]:
             )
             for rate in (3e-4, 1e-4)
         ),
+        Cell("long, 4 steps, falling as a root, dm + 3*flow", LONG, 50, ROOT, rewards=FLOW),
+        Cell(
+            "long, 2 steps, falling as a root, dm, shift 3", LONG, 50, ROOT | {"num_inference_steps": 2, "shift": 3.0}
+        ),
+        Cell("long, 1 step, falling as a root, dm", LONG, 50, ROOT | {"num_inference_steps": 1}),
         *(
             Cell(f"long, 4 steps, default rates, {rewards}", LONG, 50, DEFAULT, rewards=rewards)
             for rewards in (FLOW, "dm")
