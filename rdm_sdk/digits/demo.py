@@ -56,6 +56,8 @@ def demo_config(output: Path, steps: int, seed: int) -> RDMConfig:
         per_device_train_batch_size=64,
         learning_rate=1e-3,
         critic_learning_rate=4e-3,
+        lr_scheduler_type="inverse_sqrt",  # after n updates the rates are sqrt(10 / (n + 10)) of these
+        lr_scheduler_kwargs={"timescale": 10},
         guidance_scale=GUIDANCE,
         num_inference_steps=STUDENT_STEPS,
         max_sequence_length=digits.TEXT_TOKENS,
