@@ -16,6 +16,7 @@ from intervals import estimate
 from rdm_sdk import markdown_table, teacher_steps_worth
 
 Row = dict[str, Any]
+COLORS = matplotlib.color_sequences["tab10"]
 READING = Path(__file__).parent / "convergence_reading.md"
 """The page's text, written by hand."""
 
@@ -100,22 +101,26 @@ def drift_table(rows: Sequence[Row], cells: Sequence[str]) -> str:
 
 
 def plot_runs(rows: Sequence[Row], cells: Sequence[str], curve: dict[int, float], path: Path) -> None:
-    """Plot FID-SD after the last evaluation against the updates, the seeds' mean and each seed."""
-    figure, axes = plt.subplots(figsize=(8, 6.5), layout="constrained")
-    pairs = matplotlib.color_sequences["tab20"]  # strong and pale in turns; gray is the teacher's
-    shades = [*pairs[:14:2], *pairs[16::2], *pairs[1:14:2], *pairs[17::2]]
-    for cell, color in zip(cells, cycle(shades), strict=False):
-        own = [row for row in rows if row["cell"] == cell]
-        updates = sorted({row["update"] for row in own})
-        at = [[row["FID-SD"][-1] for row in own if row["update"] == update] for update in updates]
-        axes.plot(updates, [sum(values) / len(values) for values in at], color=color, label=cell)
-        for update, values in zip(updates, at, strict=True):
-            axes.plot([update] * len(values), values, ".", color=color, alpha=0.4)
-    for steps in (4, 8, 40):
-        if steps in curve:
-            axes.axhline(curve[steps], color="gray", linestyle=":", linewidth=1)
-            axes.annotate(f"teacher, {steps} steps", (0, curve[steps]), color="gray", fontsize=11, va="bottom")
-    axes.set(xlim=(0, None), ylim=(0, None), xlabel="updates of the student", ylabel="FID-SD (lower is better)")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    """Plot FID-SD after the last evaluation against the updates, the seeds' mean and each seed; a panel per length."""
+    ends = {cell: max(row["update"] for row in rows if row["cell"] == cell) for cell in cells}
+    lengths = sorted(set(ends.values()))
+    figure, panels = plt.subplots(len(lengths), figsize=(8.5, 5 * len(lengths)), layout="constrained", squeeze=False)
+    for axes, length in zip(panels[:, 0], lengths, strict=True):
+        for cell, color in zip((c for c in cells if ends[c] == length), cycle(COLORS), strict=False):
+            own = [row for row in rows if row["cell"] == cell]
+            updates = sorted({row["update"] for row in own})
+            at = [[row["FID-SD"][-1] for row in own if row["update"] == update] for update in updates]
+            axes.plot(updates, [sum(values) / len(values) for values in at], color=color, label=cell)
+            for update, values in zip(updates, at, strict=True):
+                axes.plot([update] * len(values), values, ".", color=color, alpha=0.4)
+        for steps in (4, 8, 40):
+            if steps in curve:
+                axes.axhline(curve[steps], color="gray", linestyle=":", linewidth=1)
+                axes.annotate(f"teacher, {steps} steps", (0, curve[steps]), color="gray", fontsize=11, va="bottom")
+        axes.set(xlim=(0, None), xlabel="updates of the student", ylabel="FID-SD (lower is better)", yscale="log")
+        ticks = (6, 7, 8, 10, 12, 15, 20, 30, 40)
+        axes.set_yticks(ticks, map(str, ticks))
+        axes.minorticks_off()
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
