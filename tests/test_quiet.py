@@ -21,6 +21,12 @@ PREFIX = "No LoRA keys associated to CLIPTextModel found with the prefix="
         ("diffusers.loaders.lora_base", f"{PREFIX}'text_encoder_2'. This is safe", False),
         ("diffusers.loaders.lora_base", f"{PREFIX}'transformer'. This is safe", True),
         ("diffusers.loaders.lora_base", "something else", True),
+        (
+            "bitsandbytes.backends.cpu.ops",
+            "Failed to load CPU gemm_4bit_forward from kernels-community: No module",
+            False,
+        ),
+        ("bitsandbytes.backends.cpu.ops", "Failed to load the library", True),
     ],
 )
 def test_only_what_is_named_is_silenced(logger: str, message: str, passes: bool) -> None:

@@ -144,7 +144,7 @@ def test_reward_overhead(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 def test_reward_overlap(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A reward that waits adds at most a fifth of its time to a step that takes as long."""
-    run(monkeypatch, "reward_overlap", "--batch", 8, "--critic-steps", 3, "--steps", 1, "--seconds", 0.2)
+    run(monkeypatch, "reward_overlap", "--batch", 8, "--critic-steps", 8, "--steps", 1, "--seconds", 0.2)
     row = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert row["step_without_s"] > row["reward_s"]
     assert row["share"] <= 0.2
