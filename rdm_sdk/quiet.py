@@ -10,7 +10,7 @@ HARMLESS = {
     "transformers.utils.import_utils": r"`(Siglip|CLIP)ImageProcessor` requires torchvision \(not installed\)",
     # A student adapts the backbone, and its file holds nothing for the text encoders.
     "diffusers.loaders.lora_base": r"No LoRA keys associated to \w+ found with the prefix='text_encoder",
-    # It says so at every import on CPUs with bfloat16 in AVX512; the kernel is for inference in 4 bits, and has a substitute.
+    # At every import on CPUs with bfloat16 in AVX512: the kernel is for inference in 4 bits, and has a substitute.
     "bitsandbytes.backends.cpu.ops": r"Failed to load CPU gemm_4bit_forward from kernels-community",
 }
 """The logger that says it, and how it begins."""
