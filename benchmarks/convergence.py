@@ -128,12 +128,7 @@ def all_cells() -> list[Cell]:
             "long, 2 steps, falling as a root, dm, shift 3", LONG, 50, ROOT | {"num_inference_steps": 2, "shift": 3.0}
         ),
         Cell("long, 1 step, falling as a root, dm", LONG, 50, ROOT | {"num_inference_steps": 1}),
-        *(
-            Cell(f"long, 4 steps, default rates, {rewards}", LONG, 50, DEFAULT, rewards=rewards)
-            for rewards in (FLOW, "dm")
-        ),
-        Cell("long, 2 steps, default rates, dm, shift 3", LONG, 50, DEFAULT | {"num_inference_steps": 2, "shift": 3.0}),
-        Cell("long, 1 step, default rates, dm", LONG, 50, DEFAULT | {"num_inference_steps": 1}),
+        Cell("long, 4 steps, default rates, dm + 3*flow", LONG, 50, DEFAULT, rewards=FLOW),
         *(Cell(f"long, 4 steps, {rewards}", LONG, 50, GENTLE, rewards=rewards) for rewards in (FLOW, "dm")),
         Cell("long, 2 steps, dm, shift 3", LONG, 50, GENTLE | {"num_inference_steps": 2, "shift": 3.0}),
         Cell("long, 1 step, dm", LONG, 50, GENTLE | {"num_inference_steps": 1}),

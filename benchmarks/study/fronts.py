@@ -13,19 +13,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from study import BENCHMARKS, illegibility, judge, named_reward, start_worker
-from tqdm import tqdm
+from study import BENCHMARKS, illegibility, judge, named_reward, run_tasks
 
 RESULTS = BENCHMARKS / "results" / "fronts.jsonl"
 SEEDS = range(5)
@@ -82,7 +79,6 @@ class Point:
     method: str
     setting: str = ""
     weights: Weights = ()
-    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -93,7 +89,7 @@ class Point:
         from rdm_sdk import preset
 
         own = dict(METHODS[self.method])
-        return preset(own.pop("preset")) | COMMON | own | self.settings
+        return preset(own.pop("preset")) | COMMON | own
 
     def rewards(self) -> list[tuple[Any, float]]:
         """Return the rewards with their weights."""
@@ -157,15 +153,9 @@ def run_all(options: argparse.Namespace) -> None:
     done = {(row["point"], row["seed"]) for row in read_rows(options.out)}
     tasks = [(point, seed) for seed in options.seeds for point in points if (point.name, seed) not in done]
     size = (options.max_steps, 1000 if options.max_steps is None else 100)
-    with (
-        ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn"), start_worker) as pool,
-        tqdm(total=len(tasks), unit="run") as progress,
-    ):
-        pending = [pool.submit(run, point, seed, options.students / str(seed), *size) for point, seed in tasks]
-        for future in as_completed(pending):
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(future.result()) + "\n")
-            progress.update()
+    run_tasks(
+        run, [(p, seed, options.students / str(seed), *size) for p, seed in tasks], options.processes, options.out
+    )
 
 
 def main() -> None:

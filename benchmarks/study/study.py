@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -202,13 +203,16 @@ def run_all(options: argparse.Namespace) -> None:
     done = {(row["cell"], row["seed"]) for row in kept}
     tasks = [(cell, seed) for seed in options.seeds for cell in cells if (cell.name, seed) not in done]
     tasks.sort(key=lambda task: not set("ac") & set(task[0].questions))  # the estimator first, on which the rest stands
-    context = multiprocessing.get_context("spawn")
+    run_tasks(run, [(cell, seed, samples, max_steps) for cell, seed in tasks], options.processes, path)
+
+
+def run_tasks(run: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], processes: int, path: Path) -> None:
+    """Call a function with each task's arguments, in processes, and append what it returns as a line of a file."""
     with (
-        ProcessPoolExecutor(options.processes, context, start_worker) as pool,
+        ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), start_worker) as pool,
         tqdm(total=len(tasks), unit="run") as progress,
     ):
-        pending = [pool.submit(run, cell, seed, samples, max_steps) for cell, seed in tasks]
-        for future in as_completed(pending):
+        for future in as_completed([pool.submit(run, *task) for task in tasks]):
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(future.result()) + "\n")
             progress.update()
