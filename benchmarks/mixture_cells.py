@@ -45,10 +45,9 @@ DMD2 = Cell("dmd2", {"spread": "free", "critic_correction": "none", "num_generat
 FREE = DMD2.but("free", num_generations=8)
 STRATIFIED = FREE.but("stratified", spread="stratified")
 GNDM = STRATIFIED.but("gndm", critic_correction="others")
-WHOLE = GNDM.but("gndm_whole", critic_correction="group")
 SHARED = STRATIFIED.but("shared", spread="shared")
 GNDM_SHARED = GNDM.but("gndm_shared", spread="shared")
-SWEPT = (DMD2, STRATIFIED, GNDM, WHOLE, SHARED, GNDM_SHARED)
+SWEPT = (DMD2, STRATIFIED, GNDM, SHARED, GNDM_SHARED)
 ONE_STEP = replace(GNDM, name="gndm_one_step", step_spread="shared")  # is it the step or the level that one shares?
 
 
@@ -58,7 +57,7 @@ def estimators() -> list[Cell]:
         # Draws and correction apart: free draws without it are `dmd2`, stratified ones `stratified`.
         *(*SWEPT, GNDM.but(spread="free")),
         # Group statistics, beside DMD2's free draws and beside everything of GNDM.
-        *(base.but(normalization=n) for base in (FREE, GNDM) for n in ("group", "batch", "rms")),
+        *(base.but(normalization="group") for base in (FREE, GNDM)),
         *(base.but(normalization="group", learning_rate=rate) for base in (FREE, GNDM) for rate in (4e-3, 8e-3)),
         *(base.but(num_draws=m) for base in (DMD2, GNDM) for m in (2, 4)),
         *(GNDM.but(num_generations=g) for g in (1, 4, 16)),

@@ -117,7 +117,6 @@ def estimators() -> list[Cell]:
     without = {"critic_correction": "none", "learning_rate": 3.2e-3}
     return [
         Cell("gndm without correction, lr 0.0032", "a", settings=without),
-        Cell("gndm, whole group", "a", settings={"critic_correction": "group"}),
         Cell("gndm, shared sigma", "a", settings={"spread": "shared"}),
         *(Cell(f"gndm, groups of {size}", "a", settings={"num_generations": size}) for size in (4, 16)),
         # The control: the batches of the cell above, with two prompts instead of four, without its estimator.

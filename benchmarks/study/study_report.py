@@ -113,7 +113,6 @@ def sweep_lines(results: Results) -> list[str]:
         "gndm, lr 0.0008",
         "dmd2",
         "gndm",
-        "gndm, whole group",
         "gndm, shared sigma",
         "gndm, groups of 4",
         "gndm, groups of 16",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rdm_sdk.method.noise import per_sample
 
-Normalization = Literal["group", "sample", "batch", "rms"]
+Normalization = Literal["group", "sample"]
 ScoreScale = Literal["group", "batch", "none"]
 EPS = 1e-4
 """What is added to a standard deviation before it divides scores, as in TRL."""
@@ -105,15 +105,15 @@ def group_deviation(samples: Tensor, group_size: int) -> Tensor:
 def group_scale(
     magnitudes: Tensor,
     group_size: int,
-    normalization: Normalization = "group",
+    normalization: Literal["group", "sample", "batch"] = "group",
     total: Callable[[Tensor], Tensor] = alone,
 ) -> Tensor:
     """Return the divisor of each sample's gradient field, `[N]`, from per-sample magnitudes `[N]`.
 
     "group" averages the magnitudes inside the group, so that relative magnitudes survive (GNDM); "sample" is DMD2;
-    "batch" averages over everything. NaN magnitudes are left out; where nothing is left, the divisor is 0. With
-    `group_size=1`, "group" is "sample". A field is never centered. `total` adds a tensor up over the processes of a
-    run: "batch" is over all of them.
+    "batch", which tilts have, averages over everything. NaN magnitudes are left out; where nothing is left, the divisor
+    is 0. With `group_size=1`, "group" is "sample". A field is never centered. `total` adds a tensor up over the
+    processes of a run: "batch" is over all of them.
 
     Raises:
         ValueError: `magnitudes` is not `[N]`, or N is not a multiple of `group_size`.
@@ -121,8 +121,6 @@ def group_scale(
     grouped = _grouped(magnitudes, group_size)
     valid = ~grouped.isnan()
     present = grouped.masked_fill(~valid, 0.0)
-    if normalization == "rms":
-        raise ValueError("normalization='rms' is a statistic of the field, so scale_field alone knows it")
     if normalization == "sample":
         divisor = present
     elif normalization == "group":
@@ -133,20 +131,7 @@ def group_scale(
     return divisor.flatten()
 
 
-def scale_field(
-    field: Tensor,
-    magnitudes: Tensor,
-    group_size: int,
-    normalization: Normalization,
-    total: Callable[[Tensor], Tensor] = alone,
-) -> Tensor:
-    """Divide a gradient field `[N, *x]` by its `group_scale`; a vanishing scale is floored at float32's epsilon.
-
-    "rms" divides by the root mean square of the field itself over its group instead, whatever the magnitudes say.
-    """
-    if normalization == "rms":
-        squares = field.square().flatten(1).mean(1).masked_fill(magnitudes.isnan(), torch.nan)
-        divisor = group_scale(squares, group_size, "group").sqrt()
-    else:
-        divisor = group_scale(magnitudes, group_size, normalization, total)
+def scale_field(field: Tensor, magnitudes: Tensor, group_size: int, normalization: Normalization) -> Tensor:
+    """Divide a gradient field `[N, *x]` by its `group_scale`; a vanishing scale is floored at float32's epsilon."""
+    divisor = group_scale(magnitudes, group_size, normalization)
     return field / per_sample(divisor.clamp_min(torch.finfo(torch.float32).eps), field)

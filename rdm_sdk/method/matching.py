@@ -29,8 +29,8 @@ def classifier_free_guidance(with_prompt: Tensor, without: Tensor, scale: float)
     return without + scale * (with_prompt - without)
 
 
-def critic_lag(residual: Tensor, profile: Tensor, group_size: int, leave_one_out: bool = False) -> Tensor:
-    """Return how far the critic lags behind the student, as a group's mean residual shows it, `[N, *x]`.
+def critic_lag(residual: Tensor, profile: Tensor, group_size: int) -> Tensor:
+    """Return how far the critic lags behind the student, as the group's other samples show it, `[N, *x]`.
 
     For an exact critic D_fake(x_t) = E[x_0 | x_t], so the residuals x_0 - D_fake(x_t) of a group have mean zero; a mean
     that stands out from their scatter is the critic's error, and D_real - D_fake is off by as much. The lag is
@@ -41,35 +41,33 @@ def critic_lag(residual: Tensor, profile: Tensor, group_size: int, leave_one_out
     D_real - x_0, as far as the critic cannot be trusted with it. This is our reading of "group-mean statistics" (arXiv
     2603.28460), not a formula of the paper.
 
-    A sample's own residual is part of its group's mean, which also pulls it a little toward its own denoised mean: the
-    correction is biased, and narrows the student. `leave_one_out` takes it out of its own fit, which removes that bias;
-    docs/study.md compares the two.
+    Each sample's lag is fitted on the others of its group alone: with its own residual in the mean, which pulls it a
+    little toward its own denoised mean, the correction would be biased and narrow the student (docs/study.md).
 
     Args:
         residual: x_0 - D_fake(x_t), `[N, *x]`, group-major.
         profile: how the lag grows with noise, `[N]`; see `lag_profile`.
-        group_size: samples per group; too few to have a scatter, two (three with `leave_one_out`), get no correction.
-        leave_one_out: fit each sample's lag on the others of its group alone.
+        group_size: samples per group; fewer than three, whose others have no scatter, get no correction.
 
     Raises:
         ValueError: N is not a multiple of `group_size`.
     """
     if group_size < 1 or len(residual) % group_size:
         raise ValueError(f"{len(residual)} samples do not divide into groups of {group_size}")
-    counted = group_size - 1 if leave_one_out else group_size
+    counted = group_size - 1
     if counted < 2:
         return torch.zeros_like(residual)
 
     def total(values: Tensor) -> Tensor:
-        over_all = values.sum(1, keepdim=True)
-        return over_all - values if leave_one_out else over_all
+        """Return each sample's sum over the others of its group."""
+        return values.sum(1, keepdim=True) - values
 
     grouped = residual.reshape(-1, group_size, residual[0].numel())  # [P, G, D]
     shape = profile.reshape(-1, group_size, 1)
-    weight = total(shape)  # [P, G or 1, 1]
-    lag = total(grouped) / weight  # [P, G or 1, D]
+    weight = total(shape)  # [P, G, 1]
+    lag = total(grouped) / weight  # [P, G, D]
     size = lag.square().sum(2, keepdim=True)
-    # The sum of |r - shape b|^2, multiplied out, because with leave_one_out b differs from sample to sample.
+    # The sum of |r - shape b|^2, multiplied out, because b differs from sample to sample.
     scatter = (
         total(grouped.square().sum(2, keepdim=True))
         - 2 * (lag * total(shape * grouped)).sum(2, keepdim=True)

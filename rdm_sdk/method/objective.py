@@ -20,20 +20,14 @@ Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 # ---- Fields ---------------------------------------------------------------------------------------------------------
 
 
-def normalize(
-    outputs: Mapping[str, RewardOutput],
-    group_size: int,
-    normalization: Normalization,
-    total: Callable[[Tensor], Tensor] = alone,
-) -> dict[str, Tensor]:
+def normalize(outputs: Mapping[str, RewardOutput], group_size: int, normalization: Normalization) -> dict[str, Tensor]:
     """Return the field `[N, *x]` of every reward with a gradient, in comparable units.
 
     It is the direction in which the reward wants each x_0 to move (GNDM, arXiv 2603.28460, our reading): its gradient,
     divided by a statistic of the reward's magnitudes at the latents (for distribution matching and tilts DMD2's mean
     |x_0 - D_real|, otherwise mean |gradient|). A sample's |gradient| by itself is never that statistic: it would blow
     up what a satisfied reward has left to teach, so "sample" means "group" for rewards without magnitudes. A reward
-    that applies to none of the samples has no field. `total` adds a tensor up over the processes of a run, for
-    statistics of the batch.
+    that applies to none of the samples has no field.
     """
     fields = {}
     graded = {name: output for name, output in outputs.items() if output.gradient is not None}
@@ -43,11 +37,10 @@ def normalize(
             magnitude, statistic = output.magnitude, normalization
             if magnitude is None:
                 magnitude = output.gradient.abs().flatten(1).mean(1)
-                statistic = "group" if normalization == "sample" else normalization
+                statistic = "group"
             magnitude = magnitude.masked_fill(output.scores.isnan(), torch.nan)  # not applicable: in no statistic
-            field = scale_field(output.gradient, magnitude, group_size, statistic, total)
-            if not missing:  # asked late: it is in the statistics of other processes all the same
-                fields[name] = field
+            if not missing:
+                fields[name] = scale_field(output.gradient, magnitude, group_size, statistic)
     return fields
 
 

@@ -62,7 +62,7 @@ class DiffusionContext:
     """M, the renoising draws per sample and step."""
     spread: Spread = "stratified"
     """How times are spread over a group."""
-    critic_correction: Literal["group", "others", "none"] = "none"
+    critic_correction: Literal["others", "none"] = "none"
     """Whether the critic's lag is estimated from a sample's group (or from the "others" in it) and taken out of `dm`'s
     gradient."""
     guide: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
@@ -192,7 +192,7 @@ def contrast(
     x_0: Tensor,
     group_size: int,
     pair: Callable[[Renoised], tuple[Tensor, Tensor]],
-    correction: Literal["group", "others", "none"] = "none",
+    correction: Literal["others", "none"] = "none",
 ) -> RewardOutput:
     """Return the reward log p(x_0) - log q(x_0) of two denoisers, averaged over the batch's renoising draws.
 
@@ -208,7 +208,7 @@ def contrast(
         score = matching_score(context.schedule, x_0, toward, away, draw.sigma, span)
         if correction != "none":
             profile = lag_profile(context.schedule, draw.sigma)
-            away = away + critic_lag(x_0 - away, profile, group_size, leave_one_out=correction == "others")
+            away = away + critic_lag(x_0 - away, profile, group_size)
         draws.append((score, matching_gradient(toward, away), residual_magnitude(x_0, toward)))
     scores, gradients, magnitudes = (torch.stack(parts).mean(0) for parts in zip(*draws, strict=True))
     return RewardOutput(scores, gradients, magnitudes)

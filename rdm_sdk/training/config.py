@@ -92,11 +92,10 @@ class RDMConfig(_KnownSettings):
     )
     max_time: float = field(default=0.98, metadata={"help": "Up to where they are re-noised, in (0, 1)."})
     num_draws: int = field(default=1, metadata={"help": "Renoising draws M per sample and student step."})
-    normalization: Literal["group", "sample", "batch", "rms"] = field(
+    normalization: Literal["group", "sample"] = field(
         default="sample",
         metadata={
-            "help": "What divides a reward's gradient: its magnitude at the sample (DMD2), averaged over the group "
-            "or everything, or the group's root mean square of the gradient itself."
+            "help": "What divides a reward's gradient: its magnitude at the sample (DMD2), or averaged over the group."
         },
     )
     spread: Literal["stratified", "shared", "free"] = field(
@@ -105,11 +104,11 @@ class RDMConfig(_KnownSettings):
             "help": "Noise levels and trained steps inside a group: spread evenly, one for all, or each drawn freely."
         },
     )
-    critic_correction: Literal["group", "others", "none"] = field(
+    critic_correction: Literal["others", "none"] = field(
         default="others",
         metadata={
             "help": "Take the critic's lag, as the mean residual of the group's other samples shows it, out of the "
-            "gradient of 'dm'; 'group' counts the sample itself as well, which narrows the student."
+            "gradient of 'dm', or do not."
         },
     )
 

@@ -37,7 +37,7 @@ class MethodSettings(Protocol):
     max_time: float
     num_draws: int
     spread: Spread
-    critic_correction: Literal["group", "others", "none"]
+    critic_correction: Literal["others", "none"]
     reward_batch_size: int | None
     reward_device: str | None
     reward_offload: bool

@@ -15,7 +15,6 @@ from rdm_sdk.method.losses import pathwise_loss
 from rdm_sdk.method.noise import per_sample
 from rdm_sdk.method.objective import aggregate, combine, normalize, policy_loss, policy_pull
 from rdm_sdk.method.sampling import replay_log_ratio
-from rdm_sdk.rewards.judging import nothing
 from rdm_sdk.training.judge import Judge
 from rdm_sdk.training.method_settings import MethodSettings
 from rdm_sdk.training.monitor import mean_where
@@ -130,7 +129,7 @@ class DistillationStep:
         if self.judge.uses_advantages and not self._advantages:
             # Not before: rewards that are awaited have been at it since the rollouts, beside the critics and `dm`.
             self._advantages = self._normalize_scores()
-        fields = self._fields(outputs, x_0.detach())
+        fields = normalize(outputs, self.settings.num_generations, self.settings.normalization)
         field = combine(fields, self.weights)
         self._has_field = field is not None
         counts, pulls = _pulls_of(fields, outputs)
@@ -148,17 +147,6 @@ class DistillationStep:
         self._losses.append(loss.detach())
         self.judge.record(outputs)
         return StudentLoss(loss, outputs, pulls)
-
-    def _fields(self, outputs: Mapping[str, RewardOutput], x_0: Tensor) -> dict[str, Tensor]:
-        """Return each reward's normalized gradient at x_0 `[N, *x]`; statistics of the batch are over all processes."""
-        settings = self.settings
-        if settings.normalization == "batch" and self.processes.count > 1:
-            here = [name for name, output in outputs.items() if output.gradient is not None]
-            outputs = {
-                name: outputs[name] if name in here else nothing(x_0, graded=True)
-                for name in self.processes.anywhere(here)
-            }
-        return normalize(outputs, settings.num_generations, settings.normalization, self.processes.total)
 
     def _pathwise(self, experience: Experience, x_0: Tensor, field: Tensor) -> Tensor:
         """Return the loss that moves x_0 `[N, *x]` along a field."""

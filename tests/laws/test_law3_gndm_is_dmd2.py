@@ -91,28 +91,6 @@ def test_divisors_of_each_normalization():
     assert group_scale(magnitudes, 2).tolist() == expected["group"]
 
 
-def test_rms_is_the_field_s_own_root_mean_square():
-    """Law 3: "rms" levels the groups' root mean squares, whatever the magnitudes, and keeps ratios inside a group."""
-    x_0, d_real, d_fake = denoised()
-    field = matching_gradient(d_real, d_fake)
-    scaled = scale_field(field, residual_magnitude(x_0, d_real), 3, "rms")
-    assert torch.equal(scaled, scale_field(field, torch.ones(6), 3, "rms"))
-    for own, raw in zip(scaled.split(3), field.split(3), strict=True):
-        torch.testing.assert_close(own, raw / math.sqrt(sum(v**2 for v in raw.flatten().tolist()) / raw.numel()))
-    one_by_one = scale_field(field, torch.ones(6), 1, "rms").square().mean((1, 2, 3))
-    torch.testing.assert_close(one_by_one, torch.ones(6))
-    torch.testing.assert_close(scale_field(7 * field, torch.ones(6), 3, "rms"), scaled)
-
-
-def test_rms_leaves_out_what_does_not_apply():
-    """Law 3: a sample whose magnitude is NaN changes nothing for the others; a vanishing field stays finite."""
-    field = torch.arange(1.0, 9.0).reshape(4, 2)
-    magnitudes = torch.tensor([1.0, NAN, 1.0, 1.0])
-    scaled = scale_field(field, magnitudes, 4, "rms")
-    torch.testing.assert_close(scaled[[0, 2, 3]], scale_field(field[[0, 2, 3]], torch.ones(3), 3, "rms"))
-    assert (scale_field(torch.zeros(4, 2), torch.ones(4), 2, "rms") == 0).all()
-
-
 @pytest.mark.parametrize("normalization", ["group", "batch"])
 def test_missing_magnitudes_are_left_out(normalization):
     """Law 3: NaN magnitudes are in no statistic; where nothing is left the divisor is 0."""
@@ -120,12 +98,6 @@ def test_missing_magnitudes_are_left_out(normalization):
     assert got.tolist() == [2.0] * 4
     assert group_scale(torch.tensor([NAN, NAN]), 2, normalization).tolist() == [0.0, 0.0]
     assert group_scale(torch.tensor([NAN, 3.0]), 2, "sample").tolist() == [0.0, 3.0]
-
-
-def test_rms_is_no_statistic_of_magnitudes():
-    """Law 3: magnitudes alone do not know the field's root mean square, and asking for it is an error."""
-    with pytest.raises(ValueError, match="scale_field"):
-        group_scale(torch.ones(4), 2, "rms")
 
 
 def test_scaling_keeps_the_drift_a_group_shares():

@@ -76,7 +76,7 @@ def test_permuting_a_group_permutes_its_advantages(scores, data, scale):
     torch.testing.assert_close(permuted, group_advantage(values, len(scores), scale)[list(order)], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("normalization", ["group", "sample", "batch", "rms"])
+@pytest.mark.parametrize("normalization", ["group", "sample"])
 def test_permuting_a_group_permutes_its_field(normalization):
     """Law 5: what a sample's gradient is divided by does not depend on its place in the group."""
     generator = torch.Generator().manual_seed(1)
@@ -114,7 +114,6 @@ def test_one_process_equals_two():
         for normalization in ("group", "sample"):
             halves = [group_scale(half, group_size, normalization) for half in magnitudes.split(4)]
             assert torch.equal(torch.cat(halves), group_scale(magnitudes, group_size, normalization))
-        for normalization in ("group", "sample", "rms"):
             halves = [
                 scale_field(part, half, group_size, normalization)
                 for part, half in zip(field.split(4), magnitudes.split(4), strict=True)

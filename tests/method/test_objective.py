@@ -35,17 +35,16 @@ def advantage_by_hand(values: list[float]) -> list[float]:
 
 
 def test_a_field_is_divided_by_its_own_groups_magnitude() -> None:
-    """With magnitudes: by them; without: by mean |g|; over the group, the batch, or the sample."""
+    """With magnitudes: by them; without: by mean |g|; over the group or the sample."""
     field, magnitude, none = drawn(8, 2, 3), drawn(8, seed=1).abs() + 0.1, torch.zeros(8)
     outputs = {"dm": RewardOutput(none, field, magnitude), "own": RewardOutput(none, field)}
     size = field.abs().mean((1, 2))
-    for how in ("group", "batch", "sample"):
+    for how in ("group", "sample"):
         fields = normalize(outputs, G, how)
         for name, values in (("dm", magnitude), ("own", size)):
             used = "group" if how == "sample" and name == "own" else how
             divisor = {
                 "group": values.reshape(2, G).mean(1).repeat_interleave(G),
-                "batch": values.mean().expand(8),
                 "sample": values,
             }[used]
             torch.testing.assert_close(fields[name], field / divisor[:, None, None])
@@ -62,16 +61,7 @@ def test_sample_means_group_where_there_are_no_magnitudes() -> None:
     assert sample[0].abs().max() < 1e-5 < sample[1].abs().min()
 
 
-def test_rms_is_of_the_field_itself() -> None:
-    """Whatever the magnitudes, "rms" divides by the group's root mean square."""
-    field = drawn(8, 5)
-    outputs = {"dm": RewardOutput(torch.zeros(8), field, torch.full((8,), 7.0))}
-    got = normalize(outputs, G, "rms")["dm"]
-    expected = torch.cat([part / part.square().mean().sqrt() for part in (field[:G], field[G:])])
-    torch.testing.assert_close(got, expected)
-
-
-@pytest.mark.parametrize("how", ["group", "batch", "sample", "rms"])
+@pytest.mark.parametrize("how", ["group", "sample"])
 def test_a_sample_without_a_score_is_in_no_statistic(how: str) -> None:
     """NaN scores: what the sample says does not change the others' units."""
     field, magnitude = drawn(8, 3), drawn(8, seed=1).abs() + 0.1

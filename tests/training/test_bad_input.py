@@ -61,7 +61,7 @@ def test_an_unknown_setting_names_the_nearest_one(setting: dict[str, Any], wante
         ({"epsilon": 0.0}, r"epsilon=0\.0 .*positive"),
         ({"shift": -1.0}, r"shift=-1\.0 .*positive"),
         ({"guidance_scale": -1.0}, r"guidance_scale=-1\.0"),
-        ({"normalization": "groups"}, "normalization='groups' .*group, sample, batch.*Did you mean 'group'"),
+        ({"normalization": "groups"}, "normalization='groups' .*group, sample.*Did you mean 'group'"),
         ({"scale_rewards": "bach"}, "scale_rewards='bach' .*Did you mean 'batch'"),
         ({"fp16": True}, "fp16=True is not supported.*bf16=True"),
     ],

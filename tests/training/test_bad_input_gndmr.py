@@ -39,7 +39,7 @@ Make = Callable[..., RDMTrainer]
         ({"sampler": "renose"}, r"sampler='renose' .*Did you mean 'renoise'\?"),
         ({"sampler": "euler"}, "sampler='euler' .*one of renoise, cps, sde, ode"),
         ({"spread": "stratifed"}, r"spread='stratifed' .*Did you mean 'stratified'\?"),
-        ({"critic_correction": "grup"}, r"critic_correction='grup' .*Did you mean 'group'\?"),
+        ({"critic_correction": "other"}, r"critic_correction='other' .*Did you mean 'others'\?"),
         ({"ratio_reduction": "men"}, r"ratio_reduction='men' .*Did you mean 'mean'\?"),
         ({"reward_route": "advantages"}, r"reward_route='advantages' .*Did you mean 'advantage'\?"),
         (
@@ -49,7 +49,7 @@ Make = Callable[..., RDMTrainer]
         ({"reward_route": "tilt[a=gradient,a=tilt]"}, "at column 23: it names 'a' twice"),
         ({"reward_route": "tilt[a=slope]"}, "at column 8: there is no route 'slope'.*gradient, advantage, tilt"),
         ({"reward_route": "tilt[a=gradient"}, r"column 16: expected ',' or '\]'.*'tilt\[ink=gradient\]'"),
-        ({"normalization": "rsm"}, r"normalization='rsm' .*Did you mean 'rms'\?"),
+        ({"normalization": "rms"}, "normalization='rms' .*one of group, sample"),
         (
             {"multi_objective_aggregation": "sum_then_normalise"},
             r"multi_objective_aggregation=.*Did you mean 'sum_then_normalize'\?",

@@ -35,7 +35,6 @@ SETTINGS: dict[str, Any] = {
     "critic_steps": 1,
     "use_cpu": True,
     "num_iterations": 2,
-    "normalization": "batch",
     "scale_rewards": "batch",
     "reward_route": "tilt[brightness=advantage]",
     "min_effective_sample_size": 0.0,
