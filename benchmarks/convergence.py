@@ -94,6 +94,15 @@ ROOT: dict[str, Any] = {
 }
 """Rates that fall as the root of the updates: fast at first, and after 1,000 updates where the defaults begin."""
 
+FALLING: dict[str, Any] = {
+    "learning_rate": 5e-4,
+    "critic_learning_rate": 2e-3,
+    "lr_scheduler_type": "polynomial",
+    "lr_scheduler_kwargs": {"power": 4},
+    "ema_decay": 0.99,
+}
+"""Rates of long runs that fall fast at first and are at 0 in the end."""
+
 
 def all_cells() -> list[Cell]:
     """Return every cell, the most telling ones first."""
@@ -123,6 +132,7 @@ def all_cells() -> list[Cell]:
             )
             for rate in (3e-4, 1e-4)
         ),
+        Cell("long, 4 steps, falling to the fourth power, dm + 3*flow", LONG, 50, FALLING, rewards=FLOW),
         Cell("long, 4 steps, falling as a root, dm + 3*flow", LONG, 50, ROOT, rewards=FLOW),
         Cell(
             "long, 2 steps, falling as a root, dm, shift 3", LONG, 50, ROOT | {"num_inference_steps": 2, "shift": 3.0}

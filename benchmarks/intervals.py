@@ -39,13 +39,15 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(statistics.mean(values), float(half_width), count)
 
 
-def interval(values: Sequence[float]) -> str:
+def interval(values: Sequence[float], decimals: int = 2) -> str:
     """Return a mean with its 95 % interval, as text; one value has none."""
     found = estimate(values)
-    return f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"
+    mean = f"{found.mean:.{decimals}f}"
+    return f"{mean} [{found.low:.{decimals}f}, {found.high:.{decimals}f}]" if found.count > 1 else mean
 
 
 def ratio(logs: Sequence[float]) -> str:
-    """Return the geometric mean of ratios, from their logarithms, with its 95 % interval."""
+    """Return the geometric mean of ratios, from their logarithms, with its 95 % interval; one value has none."""
     found = estimate(logs)
-    return f"{math.exp(found.mean):.3f} [{math.exp(found.low):.3f}, {math.exp(found.high):.3f}]"
+    mean = f"{math.exp(found.mean):.3f}"
+    return f"{mean} [{math.exp(found.low):.3f}, {math.exp(found.high):.3f}]" if found.count > 1 else mean

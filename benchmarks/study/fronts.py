@@ -30,8 +30,8 @@ SEEDS = range(5)
 COMMON: dict[str, Any] = {
     "max_steps": 80,
     "per_device_train_batch_size": 64,
-    "learning_rate": 5e-4,
-    "critic_learning_rate": 1e-3,
+    "learning_rate": 2e-4,
+    "critic_learning_rate": 8e-4,
     "guidance_scale": 1.0,
     "max_sequence_length": 4,
 }
@@ -58,15 +58,15 @@ Weights = tuple[float, ...]
 WEIGHTS: dict[tuple[str, str], tuple[Weights, ...]] = {
     ("dmdr", "jpeg"): ((1.0,), (3.0,)),
     ("dmdr, told the step", "jpeg"): ((1.0,), (3.0,)),
-    ("gndmr", "jpeg"): ((3.0,), (10.0,)),
-    ("tilt", "jpeg"): ((0.2,), (0.4,)),
-    ("dmdr", "legibility"): ((0.1,), (0.5,)),
-    ("dmdr, told the step", "legibility"): ((0.1,), (0.5,)),
-    ("gndmr", "legibility"): ((0.1,), (0.5,)),
-    ("tilt", "legibility"): ((1.0,), (2.5,)),
-    ("dmdr", "both"): ((0.1, 1.0), (0.3, 3.0)),
-    ("dmdr, told the step", "both"): ((0.1, 1.0), (0.3, 3.0)),
-    ("gndmr", "both"): ((0.1, 3.0), (0.2, 6.0)),
+    ("gndmr", "jpeg"): ((5.0,), (15.0,)),
+    ("tilt", "jpeg"): ((0.1,), (0.2,)),
+    ("dmdr", "legibility"): ((0.05,), (0.15,)),
+    ("dmdr, told the step", "legibility"): ((0.05,), (0.15,)),
+    ("gndmr", "legibility"): ((0.15,), (0.5,)),
+    ("tilt", "legibility"): ((0.5,), (1.5,)),
+    ("dmdr", "both"): ((0.03, 1.0), (0.06, 3.0)),
+    ("dmdr, told the step", "both"): ((0.03, 1.0), (0.06, 3.0)),
+    ("gndmr", "both"): ((0.2, 6.0), (0.5, 15.0)),
     ("tilt, ink by gradient", "both"): ((0.1, 0.25), (0.25, 0.5)),
 }
 """The points of each front."""

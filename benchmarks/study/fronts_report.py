@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -28,8 +29,8 @@ def write_report(rows: Sequence[Row], page: Path) -> None:
     parts = [READING.read_text(encoding="utf-8").rstrip()]
     for setting in SETTINGS:
         own = [row for row in rows if row["setting"] in ("", setting)]
-        if not any(row["setting"] for row in own):
-            parts.append(f"## {setting}\n\nNone of its points has been run yet.")
+        if not any(row["setting"] and row["method"] in BASELINES for row in own):
+            parts.append(f"## {setting}\n\nNo point of {' or '.join(BASELINES)} has been run yet.")
             continue
         gain = gain_in(own, setting)
         fronts = {method: front for method in METHODS if (front := fronts_of(own, setting, method, gain))}
@@ -77,13 +78,22 @@ def fronts_of(rows: Sequence[Row], setting: str, method: str, gain: Callable[[Ro
 
 def point_table(rows: Sequence[Row]) -> str:
     """Return every point's rewards, trained on or not, beside its quality."""
-    figures = ("FID-SD", "jpeg", "ink", "illegibility", "diversity", "FID")
+    figures = {"FID-SD": 2, "jpeg": 4, "ink": 4, "illegibility": 5, "diversity": 3, "FID": 1}  # decimals
     lines = []
     for point in dict.fromkeys(row["point"] for row in rows):
         own = [row for row in rows if row["point"] == point]
-        shown = [str(estimate([r[f] for r in own])) if all(f in r for r in own) else "" for f in figures]
+        shown = [
+            spread([row[name] for row in own], decimals) if all(name in row for row in own) else ""
+            for name, decimals in figures.items()
+        ]
         lines.append([point, len(own), *shown, f"{statistics.mean(row['cpu_seconds'] for row in own):.0f}"])
     return markdown_table(("point", "seeds", *figures, "CPU seconds"), lines)
+
+
+def spread(values: Sequence[float], decimals: int) -> str:
+    """Return the mean of several seeds with half of its interval's width, of one seed its value."""
+    found = estimate(values)
+    return f"{found.mean:.{decimals}f}" + (f" ± {found.half_width:.{decimals}f}" if found.count > 1 else "")
 
 
 def compared(fronts: dict[str, dict[int, Front]], baseline: str) -> list[str]:
@@ -103,7 +113,7 @@ def compared(fronts: dict[str, dict[int, Front]], baseline: str) -> list[str]:
             bests = [(reward_for_cost(front, distance), reward) for front, reward, distance in points]
             gains = [best - reward for best, reward in bests if best is not None]
             reward_line.append(_counted(ratio, logs, len(seeds)))
-            distance_line.append(_counted(interval, gains, len(seeds)))
+            distance_line.append(_counted(partial(interval, decimals=4), gains, len(seeds)))
         at_reward.append(reward_line)
         at_distance.append(distance_line)
     volumes = ", ".join(

@@ -280,14 +280,14 @@ def test_fronts(tmp_path: Path, make_trainer: Any) -> None:
         "0",
         "--only",
         "gndmr",
-        "gndmr jpeg 3",
+        "gndmr jpeg 5",
         "--max_steps",
         "1",
     )
     for _ in range(2):
         start("benchmarks/study/fronts.py", "run", *wanted, "--out", out)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert sorted(row["point"] for row in rows) == ["gndmr", "gndmr jpeg 3"]
+    assert sorted(row["point"] for row in rows) == ["gndmr", "gndmr jpeg 5"]
     assert all(row["FID-SD"] > 0 and row["costs"]["cost/teacher_forwards"] == 64 for row in rows)
 
 
@@ -310,5 +310,5 @@ def test_the_page_of_fronts_is_written_from_rows(tmp_path: Path) -> None:
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert (tmp_path / "fronts_jpeg.png").stat().st_size > 0
     assert "0.700 [0.700, 0.700], 2 of 2 seeds reach it" in page  # 14 at -0.8, against 20
-    assert "0.10 [0.10, 0.10], 2 of 2 seeds reach it" in page  # -0.7 at 16, where -0.8 costs 20
-    assert page.count("None of its points has been run yet.") == 2
+    assert "0.1000 [0.1000, 0.1000], 2 of 2 seeds reach it" in page  # -0.7 at 16, where -0.8 costs 20
+    assert page.count("No point of dmdr or dmdr, told the step has been run yet.") == 2
