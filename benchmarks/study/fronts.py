@@ -1,7 +1,7 @@
 """Rewards on students that have converged: GNDMR and tilts against DMDR, all from the same students.
 
-    python benchmarks/convergence.py run --only "long, 4 steps, default rates, dm + 3[*]flow" --keep build/students
-    python benchmarks/study/fronts.py run --students "build/students/long, 4 steps, default rates, dm + 3*flow"
+    python benchmarks/convergence.py run --only "*fourth power*" --keep build/students
+    python benchmarks/study/fronts.py run --students build/students/long*fourth*    # a folder with a student per seed
     python benchmarks/study/fronts.py report              # docs/fronts.md and its plots, from the rows
 
 Every run starts from the finished student of its seed, trains 80 updates with `dm` and rewards, and judges 1,000 of its
@@ -49,7 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "reward_route": "tilt[ink=gradient]",
     },
 }
-"""DMDR as published, and with critics that are told the step, which is not its own and makes it a stronger baseline."""
+"""DMDR as published, and with critics that are told the step, which is not its own."""
 
 SETTINGS: dict[str, tuple[str, ...]] = {"jpeg": ("jpeg",), "legibility": ("legibility",), "both": ("ink", "jpeg")}
 """A scored reward, a differentiable one, and two that conflict, one of each kind."""
