@@ -306,9 +306,13 @@ def test_the_page_of_fronts_is_written_from_rows(tmp_path: Path) -> None:
         *(("dmdr", None, -1.0, 10.0), ("dmdr", 1.0, -0.8, 20.0)),
         *(("gndmr", None, -1.0, 10.0), ("gndmr", 1.0, -0.9, 12.0), ("gndmr", 3.0, -0.7, 16.0)),
     ]
-    write_report([row(*point, seed) for seed in (0, 1) for point in points], tmp_path / "page.md")
+    rows = [row(*point, seed) for seed in (0, 1) for point in points]
+    without_baseline = row("gndmr", 3.0, -0.7, 16.0, 0) | {"point": "gndmr both 3 1", "setting": "both"}
+    write_report([*rows, without_baseline], tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert (tmp_path / "fronts_jpeg.png").stat().st_size > 0
     assert "0.700 [0.700, 0.700], 2 of 2 seeds reach it" in page  # 14 at -0.8, against 20
     assert "0.1000 [0.1000, 0.1000], 2 of 2 seeds reach it" in page  # -0.7 at 16, where -0.8 costs 20
     assert page.count("No point of dmdr or dmdr, told the step has been run yet.") == 2
+    write_report([one for one in rows if one["seed"] == 0], tmp_path / "page.md")
+    assert "| 0.700, 1 of 1 seeds reach it |" in (tmp_path / "page.md").read_text(encoding="utf-8")
