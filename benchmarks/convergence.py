@@ -94,14 +94,8 @@ ROOT: dict[str, Any] = {
 }
 """Rates that fall as the root of the updates: fast at first, and after 1,000 updates where the defaults begin."""
 
-FALLING: dict[str, Any] = {
-    "learning_rate": 5e-4,
-    "critic_learning_rate": 2e-3,
-    "lr_scheduler_type": "polynomial",
-    "lr_scheduler_kwargs": {"power": 4},
-    "ema_decay": 0.99,
-}
-"""Rates of long runs that fall fast at first and are at 0 in the end."""
+FALLING = GENTLE | {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 4}}
+"""The same rates, but they fall fast at first and are at 0 in the end."""
 
 
 def all_cells() -> list[Cell]:

@@ -83,14 +83,14 @@ def point_table(rows: Sequence[Row]) -> str:
     for point in dict.fromkeys(row["point"] for row in rows):
         own = [row for row in rows if row["point"] == point]
         shown = [
-            spread([row[name] for row in own], decimals) if all(name in row for row in own) else ""
+            _rounded([row[name] for row in own], decimals) if all(name in row for row in own) else ""
             for name, decimals in figures.items()
         ]
         lines.append([point, len(own), *shown, f"{statistics.mean(row['cpu_seconds'] for row in own):.0f}"])
     return markdown_table(("point", "seeds", *figures, "CPU seconds"), lines)
 
 
-def spread(values: Sequence[float], decimals: int) -> str:
+def _rounded(values: Sequence[float], decimals: int) -> str:
     """Return the mean of several seeds with half of its interval's width, of one seed its value."""
     found = estimate(values)
     return f"{found.mean:.{decimals}f}" + (f" ± {found.half_width:.{decimals}f}" if found.count > 1 else "")
