@@ -193,7 +193,7 @@ def run_cell(cell: Cell, seed: int, size: Size) -> dict[str, object]:
     `kl`.
     """
     models = MixtureModels(pretrained(seed, size.pretraining))
-    num_steps = size.teacher_forwards // (BATCH * cell.settings.get("num_draws", 1))
+    num_steps = size.teacher_forwards // BATCH
     torch.manual_seed(1000 + seed)
     run, started, stopped = Run(cell, models, num_steps), time.perf_counter(), ""
     marks = {round(num_steps * i / (CURVE_POINTS - 1)) for i in range(1, CURVE_POINTS)}

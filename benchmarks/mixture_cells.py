@@ -17,7 +17,7 @@ COMMON: dict[str, Any] = {
 }
 """Settings that all cells share, beside `RDMConfig`'s defaults."""
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
-SHORT = {"num_draws": "M", "num_generations": "G", "learning_rate": "lr", "num_iterations": "uses"}
+SHORT = {"num_generations": "G", "learning_rate": "lr", "num_iterations": "uses"}
 SHORT |= {"critic_steps": "critic"}
 
 
@@ -59,7 +59,6 @@ def estimators() -> list[Cell]:
         # Group statistics, beside DMD2's free draws and beside everything of GNDM.
         *(base.but(normalization="group") for base in (FREE, GNDM)),
         *(base.but(normalization="group", learning_rate=rate) for base in (FREE, GNDM) for rate in (4e-3, 8e-3)),
-        *(base.but(num_draws=m) for base in (DMD2, GNDM) for m in (2, 4)),
         *(GNDM.but(num_generations=g) for g in (1, 4, 16)),
         *(ONE_STEP.but(learning_rate=rate) for rate in (2e-3, 8e-3, 1.6e-2)),
         *(base.but(critic_steps=1) for base in SWEPT),  # a critic that lags: the correction's case

@@ -33,9 +33,6 @@ UNNAMED: dict[str, Any] = {
 """What all cells share as well and no name says: there was no choice, or it was the default, when they were run. Since
 then critics learn at all noise levels and from all steps of shared rollouts, so the runs cannot be repeated exactly."""
 
-RENAMED = {"steps_per_generation": "reuse_interval"}
-"""Settings that had another name when the cells were named, to their name today."""
-
 LORA_TARGETS = (
     r".*\.(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)|ff\.net\.0\.proj|ff\.net\.2)"
 )
@@ -73,8 +70,7 @@ class Cell:
 
     def config(self) -> dict[str, Any]:
         """Return the settings of `RDMConfig` that make up the cell."""
-        named = {RENAMED.get(key, key): value for key, value in self._named().items()}
-        return named | {key: value for key, value in UNNAMED.items() if key not in self.settings}
+        return self._named() | {key: value for key, value in UNNAMED.items() if key not in self.settings}
 
     def _named(self) -> dict[str, Any]:
         own = {key: value for key, value in preset(self.preset).items() if key not in UNNAMED}
@@ -224,7 +220,6 @@ def reuse() -> list[Cell]:
         *(Cell(f"{uses} uses", "c", settings={"num_iterations": uses}, curve=True) for uses in (2, 4, 8)),
         *(Cell(f"{n} uses, lr 0.0008", "c", settings={"num_iterations": n, **best}, curve=True) for n in (2, 4, 8)),
         *(Cell(f"{n} uses, no weights", "c", settings={"num_iterations": n, **without}) for n in (4, 8)),
-        Cell("4 uses, over 5 steps", "c", settings={"num_iterations": 4, "steps_per_generation": 5}),
         # What reuse saves, spent: still fewer evaluations than FRESH, and 1/3, 1/6 and 1/12 of its rollouts.
         *(Cell(longer_cell(uses), "c", settings={"num_iterations": uses, **twice}) for uses in (1, 2, 4)),
         Cell(f"{longer_cell(4)}, no weights", "c", settings={"num_iterations": 4, **twice, **without}),

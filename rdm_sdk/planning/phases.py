@@ -14,7 +14,7 @@ from rdm_sdk.planning.rehearsal import Rehearsal, Tape
 from rdm_sdk.rewards.evaluate import samples_at_a_time
 from rdm_sdk.rewards.resolve import RunReward, carried_back
 from rdm_sdk.training.config import RDMConfig
-from rdm_sdk.training.step_rules import is_guided, judged_at_endpoints, judged_at_replay, steps_stored
+from rdm_sdk.training.step_rules import is_guided, judged_at_endpoints, judged_at_replay
 
 FLOAT32 = 4
 """Bytes."""
@@ -61,7 +61,7 @@ class Step:
         yield from self._judging(judged_at_endpoints(self.rewards), held, 0)
         tape = self._tape(STUDENT)
         # When rollouts are used again, the graphs of all micro-batches wait while the critics learn.
-        waiting = tape.kept * self.micro_batches if steps_stored(args) else 0
+        waiting = tape.kept * self.micro_batches if args.num_iterations > 1 else 0
         yield from self._critics(held + waiting)
         held += max(waiting - tape.kept, 0)
         # From the second micro-batch on, the gradients of those before are there.
@@ -74,10 +74,10 @@ class Step:
         yield Phase("the optimizer's step", held + self._scratch(STUDENT), self._gradients(STUDENT))
 
     def _samples_held(self) -> int:
-        """Return the bytes of the rollouts and conditions that a step keeps, and those that wait to be used again."""
+        """Return the bytes of the rollouts and conditions that a step keeps, and of those that it may use again."""
         trajectory = 2 * self.args.num_inference_steps + 1  # states, predictions, and x_0
         condition = bytes_of_all(self.rehearsal.condition(self.count).values())
-        return (1 + steps_stored(self.args)) * self.micro_batches * (trajectory * self.latents + condition)
+        return (2 if self.args.num_iterations > 1 else 1) * self.micro_batches * (trajectory * self.latents + condition)
 
     def _critics(self, held: int) -> Iterator[Phase]:
         """Yield the updates of the critics; their gradients are there together until the optimizer's step."""
@@ -107,11 +107,10 @@ class Step:
     def _judging(self, rewards: Sequence[RunReward], held: int, gradients: int) -> Iterator[Phase]:
         """Yield how rewards judge: first those that ask the networks, then those that look at images."""
         carried = carried_back(rewards)
-        if carried:  # the teacher's graph waits until all have judged, one per renoising draw
+        if carried:  # the teacher's graph waits until all have judged
             teacher = self.rehearsal.carry_back(self.count, self.checkpointing, self.guided)
-            waiting = (self.args.num_draws - 1) * teacher.kept
-            yield Phase("the teacher's pass, whose graph is kept", held + waiting + teacher.forward, gradients)
-            held += self.args.num_draws * teacher.kept
+            yield Phase("the teacher's pass, whose graph is kept", held + teacher.forward, gradients)
+            held += teacher.kept
         asking = [reward for reward in rewards if reward.capabilities.needs_models]
         for reward in asking:
             peak = self._asking(reward, first=reward is asking[0])

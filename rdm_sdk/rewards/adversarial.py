@@ -79,20 +79,17 @@ class Adversarial(Reward):
 
     def field(self, batch: RewardBatch) -> RewardOutput:
         context = batch.require_context(self.name)
-        scores, gradients = [], []
-        for draw in context.renoise(batch.latents, batch.group_size):
-            x_t = draw.x_t.detach().requires_grad_()
-            with torch.enable_grad():
-                score = F.logsigmoid(self._logits(batch, x_t, draw.sigma))
-                (gradient,) = torch.autograd.grad(score.sum(), x_t)
-            signal = context.schedule.alpha(draw.sigma).reshape(-1, *[1] * (x_t.ndim - 1))  # d x_t / d x_0
-            scores.append(score.detach())
-            gradients.append(signal * gradient)
-        return RewardOutput(torch.stack(scores).mean(0), torch.stack(gradients).mean(0))
+        renoised = context.renoise(batch.latents, batch.group_size)
+        x_t = renoised.x_t.detach().requires_grad_()
+        with torch.enable_grad():
+            scores = F.logsigmoid(self._logits(batch, x_t, renoised.sigma))
+            (gradient,) = torch.autograd.grad(scores.sum(), x_t)
+        signal = context.schedule.alpha(renoised.sigma).reshape(-1, *[1] * (x_t.ndim - 1))  # d x_t / d x_0
+        return RewardOutput(scores.detach(), signal * gradient)
 
     def score(self, batch: RewardBatch) -> Tensor:
-        draws = batch.require_context(self.name).renoise(batch.latents, batch.group_size)
-        return torch.stack([F.logsigmoid(self._logits(batch, draw.x_t, draw.sigma)) for draw in draws]).mean(0)
+        renoised = batch.require_context(self.name).renoise(batch.latents, batch.group_size)
+        return F.logsigmoid(self._logits(batch, renoised.x_t, renoised.sigma))
 
     def training_loss(self, batch: RewardBatch) -> Tensor:
         context = batch.require_context(self.name)

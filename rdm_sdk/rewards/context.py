@@ -58,8 +58,6 @@ class DiffusionContext:
     """From which time on samples are re-noised for the student's update (`NoiseSchedule`), `[N]` or one for all."""
     max_time: Tensor | float
     """And up to which."""
-    num_draws: int
-    """M, the renoising draws per sample and step."""
     spread: Spread = "stratified"
     """How times are spread over a group."""
     critic_correction: Literal["others", "none"] = "none"
@@ -86,8 +84,8 @@ class DiffusionContext:
     draws: Draws = field(default_factory=Draws)
     """Where random numbers come from. On several processes each is drawn for the samples of all, so all have to ask for
     as many, in the same order."""
-    _drawn: list[tuple[Tensor, list[Renoised]]] = field(default_factory=list, init=False, repr=False, compare=False)
-    """The latest samples that draws were made for, with these draws."""
+    _drawn: list[tuple[Tensor, Renoised]] = field(default_factory=list, init=False, repr=False, compare=False)
+    """The latest samples that were re-noised, with what they became."""
 
     def draw_sigma(self, count: int, group_size: int, device: torch.device) -> Tensor:
         """Draw noise levels `[N]` for the student's update, their times spread over groups as the run says."""
@@ -109,21 +107,20 @@ class DiffusionContext:
         # Whatever x_0 is in, because some versions of PyTorch draw other numbers in bfloat16.
         return add_noise(self.schedule, x_0, self.draws.normal(len(x_0), x_0.shape[1:], x_0.device), sigma)
 
-    def renoise(self, x_0: Tensor, group_size: int) -> list[Renoised]:
-        """Return the batch's `num_draws` renoising draws; the same ones to every reward that asks.
+    def renoise(self, x_0: Tensor, group_size: int) -> Renoised:
+        """Return the batch re-noised at a level of its own per sample; the same to every reward that asks.
 
         Rewards of one batch thus see the same noise, and what a network says of it is computed once for all of them.
         """
         if not self._drawn or self._drawn[0][0] is not x_0:
-            sigmas = [self.draw_sigma(len(x_0), group_size, x_0.device) for _ in range(self.num_draws)]
-            # A copy, which keeps no draws: a cycle would keep the teacher's graph until some garbage collection.
-            context = replace(self)
-            self._drawn[:] = [(x_0, [Renoised(context, self.add_noise(x_0, sigma), sigma) for sigma in sigmas])]
+            sigma = self.draw_sigma(len(x_0), group_size, x_0.device)
+            # A copy, which keeps nothing drawn: a cycle would keep the teacher's graph until some garbage collection.
+            self._drawn[:] = [(x_0, Renoised(replace(self), self.add_noise(x_0, sigma), sigma))]
         return self._drawn[0][1]
 
 
 class Renoised:
-    """One renoising draw of a batch, with what the networks say of it."""
+    """A batch's samples re-noised, with what the networks predict from them."""
 
     def __init__(self, context: DiffusionContext, x_t: Tensor, sigma: Tensor) -> None:
         self.x_t = x_t
@@ -194,21 +191,18 @@ def contrast(
     pair: Callable[[Renoised], tuple[Tensor, Tensor]],
     correction: Literal["others", "none"] = "none",
 ) -> RewardOutput:
-    """Return the reward log p(x_0) - log q(x_0) of two denoisers, averaged over the batch's renoising draws.
+    """Return the reward log p(x_0) - log q(x_0) of two denoisers, as the re-noised batch shows it.
 
-    `pair` gives the two predictions of x_0 for a draw. The gradient is their difference, the score the half log-SNR
+    `pair` gives the two predictions of x_0. The gradient is their difference, the score the half log-SNR
     integral of the difference of their squared errors, and the magnitude mean |x_0 - D_p|. Unless `correction` is
     "none", the lag of q behind the samples (`critic_lag`) is added to its prediction before the gradient
     is taken.
     """
+    renoised = context.renoise(x_0, group_size)
+    toward, away = pair(renoised)
     span = context.max_time - context.min_time
-    draws = []
-    for draw in context.renoise(x_0, group_size):
-        toward, away = pair(draw)
-        score = matching_score(context.schedule, x_0, toward, away, draw.sigma, span)
-        if correction != "none":
-            profile = lag_profile(context.schedule, draw.sigma)
-            away = away + critic_lag(x_0 - away, profile, group_size)
-        draws.append((score, matching_gradient(toward, away), residual_magnitude(x_0, toward)))
-    scores, gradients, magnitudes = (torch.stack(parts).mean(0) for parts in zip(*draws, strict=True))
-    return RewardOutput(scores, gradients, magnitudes)
+    scores = matching_score(context.schedule, x_0, toward, away, renoised.sigma, span)
+    if correction != "none":
+        profile = lag_profile(context.schedule, renoised.sigma)
+        away = away + critic_lag(x_0 - away, profile, group_size)
+    return RewardOutput(scores, matching_gradient(toward, away), residual_magnitude(x_0, toward))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from rdm_sdk.method.matching import denoising_loss, shared_square
@@ -16,8 +15,8 @@ from rdm_sdk.types import RewardOutput
 class DistributionMatching(Reward):
     """Distribution matching: the teacher's distribution against the student's, as a trained critic sees it.
 
-    Gradient in x_0 form, D_real - D_fake, averaged over the run's `num_draws` renoising draws, with the critic's lag
-    taken out where the run says so (`critic_correction`); score by the denoising-error difference; the critic is a LoRA
+    Gradient in x_0 form, D_real - D_fake, at the sample re-noised, with the critic's lag taken out where the
+    run says so (`critic_correction`); score by the denoising-error difference; the critic is a LoRA
     adapter, role "fake", trained on the student's samples (arXiv 2405.14867 for the estimator, arXiv 2603.28460 for its
     reading as a reward). It is told which of the student's steps made a sample where the run says so (`matching`).
     """
@@ -28,8 +27,8 @@ class DistributionMatching(Reward):
     def field(self, batch: RewardBatch) -> RewardOutput:
         context = batch.require_context(self.name)
 
-        def pair(draw: Renoised) -> tuple[Tensor, Tensor]:
-            return draw.x_0(TEACHER), draw.x_0("fake")
+        def pair(renoised: Renoised) -> tuple[Tensor, Tensor]:
+            return renoised.x_0(TEACHER), renoised.x_0("fake")
 
         output = contrast(context, batch.latents, batch.group_size, pair, context.critic_correction)
         return replace(output, figures=self._figures(context, batch))
@@ -44,14 +43,12 @@ class DistributionMatching(Reward):
         Groups of one sample have no lag to tell.
         """
         x_0, size = batch.latents, batch.group_size
-        found: dict[str, list[Tensor]] = {"gap": [], "error": [], "lag": []}
-        for draw in context.renoise(x_0, size):
-            fake = draw.x_0("fake")
-            found["gap"].append((draw.x_0(TEACHER) - fake).float().square().flatten(1).mean(1))
-            found["error"].append((x_0 - fake).float().square().flatten(1).mean(1))
-            if size > 1:
-                found["lag"].append(shared_square(x_0 - fake, size))
-        return {name: torch.stack(values).mean(0) for name, values in found.items() if values}
+        renoised = context.renoise(x_0, size)
+        fake = renoised.x_0("fake")
+        gap, error = (
+            difference.float().square().flatten(1).mean(1) for difference in (renoised.x_0(TEACHER) - fake, x_0 - fake)
+        )
+        return {"gap": gap, "error": error} | ({"lag": shared_square(x_0 - fake, size)} if size > 1 else {})
 
     def score(self, batch: RewardBatch) -> Tensor:
         return self.field(batch).scores

@@ -28,7 +28,7 @@ class TeacherFlow(Reward):
     capabilities = Capabilities(
         space="latent",
         gradient="field",
-        stochastic=True,  # the magnitude alone, which is taken at the draws of `dm`
+        stochastic=True,  # the magnitude alone, which is taken at the noise of `dm`
         range=(-float("inf"), 0.0),
         parameters=0,
     )
@@ -55,8 +55,7 @@ class TeacherFlow(Reward):
         gradient[rows] = ends[: len(rows)].to(x_0) - x_0[rows]
         distance = gradient.float().square().flatten(1)
         scores = (-0.5 * distance.sum(1)).masked_fill(~meant, torch.nan)
-        draws = context.renoise(x_0, batch.group_size)
-        magnitude = torch.stack([residual_magnitude(x_0, draw.x_0(TEACHER)) for draw in draws]).mean(0)
+        magnitude = residual_magnitude(x_0, context.renoise(x_0, batch.group_size).x_0(TEACHER))
         return RewardOutput(scores, gradient, magnitude, {"distance": distance.mean(1)})
 
     def score(self, batch: RewardBatch) -> Tensor:

@@ -26,7 +26,7 @@ class Guidance(Reward):
 
     def field(self, batch: RewardBatch) -> RewardOutput:
         context = batch.require_context(self.name)
-        return contrast(context, batch.latents, batch.group_size, lambda draw: draw.teacher_pair())
+        return contrast(context, batch.latents, batch.group_size, lambda renoised: renoised.teacher_pair())
 
     def score(self, batch: RewardBatch) -> Tensor:
         return self.field(batch).scores

@@ -23,39 +23,34 @@ def tilted(
     """Return what a reward does to the teacher's denoiser, in place of its gradient at x_0.
 
     With a weight of lambda, `dm` and this field together match the student to p_real exp(lambda r / deviation) in place
-    of p_real, to first order in lambda (`method.tilting`). It stands beside D_real - D_fake, so it is averaged over the
-    same renoising draws and measured against the same |x_0 - D_real|.
+    of p_real, to first order in lambda (`method.tilting`). It stands beside D_real - D_fake, so it is taken at the
+    same noise and measured against the same |x_0 - D_real|.
 
     A reward with a gradient is carried through the teacher's Jacobian, and its deviation is that under the teacher's
     posterior, the root of grad r Cov grad r. One without is seen through the covariance of its group, and its deviation
     is that of the group's scores. `scale` says over what the deviation is taken: "group", "batch", or "none" for
     rewards in native units. `total` adds a tensor up over the processes of a run: "batch" is over all of them.
     """
-    fields, magnitudes = [], []
-    context = batch.require_context("a tilt")
-    if output.gradient is None:
-        advantage = group_advantage(output.scores, batch.group_size, scale, total=total)
+    context, size = batch.require_context("a tilt"), batch.group_size
+    renoised = context.renoise(batch.latents, size)
+    if output.gradient is not None:
+        field = _by_gradient(output.gradient, output.scores, renoised, size, scale, total)
+    else:
+        advantage = group_advantage(output.scores, size, scale, total=total)
         advantage = advantage.masked_fill(output.scores.isnan(), torch.nan)
-    for draw in context.renoise(batch.latents, batch.group_size):
-        if output.gradient is not None:
-            fields.append(_by_gradient(output.gradient, output.scores, draw, batch.group_size, scale, total))
-        else:
-            fields.append(
-                group_covariance(context.schedule, draw.x_t, draw.sigma, batch.latents, advantage, batch.group_size)
-            )
-        magnitudes.append(residual_magnitude(batch.latents, draw.x_0(TEACHER)))
-    return replace(output, gradient=torch.stack(fields).mean(0), magnitude=torch.stack(magnitudes).mean(0))
+        field = group_covariance(context.schedule, renoised.x_t, renoised.sigma, batch.latents, advantage, size)
+    return replace(output, gradient=field, magnitude=residual_magnitude(batch.latents, renoised.x_0(TEACHER)))
 
 
 def _by_gradient(
     gradient: Tensor,
     scores: Tensor,
-    draw: Renoised,
+    renoised: Renoised,
     group_size: int,
     scale: ScoreScale,
     total: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    field = draw.carry_back(gradient)
+    field = renoised.carry_back(gradient)
     if scale == "none":
         return field
     # A network's Jacobian is only nearly symmetric and positive, so a sample's variance can come out negative.

@@ -89,7 +89,6 @@ def gaussian_context(latents: Tensor) -> DiffusionContext:
         origin=Origin(0.75 * latents + 0.25 * noise, levels, left, lambda rows: denoiser("teacher")),
         min_time=0.02,
         max_time=0.98,
-        num_draws=8,
         denoiser_pair=pair,
         features=lambda x_t, sigma: x_t.flatten(2).transpose(1, 2),
         encode_images=_encode,

@@ -87,9 +87,9 @@ def restore(step: DistillationStep, models: RunModels, state: RunState, folder: 
     before, now = state.identity.processes, step.processes
     if models.ema is not None:
         models.ema.optimization_step = state.ema_steps or 0
-    step.rollouts.stored.clear()
-    if state.stored_rollouts:
-        step.rollouts.load(read_share(folder, before, now.index, now.count, models.device))
+    step.rollouts.stored = (
+        read_share(folder, before, now.index, now.count, models.device) if state.stored_rollouts else []
+    )
     models.roles.forwards.clear()
     # Counted in samples of a process, of which each now has another share; the critics' steps are those of all.
     models.roles.forwards.update({role: count * before // now.count for role, count in state.forwards.items()})

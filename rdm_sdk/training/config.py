@@ -91,7 +91,6 @@ class RDMConfig(_KnownSettings):
         },
     )
     max_time: float = field(default=0.98, metadata={"help": "Up to where they are re-noised, in (0, 1)."})
-    num_draws: int = field(default=1, metadata={"help": "Renoising draws M per sample and student step."})
     normalization: Literal["group", "sample"] = field(
         default="sample",
         metadata={
@@ -194,12 +193,8 @@ class RDMConfig(_KnownSettings):
     eta: float = field(default=0.9, metadata={"help": "Share of fresh noise for 'cps' (0 to 1), noise rate for 'sde'."})
 
     # ---- Rollouts used again
-    num_iterations: int = field(default=1, metadata={"help": "Student updates per rollout."})
-    reuse_interval: int = field(
-        default=1,
-        metadata={
-            "help": "Optimizer steps from one use of a rollout to the next; in those between, others are made and used."
-        },
+    num_iterations: int = field(
+        default=1, metadata={"help": "Student updates per rollout, in so many optimizer steps one after the other."}
     )
     importance_sampling_correction: bool = field(
         default=True, metadata={"help": "Weigh samples of an earlier student by how likely they still are."}

@@ -67,24 +67,16 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 class GroupSampler(Sampler[int]):
     """Indices of a shuffled epoch, each repeated `group_size` times, padded so that every batch is full.
 
-    The prompts of `reuse_interval` optimizer steps come `num_iterations` times, one step after the other and
-    around again, for as many uses of their rollouts. An epoch's order depends on `seed` and `epoch` alone, so that a
-    resumed run sees what it would have seen.
+    The prompts of an optimizer step come `num_iterations` times, for as many uses of their rollouts. An epoch's order
+    depends on `seed` and `epoch` alone, so that a resumed run sees what it would have seen.
     """
 
     def __init__(
-        self,
-        num_prompts: int,
-        group_size: int,
-        prompts_per_step: int,
-        seed: int,
-        num_iterations: int = 1,
-        reuse_interval: int = 1,
+        self, num_prompts: int, group_size: int, prompts_per_step: int, seed: int, num_iterations: int = 1
     ) -> None:
         self.num_prompts, self.group_size, self.seed = num_prompts, group_size, seed
-        self.together, self.num_iterations = prompts_per_step * reuse_interval, num_iterations
-        whole = self.together if num_iterations > 1 else prompts_per_step
-        self.padded = -(-num_prompts // whole) * whole
+        self.prompts_per_step, self.num_iterations = prompts_per_step, num_iterations
+        self.padded = -(-num_prompts // prompts_per_step) * prompts_per_step
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -95,9 +87,9 @@ class GroupSampler(Sampler[int]):
         order: list[int] = []
         while len(order) < self.padded:
             order += torch.randperm(self.num_prompts, generator=generator).tolist()
-        for start in range(0, self.padded, self.together):
+        for start in range(0, self.padded, self.prompts_per_step):
             for _ in range(self.num_iterations):
-                for index in order[start : min(start + self.together, self.padded)]:
+                for index in order[start : start + self.prompts_per_step]:
                     yield from [index] * self.group_size
 
 
@@ -106,5 +98,4 @@ def group_sampler(args: RDMConfig, num_prompts: int) -> GroupSampler:
     groups = args.per_device_train_batch_size // args.num_generations
     together = groups * args.world_size * args.gradient_accumulation_steps
     seed = args.seed if args.data_seed is None else args.data_seed
-    reuse = args.num_iterations, args.reuse_interval
-    return GroupSampler(num_prompts, args.num_generations, together, seed, *reuse)
+    return GroupSampler(num_prompts, args.num_generations, together, seed, args.num_iterations)

@@ -106,7 +106,6 @@ class Judge:
             denoiser=denoiser,
             min_time=min_time,
             max_time=max_time,
-            num_draws=settings.num_draws,
             spread=settings.spread,
             critic_correction=settings.critic_correction,
             critic_times=critic_times,
@@ -133,7 +132,7 @@ class Judge:
         return (low, high), (low, high)
 
     def batch(self, samples: Samples, trained: str | None = None) -> RewardBatch:
-        """Return samples as rewards see them, with fresh renoising draws; `trained` as in `context`."""
+        """Return samples as rewards see them, with fresh noise; `trained` as in `context`."""
         policy, condition = self.models.policy, samples.condition
         origin = Origin(
             samples.states,

@@ -35,7 +35,6 @@ class MethodSettings(Protocol):
     matching: Literal["step", "range", "mixture"]
     min_time: float
     max_time: float
-    num_draws: int
     spread: Spread
     critic_correction: Literal["others", "none"]
     reward_batch_size: int | None
@@ -46,7 +45,6 @@ class MethodSettings(Protocol):
 
     # Rollouts.
     num_iterations: int
-    reuse_interval: int
     critic_rollouts: Literal["shared", "fresh"]
     importance_sampling_correction: bool
     importance_sampling_cap: float

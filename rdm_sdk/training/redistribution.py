@@ -13,8 +13,8 @@ from rdm_sdk.training.rollouts import read_rollouts, rollouts_path
 from rdm_sdk.types import Experience, RewardOutput, Rollout, select_steps
 
 
-def read_share(folder: str | Path, before: int, index: int, count: int, device: torch.device) -> list[list[Experience]]:
-    """Return the stored rollouts that process `index` of `count` goes on with, per optimizer step.
+def read_share(folder: str | Path, before: int, index: int, count: int, device: torch.device) -> list[Experience]:
+    """Return the stored rollouts that process `index` of `count` goes on with.
 
     Args:
         folder: a checkpoint, in which every one of the `before` processes that wrote it has left its rollouts.
@@ -33,10 +33,7 @@ def read_share(folder: str | Path, before: int, index: int, count: int, device: 
     if before == count:
         return read_rollouts(paths[0], device)
     shares = [read_rollouts(path, torch.device("cpu")) for path in paths]
-    return [
-        [_part(_together(parts), index, count, device) for parts in zip(*batches, strict=True)]
-        for batches in zip(*shares, strict=True)
-    ]
+    return [_part(_together(parts), index, count, device) for parts in zip(*shares, strict=True)]
 
 
 def _together(parts: Sequence[Experience]) -> Experience:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +21,6 @@ from rdm_sdk.method.importance import truncated_weights
 from rdm_sdk.method.sampling import StudentOf, plan_steps, redraw, replay_log_ratio, rollout, state_log_ratio
 from rdm_sdk.training.judge import Judge
 from rdm_sdk.training.method_settings import MethodSettings
-from rdm_sdk.training.step_rules import steps_stored
 from rdm_sdk.types import Condition, Experience, RewardOutput, Rollout, Samples, select, select_steps
 
 Window = Sequence[dict[str, Any]]
@@ -48,8 +45,8 @@ class Rollouts:
         self.models, self.monitor, self.policy = judge.models, judge.monitor, judge.models.policy
         self.experiences: list[Experience] = []
         """What this optimizer step trains on, one per micro-batch."""
-        self.stored: deque[list[Experience]] = deque(maxlen=steps_stored(settings))
-        """What earlier optimizer steps left to be used again."""
+        self.stored: list[Experience] = []
+        """What the optimizer step before left to be used again."""
         self.window: Window = []
         """The micro-batches of prompts that the optimizer step is for."""
         self._predicted: dict[int, Tensor] = {}
@@ -135,15 +132,13 @@ class Rollouts:
 
     def _take(self, prompts: list[list[str]]) -> list[Experience] | None:
         """Return and remove the stored rollouts of an optimizer step's prompts, None unless all processes have some."""
-        if not steps_stored(self.settings):
+        if self.settings.num_iterations == 1:
             return None
-        at = next((i for i, kept in enumerate(self.stored) if [one.prompts for one in kept] == prompts), None)
+        found = [one.prompts for one in self.stored] == prompts
         # Processes have different prompts; where one cannot go on, none does, or they would wait for each other.
-        found: list[int | None] = self.processes.gather(at)
-        if at is None or None in found:
+        if not all(self.processes.gather(found)):
             return None
-        stored = self.stored[at]
-        del self.stored[at]
+        stored, self.stored = self.stored, []
         return stored
 
     def _effective_share(self, ratio: Tensor) -> float:
@@ -212,16 +207,11 @@ class Rollouts:
     def keep(self) -> None:
         """Store this step's rollouts at its end, if they are to be used again."""
         if self.experiences and self.experiences[-1].use + 1 < self.settings.num_iterations:
-            self.stored.append(self.experiences)
+            self.stored = self.experiences
 
     def save(self, path: Path) -> None:
         """Write the stored rollouts; none, no file."""
-        write_rollouts(path, list(self.stored))
-
-    def load(self, stored: Iterable[list[Experience]]) -> None:
-        """Take up what was saved, in place of what is stored."""
-        self.stored.clear()
-        self.stored.extend(stored)
+        write_rollouts(path, self.stored)
 
 
 def rollouts_path(checkpoint: str | Path, process_index: int) -> Path:
@@ -229,12 +219,11 @@ def rollouts_path(checkpoint: str | Path, process_index: int) -> Path:
     return Path(checkpoint) / f"rdm_rollouts_{process_index}.safetensors"
 
 
-def write_rollouts(path: Path, stored: Sequence[Sequence[Experience]]) -> None:
-    """Write experiences, per optimizer step, without what the next use brings back: encodings, columns and x_0.
+def write_rollouts(path: Path, experiences: Sequence[Experience]) -> None:
+    """Write experiences without what the next use brings back: encodings, columns and x_0.
 
     Nothing to write, no file.
     """
-    experiences = [one for together in stored for one in together]
     if not experiences:
         return
     tensors: dict[str, Tensor] = {}
@@ -249,13 +238,12 @@ def write_rollouts(path: Path, stored: Sequence[Sequence[Experience]]) -> None:
         "uses": json.dumps([one.use for one in experiences]),
         "starts": json.dumps([one.start for one in experiences]),
         "scored": json.dumps([{name: list(o.logged) for name, o in one.scored.items()} for one in experiences]),
-        "sizes": json.dumps([len(together) for together in stored]),
     }
     with replacing(path) as staged:
         save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, staged, metadata)
 
 
-def read_rollouts(path: Path, device: torch.device) -> list[list[Experience]]:
+def read_rollouts(path: Path, device: torch.device) -> list[Experience]:
     """Return what `write_rollouts` wrote, none where there is no file; encodings and columns are empty."""
     if not path.is_file():
         return []
@@ -275,5 +263,4 @@ def read_rollouts(path: Path, device: torch.device) -> list[list[Experience]]:
         plan, weights = tensors[f"{i}.plan"], tensors[f"{i}.weights"]
         x_0 = select_steps(rollout.x_0, plan[use, start : start + len(texts)])
         experiences.append(Experience(texts, {}, {}, rollout, plan, use, x_0, weights, scored, start))
-    remaining = iter(experiences)
-    return [list(islice(remaining, size)) for size in json.loads(metadata["sizes"])]
+    return experiences

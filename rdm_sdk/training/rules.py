@@ -55,8 +55,8 @@ _SCHEDULES = tuple(kind.value for kind in SchedulerType)
 _RULES = {
     **dict.fromkeys(
         (
-            *("num_generations", "num_inference_steps", "num_draws", "num_iterations", "reuse_interval"),
-            *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+            *("num_generations", "num_inference_steps", "num_iterations", "per_device_train_batch_size"),
+            *("per_device_eval_batch_size", "gradient_accumulation_steps"),
         ),
         _AT_LEAST_1,
     ),

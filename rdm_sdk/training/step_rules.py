@@ -7,7 +7,6 @@ from typing import TypeVar
 
 from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.rewards.resolve import RunReward
-from rdm_sdk.training.method_settings import MethodSettings
 
 SomeReward = TypeVar("SomeReward", bound=RunReward)
 
@@ -35,8 +34,3 @@ def judged_at_replay(rewards: Sequence[SomeReward]) -> list[SomeReward]:
 def is_guided(family: ModelFamily, guidance_scale: float) -> bool:
     """Whether the teacher's predictions with and without the prompt are combined to guided ones."""
     return family.guidance == "classifier-free" and guidance_scale != 1.0
-
-
-def steps_stored(settings: MethodSettings) -> int:
-    """Return how many optimizer steps' rollouts wait to be used again, at most."""
-    return settings.reuse_interval if settings.num_iterations > 1 else 0

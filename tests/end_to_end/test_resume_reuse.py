@@ -47,7 +47,7 @@ CASES = {
     "constraint,accumulate2": Case(
         {"weighting": "constraint[decay=0.5,rate=0.3]", "gradient_accumulation_steps": 2}, (1, 3), (True, False)
     ),
-    "generation2": Case({"num_iterations": 2, "reuse_interval": 2, "sampler": "cps", "eta": 0.7}, (1, 3), (True, True)),
+    "two uses": Case({"num_iterations": 2, "sampler": "cps", "eta": 0.7}, (1, 3), (True, True)),
 }
 
 

@@ -74,7 +74,7 @@ def test_a_collapse_is_stopped_and_explained(make_trainer: Make, tmp_path: Path)
         (0, "dm", {}),
         (1, "dm + 0.1*legibility + 0*jpeg", {}),
         (2, "dm + 0*legibility", {"critic_rollouts": "fresh", "num_generations": 8}),
-        (3, "dm + 0.2*jpeg + 0*legibility", {"reward_route": "tilt", "num_iterations": 2, "reuse_interval": 2}),
+        (3, "dm + 0.2*jpeg + 0*legibility", {"reward_route": "tilt", "num_iterations": 2}),
         (4, "dm + 0.3*legibility + 0*jpeg", {"reward_route": "advantage", "matching": "mixture", "logging_steps": 2}),
     ],
 )

@@ -188,7 +188,7 @@ def repeatable_convolutions() -> Iterator[None]:
 def test_resume_on_cuda_with_stored_rollouts_is_bit_exact(make_trainer: Callable[..., Any], tmp_path: Path) -> None:
     """In the middle of a rollout's uses, with every kind of state there is: adversary, weighting, stored rollouts."""
     rewards = ["dm + 0.3*legibility + 0.2*adversarial", (brightness, 0.2)]
-    shared = {"num_iterations": 2, "reuse_interval": 2, "sampler": "cps", "eta": 0.7, "ema_decay": 0.9}
+    shared = {"num_iterations": 2, "sampler": "cps", "eta": 0.7, "ema_decay": 0.9}
     shared |= {"weighting": "balance[decay=0.5]", "min_effective_sample_size": 0.0, "max_steps": 5, "use_cpu": False}
     shared |= {"save_strategy": "steps", "save_steps": 1, "learning_rate": 3e-3}
     whole = make_trainer(tmp_path / "whole", rewards, pictures(), **shared)

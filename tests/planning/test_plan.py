@@ -54,7 +54,7 @@ def test_plan_is_what_a_real_run_takes(kind: str, folders: Path, tmp_path: Path)
         ({"reward_batch_size": 2}, "dm + 0.5*legibility", 0.15, "decoded and differentiated"),
         ({"reward_route": "tilt"}, "dm + 0.5*legibility", 0.15, "carried back|asks the networks|decoded"),
         (
-            {"reward_route": "tilt", "num_draws": 5, "guidance_scale": 1.0},
+            {"reward_route": "tilt", "guidance_scale": 1.0},
             "dm + 0.5*legibility",
             0.15,
             "decoded and differentiated",

@@ -35,7 +35,7 @@ def to_pil(image: Tensor) -> Image.Image:
 # ---- The gradient -----------------------------------------------------------------------------------------------
 
 
-def toy(draws: int = 3) -> tuple[Adversarial, RewardBatch]:
+def toy() -> tuple[Adversarial, RewardBatch]:
     """Return a discriminator on made-up features and a batch, all in double precision."""
     torch.manual_seed(1)
     reward = Adversarial(hidden=8)
@@ -46,28 +46,25 @@ def toy(draws: int = 3) -> tuple[Adversarial, RewardBatch]:
         return torch.sin(x_t.double()).flatten(2).transpose(1, 2) * (1 + sigma.double()).reshape(-1, 1, 1)
 
     context = DiffusionContext(
-        schedule=FlowSchedule(), denoiser=no_denoiser, min_time=0.02, max_time=0.98, num_draws=draws, features=features
+        schedule=FlowSchedule(), denoiser=no_denoiser, min_time=0.02, max_time=0.98, features=features
     )
     return reward, RewardBatch(latents=latents, prompts=["a"] * 4, group_size=4, decode=lambda x: x, context=context)
 
 
 def log_d(reward: Adversarial, batch: RewardBatch, x_0: Tensor) -> Tensor:
-    """Return the mean over the batch's draws of log D(x_t) `[N]`, for other clean samples under the same noise."""
+    """Return log D(x_t) `[N]` for other clean samples under the batch's noise."""
     assert batch.context is not None
-    total = torch.zeros(len(x_0), dtype=torch.float64)
-    draws = batch.context.renoise(batch.latents, batch.group_size)
-    for draw in draws:
-        sigma = draw.sigma.double().reshape(-1, 1, 1, 1)
-        eps = (draw.x_t - (1 - sigma) * batch.latents) / sigma
-        x_t = (1 - sigma) * x_0 + sigma * eps
-        tokens = torch.sin(x_t).flatten(2).transpose(1, 2) * (1 + sigma[:, 0])
-        head: Any = reward._head
-        total = total + torch.log(torch.sigmoid(head(tokens)))
-    return total / len(draws)
+    renoised = batch.context.renoise(batch.latents, batch.group_size)
+    sigma = renoised.sigma.double().reshape(-1, 1, 1, 1)
+    eps = (renoised.x_t - (1 - sigma) * batch.latents) / sigma
+    x_t = (1 - sigma) * x_0 + sigma * eps
+    tokens = torch.sin(x_t).flatten(2).transpose(1, 2) * (1 + sigma[:, 0])
+    head: Any = reward._head
+    return torch.log(torch.sigmoid(head(tokens)))
 
 
 def test_the_gradient_is_that_of_log_d_in_the_clean_sample() -> None:
-    """d/dx_0 of the mean log D(alpha x_0 + sigma eps), by finite differences along random directions."""
+    """d/dx_0 of log D(alpha x_0 + sigma eps), by finite differences along random directions."""
     reward, batch = toy()
     output = reward.field(batch)
     torch.testing.assert_close(output.scores, log_d(reward, batch, batch.latents).detach())
@@ -112,7 +109,6 @@ def test_the_loss_is_the_non_saturating_one() -> None:
         denoiser=no_denoiser,
         min_time=0.02,
         max_time=0.98,
-        num_draws=1,
         features=features,
         encode_images=lambda images: images[:, :1],
     )
@@ -153,7 +149,6 @@ def test_it_learns_to_tell_two_sets_apart_on_the_embedded_teacher() -> None:
             denoiser=no_denoiser,
             min_time=0.02,
             max_time=0.98,
-            num_draws=1,
             features=family.features(family.roles, "teacher", condition),
             encode_images=family.encode_images,
         )
@@ -240,7 +235,7 @@ def test_without_a_teacher_it_says_so() -> None:
     reward = Adversarial()
     with pytest.raises(RewardError, match="'adversarial' needs the models of a training run"):
         evaluate_reward(reward, RewardBatch.from_images(torch.rand(2, 3, 8, 8)))
-    context = DiffusionContext(schedule=FlowSchedule(), denoiser=no_denoiser, min_time=0.02, max_time=0.98, num_draws=1)
+    context = DiffusionContext(schedule=FlowSchedule(), denoiser=no_denoiser, min_time=0.02, max_time=0.98)
     with pytest.raises(RDMError, match="needs a teacher's features"):
         reward.field(
             RewardBatch(

@@ -91,7 +91,6 @@ def judged(steps: Tensor, reward: TeacherFlow, told: bool = True) -> tuple[Rewar
         denoiser=lambda role: exact_denoiser(FlowSchedule()),
         min_time=0.02,
         max_time=0.98,
-        num_draws=1,
         origin=Origin(states, levels, len(LEVELS) - 1 - steps, teacher_of) if told else None,
     )
     batch = RewardBatch(

@@ -181,9 +181,7 @@ def test_distribution_matching_by_its_score(
 ) -> None:
     """`dm=advantage` trains its critic, and its advantages move the student: the score-function estimator."""
     route = "gradient[dm=advantage]"
-    trainer = make_trainer(
-        tmp_path, "dm + 0.5*legibility", reward_route=route, num_draws=2, weighting=weighting, max_steps=3
-    )
+    trainer = make_trainer(tmp_path, "dm + 0.5*legibility", reward_route=route, weighting=weighting, max_steps=3)
     assert trainer.roles.trainable_roles == ("student", "fake")
     before = [p.detach().clone() for p in trainer.parameters_of("fake")]
     trainer.train()

@@ -47,14 +47,13 @@ def teacher(x_t: Tensor, sigma: Tensor) -> Tensor:
     return x_t.tanh()
 
 
-def batch_of(latents: Tensor, draws: int = 1, carries_back: bool = True) -> RewardBatch:
+def batch_of(latents: Tensor, carries_back: bool = True) -> RewardBatch:
     """Return two groups with the teacher above, and nothing else."""
     context = DiffusionContext(
         schedule=FlowSchedule(),
         denoiser=lambda _role: teacher,
         min_time=0.1,
         max_time=0.9,
-        num_draws=draws,
         spread="stratified",
         carries_back=carries_back,
     )
@@ -68,28 +67,25 @@ def latents() -> Tensor:
     return torch.randn(2 * G, 2, 3, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("draws", [1, 3])
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_a_gradient_goes_back_through_the_teacher(latents: Tensor, draws: int, scale: Any) -> None:
-    """Cov grad r over the root of grad r Cov grad r, averaged over the draws, with dm's magnitude beside it."""
-    batch = batch_of(latents, draws)
+def test_a_gradient_goes_back_through_the_teacher(latents: Tensor, scale: Any) -> None:
+    """Cov grad r over the root of grad r Cov grad r, with dm's magnitude beside it."""
+    batch = batch_of(latents)
     gradient = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
     found = tilted(RewardOutput(torch.arange(8.0), gradient), batch, scale)
-    fields, magnitudes = [], []
     assert batch.context is not None
-    for draw in batch.context.renoise(latents, G):
-        sigma = draw.sigma.reshape(-1, 1, 1)
-        field = sigma**2 / (1 - sigma) * (1 - draw.x_t.tanh() ** 2) * gradient
-        variance = (gradient * field).flatten(1).sum(1).reshape(2, G)
-        if scale != "none":
-            mean = variance.mean(1, keepdim=True) if scale == "group" else variance.mean()
-            field = field / mean.expand(2, G).sqrt().reshape(-1, 1, 1)
-        fields.append(field)
-        magnitudes.append((latents - teacher(draw.x_t, draw.sigma)).abs().mean(dim=(1, 2)))
+    renoised = batch.context.renoise(latents, G)
+    sigma = renoised.sigma.reshape(-1, 1, 1)
+    field = sigma**2 / (1 - sigma) * (1 - renoised.x_t.tanh() ** 2) * gradient
+    variance = (gradient * field).flatten(1).sum(1).reshape(2, G)
+    if scale != "none":
+        mean = variance.mean(1, keepdim=True) if scale == "group" else variance.mean()
+        field = field / mean.expand(2, G).sqrt().reshape(-1, 1, 1)
     assert found.gradient is not None
     assert found.magnitude is not None
-    torch.testing.assert_close(found.gradient, torch.stack(fields).mean(0))
-    torch.testing.assert_close(found.magnitude, torch.stack(magnitudes).mean(0))
+    torch.testing.assert_close(found.gradient, field)
+    magnitude = (latents - teacher(renoised.x_t, renoised.sigma)).abs().mean(dim=(1, 2))
+    torch.testing.assert_close(found.magnitude, magnitude)
     assert not found.gradient.requires_grad
     assert torch.equal(found.scores, torch.arange(8.0))
 
@@ -101,10 +97,10 @@ def test_scores_act_through_their_group(latents: Tensor, scale: Any) -> None:
     scores = torch.tensor([1.0, 2.0, NAN, 4.0, 0.5, 0.5, 3.0, 1.0])
     found = tilted(RewardOutput(scores), batch, scale)
     assert batch.context is not None
-    (draw,) = batch.context.renoise(latents, G)
+    renoised = batch.context.renoise(latents, G)
     normalized = group_advantage(scores, G, scale)
     normalized[2] = NAN
-    expected = group_covariance(FlowSchedule(), draw.x_t, draw.sigma, latents, normalized, G)
+    expected = group_covariance(FlowSchedule(), renoised.x_t, renoised.sigma, latents, normalized, G)
     assert found.gradient is not None
     torch.testing.assert_close(found.gradient, expected)
     assert not found.gradient[2].any()
@@ -145,7 +141,6 @@ def test_a_jacobian_that_is_not_positive_explodes_nothing(latents: Tensor) -> No
             denoiser=lambda _role, own=linear: own,
             min_time=0.5,
             max_time=0.500001,
-            num_draws=1,
             carries_back=True,
         )
         batch = RewardBatch(latents=latents, prompts=[""] * 8, group_size=G, decode=lambda x: x, context=context)
@@ -169,8 +164,8 @@ def test_a_sample_without_score_is_in_no_deviation(latents: Tensor) -> None:
     torch.testing.assert_close(missing[G:], there[G:])
 
 
-def test_draws_are_shared_and_need_a_graph(latents: Tensor) -> None:
-    """The teacher is asked once per draw, whoever asks first; without a graph, carrying back is refused."""
+def test_the_teacher_is_asked_once_and_needs_a_graph(latents: Tensor) -> None:
+    """The teacher is asked once, whoever asks first; without a graph, carrying back is refused."""
     asked = []
 
     def counted(x_t: Tensor, sigma: Tensor) -> Tensor:
@@ -182,16 +177,14 @@ def test_draws_are_shared_and_need_a_graph(latents: Tensor) -> None:
         denoiser=lambda _role: counted,
         min_time=0.1,
         max_time=0.9,
-        num_draws=2,
         carries_back=True,
     )
     batch = RewardBatch(latents=latents, prompts=[""] * 8, group_size=G, decode=lambda x: x, context=context)
-    for draw in context.renoise(latents, G):
-        assert not draw.x_0("teacher").requires_grad
+    assert not context.renoise(latents, G).x_0("teacher").requires_grad
     for _ in range(2):
         tilted(RewardOutput(torch.arange(8.0), torch.ones_like(latents)), batch, "group")
-    assert asked == [8, 8]
-    (plain,) = batch_of(latents, carries_back=False).require_context("x").renoise(latents, G)
+    assert asked == [8]
+    plain = batch_of(latents, carries_back=False).require_context("x").renoise(latents, G)
     with pytest.raises(RewardError, match="keeps no graph of the teacher"):
         plain.carry_back(torch.ones_like(latents))
 
@@ -199,12 +192,12 @@ def test_draws_are_shared_and_need_a_graph(latents: Tensor) -> None:
 def test_graphs_go_with_their_batch(latents: Tensor) -> None:
     """Nothing waits for the garbage collector: a teacher's graph is most of what a step holds."""
     batch = batch_of(latents)
-    draw = weakref.ref(batch.require_context("x").renoise(latents, G)[0])
+    renoised = weakref.ref(batch.require_context("x").renoise(latents, G))
     gc.disable()
     try:
-        assert draw() is not None
+        assert renoised() is not None
         del batch
-        assert draw() is None
+        assert renoised() is None
     finally:
         gc.enable()
 
@@ -225,16 +218,15 @@ def test_the_guided_teacher_is_the_one_that_is_tilted(latents: Tensor) -> None:
         denoiser=lambda _role: teacher,
         min_time=0.1,
         max_time=0.9,
-        num_draws=1,
         guide=guide,
         denoiser_pair=pair,
         carries_back=True,
     )
-    (draw,) = context.renoise(latents, G)
-    torch.testing.assert_close(draw.x_0("teacher"), 2.0 * draw.x_t)
-    assert not any(part.requires_grad for part in draw.teacher_pair())
-    sigma = draw.sigma.reshape(-1, 1, 1)
-    torch.testing.assert_close(draw.carry_back(latents), sigma**2 / (1 - sigma) * 2.0 * latents)
+    renoised = context.renoise(latents, G)
+    torch.testing.assert_close(renoised.x_0("teacher"), 2.0 * renoised.x_t)
+    assert not any(part.requires_grad for part in renoised.teacher_pair())
+    sigma = renoised.sigma.reshape(-1, 1, 1)
+    torch.testing.assert_close(renoised.carry_back(latents), sigma**2 / (1 - sigma) * 2.0 * latents)
     assert pairs == [8]
 
 
@@ -310,13 +302,13 @@ def test_recomputed_blocks_change_nothing(make_trainer: Make, tmp_path: Path) ->
     "settings",
     [
         {"num_iterations": 2, "max_steps": 4},
-        {"num_draws": 2, "gradient_accumulation_steps": 2},
+        {"gradient_accumulation_steps": 2},
         {"guidance_scale": 2.0},
         {"bf16": True},
         {"scale_rewards": "none"},
         {"normalization": "group", "spread": "shared"},
     ],
-    ids=["reuse", "draws", "guided", "bf16", "native units", "group"],
+    ids=["reuse", "accumulation", "guided", "bf16", "native units", "group"],
 )
 def test_it_goes_with_the_other_settings(
     make_trainer: Make, tmp_path: Path, losses_of: Losses, settings: dict[str, Any]

@@ -49,7 +49,6 @@ def test_an_unknown_setting_names_the_nearest_one(setting: dict[str, Any], wante
         ({"per_device_train_batch_size": 10, "num_generations": 4}, "=10 .*multiple of num_generations=4"),
         ({"num_generations": 0}, "num_generations=0 .*at least 1"),
         ({"num_inference_steps": 0}, "num_inference_steps=0 .*at least 1"),
-        ({"num_draws": 0}, "num_draws=0 .*at least 1"),
         ({"critic_steps": -1}, "critic_steps=-1 .*0 or more"),
         ({"min_time": 0.9, "max_time": 0.1}, "0 <= min_time < max_time < 1"),
         ({"matching": "steps"}, "matching='steps' .*Did you mean 'step'"),

@@ -21,7 +21,6 @@ Make = Callable[..., RDMTrainer]
     [
         ({"num_iterations": 0}, "num_iterations=0 .*at least 1"),
         ({"num_iterations": -2}, "num_iterations=-2 .*at least 1"),
-        ({"reuse_interval": 0}, "reuse_interval=0 .*at least 1"),
         ({"num_iterations": 2, "sampler": "ode"}, "num_iterations=2 .*sampler='ode'.*random sampler"),
         ({"num_iterations": 2, "num_inference_steps": 1}, "num_iterations=2 .*num_inference_steps=1 .*two steps"),
         ({"epsilon": 0.0}, r"epsilon=0\.0 .*positive"),

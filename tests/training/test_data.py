@@ -96,32 +96,22 @@ def test_a_step_s_prompts_come_once_per_use(num_iterations: int) -> None:
     group_size=st.integers(1, 3),
     prompts_per_step=st.integers(1, 4),
     num_iterations=st.integers(2, 3),
-    together=st.integers(1, 3),
 )
-def test_steps_that_are_used_again_together(
-    num_prompts: int, group_size: int, prompts_per_step: int, num_iterations: int, together: int
+def test_every_prompt_is_used_as_often(
+    num_prompts: int, group_size: int, prompts_per_step: int, num_iterations: int
 ) -> None:
-    """The prompts of `reuse_interval` steps come one step after the other, and around again for each use."""
-    sampler = GroupSampler(num_prompts, group_size, prompts_per_step, 3, num_iterations, together)
+    """The prompts of a step come once per use; over an epoch no prompt comes oftener than another by more than one."""
+    sampler = GroupSampler(num_prompts, group_size, prompts_per_step, 3, num_iterations)
     steps = windows(sampler, prompts_per_step)
-    cycle = together * num_iterations
-    assert len(steps) % cycle == 0
+    assert len(steps) % num_iterations == 0
     distinct = []
-    for start in range(0, len(steps), cycle):
-        uses = [steps[start + use * together : start + (use + 1) * together] for use in range(num_iterations)]
+    for start in range(0, len(steps), num_iterations):
+        uses = steps[start : start + num_iterations]
         assert all(use == uses[0] for use in uses)
-        distinct += [prompt for step in uses[0] for prompt in step]
+        distinct += uses[0]
     counts = Counter(distinct)
     assert len(counts) == num_prompts
     assert max(counts.values()) - min(counts.values()) <= 1
-
-
-@modest
-@given(num_prompts=st.integers(1, 12), prompts_per_step=st.integers(1, 4), together=st.integers(2, 3))
-def test_steps_collected_together_but_used_once(num_prompts: int, prompts_per_step: int, together: int) -> None:
-    """Without further uses it makes no difference how many steps are collected together."""
-    sampler = GroupSampler(num_prompts, 2, prompts_per_step, 3, 1, together)
-    assert list(sampler) == list(GroupSampler(num_prompts, 2, prompts_per_step, 3))
 
 
 def test_a_resumed_epoch_goes_on_in_the_middle_of_a_window() -> None:

@@ -88,7 +88,7 @@ def test_gndmr_with_zero_weights_is_gndm(
 @pytest.mark.parametrize(
     "settings",
     [
-        {"guidance_scale": 2.0, "num_draws": 2},
+        {"guidance_scale": 2.0},
         {"gradient_accumulation_steps": 2, "num_iterations": 2},
         {"normalization": "sample", "spread": "free", "critic_correction": "none", "sampler": "cps"},
     ],

@@ -109,10 +109,10 @@ def test_stored_figures_are_shared_out_anew(tmp_path: Path) -> None:
     shares[1] = replace(shares[1], start=4)
     del shares[1].scored["first"].logged["ink"]  # type: ignore[attr-defined]
     for index, share in enumerate(shares):
-        write_rollouts(rollouts_path(tmp_path, index), [[share]])
-    ((whole,),) = read_share(tmp_path, 2, 0, 1, torch.device("cpu"))
+        write_rollouts(rollouts_path(tmp_path, index), [share])
+    (whole,) = read_share(tmp_path, 2, 0, 1, torch.device("cpu"))
     ink = whole.scored["first"].logged["ink"]
     assert bits(ink[:4]) == bits(shares[0].scored["first"].logged["ink"])
     assert ink[4:].isnan().all()
-    ((quarter,),) = read_share(tmp_path, 2, 0, 4, torch.device("cpu"))
+    (quarter,) = read_share(tmp_path, 2, 0, 4, torch.device("cpu"))
     assert bits(quarter.scored["first"].logged["ink"]) == bits(ink[:2])

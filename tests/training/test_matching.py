@@ -35,7 +35,7 @@ class Watched(DistributionMatching):
         self.judged: list[dict[str, Tensor]] = []
 
     def field(self, batch: Any) -> Any:
-        (draw,) = batch.context.renoise(batch.latents, batch.group_size)
+        draw = batch.context.renoise(batch.latents, batch.group_size)
         self.judged.append({"x_0": batch.latents, "sigma": draw.sigma})
         return super().field(batch)
 

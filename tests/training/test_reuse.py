@@ -52,25 +52,6 @@ def test_four_uses_make_a_quarter_of_the_rollouts(make_trainer: Make, tmp_path: 
     assert len(prompts) == len(set(prompts))
 
 
-def test_several_rollouts_before_the_first_is_used_again(make_trainer: Make, tmp_path: Path) -> None:
-    """`reuse_interval`: two steps with rollouts of their own, then both again."""
-    judge = Judge()
-    reward = WatchedMatching()
-    trainer = make_trainer(
-        tmp_path,
-        [reward, (judge, 0.1)],
-        num_iterations=2,
-        reuse_interval=2,
-        max_steps=4,
-        min_effective_sample_size=0.0,
-        **BOLD,
-    )
-    trainer.train()
-    assert trainer.costs()["cost/rollouts"] == 2 * 8
-    first_use = [bool((weights == 1).all()) for weights in reward.judged]
-    assert first_use == [True, True, False, False]
-
-
 def test_fresh_rollouts_for_every_critic_update(make_trainer: Make, tmp_path: Path) -> None:
     """`critic_rollouts="fresh"`: as DMD2, each critic update draws samples of its own, and none of them is scored."""
     costs, seen = {}, {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 
 from rdm_sdk.training.rollouts import read_rollouts, rollouts_path, write_rollouts
@@ -61,29 +60,26 @@ def assert_same(got: Experience, written: Experience) -> None:
 
 
 def test_rollouts_come_back_bit_for_bit(tmp_path: Path) -> None:
-    """Tensors, prompts and uses, per optimizer step and in order; encodings and columns are left to the prompts."""
+    """Tensors, prompts and uses, in order; encodings and columns are left to the prompts."""
     every = [experience(seed, num=4 + seed % 2, use=seed % 2) for seed in range(14)]
-    written = [every[:1], every[1:12], [], every[12:]]
     path = rollouts_path(tmp_path / "checkpoint-3", 0)
-    write_rollouts(path, written)
-    got = read_rollouts(path, CPU)
-    assert [len(together) for together in got] == [1, 11, 0, 2]
-    for own, other in zip([own for together in got for own in together], every, strict=True):
+    write_rollouts(path, every)
+    for own, other in zip(read_rollouts(path, CPU), every, strict=True):
         assert_same(own, other)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
 def test_rewards_without_scores_of_the_endpoints(tmp_path: Path) -> None:
     """A run without scored rewards stores rollouts too."""
-    write_rollouts(tmp_path / "file", [[experience(0, scored=())]])
-    ((got,),) = read_rollouts(tmp_path / "file", CPU)
+    write_rollouts(tmp_path / "file", [experience(0, scored=())])
+    (got,) = read_rollouts(tmp_path / "file", CPU)
     assert got.scored == {}
 
 
 def test_scored_rewards_keep_their_order(tmp_path: Path) -> None:
     """Terms are added up in the rewards' order; a resumed run adds them in the same one, to the last bit."""
-    write_rollouts(tmp_path / "file", [[experience(0, scored=("zeta", "alpha", "mid"))]])
-    ((got,),) = read_rollouts(tmp_path / "file", CPU)
+    write_rollouts(tmp_path / "file", [experience(0, scored=("zeta", "alpha", "mid"))])
+    (got,) = read_rollouts(tmp_path / "file", CPU)
     assert list(got.scored) == ["zeta", "alpha", "mid"]
 
 
@@ -91,8 +87,8 @@ def test_reading_does_not_depend_on_layout(tmp_path: Path) -> None:
     """Tensors that are views of something larger come back as what they show."""
     own = experience(0)
     view = replace(own, weights=torch.arange(8.0)[::2], plan=own.plan.T.contiguous().T)
-    write_rollouts(tmp_path / "file", [[view]])
-    ((got,),) = read_rollouts(tmp_path / "file", CPU)
+    write_rollouts(tmp_path / "file", [view])
+    (got,) = read_rollouts(tmp_path / "file", CPU)
     assert torch.equal(got.weights, view.weights)
     assert torch.equal(got.plan, view.plan)
 
@@ -101,16 +97,15 @@ def test_what_is_stored_carries_no_graph(tmp_path: Path) -> None:
     """A use's x_0 has a graph while it trains; storing the rollout neither needs nor keeps it."""
     own = experience(0)
     weight = torch.ones((), requires_grad=True)
-    write_rollouts(tmp_path / "file", [[replace(own, x_0=weight * own.x_0)]])
-    ((got,),) = read_rollouts(tmp_path / "file", CPU)
+    write_rollouts(tmp_path / "file", [replace(own, x_0=weight * own.x_0)])
+    (got,) = read_rollouts(tmp_path / "file", CPU)
     assert not got.x_0.requires_grad
 
 
-@pytest.mark.parametrize("nothing", [[], [[], []]], ids=str)
-def test_nothing_to_write_is_no_file(tmp_path: Path, nothing: list[list[Experience]]) -> None:
+def test_nothing_to_write_is_no_file(tmp_path: Path) -> None:
     """Without rollouts there is no file, and no file reads as no rollouts."""
     path = rollouts_path(tmp_path / "checkpoint-3", 0)
-    write_rollouts(path, nothing)
+    write_rollouts(path, [])
     assert not path.parent.exists()
     assert read_rollouts(path, CPU) == []
 
@@ -120,8 +115,8 @@ def test_each_process_has_its_own_file(tmp_path: Path) -> None:
     paths = [rollouts_path(tmp_path, rank) for rank in range(3)]
     for rank, path in enumerate(paths):
         assert path.parent == tmp_path
-        write_rollouts(path, [[experience(rank + 10)]])
-        write_rollouts(path, [[experience(rank)]])
+        write_rollouts(path, [experience(rank + 10)])
+        write_rollouts(path, [experience(rank)])
     for rank, path in enumerate(paths):
-        ((got,),) = read_rollouts(path, CPU)
+        (got,) = read_rollouts(path, CPU)
         assert_same(got, experience(rank))

@@ -84,7 +84,7 @@ def test_the_constructor_is_shown_with_its_settings(tmp_path: Path) -> None:
         ({"max_steps": "20"}, 20),
         ({"max_steps": 20.0}, 20),
         ({"logging_steps": 5}, 5),
-        ({"num_draws": np.int64(2)}, 2),
+        ({"num_iterations": np.int64(2)}, 2),
         ({"vae_tiling": "false"}, False),  # a text that is not empty is true to Python
         ({"reward_weights": ["1e-1", 2]}, [0.1, 2.0]),
         ({"shift": None}, None),

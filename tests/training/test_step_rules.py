@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 
-from rdm_sdk import RDMConfig
 from rdm_sdk.rewards.resolve import plan_rewards
 from rdm_sdk.training import step_rules
 
@@ -33,12 +29,3 @@ def test_who_judges_when(rewards: list[object], at_endpoints: list[str], at_repl
     assert [reward.label for reward in step_rules.judged_at_replay(planned)] == at_replay
     assert step_rules.uses_advantages(planned) == bool(at_endpoints)
     assert step_rules.uses_fields(planned) == ("dm" in at_replay)
-
-
-@pytest.mark.parametrize(("num_iterations", "reuse_interval", "stored"), [(1, 1, 0), (2, 1, 1), (2, 3, 3)])
-def test_what_waits_to_be_used_again(
-    small_config: Callable[..., RDMConfig], tmp_path: Path, num_iterations: int, reuse_interval: int, stored: int
-) -> None:
-    """Nothing waits where a rollout is used once."""
-    config = small_config(tmp_path, num_iterations=num_iterations, reuse_interval=reuse_interval)
-    assert step_rules.steps_stored(config) == stored

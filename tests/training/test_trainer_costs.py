@@ -22,7 +22,6 @@ Losses = Callable[[Any], list[dict[str, float]]]
     [
         ({}, 40, 8, 24, 2),
         ({"guidance_scale": 1.5}, 40, 16, 24, 2),
-        ({"num_draws": 3}, 40, 24, 40, 2),
         ({"critic_steps": 5}, 40, 8, 48, 5),
         ({"critic_rollouts": "fresh"}, 60, 8, 24, 2),
         ({"gradient_accumulation_steps": 2}, 80, 16, 48, 2),
