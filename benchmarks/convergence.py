@@ -76,6 +76,9 @@ DMD2: dict[str, Any] = {
 """DMD2 as published (arXiv 2405.14867): the mixture of all steps, fresh rollouts for each critic update, each sample on
 its own."""
 
+DMD2_PRESET = DMD2 | {"num_generations": 1}
+"""The same with one sample per prompt, as the package's preset has it."""
+
 FLOW = "dm + 3*flow"
 """The last step learns the teacher's own flow besides."""
 
@@ -96,6 +99,15 @@ ROOT: dict[str, Any] = {
 
 FALLING = GENTLE | {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 4}}
 """The same rates, but they fall fast at first and are at 0 in the end."""
+TWO_STEPS: dict[str, Any] = {"num_inference_steps": 2, "shift": 3.0}
+
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+"""At which methods are compared, so that each can be taken at its best; critics have four times these, or the same."""
+
+
+def at_rate(rate: float, times: int) -> dict[str, Any]:
+    """Return settings of a rate, and of critics that learn so many times as fast."""
+    return {"learning_rate": rate, "critic_learning_rate": times * rate}
 
 
 def all_cells() -> list[Cell]:
@@ -126,15 +138,24 @@ def all_cells() -> list[Cell]:
             )
             for rate in (3e-4, 1e-4)
         ),
+        *(
+            Cell(f"{method}, rate {rate:g}, critics {times} times", SHORT, 50, settings | at_rate(rate, times))
+            for rate, times in [*product(RATES, (4,)), *product(RATES[1:4], (1,))]
+            for method, settings in (("dmd2 preset", DMD2_PRESET), ("gndm preset", {}))
+            if (method, rate, times) != ("gndm preset", 1e-3, 4)  # which is "dm alone"
+        ),
+        Cell("half as long, 4 steps, falling to the fourth power, dm + 3*flow", LONG // 2, 50, FALLING, rewards=FLOW),
+        Cell("half as long, 2 steps, falling to the fourth power, dm, shift 3", LONG // 2, 50, FALLING | TWO_STEPS),
+        Cell(
+            "half as long, 1 step, falling to the fourth power, dm", LONG // 2, 50, FALLING | {"num_inference_steps": 1}
+        ),
         Cell("long, 4 steps, falling to the fourth power, dm + 3*flow", LONG, 50, FALLING, rewards=FLOW),
         Cell("long, 4 steps, falling as a root, dm + 3*flow", LONG, 50, ROOT, rewards=FLOW),
-        Cell(
-            "long, 2 steps, falling as a root, dm, shift 3", LONG, 50, ROOT | {"num_inference_steps": 2, "shift": 3.0}
-        ),
+        Cell("long, 2 steps, falling as a root, dm, shift 3", LONG, 50, ROOT | TWO_STEPS),
         Cell("long, 1 step, falling as a root, dm", LONG, 50, ROOT | {"num_inference_steps": 1}),
         Cell("long, 4 steps, default rates, dm + 3*flow", LONG, 50, DEFAULT, rewards=FLOW),
         *(Cell(f"long, 4 steps, {rewards}", LONG, 50, GENTLE, rewards=rewards) for rewards in (FLOW, "dm")),
-        Cell("long, 2 steps, dm, shift 3", LONG, 50, GENTLE | {"num_inference_steps": 2, "shift": 3.0}),
+        Cell("long, 2 steps, dm, shift 3", LONG, 50, GENTLE | TWO_STEPS),
         Cell("long, 1 step, dm", LONG, 50, GENTLE | {"num_inference_steps": 1}),
         *(Cell(f"long, full rates, no average, {rewards}", LONG, 50, rewards=rewards) for rewards in (FLOW, "dm")),
     ]
