@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from rdm_sdk.method.transitions import Reduction, Transition, check_random, density_of_random
@@ -37,10 +38,22 @@ def truncated_weights(log_ratio: Tensor, cap: float) -> Tensor:
     return log_ratio.detach().exp().clamp_max(cap)
 
 
-def effective_sample_size(ratio: Tensor) -> Tensor:
-    """Return Kish's effective sample size (sum w)^2 / sum w^2 of ratios `[N]`, a scalar in [1, N]."""
+def weight_sums(ratio: Tensor) -> Tensor:
+    """Return the sums of weights, of their squares and of samples, `[3]`, for ratios `[N]`; several processes add them.
+
+    In float64, because squares of ratios differ by many orders of magnitude.
+    """
     weights = ratio.detach().double()
-    return weights.sum().square() / weights.square().sum()
+    return torch.stack([weights.sum(), weights.square().sum(), weights.new_tensor(len(weights))])
+
+
+def effective_share(sums: Tensor) -> Tensor:
+    """Return the effective share of samples, a scalar in (0, 1], from their `weight_sums`.
+
+    It is Kish's effective sample size (sum w)^2 / sum w^2 over N; 0 where all weights are.
+    """
+    total, squares, count = sums
+    return torch.where(squares > 0, total.square() / (squares * count), 0.0)
 
 
 def clip_fraction(ratio: Tensor, epsilon: float) -> Tensor:

@@ -151,13 +151,8 @@ def policy_pull(log_ratios: Tensor, x_0: Tensor, advantages: Mapping[str, Tensor
     return {name: pull for name, pull, absent in found if not absent}
 
 
-def zero_std_share(scores: Tensor, group_size: int) -> Tensor:
-    """Return the share of groups whose scores `[N]` are all equal or NaN: they teach nothing through advantages."""
-    return constant_groups(scores, group_size).float().mean()
-
-
 def constant_groups(scores: Tensor, group_size: int) -> Tensor:
-    """Return of each group whether its scores (of `[N]`) are all equal or NaN, bool `[P]`."""
+    """Return of each group whether its scores (of `[N]`) are all equal or NaN, so that none has an advantage; `[P]`."""
     groups = scores.reshape(-1, group_size)
     missing = groups.isnan()
     highest, lowest = groups.masked_fill(missing, -torch.inf).amax(1), groups.masked_fill(missing, torch.inf).amin(1)

@@ -17,7 +17,7 @@ from rdm_sdk.errors import RDMError
 from rdm_sdk.families.roles import STUDENT
 from rdm_sdk.files import replacing
 from rdm_sdk.method.draws import draw_steps
-from rdm_sdk.method.importance import truncated_weights
+from rdm_sdk.method.importance import effective_share, truncated_weights, weight_sums
 from rdm_sdk.method.sampling import StudentOf, plan_steps, redraw, replay_log_ratio, rollout, state_log_ratio
 from rdm_sdk.training.judge import Judge
 from rdm_sdk.training.method_settings import MethodSettings
@@ -143,15 +143,11 @@ class Rollouts:
 
     def _effective_share(self, ratio: Tensor) -> float:
         """Return the effective share of samples with these ratios `[N]`, over all processes."""
-        weights = ratio.double()
-        sums = torch.stack(
-            [weights.sum(), weights.square().sum(), torch.tensor(float(len(ratio)), device=ratio.device)]
-        )
-        total, squares, count = self.processes.reduce(sums, "sum").tolist()
-        share: float = total**2 / (squares * count) if squares else 0.0
+        sums = self.processes.reduce(weight_sums(ratio), "sum")
+        share, mean = torch.stack([effective_share(sums), sums[0] / sums[2]]).tolist()
         self.monitor.log("ratio/ess", share)
-        self.monitor.log("ratio/mean", total / count)
-        return share
+        self.monitor.log("ratio/mean", mean)
+        return float(share)
 
     # ---- What learns from them ----------------------------------------------------------------------------------
 

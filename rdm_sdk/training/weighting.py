@@ -1,4 +1,4 @@
-"""How much each reward counts beside distribution matching, step by step: `fixed`, `balance`, `constraint`, `share`.
+"""How much each reward counts beside distribution matching, step by step: `fixed`, `balance`, `constraint`.
 
 GNDMR combines R_dm with external rewards "through adaptive weighting" (arXiv 2603.28460); how is our reading, see
 docs/method.md. A strategy sees what every reward did in the last optimizer step and says what it weighs in the next.

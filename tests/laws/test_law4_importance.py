@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rdm_sdk.method.importance import clip_fraction, effective_sample_size, log_ratio, truncated_weights
+from rdm_sdk.method.importance import clip_fraction, effective_share, log_ratio, truncated_weights, weight_sums
 from rdm_sdk.method.losses import clipped_surrogate
 from rdm_sdk.method.noise import FlowSchedule, VariancePreservingSchedule, per_sample
 from rdm_sdk.method.transitions import TRANSITIONS, Transition, log_probability, renoising_transition, step
@@ -150,17 +150,27 @@ def test_reweighted_transitions_recover_the_new_mean(schedule, kind):
 def test_effective_sample_size_of_a_shift(dimensions, delta):
     """Law 4: the effective sample size falls like exp(-D delta^2)."""
     samples, old, new, *_ = shifted_policies(dimensions, delta, std=0.7)
-    share = effective_sample_size(log_ratio(new, old, samples).exp()) / NUM_SAMPLES
+    share = effective_share(weight_sums(log_ratio(new, old, samples).exp()))
     assert share.item() == pytest.approx(math.exp(-dimensions * delta**2), rel=0.03)
 
 
-def test_effective_sample_size_of_known_weights():
+@pytest.mark.parametrize(
+    ("weights", "effective"),
+    [
+        *((torch.full([12], weight), 12) for weight in (1.0, 0.37, 1e-30)),
+        (torch.tensor([1e6, 1.0, 1.0]), 1),
+        (torch.tensor([2.0, 2.0, 0.0, 0.0]), 2),
+        (torch.tensor([1.0, 3.0]), 1.6),
+        (torch.zeros(3), 0),
+    ],
+    ids=str,
+)
+def test_effective_sample_size_of_known_weights(weights, effective):
     """Law 4: equal weights count fully at any scale, one dominant weight counts once, zero weights do not count."""
-    for weight in (1.0, 0.37, 1e-30):
-        assert effective_sample_size(torch.full([12], weight)).item() == pytest.approx(12)
-    assert effective_sample_size(torch.tensor([1e6, 1.0, 1.0])).item() == pytest.approx(1, abs=1e-5)
-    assert effective_sample_size(torch.tensor([2.0, 2.0, 0.0, 0.0])).item() == pytest.approx(2)
-    assert effective_sample_size(torch.tensor([1.0, 3.0])).item() == pytest.approx(1.6)
+    share = effective_share(weight_sums(weights))
+    assert share.item() * len(weights) == pytest.approx(effective, abs=1e-5)
+    parts = sum(weight_sums(part) for part in weights.split(1))  # as if of several processes
+    assert effective_share(parts).item() == pytest.approx(share.item())
 
 
 def test_truncated_weights_are_capped_ratios():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rdm_sdk.method.groups import group_advantage
 from rdm_sdk.method.noise import FlowSchedule
-from rdm_sdk.method.objective import aggregate, combine, normalize, policy_loss, policy_pull, zero_std_share
+from rdm_sdk.method.objective import aggregate, combine, constant_groups, normalize, policy_loss, policy_pull
 from rdm_sdk.method.sampling import FewStepPolicy, replay_log_ratio, rollout
 from rdm_sdk.method.transitions import log_probability
 from rdm_sdk.types import RewardOutput, Rollout, select_steps
@@ -182,10 +182,10 @@ def test_fields_add_up_by_their_weights() -> None:
     assert combine({"a": one}, {"a": 0.0}) is None
 
 
-def test_zero_std_share() -> None:
-    """Constant groups and groups without a score teach nothing; the share of them is reported."""
+def test_constant_groups() -> None:
+    """Constant groups and groups without a score teach nothing."""
     values = torch.tensor([1.0, 1.0, 1.0, torch.nan] + [torch.nan] * 4 + [1.0, 2.0, torch.nan, torch.nan] + [0.0] * 4)
-    assert zero_std_share(values, 4).item() == 0.75
+    assert constant_groups(values, 4).tolist() == [True, True, False, True]
 
 
 # ---- The policy route -------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rdm_sdk import Capabilities, CheckpointError, Reward, RewardError, RewardOutput
-from rdm_sdk.method.objective import combine, normalize, zero_std_share
+from rdm_sdk.method.objective import combine, constant_groups, normalize
 from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.callables import CallableReward
 from rdm_sdk.rewards.evaluate import evaluate_reward
@@ -160,11 +160,11 @@ def test_inapplicable_samples_are_in_no_statistic():
     """A NaN score's gradient does not count in the group's scale, and an all-NaN group gives nothing."""
     scores = torch.tensor([1.0, float("nan"), float("nan"), float("nan")])
     gradient = torch.tensor([2.0, 0.0, 0.0, 0.0]).reshape(4, 1)
-    for normalization in ("group", "sample", "batch"):
+    for normalization in ("group", "sample"):
         fields = normalize({"r": RewardOutput(scores, gradient)}, 2, normalization)
         field = combine(fields, {"r": 1.0})
         assert field.flatten().tolist() == [1.0, 0.0, 0.0, 0.0]
-    assert zero_std_share(torch.tensor([1.0, float("nan"), 1.0, 2.0]), 2) == 0.5
+    assert constant_groups(torch.tensor([1.0, float("nan"), 1.0, 2.0]), 2).tolist() == [True, False]
 
 
 def test_resuming_with_another_variant_is_refused(make_trainer, tmp_path):
