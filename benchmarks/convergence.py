@@ -101,6 +101,10 @@ FALLING = GENTLE | {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"
 """The same rates, but they fall fast at first and are at 0 in the end."""
 TWO_STEPS: dict[str, Any] = {"num_inference_steps": 2, "shift": 3.0}
 
+ALONE = "dm alone"
+"""The package's preset `gndm` at the rates that all cells share."""
+ALONE_RATES = "rate 0.001, critics 4 times"
+SWEPT_METHODS: dict[str, dict[str, Any]] = {"dmd2": DMD2_PRESET, "gndm": {}}
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 """At which methods are compared, so that each can be taken at its best; critics have four times these, or the same."""
 
@@ -110,11 +114,21 @@ def at_rate(rate: float, times: int) -> dict[str, Any]:
     return {"learning_rate": rate, "critic_learning_rate": times * rate}
 
 
+def swept() -> dict[str, tuple[str, float, int]]:
+    """Return cells by name with their method, the student's rate, and how many times as fast the critics learn."""
+    named = {
+        f"{method} preset, rate {rate:g}, critics {times} times": (method, rate, times)
+        for rate, times in [*product(RATES, (4,)), *product(RATES[1:4], (1,))]
+        for method in SWEPT_METHODS
+    }
+    return {ALONE if name == f"gndm preset, {ALONE_RATES}" else name: point for name, point in named.items()}
+
+
 def all_cells() -> list[Cell]:
     """Return every cell, the most telling ones first."""
     return [
         Cell("dm and flow", SHORT, 50, rewards=FLOW),
-        Cell("dm alone", SHORT, 50),
+        Cell(ALONE, SHORT, 50),
         *(Cell(f"matching {name}", SHORT, 50, {"matching": name}) for name in ("range", "mixture")),
         Cell("dmd2", SHORT, 50, DMD2),
         Cell("dmd2 with ranges", SHORT, 50, DMD2 | {"matching": "range"}),
@@ -139,10 +153,9 @@ def all_cells() -> list[Cell]:
             for rate in (3e-4, 1e-4)
         ),
         *(
-            Cell(f"{method}, rate {rate:g}, critics {times} times", SHORT, 50, settings | at_rate(rate, times))
-            for rate, times in [*product(RATES, (4,)), *product(RATES[1:4], (1,))]
-            for method, settings in (("dmd2 preset", DMD2_PRESET), ("gndm preset", {}))
-            if (method, rate, times) != ("gndm preset", 1e-3, 4)  # which is "dm alone"
+            Cell(name, SHORT, 50, SWEPT_METHODS[method] | at_rate(rate, times))
+            for name, (method, rate, times) in swept().items()
+            if name != ALONE
         ),
         Cell("half as long, 4 steps, falling to the fourth power, dm + 3*flow", LONG // 2, 50, FALLING, rewards=FLOW),
         Cell("half as long, 2 steps, falling to the fourth power, dm, shift 3", LONG // 2, 50, FALLING | TWO_STEPS),

@@ -11,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from convergence import ALONE, swept
 from intervals import estimate
 
 from rdm_sdk import markdown_table, teacher_steps_worth
@@ -22,10 +23,12 @@ READING = Path(__file__).parent / "convergence_reading.md"
 
 
 def write_report(rows: Sequence[Row], page: Path) -> None:
-    """Write the page: the reading, the tables, the plot beside it."""
+    """Write the page: the reading, the tables, the plots beside it; the rates of methods have a table of their own."""
     curve = teacher_curve(rows)
     runs = [row for row in rows if row["cell"] != "teacher"]
-    cells = list(dict.fromkeys(row["cell"] for row in runs))
+    found = list(dict.fromkeys(row["cell"] for row in runs))
+    rates = [cell for cell in swept() if cell in found]
+    cells = [cell for cell in found if cell not in rates or cell == ALONE]
     parts = [READING.read_text(encoding="utf-8").rstrip()]
     if curve:
         parts.append("## The teacher, in steps of equal size\n\n" + teacher_table(rows))
@@ -37,6 +40,11 @@ def write_report(rows: Sequence[Row], page: Path) -> None:
         picture = page.with_name("convergence_runs.png")
         plot_runs(runs, cells, curve, picture)
         parts.append(f"![FID-SD after the last evaluation, along the runs]({picture.name})")
+    if len(rates) > 1:
+        picture = page.with_name("convergence_rates.png")
+        parts.append("## Each method at several rates\n\n" + rate_table(runs, rates))
+        plot_rates(runs, rates, curve, picture)
+        parts.append(f"![FID-SD against the learning rate, DMD2 and GNDM]({picture.name})")
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -98,6 +106,45 @@ def drift_table(rows: Sequence[Row], cells: Sequence[str]) -> str:
             lines.append([cell, seed, values[lowest], own[lowest]["update"], values[-1], f"{rise:.0%}"])
     header = ("runs", "seed", "lowest", "at update", "at the end", "highest rise above the lowest so far")
     return markdown_table(header, lines)
+
+
+def rate_table(rows: Sequence[Row], cells: Sequence[str]) -> str:
+    """Return where runs end at each rate of each method."""
+    points, lines = swept(), []
+    for cell in sorted(cells, key=points.__getitem__):
+        method, rate, times = points[cell]
+        last = [row for row in rows if row["cell"] == cell and row["last"]]
+        by_step = [estimate(list(values)) for values in zip(*(row["FID-SD"] for row in last), strict=True)]
+        figures = (", ".join(f"{own.mean:.3g}" for own in by_step), str(by_step[-1]))
+        lines.append([method, rate, times, len(last), *figures, str(estimate([row["diversity"] for row in last]))])
+    header = ("preset", "rate", "critics, times that", "seeds", "FID-SD after each evaluation", "after the last")
+    return markdown_table((*header, "diversity"), lines)
+
+
+def plot_rates(rows: Sequence[Row], cells: Sequence[str], curve: dict[int, float], path: Path) -> None:
+    """Plot FID-SD after the last evaluation against the rate: a line per method and pace of its critics."""
+    figure, axes = plt.subplots(figsize=(8.5, 5), layout="constrained")
+    points = {cell: point for cell, point in swept().items() if cell in cells}
+    kinds = sorted({(method, times) for method, _, times in points.values()})
+    for kind, color in zip(kinds, COLORS, strict=False):
+        own = sorted((rate, cell) for cell, (method, rate, times) in points.items() if (method, times) == kind)
+        ends = [[row["FID-SD"][-1] for row in rows if row["cell"] == cell and row["last"]] for _, cell in own]
+        rates = [rate for rate, _ in own]
+        label = f"{kind[0]}, critics {kind[1]} times as fast" if kind[1] > 1 else f"{kind[0]}, critics as fast"
+        axes.plot(rates, [sum(values) / len(values) for values in ends], color=color, label=label)
+        for rate, values in zip(rates, ends, strict=True):
+            axes.plot([rate] * len(values), values, ".", color=color)
+    for steps in (8, 40):
+        if steps in curve:
+            axes.axhline(curve[steps], color="gray", linestyle=":", linewidth=1)
+            axes.annotate(f"teacher, {steps} steps", (axes.get_xlim()[0], curve[steps]), color="gray", va="bottom")
+    axes.set(xscale="log", yscale="log", xlabel="learning rate of the student", ylabel="FID-SD (lower is better)")
+    ticks = (7, 8, 10, 12, 15, 20, 30, 50, 100, 200)
+    axes.set_yticks(ticks, map(str, ticks))
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def plot_runs(rows: Sequence[Row], cells: Sequence[str], curve: dict[int, float], path: Path) -> None:

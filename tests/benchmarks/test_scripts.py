@@ -236,7 +236,8 @@ def test_convergence(tmp_path: Path) -> None:
 
 
 def test_the_convergence_page_is_written_from_rows(tmp_path: Path) -> None:
-    """Tables of the teacher, of where runs end and of drift, and a plot; a student is worth teacher steps."""
+    """Tables of the teacher, of where runs end, of drift and of rates, and plots; a student is worth teacher steps."""
+    from convergence import ALONE
     from convergence_report import write_report
 
     teacher = [
@@ -252,15 +253,26 @@ def test_the_convergence_page_is_written_from_rows(tmp_path: Path) -> None:
         for seed in (0, 1)
         for update, last in ((25, 12.0), (50, 16.0), (75, 10.0), (100, 12.0))
     ]
-    write_report([*teacher, *runs], tmp_path / "page.md")
+    swept = [
+        run | {"cell": cell, "FID-SD": [50.0, distance]}
+        for run in runs
+        for cell, distance in ((ALONE, 11.0), ("dmd2 preset, rate 0.0005, critics 1 times", 13.0))
+    ]
+    write_report([*teacher, *runs, *swept], tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "What to do with it" in page
-    assert (tmp_path / "convergence_runs.png").stat().st_size > 0
-    (end,) = [line for line in page.splitlines() if line.startswith("| demo | 2 ")]
+    for picture in ("convergence_runs.png", "convergence_rates.png"):
+        assert (tmp_path / picture).stat().st_size > 0
+        assert picture in page
+    general, rates = page.split("## Where runs end")[1].split("## Each method at several rates")
+    rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in rates.splitlines() if "50, 1" in line]
+    assert rows == [["dmd2", "0.0005", "1", "2"], ["gndm", "0.001", "4", "2"]]
+    assert f"| {ALONE} " in general  # a cell among others as well
+    assert "dmd2" not in general
+    (end,) = [line for line in general.splitlines() if line.startswith("| demo ") and "20, 12.5" in line]
     # Means over both seeds: 20 and 12.5 after the two evaluations; the teacher's 18.5 and 8.5 are 4 and 8 steps.
-    assert "20, 12.5" in end.replace("  ", " ")
     assert " 6.1 " in end or " 6 " in end
-    rises = [line for line in page.splitlines() if line.startswith("| demo |") and line.rstrip(" |").endswith("%")]
+    rises = [line for line in general.splitlines() if line.startswith("| demo ") and line.rstrip(" |").endswith("%")]
     assert [line.split("|")[-2].strip() for line in rises] == ["33%", "31%"]  # of 16 above 12, though 10 came later
 
 
