@@ -15,6 +15,7 @@ from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.training.export import save_student, student_info
 from rdm_sdk.training.judge import Judge
 from rdm_sdk.training.models import RunModels
+from rdm_sdk.training.optimizers import critic_groups
 from rdm_sdk.training.step import DistillationStep
 
 
@@ -28,7 +29,7 @@ def main() -> None:
     models = RunModels(family, settings, settings.device)
     step = DistillationStep(Judge(models, rewards, settings), settings)
     student = torch.optim.AdamW(models.parameters_of("student"), lr=1e-3, betas=(0.0, 0.99))
-    critic = torch.optim.AdamW(models.parameters_of("fake"), lr=2e-3, betas=(0.0, 0.99))
+    critic = torch.optim.AdamW(critic_groups(family.roles, 2e-3), betas=(0.0, 0.99))
 
     for number in range(options.steps):
         chosen = torch.randperm(len(digits.prompts()))[: options.batch // settings.num_generations].tolist()

@@ -22,7 +22,7 @@ def main() -> None:
         digits_settings(
             options,
             "run",
-            # All rewards share a multiplier that falls while dm's residual is over 1.1 times its lowest so far.
+            # All rewards share a multiplier that falls while dm's pull is over 1.1 times its lowest so far.
             weighting="constraint[slack=0.1,cold_start=20]",
             logging_steps=1,
         ),

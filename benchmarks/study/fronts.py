@@ -41,7 +41,9 @@ COLD_START = 20
 METHODS: dict[str, dict[str, Any]] = {
     "dmdr": {"preset": "dmdr"},
     "dmdr, told the step": {"preset": "dmdr", "matching": "step"},
+    "dmdr, told, shared rollouts": {"preset": "dmdr", "matching": "step", "critic_rollouts": "shared"},
     "gndmr": {"preset": "gndmr"},
+    "gndmr, equal evaluations": {"preset": "gndmr", "max_steps": 160},
     "tilt": {"preset": "tilt", "weighting": f"fixed[cold_start={COLD_START}]"},
     "tilt, ink by gradient": {
         "preset": "tilt",
@@ -49,7 +51,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "reward_route": "tilt[ink=gradient]",
     },
 }
-"""DMDR as published, and with critics that are told the step, which is not its own."""
+"""DMDR as published, and with critics that are told the step or learn from the student's own rollouts, which is not
+its own; GNDMR in as many updates, and in as many network evaluations as DMDR, which are twice the updates."""
 
 SETTINGS: dict[str, tuple[str, ...]] = {"jpeg": ("jpeg",), "legibility": ("legibility",), "both": ("ink", "jpeg")}
 """A scored reward, a differentiable one, and two that conflict, one of each kind."""
@@ -58,7 +61,9 @@ Weights = tuple[float, ...]
 WEIGHTS: dict[tuple[str, str], tuple[Weights, ...]] = {
     ("dmdr", "jpeg"): ((1.0,), (3.0,)),
     ("dmdr, told the step", "jpeg"): ((1.0,), (3.0,)),
+    ("dmdr, told, shared rollouts", "jpeg"): ((1.0,), (3.0,)),
     ("gndmr", "jpeg"): ((5.0,), (15.0,)),
+    ("gndmr, equal evaluations", "jpeg"): ((5.0,), (15.0,)),
     ("tilt", "jpeg"): ((0.1,), (0.2,)),
     ("dmdr", "legibility"): ((0.05,), (0.15,)),
     ("dmdr, told the step", "legibility"): ((0.05,), (0.15,)),

@@ -8,7 +8,7 @@ from pathlib import Path
 from rdm_sdk.cli.console import SEED, Parser, check_folder, whole_number
 from rdm_sdk.errors import ConfigError
 
-HELP = "distill the embedded digits teacher and compare, in about five minutes"
+HELP = "distill the embedded digits teacher and compare, in about four minutes"
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -49,7 +49,7 @@ class Row:
 
 
 def demo_config(output: Path, steps: int, seed: int) -> RDMConfig:
-    """Return the settings that distill the digits teacher in under five minutes on two CPU cores."""
+    """Return the settings that distill the digits teacher in four minutes on two CPU cores."""
     return RDMConfig(
         output_dir=str(output),
         max_steps=steps,

@@ -47,7 +47,7 @@ class RegisterModel(Protocol):
         Args:
             pipeline: name of the diffusers pipeline class that the family's bases are loaded as.
             target: "package.module:attribute" of a `ModelFamily` subclass, imported when it is first used.
-            description: one line for `rdm-sdk models`.
+            description: one line for `rdm-sdk models list`.
             contract: the contract version that the family was written for.
         """
         ...

@@ -61,8 +61,7 @@ class DiffusionContext:
     spread: Spread = "stratified"
     """How times are spread over a group."""
     critic_correction: Literal["others", "none"] = "none"
-    """Whether the critic's lag is estimated from a sample's group (or from the "others" in it) and taken out of `dm`'s
-    gradient."""
+    """Whether the critic's lag, as the others of a sample's group show it, is taken out of `dm`'s gradient."""
     guide: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
     """`(x_t, sigma, x_0 with the prompt, x_0 without) -> guided x_0` as the run says; None where nothing guides."""
     denoiser_pair: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
 
@@ -35,26 +34,34 @@ def critic_settings(args: RDMConfig) -> RDMConfig:
     return settings
 
 
+def critic_groups(roles: Roles, learning_rate: float) -> list[dict[str, Any]]:
+    """Return the parameters of all critics in groups for an optimizer of PyTorch, each with its rate.
+
+    What tells critics the student's step learns `EMBEDDING_RATE` times as fast as all else.
+    """
+    critics = [role for role in roles.trainable_roles if role != STUDENT]
+    embeddings = [p for role in critics for p in roles.embedding_parameters_of(role).values()]
+    apart = set(map(id, embeddings))
+    weights = [p for role in critics for p in roles.parameters_of(role).values() if id(p) not in apart]
+    groups = ((weights, learning_rate), (embeddings, EMBEDDING_RATE * learning_rate))
+    return [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
+
+
 class CriticOptimizer:
     """Optimizer and schedule of all critics.
 
     Args:
         args: the run's settings.
-        weights: the critics' parameters.
-        embeddings: those of their step embeddings, which learn `EMBEDDING_RATE` times faster.
+        roles: of the run; it must have critics.
     """
 
     schedule: torch.optim.lr_scheduler.LRScheduler
 
-    def __init__(self, args: RDMConfig, weights: Sequence[nn.Parameter], embeddings: Sequence[nn.Parameter]) -> None:
+    def __init__(self, args: RDMConfig, roles: Roles) -> None:
         self.settings = critic_settings(args)
         kind, options = Trainer.get_optimizer_cls_and_kwargs(self.settings)
-        rate, decay = self.settings.learning_rate, self.settings.weight_decay
-        groups = [
-            {"params": list(parameters), "lr": own_rate, "weight_decay": decay}
-            for parameters, own_rate in ((weights, rate), (embeddings, EMBEDDING_RATE * rate))
-            if parameters
-        ]
+        decay = {"weight_decay": self.settings.weight_decay}
+        groups = [group | decay for group in critic_groups(roles, self.settings.learning_rate)]
         self.optimizer: torch.optim.Optimizer = kind(groups, **options)
 
     def begin(self, num_training_steps: int) -> None:
@@ -97,13 +104,7 @@ class CriticOptimizer:
 
 def critic_optimizer(args: RDMConfig, roles: Roles) -> CriticOptimizer | None:
     """Return the optimizer of a run's critics, None where it has none."""
-    critics = [role for role in roles.trainable_roles if role != STUDENT]
-    if not critics:
-        return None
-    embeddings = [p for role in critics for p in roles.embedding_parameters_of(role).values()]
-    apart = set(map(id, embeddings))
-    weights = [p for role in critics for p in roles.parameters_of(role).values() if id(p) not in apart]
-    return CriticOptimizer(args, weights, embeddings)
+    return CriticOptimizer(args, roles) if set(roles.trainable_roles) - {STUDENT} else None
 
 
 def restart_rates(args: RDMConfig, optimizer: Any, schedule: Any, factors: Sequence[float] = (1.0,)) -> None:

@@ -122,8 +122,9 @@ class Rollouts:
                 again = replace(again, weights=truncated_weights(log_ratios[-1], settings.importance_sampling_cap))
             experiences.append(again)
         share = self._effective_share(torch.cat(log_ratios).exp()) if log_ratios else 1.0
-        if not share >= settings.min_effective_sample_size:  # nor if it is NaN
-            self.monitor.log("ratio/stopped", 1.0)
+        goes_on = share >= settings.min_effective_sample_size  # nor if it is NaN
+        self.monitor.log("ratio/stopped", 0.0 if goes_on else 1.0)
+        if not goes_on:
             return None
         for position, again in enumerate(experiences):
             self._predicted[position] = self._predict(again)

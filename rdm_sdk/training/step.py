@@ -250,7 +250,9 @@ class DistillationStep:
             raise RDMError(f"the student's gradient norm is {size}; lower learning_rate. {OTHERWISE}")
         if self._has_field and not self._student_checked:
             if size == 0:
-                raise RDMError("no gradient reaches the student: are all reward weights 0, or all rewards constant?")
+                raise RDMError(
+                    "no gradient reaches the student: is a differentiable reward constant, or its graph cut?"
+                )
             self._student_checked = True
 
 

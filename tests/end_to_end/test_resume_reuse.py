@@ -106,6 +106,7 @@ def test_what_is_compared_was_moving(run: Run, losses_of: Callable[[RDMTrainer],
     ess = [row["ratio/ess"] for row in rows if "ratio/ess" in row]
     assert 2 <= len(ess) < 5
     assert all(0 < share < 1 - 1e-6 for share in ess)
+    assert all(row["ratio/stopped"] == 0.0 for row in rows if "ratio/ess" in row)
     assert all("loss/pathwise" in row and row["adversarial/critic_loss"] > 0 for row in rows)
     assert all("loss/policy" in row for row in rows[1:])  # in the first step `balance` knows no pull yet
     if run.case.settings.get("weighting"):

@@ -126,7 +126,8 @@ KINDS = (
         "student/deviation",
         "Variety",
         "standard deviation of a latent value",
-        "How different all samples of a batch are. It stays; half of its best is a collapse.",
+        "How different all samples of a batch are. It rises while they become sharper, or stays; half of its best is a "
+        "collapse.",
     ),
     Kind(
         "frac_reward_zero_std",
