@@ -22,7 +22,8 @@ def main() -> None:
     scores = score_folder(options.folder, options.rewards, options.prompts)
     for reward, summary in scores.summaries.items():
         values = scores.scores[reward]
-        best = max(range(len(values)), key=values.__getitem__)
+        judged = [row for row, value in enumerate(values) if value == value]  # NaN: the reward is not for that picture
+        best = max(judged, key=values.__getitem__)
         print(f"{reward}: mean {summary['mean']:.4g}, 95 % of [{summary['low']:.4g}, {summary['high']:.4g}]")
         print(f"  best: {scores.files[best]} ({values[best]:.4g})")
     print("wrote", scores.save(options.output))

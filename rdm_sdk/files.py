@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -17,9 +17,14 @@ def looks_local(source: str) -> bool:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a place beside `path` to write to; what is written takes the place of `path` once the block is through.
 
-    So no one ever finds half of a file.
+    So no one ever finds half of a file. If the block fails, `path` is as it was, and what was written is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(path.name + ".tmp")
-    yield staged
-    staged.replace(path)
+    try:
+        yield staged
+        staged.replace(path)
+    except BaseException:
+        with suppress(OSError):  # the error that is told is the one that came first
+            staged.unlink(missing_ok=True)
+        raise

@@ -77,6 +77,9 @@ class RewardOutput:
     logged: Mapping[str, Tensor] = field(default_factory=dict)
     """What the reward logged itself (`RewardBatch.log`), `[N]` each, NaN for samples of which it logged nothing: its
     mean over the others becomes `rewards/<reward>/<name>`. The host puts it here."""
+    applies: Tensor | None = None
+    """Which samples the reward was for (`Reward.applies`), bool `[N]` on the CPU; None is all. The host puts it here;
+    an asynchronous reward may return it, of those it was shown, where only whoever scores them can tell."""
 
     def part(self, rows: slice) -> RewardOutput:
         """Return the output of some of the samples."""
@@ -86,6 +89,7 @@ class RewardOutput:
             None if self.magnitude is None else self.magnitude[rows],
             {name: values[rows] for name, values in self.figures.items()},
             {name: values[rows] for name, values in self.logged.items()},
+            None if self.applies is None else self.applies[rows],
         )
 
 

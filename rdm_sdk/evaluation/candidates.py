@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rdm_sdk.errors import ConfigError
+from rdm_sdk.evaluation.names import short_names
 from rdm_sdk.evaluation.provenance import files_digest
 from rdm_sdk.training.export import CALL, SCHEDULER, WEIGHTS, read_call
 from rdm_sdk.training.student_base import read_json
 
 _FILES = (WEIGHTS, "peft/*", "transformer/*", "unet/*", "scheduler/*", CALL)
 """What of a student's folder decides its images."""
+TEACHER = "teacher"
+"""What rows of the teacher are called."""
 
 
 @dataclass(frozen=True)
@@ -80,23 +84,27 @@ def teacher_candidate(steps: int, call: Mapping[str, Any]) -> Candidate:
     if steps < 1:
         raise ConfigError(f"the teacher cannot be sampled with {steps} steps; give 1 or more")
     rest = {name: value for name, value in call.items() if name not in ("num_inference_steps", "guidance_scale")}
-    return Candidate(f"teacher, {counted(steps)}", steps, None, rest, "")
+    return Candidate(f"{TEACHER}, {counted(steps)}", steps, None, rest, "")
 
 
 def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return candidates with names that differ: students in folders of one name get the folder above."""
-    names = [candidate.name for candidate in candidates]
-    result = []
-    for candidate in candidates:
-        name = candidate.name
-        if names.count(name) > 1 and candidate.student is not None:
-            name = f"{candidate.student.resolve().parent.name}/{name}"
-        result.append(replace(candidate, name=name))
-    again = [candidate.name for candidate in result]
-    twice = next((name for name in again if again.count(name) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"{twice!r} is given twice; give each student and each number of steps once")
-    return result
+    """Return candidates with names that differ: students are called by as much of their paths as need be.
+
+    Raises:
+        ConfigError: one is given twice, in whatever spelling.
+    """
+    places = [None if one.student is None else one.student.resolve() for one in candidates]
+    given = Counter(zip(places, (one.steps for one in candidates), strict=True))
+    for place, one in zip(places, candidates, strict=True):
+        if given[place, one.steps] > 1:
+            name = one.name if place is None else f"{place}, {counted(one.steps)}"
+            raise ConfigError(f"{name!r} is given twice; give each student and each number of steps once")
+    students = {place: one.student for place, one in zip(places, candidates, strict=True) if one.student is not None}
+    names = dict(zip(students, short_names(list(students.values()), taken=(TEACHER,)), strict=True))
+    return [
+        one if place is None else replace(one, name=f"{names[place]}, {counted(one.steps)}")
+        for place, one in zip(places, candidates, strict=True)
+    ]
 
 
 def shared_call(candidates: Sequence[Candidate], call: Mapping[str, Any]) -> dict[str, Any]:

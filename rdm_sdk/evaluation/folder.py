@@ -6,24 +6,27 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image
 from torch import Tensor
 from tqdm import tqdm
 
 from rdm_sdk.errors import ConfigError, DataError
-from rdm_sdk.evaluation.scoring import Piece, scores_of, summary
+from rdm_sdk.evaluation.provenance import rewards_provenance
+from rdm_sdk.evaluation.scoring import Piece, judges_of, scores_of, summary
 from rdm_sdk.files import replacing
 from rdm_sdk.rewards.images import read_images
 from rdm_sdk.rewards.resolve import RewardFuncs, plan_rewards
 from rdm_sdk.rewards.scoring import check_scorable
 from rdm_sdk.training.prompt_files import read_prompt_file
 from rdm_sdk.training.run_record import versions
+from rdm_sdk.vision.references import opened, upright
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 NAMES = "names"
@@ -104,22 +107,25 @@ def score_folder(
         progress: show a bar.
 
     Raises:
-        DataError: there are no pictures, one of them cannot be read, or one has no prompt.
+        DataError: there are no pictures, one of them cannot be read or named in a file, or one has no prompt or two.
         RewardError: a reward is unknown, or cannot judge finished images.
     """
     path = Path(folder)
     found = _pictures(path)
     files = [p.relative_to(path).as_posix() for p in found]
+    _check_writable(files, "the name of the picture")
     columns = _columns(prompts, files)
     texts = columns.pop("prompt", None)
+    _check_writable(texts or (), "the prompt")
     planned = plan_rewards(rewards)
     check_scorable(planned, texts is not None, columns)
     sizes = [_size(p) for p in found]
-    judges = [reward.make() for reward in planned]
+    judges = judges_of(planned, texts is not None, columns)
+    provenance = {"versions": versions(), "rewards": rewards_provenance(judges)}
     order = sorted(range(len(found)), key=lambda row: sizes[row])
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with tqdm(total=len(found), desc="scoring", unit="image", disable=not progress) as bar:
-        pieces = _pieces(found, sizes, order, texts, columns)
+        pieces = _pieces(found, order, texts, columns)
         sorted_scores = scores_of(judges, pieces, device=place, done=bar.update)
     scores = {label: torch.empty_like(v).index_copy_(0, torch.tensor(order), v) for label, v in sorted_scores.items()}
     return FolderScores(
@@ -127,7 +133,7 @@ def score_folder(
         texts,
         {label: values.tolist() for label, values in scores.items()},
         {label: summary(values, texts) for label, values in scores.items()},
-        {"versions": versions(), "rewards": {judge.label: judge.reward.provenance() for judge in judges}},
+        provenance,
     )
 
 
@@ -137,12 +143,24 @@ def read_folder(folder: str | Path) -> Tensor:
     Raises:
         DataError: there are none, one of them cannot be read, or their sizes differ.
     """
+    images: list[Tensor] = []
     found = _pictures(Path(folder))
-    sizes = {_size(path): path.name for path in found}
-    if len(sizes) > 1:
-        shown = ", ".join(f"{name}: {height} x {width}" for (height, width), name in list(sizes.items())[:3])
-        raise DataError(f"the pictures in {str(folder)!r} must be of one size; got {shown}. Resize them first")
-    return torch.stack([_read(path) for path in found])
+    for path in found:
+        images.append(_read(path))
+        if images[-1].shape != images[0].shape:
+            ends = (found[0].name, images[0]), (path.name, images[-1])
+            shown = ", ".join(f"{name}: {image.shape[1]} x {image.shape[2]}" for name, image in ends)
+            raise DataError(f"the pictures in {str(folder)!r} must be of one size; got {shown}. Resize them first")
+    return torch.stack(images)
+
+
+def _check_writable(texts: Iterable[str], what: str) -> None:
+    """Raise `DataError` for what no file in UTF-8 can hold: saving would fail once everything is scored."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{what} {text!r} cannot be saved with its scores, in UTF-8; change it") from error
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -156,25 +174,28 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def _pieces(
-    found: Sequence[Path],
-    sizes: Sequence[tuple[int, int]],
-    order: Sequence[int],
-    texts: Sequence[str] | None,
-    columns: Mapping[str, list[Any]],
+    found: Sequence[Path], order: Sequence[int], texts: Sequence[str] | None, columns: Mapping[str, list[Any]]
 ) -> Iterator[Piece]:
-    """Yield the pictures in an order, those of one size together."""
+    """Yield the pictures in an order, those together that follow each other and are of one size."""
+    images: list[Tensor] = []
     start = 0
-    while start < len(order):
-        end = start + 1
-        while end < min(start + TOGETHER, len(order)) and sizes[order[end]] == sizes[order[start]]:
-            end += 1
-        rows = order[start:end]
-        yield Piece(
-            torch.stack([_read(found[row]) for row in rows]),
-            None if texts is None else [texts[row] for row in rows],
-            {name: [values[row] for row in rows] for name, values in columns.items()},
-        )
-        start = end
+    for end, row in enumerate(order):
+        image = _read(found[row])
+        if images and (len(images) == TOGETHER or image.shape != images[0].shape):
+            yield _piece(images, order[start:end], texts, columns)
+            images, start = [], end
+        images.append(image)
+    yield _piece(images, order[start:], texts, columns)
+
+
+def _piece(
+    images: list[Tensor], rows: Sequence[int], texts: Sequence[str] | None, columns: Mapping[str, list[Any]]
+) -> Piece:
+    return Piece(
+        torch.stack(images),
+        None if texts is None else [texts[row] for row in rows],
+        {name: [values[row] for row in rows] for name, values in columns.items()},
+    )
 
 
 def prompt_of(name: str) -> str:
@@ -214,29 +235,25 @@ def _read_rows(path: Path) -> dict[str, dict[str, Any]]:
     if not {"file_name", "prompt"} <= set(table.column_names):
         found = ", ".join(table.column_names)
         raise DataError(f"prompts: {str(path)!r} needs the columns file_name and prompt; it has: {found}")
+    twice = next(((name, n) for name, n in Counter(table["file_name"]).items() if name is not None and n > 1), None)
+    if twice is not None:
+        raise DataError(f"prompts: {str(path)!r} has {twice[1]} lines for {twice[0]!r}; leave one")
     return {row.pop("file_name"): row for row in table}
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """Return a picture's height and width as it is shown, without reading its pixels."""
-    with _opened(path) as picture:
+    """Return a picture's height and width as it is shown, as far as what stands before its pixels tells."""
+    with opened(path, _name(path)) as picture:
         width, height = picture.size
-        turned = picture.getexif().get(0x0112, 1) >= 5
-    return (width, height) if turned else (height, width)
+        # A PNG's own `getexif` decodes all pixels, for the sake of what may stand behind them.
+        orientation = Image.Image.getexif(picture).get(ExifTags.Base.Orientation)
+    return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
 def _read(path: Path) -> Tensor:
     """Return a picture as RGB, float `[3, H, W]` in [0, 1], turned as its camera said."""
-    with _opened(path) as picture:
-        try:
-            turned = ImageOps.exif_transpose(picture)
-        except (OSError, SyntaxError) as error:  # a file that ends too early
-            raise DataError(f"the picture {str(path)!r} is damaged: {error}") from error
-        return read_images([turned], f"the picture {str(path)!r}", DataError)[0]
+    return read_images([upright(path, _name(path))], _name(path), DataError)[0]
 
 
-def _opened(path: Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise DataError(f"the picture {str(path)!r} cannot be read: {error}") from error
+def _name(path: Path) -> str:
+    return f"the picture {str(path)!r}"

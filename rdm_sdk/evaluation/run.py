@@ -26,10 +26,10 @@ from rdm_sdk.evaluation.distances import frechet_interval, kernel_distance
 from rdm_sdk.evaluation.features import Extractor, Features, feature_extractor
 from rdm_sdk.evaluation.images import check_images
 from rdm_sdk.evaluation.neighbors import density_coverage, precision_recall
-from rdm_sdk.evaluation.provenance import digest
+from rdm_sdk.evaluation.provenance import digest, rewards_provenance
 from rdm_sdk.evaluation.result import EvaluationResult, Row
 from rdm_sdk.evaluation.sampling import Sampler, check_guidance
-from rdm_sdk.evaluation.scoring import pieces_of, scores_of, summary
+from rdm_sdk.evaluation.scoring import judges_of, pieces_of, scores_of, summary
 from rdm_sdk.evaluation.variety import diversity, group_labels, teacher_steps_worth
 from rdm_sdk.files import replacing
 from rdm_sdk.rewards.resolve import PlannedReward, RewardFuncs, WeightedReward, plan_rewards
@@ -97,10 +97,10 @@ def evaluate(
     texts, compared = _prompts_of_images(prompts, samples, reference_samples)
     rows, reference = _candidates(students, teacher_steps, steps, reference_steps, call or {})
     planned, place = _checked(real, rewards, batch_size, guidance_scale), _place(model, device, dtype)
-    extractor, judges = feature_extractor(features, place), [reward.make() for reward in planned]
-    cache = None if output is None else Path(output) / "images"
+    extractor, judges = feature_extractor(features, place), judges_of(planned, True, ())
+    kept_with, cache = rewards_provenance(judges), None if output is None else Path(output) / "images"
     sampler = Sampler(model, guidance_scale, seed, batch_size, dtype=dtype, device=place, cache=cache)
-    run = _Run(sampler, texts, compared, extractor, judges, reference, real, progress, place)
+    run = _Run(sampler, texts, compared, extractor, judges, kept_with, reference, real, progress, place)
     return run.result(rows, output)
 
 
@@ -122,7 +122,7 @@ def _candidates(
     call: Mapping[str, Any],
 ) -> tuple[list[Candidate], Candidate]:
     """Return what gets a row, and the reference."""
-    mine = [one for folder in students for one in student_candidates(folder, steps, call)]
+    mine = distinct([one for folder in students for one in student_candidates(folder, steps, call)])
     shared = shared_call(mine, call)
     rows = distinct([*(teacher_candidate(count, shared) for count in teacher_steps), *mine])
     if not rows:
@@ -185,6 +185,8 @@ class _Run:
     """The prompts of the reference's images."""
     extractor: Extractor
     judges: Sequence[WeightedReward]
+    kept_with: Mapping[str, Any]
+    """The provenance of each, by its label."""
     reference: Candidate
     real: Tensor | None
     progress: bool
@@ -317,7 +319,7 @@ class _Run:
             "features": self.extractor.name,
             "reference": {"steps": self.reference.steps, "samples": len(self.compared)},
             "real": None if self.real is None else len(self.real),
-            "rewards": {judge.label: judge.reward.provenance() for judge in self.judges},
+            "rewards": dict(self.kept_with),
         }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ from rdm_sdk.evaluation.intervals import mean_interval
 from rdm_sdk.evaluation.variety import group_labels, rows_of
 from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.evaluate import evaluate_rewards
-from rdm_sdk.rewards.resolve import WeightedReward
+from rdm_sdk.rewards.resolve import PlannedReward, WeightedReward
+from rdm_sdk.rewards.scoring import check_scorable
 
 PIECE = 64
 """Images that are turned into floats and judged at a time, or one group where that is more."""
@@ -30,6 +31,17 @@ class Piece:
     """`[n, 3, H, W]`, uint8 or float in [0, 1]; whole groups."""
     prompts: Sequence[str] | None
     columns: Mapping[str, list[object]]
+
+
+def judges_of(planned: Sequence[PlannedReward], prompts: bool, columns: Container[str]) -> list[WeightedReward]:
+    """Return rewards ready for use, once what they need is there: some know it only when they have their options.
+
+    Raises:
+        RewardError: a reward cannot be made, or needs a column that there is not.
+    """
+    rewards = [reward.make() for reward in planned]
+    check_scorable(rewards, prompts, columns)
+    return rewards
 
 
 def pieces_of(images: Tensor, prompts: Sequence[str], group_size: int) -> Iterable[Piece]:

@@ -7,6 +7,7 @@ role that is neither but a module, such as a discriminator's head.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from rdm_sdk.types import Condition
 TEACHER = "teacher"
 STUDENT = "student"
 """The role that is distilled and exported."""
+AVERAGE = "ema"
+"""What the names of the moving average's tensors begin with in a checkpoint, among those of the roles."""
 TOLD = "step_embedding."
 """What the names of a step embedding's parameters begin with, among its role's."""
 
@@ -168,7 +171,7 @@ class Roles(nn.Module):
             (f"{path}.{leaf}", module, leaf)
             for path, module in self.backbone.named_modules()
             for leaf, _ in module.named_parameters(recurse=False)
-            if f".{name}." in f"{path}.{leaf}."
+            if re.search(rf"\.lora_\w+\.{name}\.", f".{path}.{leaf}.")
         ]
         for role in self._names:  # adding an adapter freezes the ones before it
             for parameter in self.parameters_of(role).values():
@@ -206,6 +209,12 @@ class Roles(nn.Module):
     def _check_new(self, name: str) -> None:
         if name == TEACHER or name in self.trainable_roles:
             raise ConfigError(f"there is already a role {name!r}")
+        parts = {part for path, _ in self.backbone.named_modules() for part in path.split(".")}
+        if not name.isidentifier() or name in parts or name == AVERAGE:
+            raise ConfigError(
+                f"a role cannot be called {name!r}: it must be one word, other than {AVERAGE!r}, and not the name of a "
+                "module in the base's backbone, because weights are found by it; choose another for Capabilities.trains"
+            )
 
     @property
     def denoising_roles(self) -> tuple[str, ...]:

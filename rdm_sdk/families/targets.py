@@ -20,6 +20,22 @@ def adapters_of(network: nn.Module) -> list[str]:
     )
 
 
+def names_of_adapted(network: nn.Module, adapter: str) -> list[str] | None:
+    """Return names that say which layers of a network have an adapter, sorted; None where they would say others too.
+
+    A list of names is also one of endings: "proj_out" is a layer of the network and each of its blocks' of that name.
+    """
+    layers = {name: layer for name, layer in network.named_modules() if ".lora_" not in name}
+    adapted = sorted(
+        name
+        for name, layer in layers.items()
+        if isinstance(layer, BaseTunerLayer)
+        and any(adapter in getattr(layer, kind) for kind in layer.adapter_layer_names)
+    )
+    endings = tuple(f".{name}" for name in adapted)
+    return None if any(name.endswith(endings) and name not in adapted for name in layers) else adapted
+
+
 def check_bare(parts: Mapping[str, object]) -> None:
     """Raise `ModelError` if one of a pipeline's components has adapters already.
 

@@ -80,7 +80,7 @@ def _load(plugin: Plugin, load: Any) -> None:
     for hook, register in calls.items():
         try:
             getattr(manager.hook, hook)(register=register)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             plugin.fail(f"its hook {hook} raised {described(error)}", error)
 
 

@@ -85,7 +85,7 @@ async def _timed(
         raise RewardError(
             f"reward {name!r}: gradient_async(batch) must return a RewardOutput; got {type(output).__name__}"
         )
-    return output if graded else RewardOutput(output), time.perf_counter() - started
+    return output if isinstance(output, RewardOutput) else RewardOutput(output), time.perf_counter() - started
 
 
 @cache

@@ -318,8 +318,8 @@ class Reward(ABC):
         """Return scores, float32 `[N]`; NaN marks a sample to which the reward does not apply."""
         raise RewardError(f"reward {self.name!r} is asynchronous, so score_async(batch) is to be awaited instead")
 
-    async def score_async(self, batch: RewardBatch) -> Tensor:
-        """Return scores `[N]`; for `asynchronous=True` only."""
+    async def score_async(self, batch: RewardBatch) -> Tensor | RewardOutput:
+        """Return scores `[N]`, or a `RewardOutput` of them with `applies`; for `asynchronous=True` only."""
         raise RewardError(f"reward {self.name!r} declares asynchronous=True but does not implement score_async(batch)")
 
     async def gradient_async(self, batch: RewardBatch) -> RewardOutput:

@@ -17,7 +17,7 @@ from torch import Tensor
 from rdm_sdk.errors import RewardError, nearest
 from rdm_sdk.rewards.base import RESERVED_COLUMNS, Capabilities, Reward, RewardBatch
 
-DECLARABLE = ("gradient", "scope", "prompts", "columns", "range", "dtype", "stochastic", "parameters")
+DECLARABLE = ("gradient", "scope", "prompts", "columns", "reads", "range", "dtype", "stochastic", "parameters")
 """What a function may declare of `Capabilities`; the rest takes a class."""
 HOSTS = ("step", "log")
 """What a function is given of the batch if its signature names it, and never in place of a column."""
@@ -30,7 +30,8 @@ def declares(**capabilities: Any) -> Callable[[_Function], _Function]:
 
     `@declares(gradient="autograd")` is for a function that returns a tensor that is differentiable in the images,
     `scope="group"` for one that compares the samples of a prompt (it may take `group_size`). `columns` are needed
-    beside those that are parameters without a default. The decorated function is the function itself.
+    beside those that are parameters without a default, `reads` may be there beside those that are parameters with one.
+    The decorated function is the function itself.
 
     Raises:
         RewardError: a word that is not in `Capabilities`, or a capability that a function cannot have.
@@ -73,8 +74,10 @@ class CallableReward(Reward):
         self._taken = {p.name for p in taken}
         declared: dict[str, Any] = dict(getattr(function, _DECLARED, {}))
         given = (*RESERVED_COLUMNS, *HOSTS, *(["group_size"] if declared.get("scope") == "group" else []))
-        needed = [p.name for p in taken if p.name not in given and p.default is p.empty and p.kind in _NAMED]
-        declared["columns"] = tuple(dict.fromkeys([*needed, *declared.get("columns", ())]))
+        columns = [p for p in taken if p.name not in given and p.kind in _NAMED]
+        needed = dict.fromkeys([*(p.name for p in columns if p.default is p.empty), *declared.get("columns", ())])
+        read = dict.fromkeys([*(p.name for p in columns), *declared.get("reads", ())])
+        declared |= {"columns": tuple(needed), "reads": tuple(name for name in read if name not in needed)}
         self.capabilities = replace(self.capabilities, **declared)
 
     def call(self, batch: RewardBatch) -> object:

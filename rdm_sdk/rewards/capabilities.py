@@ -23,6 +23,8 @@ class Capabilities:
     """Whether the prompt matters to the score."""
     columns: tuple[str, ...] = ()
     """Columns of the dataset that it cannot do without; it is not for samples with None in one (`applies`)."""
+    reads: tuple[str, ...] = ()
+    """Further columns that it reads where the dataset has them; these and `columns` alone are sent to a server."""
     head: bool = False
     """Whether the role that it `trains` is a module, made by `make_head`, and no LoRA adapter."""
     range: tuple[float, float] | None = None
@@ -55,9 +57,10 @@ class Capabilities:
                     f"Capabilities({name}={value!r}) cannot be used; it must be one of {offered}."
                     f"{nearest(str(value), choices)}"
                 )
-        columns: object = self.columns  # type checkers believe the annotation, authors do not read it
-        if isinstance(columns, str):
-            raise RewardError(f"Capabilities(columns={self.columns!r}) must be a tuple of names: ({self.columns!r},)")
+        for name in ("columns", "reads"):
+            columns: object = getattr(self, name)
+            if isinstance(columns, str):
+                raise RewardError(f"Capabilities({name}={columns!r}) must be a tuple of names: ({columns!r},)")
         if self.asynchronous and self.gradient not in ("none", "awaited"):
             raise RewardError(
                 f"Capabilities(asynchronous=True, gradient={self.gradient!r}): an asynchronous reward is only scored; "

@@ -58,6 +58,28 @@ def checked_scores(reward: Reward, batch: RewardBatch, scores: object) -> Tensor
     return scores
 
 
+def checked_applies(reward: Reward, scores: Tensor, applies: object) -> Tensor | None:
+    """Return which of the samples it was shown an asynchronous reward was for, bool `[n]`; None where it does not say.
+
+    Raises:
+        RewardError: it is something else, or a sample that the reward was not for has a score in `scores` `[n]`.
+    """
+    if applies is None:
+        return None
+    if not isinstance(applies, Tensor) or applies.dtype != torch.bool or applies.shape != scores.shape:
+        got = f"{list(applies.shape)} {applies.dtype}" if isinstance(applies, Tensor) else type(applies).__name__
+        raise RewardError(
+            f"reward {reward.name!r} must return None as RewardOutput.applies, or one True or False per sample, a bool "
+            f"tensor of shape {list(scores.shape)}; got {got}"
+        )
+    applies = applies.detach().cpu()
+    if not bool(scores.cpu()[~applies].isnan().all()):
+        raise RewardError(
+            f"reward {reward.name!r} has scores for samples that it says it was not for; return NaN there"
+        )
+    return applies
+
+
 def is_finite_gradient(reward: Reward, batch: RewardBatch, output: RewardOutput) -> Tensor:
     """Return whether a gradient is finite, or there is none: a scalar on its device, for whoever waits for that.
 

@@ -20,6 +20,7 @@ from rdm_sdk.rewards.awaiting import Call
 from rdm_sdk.rewards.base import Capabilities, Reward, RewardBatch
 from rdm_sdk.rewards.checks import (
     InapplicableError,
+    checked_applies,
     checked_scores,
     is_finite_gradient,
     nothing_applies,
@@ -35,6 +36,7 @@ from rdm_sdk.rewards.judging import (
     nothing,
     pulled_back,
     spread,
+    was_for,
 )
 from rdm_sdk.rewards.logged import together
 from rdm_sdk.rewards.time_limit import limited
@@ -291,12 +293,15 @@ class Started:
         self.seconds[name] += seconds
         reward = self.awaited[name]
         scores = checked_scores(reward, asked.given, output.scores)
+        told = checked_applies(reward, scores, output.applies)
+        self.shown[name] -= 0 if told is None else int((~told).sum())
         if chunk is None:
             where = asked.rows, asked.count, self.batch.latents.device
-            logged = logged_by(asked.given, *where)
-            self.outputs[name][asked.place] = RewardOutput(spread(scores, *where, torch.nan), logged=logged)
+            kept, logged = spread(scores, *where, torch.nan), logged_by(asked.given, *where)
+            applies = was_for(asked.rows, asked.count, told)
+            self.outputs[name][asked.place] = RewardOutput(kept, logged=logged, applies=applies)
         else:
-            answer = RewardOutput(scores, output.gradient)
+            answer = RewardOutput(scores, output.gradient, applies=told)
             self.outputs[name][asked.place] = pulled_back(reward, asked.given, chunk, asked.rows, answer)
 
     def judge_whole(self, batch: RewardBatch) -> None:
@@ -319,7 +324,8 @@ class Started:
                         scores = reward.score(given)
                     where = rows[name], len(chunk), chunk.latents.device
                     checked = spread(checked_scores(reward, given, scores), *where, torch.nan)
-                    output = RewardOutput(checked, logged=logged_by(given, *where))
+                    applies = was_for(rows[name], len(chunk))
+                    output = RewardOutput(checked, logged=logged_by(given, *where), applies=applies)
                 self.outputs[name].append(output)
 
     def _remaining(self, rewards: Mapping[str, Reward]) -> list[tuple[str, Reward]]:
@@ -379,7 +385,9 @@ def merged(outputs: Sequence[RewardOutput]) -> RewardOutput:
     gradients = [output.gradient for output in outputs if output.gradient is not None]
     logged = together([output.logged for output in outputs], [len(output.scores) for output in outputs])
     scores = torch.cat([output.scores for output in outputs])
-    return RewardOutput(scores, torch.cat(gradients) if gradients else None, logged=logged)
+    told = [output.applies for output in outputs if output.applies is not None]
+    applies = torch.cat(told) if len(told) == len(outputs) else None
+    return RewardOutput(scores, torch.cat(gradients) if gradients else None, logged=logged, applies=applies)
 
 
 def _now(device: torch.device) -> float:

@@ -48,7 +48,18 @@ def logged_by(given: RewardBatch, rows: Sequence[int], count: int, device: torch
 def nothing(latents: Tensor, graded: bool) -> RewardOutput:
     """Return the output of a reward that is for none of some samples `[N, *x]`."""
     scores = torch.full((len(latents),), torch.nan, device=latents.device)
-    return RewardOutput(scores, torch.zeros_like(latents) if graded else None)
+    applies = torch.zeros(len(latents), dtype=torch.bool)
+    return RewardOutput(scores, torch.zeros_like(latents) if graded else None, applies=applies)
+
+
+def was_for(rows: Sequence[int], count: int, told: Tensor | None = None) -> Tensor:
+    """Return which of `count` samples a reward was for, bool `[N]`: the rows that it was shown.
+
+    `told`, bool `[n]`, is which of these it says it was for itself.
+    """
+    applies = torch.zeros(count, dtype=torch.bool)
+    applies[list(rows)] = torch.ones(len(rows), dtype=torch.bool) if told is None else told
+    return applies
 
 
 def spread(values: Tensor, rows: Sequence[int], count: int, device: torch.device, fill: float) -> Tensor:
@@ -104,7 +115,8 @@ def pulled_back(
     gradient = spread(gradient, rows, len(chunk), chunk.latents.device, 0.0)
     scores = spread(scores, rows, len(chunk), chunk.latents.device, torch.nan)
     logged = logged_by(given, rows, len(chunk), chunk.latents.device)
-    return RewardOutput(scores, chunk.pull_back(gradient).float() if pixels else gradient, logged=logged)
+    gradient = chunk.pull_back(gradient).float() if pixels else gradient
+    return RewardOutput(scores, gradient, logged=logged, applies=was_for(rows, len(chunk), output.applies))
 
 
 def judged_with_models(reward: Reward, batch: RewardBatch, differentiate: bool) -> RewardOutput:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from math import isfinite
+from numbers import Real
 from typing import Any, TypeAlias, TypeVar
 
 from rdm_sdk.errors import RewardError, described, nearest
@@ -200,7 +201,7 @@ def _resolve(item: object) -> list[_Found]:
         if isinstance(item.get("name"), str):
             return [(make_term(item), None)]
         return [found for key, weight in item.items() for found in _weighed(key, weight)]
-    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], (int, float)):
+    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Real):
         return _weighed(*item)
     if isinstance(item, (list, tuple)):
         return [found for part in item for found in _resolve(part)]
@@ -236,7 +237,7 @@ def _factors(labels: Sequence[str], weights: Sequence[float] | Mapping[str, floa
 
 
 def _scaled(found: _Found, factor: object) -> _Found:
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not isfinite(factor):
+    if isinstance(factor, bool) or not isinstance(factor, Real) or not isfinite(factor):
         raise RewardError(f"reward weights must be finite numbers; got {factor!r} for {found[0].name!r}")
     return found[0].model_copy(update={"weight": found[0].weight * float(factor)}), found[1]
 
@@ -310,8 +311,12 @@ def is_by_place(term: RewardTerm) -> bool:
         return False
     try:
         return find_spec(term.name) is not None
-    except (ImportError, ValueError):  # a module above it is missing or broken, or it has no spec (`__main__`)
+    except ValueError:  # it has no spec (`__main__`)
         return False
+    except ModuleNotFoundError as error:
+        return not f"{term.name}.".startswith(f"{error.name}.")  # is it that one, or what a module above it imports?
+    except Exception:  # a module above it is broken, which its import will tell
+        return True
 
 
 def target_of(term: RewardTerm) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Annotated, TypeAlias, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -191,6 +191,11 @@ def make_term(fields: Mapping[str, object]) -> RewardTerm:
     return checked_model(RewardTerm, fields, f"reward {fields.get('name')!r}", RewardError)
 
 
+def _may_be_bool(annotation: object) -> bool:
+    """Whether a field takes true and false. Where it takes numbers alone, pydantic would read them as 1 and 0."""
+    return annotation in (bool, object, Any) or any(map(_may_be_bool, get_args(annotation)))
+
+
 def checked_model(
     model: type[Model], fields: Mapping[str, object], owner: str, error_class: type[RDMError] = ConfigError
 ) -> Model:
@@ -200,6 +205,8 @@ def checked_model(
         if name not in known:
             offered = f"Options: {', '.join(known)}" if known else "It takes none."
             raise error_class(f"{owner} has no option {shown(name)}.{nearest(str(name), known)} {offered}")
+        if isinstance(fields[name], bool) and not _may_be_bool(model.model_fields[name].annotation):
+            raise error_class(f"{owner}, option {name}: it cannot be true or false; got {shown(fields[name])}")
     try:
         return model.model_validate(dict(fields))
     except PydanticError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ TOLD = ("gradient", "scope", "prompts", "columns", "range", "stochastic")
 def pack_answer(outputs: Mapping[str, RewardOutput], gradient_dtype: str = "F32") -> bytes:
     """Return the body of an answer: per reward `scores/NAME`, float32 `[N]`, and maybe `gradient/NAME`.
 
-    What a reward logged is `logged/NAME/FIGURE`, float32 `[N]`.
+    What a reward logged is `logged/NAME/FIGURE`, float32 `[N]`; which samples it was for is `applies/NAME`, `[N]`,
+    1 and 0 in uint8.
 
     As "F16", each sample's gradient is divided by its largest entry, which is `scale/NAME`, float32 `[N]`: gradients of
     single pixels would vanish in float16 otherwise.
@@ -29,6 +30,8 @@ def pack_answer(outputs: Mapping[str, RewardOutput], gradient_dtype: str = "F32"
     for label, output in outputs.items():
         tensors[f"scores/{label}"] = output.scores.float()
         tensors |= {f"logged/{label}/{name}": values.float() for name, values in output.logged.items()}
+        if output.applies is not None:
+            tensors[f"applies/{label}"] = output.applies.to(torch.uint8)
         if output.gradient is None:
             continue
         gradient = output.gradient.float()
@@ -53,14 +56,15 @@ def read_answer(body: bytes | bytearray, label: str, images: Sequence[int], grad
         raise BodyError(f"{shown(f'scores/{label}', 80)} holds an infinite number")
     prefix = f"logged/{label}/"
     logged = {name[len(prefix) :]: _taken(tensors, name, images[:1]) for name in tensors if name.startswith(prefix)}
+    applies = _read_applies(tensors, label, images[0])
     if not gradient:
-        return RewardOutput(scores, logged=logged)
+        return RewardOutput(scores, logged=logged, applies=applies)
     values = _taken(tensors, f"gradient/{label}", images)
     if f"scale/{label}" in tensors:
         values = values * _taken(tensors, f"scale/{label}", images[:1]).reshape(-1, 1, 1, 1)
     if not all_finite(values):
         raise BodyError(f"the gradient of {label!r} is not finite")
-    return RewardOutput(scores, values, logged=logged)
+    return RewardOutput(scores, values, logged=logged, applies=applies)
 
 
 def _taken(tensors: Mapping[str, Tensor], name: str, shape: Sequence[int]) -> Tensor:
@@ -69,6 +73,19 @@ def _taken(tensors: Mapping[str, Tensor], name: str, shape: Sequence[int]) -> Te
         got = "none" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
         raise BodyError(f"{shown(name, 80)} must be floats of shape {list(shape)}; got {got}")
     return tensor.float()
+
+
+def _read_applies(tensors: Mapping[str, Tensor], label: str, count: int) -> Tensor | None:
+    """Return which of `count` samples the reward was for, bool `[N]`; None where an older server does not say."""
+    told = tensors.get(f"applies/{label}")
+    if told is None:
+        return None
+    if told.dtype != torch.uint8 or list(told.shape) != [count] or bool((told > 1).any()):
+        raise BodyError(
+            f"{shown(f'applies/{label}', 80)} must be 1 or 0 of each sample, U8 of shape [{count}]; got "
+            f"{list(told.shape)} {told.dtype}"
+        )
+    return told.bool()
 
 
 def described_capabilities(capabilities: Capabilities) -> dict[str, Any]:
@@ -80,11 +97,20 @@ def described_capabilities(capabilities: Capabilities) -> dict[str, Any]:
     return told
 
 
-def read_capabilities(told: object) -> Capabilities:
+def are_names(told: object) -> TypeGuard[list[str]]:
+    """Return whether what a server says is a list of texts."""
+    return isinstance(told, list) and all(isinstance(name, str) for name in told)
+
+
+def read_capabilities(told: object, reads: object) -> Capabilities:
     """Return the capabilities of a reward that is asked over the wire, from what its server says of it.
 
+    Args:
+        told: what `described_capabilities` returns.
+        reads: columns that the reward reads if they are there; beside the others, because older servers know of none.
+
     Raises:
-        BodyError: they are not what `described_capabilities` returns.
+        BodyError: they are something else.
     """
     if not isinstance(told, dict) or told.keys() != set(TOLD):
         raise BodyError(f"capabilities must be an object with {', '.join(TOLD)}; got {shown(told, 120)}")
@@ -93,16 +119,18 @@ def read_capabilities(told: object) -> Capabilities:
         told["gradient"] in ("none", "autograd", "awaited")
         and told["scope"] in ("sample", "group")
         and all(isinstance(told[name], bool) for name in ("prompts", "stochastic"))
-        and isinstance(columns, list)
-        and all(isinstance(column, str) for column in columns)
+        and are_names(columns)
     )
     if not right:
         raise BodyError(f"these are no capabilities: {shown(told, 200)}")
+    if not are_names(reads):
+        raise BodyError(f"reads must be a list of names of columns; got {shown(reads, 120)}")
     return Capabilities(
         gradient="none" if told["gradient"] == "none" else "awaited",
         scope=told["scope"],
         prompts=told["prompts"],
         columns=tuple(columns),
+        reads=tuple(reads),
         range=_bounds(bounds),
         stochastic=told["stochastic"],
         asynchronous=True,

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 
 from rdm_sdk._version import __version__
 from rdm_sdk.serving.answers import described_capabilities, pack_answer
-from rdm_sdk.serving.requests import FIELDS, FORMS, Limits, RequestError, parse_request
+from rdm_sdk.serving.requests import FIELDS, FORMS, JSON, Limits, RequestError, form_of, parse_request
 from rdm_sdk.serving.scorer import Answer, Scorer, ScoringError
 from rdm_sdk.serving.tensors import CONTENT_TYPE, VERSION
 
@@ -104,8 +104,8 @@ class Service:
         return response
 
     async def _answered(self, request: HttpRequest, gradients: bool) -> Response:
-        form = request.headers.get("content-type", "")
-        as_json = form.startswith("application/json")
+        form = form_of(request.headers.get("content-type", ""))
+        as_json = form == JSON
         if gradients and as_json:
             raise RequestError(415, f"gradients travel as arrays; send {CONTENT_TYPE}")
         body = await self._body(request)
@@ -143,6 +143,7 @@ class Service:
             label: {
                 "capabilities": described_capabilities(weighted.capabilities),
                 "provenance": json.loads(json.dumps(weighted.reward.provenance(), default=str)),
+                "reads": list(weighted.capabilities.reads),  # here, where older clients do not look
             }
             for label, weighted in self.scorer.rewards.items()
         }

@@ -1,12 +1,14 @@
 """The process of an isolated reward: `python -m rdm_sdk.serving.child`, started by `isolated` alone.
 
 It is told by one line of JSON on standard input, and lives until that input ends: with the host, however the host ends.
+It then removes its socket's folder, because a host that was killed cannot.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -20,8 +22,9 @@ WATCH_SECONDS = 1.0
 def main() -> int:
     """Serve one reward on a Unix domain socket; return the exit status."""
     told = json.loads(_first_line())
-    threading.Thread(target=_end_with_input, daemon=True).start()
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    folder = told.get("folder")  # made for this process; the host of another version may name none
+    threading.Thread(target=_end_with_input, args=(folder,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(folder, os.getppid()), daemon=True).start()
     try:
         from rdm_sdk.serving.server import serve
     except ImportError as error:
@@ -57,17 +60,24 @@ def _first_line() -> bytes:
     return line
 
 
-def _end_with_input() -> None:
+def _end_with_input(folder: str | None) -> None:
     """End this process when the host closes its end of standard input, as the system does when the host is killed."""
     while os.read(0, 4096):
         pass
-    os._exit(3)
+    _end(folder)
 
 
-def _end_with_parent(parent: int) -> None:
+def _end_with_parent(folder: str | None, parent: int) -> None:
     """End this process when it has another parent: a worker of the host may keep the pipe open longer."""
     while os.getppid() == parent:
         time.sleep(WATCH_SECONDS)
+    _end(folder)
+
+
+def _end(folder: str | None) -> None:
+    """Remove the folder, which the host would remove as well if it lives, and end this process at once."""
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(3)
 
 

@@ -12,7 +12,7 @@ import httpx2
 from rdm_sdk.errors import RewardError, nearest, shown
 from rdm_sdk.rewards.awaiting import event_loop
 from rdm_sdk.rewards.base import Capabilities, RewardBatch
-from rdm_sdk.serving.answers import read_answer, read_capabilities
+from rdm_sdk.serving.answers import are_names, read_answer, read_capabilities
 from rdm_sdk.serving.asking import Failed, PatientConfig, ServerLostError, exchange, open_client, persist
 from rdm_sdk.serving.requests import request_parts
 from rdm_sdk.serving.tensors import CONTENT_TYPE, HEADER_LIMIT, VERSION, BodyError, parse_json
@@ -63,7 +63,7 @@ class Client:
         self._headers |= {} if token is None else {"Authorization": f"Bearer {token}"}
         self._uds = uds
         self._first = 0
-        """The server that answered last; it is asked first."""
+        """The server that a call asks first: another one as soon as a call finds that it fails."""
 
     # ---- What there is ------------------------------------------------------------------------------------------
 
@@ -74,10 +74,10 @@ class Client:
             RewardError: no server can be reached, the token is wrong, or it serves no such reward.
         """
         asked = self._request("GET", "/v1/rewards", None, HEADER_LIMIT)
-        return self._read_description(asyncio.run_coroutine_threadsafe(asked, event_loop()).result(), wanted)
+        url, body = asyncio.run_coroutine_threadsafe(asked, event_loop()).result()
+        return self._read_description(url, body, wanted)
 
-    def _read_description(self, body: bytearray, wanted: str | None) -> Described:
-        url = self.urls[self._first]
+    def _read_description(self, url: str, body: bytearray, wanted: str | None) -> Described:
         try:
             told = parse_json(body, "the answer")
             if not isinstance(told, dict) or told.get("version") != VERSION:
@@ -97,8 +97,9 @@ class Client:
             entry = rewards[label]
             if not isinstance(entry, dict) or not isinstance(entry.get("provenance"), dict):
                 raise BodyError(f"it says nothing of {label!r}")
-            capabilities, fields = read_capabilities(entry.get("capabilities")), told.get("fields", [])
-            if not (isinstance(fields, list) and all(isinstance(name, str) for name in fields)):
+            capabilities = read_capabilities(entry.get("capabilities"), entry.get("reads", []))
+            fields = told.get("fields", [])
+            if not are_names(fields):
                 raise BodyError(f"these are no fields: {shown(fields, 120)}")
             return Described(label, capabilities, entry["provenance"], limits, frozenset(fields))
         except BodyError as error:
@@ -119,7 +120,7 @@ class Client:
                 images,
                 rewards=[described.label],
                 prompts=batch.prompts,
-                columns=_sent(batch.columns, described.capabilities.columns, described.label),
+                columns=_sent(batch.columns, described),
                 group_size=batch.group_size if groups else None,
                 gradient_dtype="F16" if images.element_size() < 4 else "F32",
                 step=batch.step if "step" in described.fields else None,
@@ -128,11 +129,11 @@ class Client:
             raise RewardError(f"what {described.label!r} is asked cannot be sent: {error}") from error
         self._check_limits(body, images, described)
         expected = HEADER_LIMIT + 8 * len(images) + (images.numel() * 4 if gradient else 0)
-        answer = await self._request("POST", "/v1/gradient" if gradient else "/v1/score", body, expected)
+        url, answer = await self._request("POST", "/v1/gradient" if gradient else "/v1/score", body, expected)
         try:
             return read_answer(answer, described.label, list(images.shape), gradient)
         except BodyError as error:
-            raise RewardError(f"{self.urls[self._first]} answered nonsense for {described.label!r}: {error}") from error
+            raise RewardError(f"{url} answered nonsense for {described.label!r}: {error}") from error
 
     def _check_limits(self, body: Body, images: Any, described: Described) -> None:
         limits = described.limits
@@ -146,25 +147,34 @@ class Client:
 
     # ---- The wire -----------------------------------------------------------------------------------------------
 
-    async def _request(self, method: str, path: str, body: Body | None, limit: int) -> bytearray:
-        """Return the body of an answer, tried as often and as long as the patience lasts."""
+    async def _request(self, method: str, path: str, body: Body | None, limit: int) -> tuple[str, bytearray]:
+        """Return which server answered, and the body of its answer, tried as often and as long as the patience lasts.
+
+        Each call goes through the servers by itself, because others are under way at the same time: what those find
+        out only changes where the next call begins.
+        """
+        tried = self._first
 
         async def attempt() -> bytearray | Failed:
-            answer = await self._try(method, path, body, limit)
+            nonlocal tried
+            answer = await self._try(self.urls[tried], method, path, body, limit)
             if isinstance(answer, Failed):
-                self._first = (self._first + 1) % len(self.urls)
+                following = (tried + 1) % len(self.urls)
+                if self._first == tried:
+                    self._first = following
+                tried = following
             return answer
 
-        return await persist(attempt, self.patience, ", ".join(self.urls), len(self.urls), self.trouble)
+        answer = await persist(attempt, self.patience, ", ".join(self.urls), len(self.urls), self.trouble)
+        return self.urls[tried], answer
 
-    async def _try(self, method: str, path: str, body: Body | None, limit: int) -> bytearray | Failed:
-        """Return the answer of the server that is asked first, or why trying again may help.
+    async def _try(self, url: str, method: str, path: str, body: Body | None, limit: int) -> bytearray | Failed:
+        """Return the answer of a server, or why trying again may help.
 
         Raises:
             RewardError: asking again would not help.
             ServerLostError: its reward raised.
         """
-        url = self.urls[self._first]
         transport = None if self._uds is None else httpx2.AsyncHTTPTransport(verify=False, uds=self._uds)
         request: dict[str, Any] = {"headers": dict(self._headers)}
         if body is not None:
@@ -210,15 +220,20 @@ def _reason(body: bytes | bytearray) -> tuple[str, bool]:
     return shown(bytes(body[:200])), False
 
 
-def _sent(columns: Mapping[str, list[object]], needed: Sequence[str], label: str) -> dict[str, list[object]] | None:
-    """Return the columns that a reward needs, or None; they must be what JSON can say."""
-    for name in needed:
-        if not all(_is_json(value) for value in columns.get(name, [])):
+def _sent(columns: Mapping[str, list[object]], described: Described) -> dict[str, list[object]] | None:
+    """Return the columns that a reward reads, or None; they must be what JSON can say."""
+    capabilities = described.capabilities
+    sent = {name: columns[name] for name in (*capabilities.columns, *capabilities.reads) if name in columns}
+    for name, values in sent.items():
+        odd = next((value for value in values if not _is_json(value)), None)
+        if odd is not None:  # None itself is null
+            verb = "needs" if name in capabilities.columns else "reads"
             raise RewardError(
-                f"the reward {label!r} needs the column {name!r}, which holds {type(columns[name][0]).__name__}; only "
+                f"the reward {described.label!r} {verb} the column {name!r}, which holds {type(odd).__name__}; only "
                 "texts, numbers, true, false, null and lists and mappings of them can be sent to a server"
+                + ("" if verb == "needs" else ". It can do without: leave the column out, or rename it")
             )
-    return {name: columns[name] for name in needed if name in columns} or None
+    return sent or None
 
 
 def _is_json(value: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -48,7 +49,8 @@ def make_environment(
         )
     if folder.exists():
         raise ConfigError(f"{folder} exists already; nothing was made. Remove it or choose another name")
-    folder = folder.absolute()
+    folder, python = folder.absolute(), _found_from_here(python)
+    sdk, wanted = sdk and _found_from_here(sdk), [_found_from_here(word) for word in wanted]
     interpreter = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     try:
         _run([python, "-m", "venv", str(folder)], f"no environment can be made with {python}")
@@ -64,6 +66,16 @@ def make_environment(
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return interpreter
+
+
+def _found_from_here(word: str) -> str:
+    """Return a program or a requirement whose path, if it has one, is absolute: both are used in another folder.
+
+    What has no separator is a name, as for the shell and for pip.
+    """
+    path, bracket, extras = word.partition("[")
+    is_path = "/" in path or os.sep in path
+    return f"{Path(path).absolute()}{bracket}{extras}" if is_path and Path(path).exists() else word
 
 
 _PLACES = (

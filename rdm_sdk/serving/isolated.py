@@ -75,7 +75,7 @@ class Child:
         self._reader.start()
         self.stop = weakref.finalize(self, _stop, self.process, self._reader, folder)
         """Ends the process; done at the latest when the interpreter ends."""
-        told = {"reward": reward, "socket": self.socket, "device": device}
+        told = {"reward": reward, "socket": self.socket, "folder": folder, "device": device}
         with suppress(BrokenPipeError):  # where it has ended already, `wait_until_ready` reports its last lines
             self.process.stdin.write(json.dumps(told).encode() + b"\n")
             self.process.stdin.flush()

@@ -67,8 +67,8 @@ class ServedReward(Reward):
         self.client, self.capabilities = client, self.described.capabilities
         self.preprocessing = str(self.described.provenance.get("preprocessing", "unknown"))
 
-    async def score_async(self, batch: RewardBatch) -> Tensor:
-        return (await self._ask(batch, gradient=False)).scores
+    async def score_async(self, batch: RewardBatch) -> RewardOutput:
+        return await self._ask(batch, gradient=False)
 
     async def gradient_async(self, batch: RewardBatch) -> RewardOutput:
         return await self._ask(batch, gradient=True)

@@ -17,7 +17,8 @@ from rdm_sdk.errors import shown
 from rdm_sdk.rewards.base import RESERVED_COLUMNS, extremes
 from rdm_sdk.serving.tensors import CONTENT_TYPE, VERSION, BodyError, pack_parts, parse_json, unpack
 
-FORMS = (CONTENT_TYPE, "application/json")
+JSON = "application/json"
+FORMS = (CONTENT_TYPE, JSON)
 FIELDS = ("version", "images", "prompts", "columns", "group_size", "rewards", "gradient_dtype", "step")
 """What a request may say; a client is told, and sends an older server no more than that one knows."""
 
@@ -76,13 +77,18 @@ def request_parts(images: Tensor, **message: Any) -> list[memoryview]:
     return pack_parts({name: value for name, value in message.items() if value is not None}, {"images": images})
 
 
+def form_of(content_type: str) -> str:
+    """Return the form that a `Content-Type` names, in lower case and without its parameters."""
+    return content_type.partition(";")[0].strip().lower()
+
+
 def parse_request(body: bytes | bytearray, content_type: str, limits: Limits) -> Request:
     """Return what a request asks.
 
     Raises:
         RequestError: the body is not what the protocol says, or more than the limits allow.
     """
-    form = content_type.partition(";")[0].strip().lower()
+    form = form_of(content_type)
     if form not in FORMS:
         raise RequestError(415, f"the content type {shown(form, 60)} is not understood; send {' or '.join(FORMS)}")
     if len(body) > limits.body:

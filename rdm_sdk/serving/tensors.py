@@ -24,6 +24,8 @@ HEADER_LIMIT = 16 * 2**20
 """Bytes that a header may have: prompts and columns are in it."""
 DTYPES = {"U8": torch.uint8, "F16": torch.float16, "F32": torch.float32}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SIDE_LIMIT = 2**31
+"""No side of an array is that long; none is 0, because beside one the others could be of any length without a byte."""
 KEY = "rdm"
 """The entry of the metadata that holds the rest of the message, as JSON."""
 
@@ -48,7 +50,8 @@ def pack_parts(message: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> lis
         kept = tensor.detach().cpu().contiguous()
         begin, end = end, end + kept.nbytes
         header[name] = {"dtype": _NAMES[kept.dtype], "shape": list(kept.shape), "data_offsets": [begin, end]}
-        array: Any = kept.reshape(-1).view(torch.uint8).numpy()
+        # A side of 1 may have any stride and be contiguous, but bytes are only seen where the stride is 1.
+        array: Any = kept.as_strided((kept.numel(),), (1,)).view(torch.uint8).numpy()
         arrays.append(memoryview(array))
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the arrays begin where arrays may
@@ -122,21 +125,26 @@ def _offset(name: str, entry: Any) -> int:
     return begin
 
 
+def _is_side(side: object) -> bool:
+    return type(side) is int and 0 < side < SIDE_LIMIT
+
+
 def _tensor(name: str, entry: dict[str, Any], view: memoryview, start: int) -> tuple[Tensor, int]:
     """Return the array that an entry of the header describes, starting where the last one ended, and its end."""
     dtype, shape, (begin, end) = entry.get("dtype"), entry.get("shape"), entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise BodyError(f"the array {shown(name, 60)} is of dtype {shown(dtype, 40)}; send one of {', '.join(DTYPES)}")
-    if not (isinstance(shape, list) and len(shape) <= 8 and all(type(size) is int and size >= 0 for size in shape)):
-        raise BodyError(f"the array {shown(name, 60)} has no shape: {shown(shape, 80)}")
+    if not (isinstance(shape, list) and len(shape) <= 8 and all(map(_is_side, shape))):
+        raise BodyError(
+            f"the array {shown(name, 60)} has no shape that is taken: {shown(shape, 80)}; send at most 8 sides, each "
+            f"from 1 to {SIDE_LIMIT - 1}"
+        )
     size = math.prod(shape) * DTYPES[dtype].itemsize
     if begin != start or end - begin != size or end > len(view):
         raise BodyError(
             f"the array {shown(name, 60)} of shape {shape} and dtype {dtype} takes {size} bytes from {start} on; its "
             f"offsets are [{begin}, {end}], and {len(view)} bytes have come"
         )
-    if not size:
-        return torch.zeros(shape, dtype=DTYPES[dtype]), end
     # The arrays begin wherever the header ends, so that the numbers of a bad one are at odd addresses.
     part: Any = (
         view[begin:end] if torch.frombuffer(view, dtype=torch.uint8).data_ptr() % 8 == 0 else bytearray(view[begin:end])

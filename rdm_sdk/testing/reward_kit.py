@@ -49,11 +49,12 @@ def check_reward(
     Raises:
         RewardCheckError: a check failed, or one that was expected to fail did not.
     """
+    made = _only(reward)
     return raise_problems(
         CHECKS,
-        run_reward_checks(reward, batch),
+        _results(made, batch),
         expected_failures,
-        f"{_only(reward).name!r} does not keep the reward contract",
+        f"{made.name!r} does not keep the reward contract",
         RewardCheckError,
         RewardCheckWarning,
     )
@@ -61,11 +62,7 @@ def check_reward(
 
 def run_reward_checks(reward: RewardFuncs, batch: RewardBatch | None = None) -> list[CheckResult]:
     """Run every check and return the results; a check whose prerequisite failed is skipped."""
-    made = _only(reward)
-    if made.capabilities.head:
-        made.make_head(LATENT_CHANNELS, 0)  # as the host does, for the features of the teacher in the kit's batch
-    subject = Subject(made, batch or made.example() or example_batch(made))
-    return run_checks(CHECKS, subject, "reward")
+    return _results(_only(reward), batch)
 
 
 def parametrize_reward_checks(
@@ -93,6 +90,13 @@ def parametrize_reward_checks(
         RewardCheckError,
         RewardCheckWarning,
     )
+
+
+def _results(made: Reward, batch: RewardBatch | None) -> list[CheckResult]:
+    if made.capabilities.head:
+        made.make_head(LATENT_CHANNELS, 0)  # as the host does, for the features of the teacher in the kit's batch
+    subject = Subject(made, batch or made.example() or example_batch(made))
+    return run_checks(CHECKS, subject, "reward")
 
 
 def _only(reward: RewardFuncs) -> Reward:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DynamoBackend
+from accelerate.utils.memory import clear_device_cache
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import IntervalStrategy
@@ -135,7 +136,7 @@ def will_log(args: Any, state: TrainerState) -> bool:
 
 
 class Bookkeeper(TrainerCallback):
-    """Epochs for the sampler, which rewards judge a step, the moving average, pictures."""
+    """Epochs for the sampler, which rewards judge a step, the moving average, free memory, pictures."""
 
     def __init__(self, trainer: RDMTrainer, trackers: TellTrackers) -> None:
         self.trainer, self.trackers = trainer, trackers
@@ -155,10 +156,12 @@ class Bookkeeper(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.models.move_average()
+        if args.torch_empty_cache_steps and state.global_step % args.torch_empty_cache_steps == 0:
+            clear_device_cache()
         due = args.log_images and state.global_step % args.log_images == 0
         if due and (args.should_save or self.trainer.roles.sharded):
             name = f"step_{state.global_step:06d}.png"
-            path = self.trainer.write_images(Path(str(args.output_dir)) / "images" / name)
+            path = self.trainer.write_images(self.trainer.keeper.records / "images" / name)
             if args.should_save:
                 self.trackers.show(path, state.global_step)
                 if args.log_images_limit is not None:
@@ -175,7 +178,6 @@ class Bookkeeper(TrainerCallback):
 def run_callbacks(trainer: RDMTrainer) -> list[TrainerCallback]:
     """Return the callbacks of every run, in their order."""
     trackers = TellTrackers(trainer)
-    record = RunRecord(trainer.rewards, trainer.family.base_name)
     # The log's file is the last: what the watch finds is a row of it.
-    parts = [Compiling(), Bookkeeper(trainer, trackers), record, RunFile(trainer), trackers]
+    parts = [Compiling(), Bookkeeper(trainer, trackers), RunRecord(trainer), RunFile(trainer), trackers]
     return [*parts, Watch(trainer), KeepLog(trainer)]

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.trainer import TRAINER_STATE_NAME
 
 from rdm_sdk.errors import CheckpointError
 from rdm_sdk.families.base import ModelFamily
@@ -28,10 +29,11 @@ from rdm_sdk.training.models import RunModels
 from rdm_sdk.training.randomness import global_state, set_global_state
 from rdm_sdk.training.redistribution import read_share
 from rdm_sdk.training.step import DistillationStep
+from rdm_sdk.training.weighting import weigh
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 5
+FORMAT = 6
 WEIGHTS, STATE = "rdm_state.safetensors", "rdm_state.json"
 TRAINER_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 CRITIC_OPTIMIZER = "critic_optimizer.pt"
@@ -56,6 +58,8 @@ class RunState:
     """What else the run has cost: rollouts, critic steps, reward calls."""
     stored_rollouts: bool
     """Whether rollouts are still to be used again; they are in a separate file, one per process."""
+    targets: list[float]
+    """The weight of each of them in its spec."""
     weights: dict[str, float]
     """What each reward weighs in the next optimizer step."""
     weighting: dict[str, float]
@@ -76,6 +80,7 @@ def capture(step: DistillationStep, models: RunModels, identity: RunIdentity) ->
         forwards=dict(roles.forwards),
         costs=dict(step.monitor.spent),
         stored_rollouts=bool(step.rollouts.stored),
+        targets=list(step.targets.values()),
         weights=step.weights,
         weighting=dict(step.weighting.state_dict()),
         ema_steps=models.ema_steps,
@@ -96,8 +101,12 @@ def restore(step: DistillationStep, models: RunModels, state: RunState, folder: 
     step.monitor.spent = Counter(
         {name: count if name == "critic_steps" else count * before // now.count for name, count in state.costs.items()}
     )
-    step.weights = dict(state.weights)
     step.weighting.load_state_dict(state.weighting)
+    step.weights = dict(state.weights)
+    if state.targets != list(step.targets.values()) or state.weights.keys() != step.targets.keys():
+        # Other weights in the spec, or other names, which are as short as all rewards of the run let them be.
+        done = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+        step.weights = weigh(step.weighting, step.targets, {}, done)
 
 
 def chosen(wanted: str | Path | bool | None) -> str | Path | bool:
@@ -170,7 +179,9 @@ def check(directory: str | Path, mine: RunState, index: int) -> RunState:
             "checkpoint."
         ) from error
     _check_same_networks(folder, state, mine, has_ema)
-    for change in check_same_run(state.identity, mine.identity, str(folder)):
+    weighed = zip(mine.rewards, state.targets, mine.targets, strict=True)
+    weights = [f"weight of {reward!r}: {before:g} -> {now:g}" for reward, before, now in weighed if before != now]
+    for change in [*check_same_run(state.identity, mine.identity, str(folder)), *weights]:
         logger.warning(f"resuming with another {change}")
     return state
 

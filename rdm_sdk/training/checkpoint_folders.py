@@ -187,13 +187,18 @@ def newest_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
+def of_other_runs(output_dir: Path, run: str) -> list[str]:
+    """Return the names of the whole checkpoints of an output folder that are not this run's, the newest first."""
+    return [p.name for p in checkpoints_in(output_dir) if (found := _manifest_or_none(p)) and found.run != run]
+
+
 def refuse_other_runs(output_dir: Path, run: str) -> None:
     """Raise unless all whole checkpoints of an output folder are this run's.
 
     Raises:
         CheckpointError: there are others, which this run would mix with its own.
     """
-    others = [p.name for p in checkpoints_in(output_dir) if (found := _manifest_or_none(p)) and found.run != run]
+    others = of_other_runs(output_dir, run)
     if others:
         raise CheckpointError(
             f"{str(output_dir)!r} holds checkpoints of another run ({', '.join(others[:3])}"

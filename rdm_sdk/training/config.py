@@ -36,6 +36,8 @@ class RDMConfig(_KnownSettings):
     num_generations` prompts. `learning_rate`, `max_grad_norm` and the learning-rate schedule are the student's.
     """
 
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "critic_lr_scheduler_kwargs"]  # noqa: RUF012
+
     # ---- Settings of transformers with another default
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the student."})
     lr_scheduler_type: str = field(
@@ -133,6 +135,10 @@ class RDMConfig(_KnownSettings):
     )
     critic_lr_scheduler_type: str | None = field(
         default=None, metadata={"help": "Schedule of the critics' learning rate; None takes the student's."}
+    )
+    critic_lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Options of the critics' schedule; None takes the student's, where it is of the same type."},
     )
     critic_adam_beta1: float | None = field(
         default=None, metadata={"help": "Adam's beta1 for the critics; None takes the student's."}

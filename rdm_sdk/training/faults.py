@@ -6,9 +6,10 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -143,14 +144,31 @@ def explained(error: RDMError, models: RunModels, rollouts: Rollouts, step: int,
     """Return what to raise for an error of a step: one that names the first value that is not finite, if any is.
 
     What the step was doing is then written to `<output_dir>/fault`: `fault.json`, and the samples that it had
-    (`batch.safetensors`), in place of what an earlier fault left there. Steps are counted from 1.
+    (`batch.safetensors`), in place of what an earlier fault left there. Of several processes, each that has such a
+    value writes into a folder of its own in there. Steps are counted from 1.
     """
     prompts = [prompt for batch in rollouts.window for prompt in batch["prompts"]]
     fault = models.watch.first(prompts, models.encode)
     models.watch.end()
     if fault is None:
         return error
-    folder = Path(output_dir) / FOLDER
+    folder, processes = Path(output_dir) / FOLDER, rollouts.processes
+    if processes.count > 1:  # or the samples of one would stand beside the facts of another
+        folder = folder / f"process-{processes.index}"
+    facts = {"step": step, "error": str(error), "fault": asdict(fault), "prompts": prompts}
+    try:
+        _write(folder, facts, rollouts)
+        told = f"The step's samples are in {folder}"
+    except (OSError, RuntimeError, SafetensorError) as failure:  # what the step failed of is what must be told
+        told = f"The step's samples could not be written to {folder} ({type(failure).__name__}: {failure})"
+    return RDMError(
+        f"{fault}, in optimizer step {step}, which was not taken ({error}). {told}; the "
+        "same run with resume_from_checkpoint='latest' repeats it bit for bit"
+    )
+
+
+def _write(folder: Path, facts: dict[str, Any], rollouts: Rollouts) -> None:
+    """Write what a failed step was doing, and the samples that it had."""
     tensors: dict[str, Tensor] = {}
     for number, experience in enumerate(rollouts.experiences):
         rollout = experience.rollout
@@ -158,10 +176,5 @@ def explained(error: RDMError, models: RunModels, rollouts: Rollouts, step: int,
         tensors |= {f"{number}.{name}": tensor.detach().contiguous().cpu() for name, tensor in named.items()}
     with replacing(folder / "batch.safetensors") as path:
         save_file(tensors, path)
-    facts = {"step": step, "error": str(error), "fault": asdict(fault), "prompts": prompts}
     with replacing(folder / "fault.json") as path:
         path.write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
-    return RDMError(
-        f"{fault}, in optimizer step {step}, which was not taken ({error}). The step's samples are in {folder}; the "
-        "same run with resume_from_checkpoint='latest' repeats it bit for bit"
-    )

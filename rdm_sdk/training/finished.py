@@ -13,6 +13,7 @@ from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.evaluate import evaluate_rewards
 from rdm_sdk.training.judge import Judge
 from rdm_sdk.training.models import RunModels
+from rdm_sdk.training.monitor import warn_of_skipped
 from rdm_sdk.training.picture_filter import PictureFilter
 from rdm_sdk.types import RewardOutput
 
@@ -36,7 +37,9 @@ def score_finished(
         latents=torch.cat(latents), prompts=repeated, group_size=group, decode=models.to_images, columns=entries
     )
     with models.vae_at_hand():
-        return evaluate_rewards(rewards, batch, chunk_size=size, gradients_of=(), **judge.options).outputs
+        result = evaluate_rewards(rewards, batch, chunk_size=size, gradients_of=(), **judge.options)
+    warn_of_skipped(result)
+    return result.outputs
 
 
 def look(
@@ -61,11 +64,12 @@ def look(
     return list(zip(labels, pictures, strict=True))
 
 
-def figures(outputs: Mapping[str, RewardOutput], prefix: str) -> dict[str, float]:
+def figures(outputs: Mapping[str, RewardOutput], prefix: str, asked: Sequence[str]) -> dict[str, float]:
     """Return mean and deviation of every reward, over the samples it is for: `<prefix>_rewards/<name>/mean` and `/std`.
 
-    What a reward logged itself is `<prefix>_rewards/<name>/<figure>`. The first mean is also `<prefix>_loss`, negated,
-    so that `load_best_model_at_end` has something to go by.
+    What a reward logged itself is `<prefix>_rewards/<name>/<figure>`. The mean of the first that was `asked`, and is
+    for some of the samples, is also `<prefix>_loss`, negated, so that `load_best_model_at_end` has something to go by;
+    if that one was skipped there is none, because another's mean would mean something else.
 
     Raises:
         RDMError: there are none.
@@ -78,4 +82,6 @@ def figures(outputs: Mapping[str, RewardOutput], prefix: str) -> dict[str, float
     deviations = {f"{prefix}_rewards/{n}/std": of.std().item() if len(of) > 1 else 0.0 for n, of in spread.items()}
     logged = {f"{prefix}_rewards/{n}/{f}": v.nanmean().item() for n, o in outputs.items() for f, v in o.logged.items()}
     logged = {name: value for name, value in logged.items() if value == value}  # NaN for all is nothing logged
-    return logged | found | deviations | {f"{prefix}_loss": -next(iter(found.values()))}
+    first = next(name for name in asked if name in scores or name not in outputs)
+    loss = {f"{prefix}_loss": -found[f"{prefix}_rewards/{first}/mean"]} if first in scores else {}
+    return logged | found | deviations | loss

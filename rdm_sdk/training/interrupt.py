@@ -35,13 +35,15 @@ class SaveOnSignal(TrainerCallback):
     def __init__(self, processes: Processes) -> None:
         self.caught: int | None = None
         """The signal that has come."""
+        self.ending = False
+        """Whether the optimizer step that is over was the last for it, on all processes."""
         self.processes = processes
         self._before: dict[int, Any] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Catch the signals during the block."""
-        self.caught = None
+        self.caught, self.ending = None, False
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._catch) for number in SIGNALS}
         try:
@@ -60,9 +62,9 @@ class SaveOnSignal(TrainerCallback):
             together = self.processes.reduce(torch.tensor(float(number), device=args.device), "sum")
             number = number or (int(signal.SIGTERM) if together > 0 else 0)
         if number:
-            self.caught = number
+            self.caught, self.ending = number, True
             control.should_training_stop = True
-            control.should_save |= args.save_strategy != SaveStrategy.NO
+            control.should_save |= args.save_strategy != SaveStrategy.NO  # "best" asks `_determine_best_metric`
 
     def restore(self) -> None:
         """Give the signals back to whoever had them."""

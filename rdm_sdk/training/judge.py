@@ -161,14 +161,17 @@ class Judge:
         """Evaluate every reward at an experience's x_0, except those that have scored its endpoints already."""
         left = [one for one in self.asked(judged_at_replay(self.rewards)) if one.label not in experience.scored]
         batch = self.batch(experience.samples)
-        outputs = self.score(left, batch)
         tilting = {reward.label: reward for reward in left if reward.route == "tilt" and reward.weight}
+        if tilting and batch.context is not None:
+            # Before a reward that is only watched asks for it, whose random numbers are put back.
+            batch.context.renoise(batch.latents, batch.group_size)
+        outputs = self.score(left, batch)
         here = [label for label in tilting if label in outputs and not bool(outputs[label].scores.isnan().all())]
         scale, total = self.settings.scale_rewards, self.processes.total
-        for label in self.processes.anywhere(here) if scale == "batch" else here:
+        for label in self.processes.anywhere(here):
             if label in here:
                 outputs[label] = tilted(outputs[label], batch, scale, total)
-            else:  # other processes wait for this one's part of the batch's statistics, which is none
+            else:  # other processes wait for this one: its part of the batch's statistics, or of a base shared out
                 tilted(nothing(batch.latents, tilting[label].differentiated), batch, scale, total)
         return dict(experience.scored) | outputs
 
@@ -258,11 +261,14 @@ class Answers(Mapping[str, RewardOutput]):
     """
 
     def __init__(self, asked: Collection[str], collect: Callable[[], dict[str, RewardOutput]]) -> None:
-        self._asked, self._collect = asked, collect
+        self._asked = asked
+        self._collect: Callable[[], dict[str, RewardOutput]] | None = collect
 
     @cached_property
     def _outputs(self) -> dict[str, RewardOutput]:
-        return self._collect()
+        collect, self._collect = self._collect, None  # which holds decoded images
+        assert collect is not None
+        return collect()
 
     def __contains__(self, label: object) -> bool:
         return label in self._asked and label in self._outputs  # nobody waits for what was not asked

@@ -32,6 +32,12 @@ class Monitor:
         self._waiting: list[tuple[dict[str, list[tuple[float, float]]], str, Tensor | float, Tensor | float]] = []
         """Where a figure belongs, its name, its mean, and of how many: read together, once per step."""
 
+    def forget(self) -> None:
+        """Drop what a step that failed has taken down, which nobody has read."""
+        self._waiting.clear()
+        for notes in (self._values, self._pulls, self._scores):
+            notes.clear()
+
     def log(self, name: str, value: Tensor | float, count: Tensor | float = 1) -> None:
         """Take a figure down, as the mean of `count` ones, which may be 0; nobody waits for tensors until it is read.
 
@@ -77,8 +83,7 @@ class Monitor:
             self.log(f"rewards/{name}/seconds", seconds)
             if skips:
                 self.log(f"rewards/{name}/skipped", float(name in result.skipped))
-        for name, error in result.skipped.items():
-            logger.warning("reward %r was skipped: %s: %s", name, type(error).__name__, error)
+        warn_of_skipped(result)
 
     def reward(self, judged: WeightedReward, output: RewardOutput, group_size: int) -> None:
         """Take down what a reward said of a micro-batch; means are over the samples that it applies to."""
@@ -148,6 +153,12 @@ class Monitor:
             for name, (pulls, pull, pulled, score, scored) in zip(names, sums.tolist(), strict=True)
             if pulls and scored
         }
+
+
+def warn_of_skipped(result: Evaluation) -> None:
+    """Name the rewards that were skipped, and why."""
+    for name, error in result.skipped.items():
+        logger.warning("reward %r was skipped: %s: %s", name, type(error).__name__, error)
 
 
 def mean_where(values: Tensor, chosen: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, get_scheduler
+from transformers import SchedulerType, Trainer, get_scheduler
 
-from rdm_sdk.errors import CheckpointError
+from rdm_sdk.errors import CheckpointError, ConfigError
 from rdm_sdk.families.roles import STUDENT, Roles
 from rdm_sdk.training.config import RDMConfig
 
@@ -23,15 +23,48 @@ CRITIC_RATE = 2.0
 """The critics' learning rate where none is set, in student's: the faster they follow, the less `dm` is off."""
 
 
+BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+"""Schedules that are told a metric with each step."""
+
+
 def critic_settings(args: RDMConfig) -> RDMConfig:
     """Return the settings with the critics' optimizer in the student's place."""
     settings = copy.copy(args)
     settings.learning_rate = CRITIC_RATE * args.learning_rate
-    for name in ("learning_rate", "adam_beta1", "adam_beta2", "weight_decay", "lr_scheduler_type"):
+    if args.critic_lr_scheduler_type not in (None, SchedulerType(args.lr_scheduler_type).value):
+        settings.lr_scheduler_kwargs = None  # options of another schedule
+    for name in (
+        "learning_rate",
+        "adam_beta1",
+        "adam_beta2",
+        "weight_decay",
+        "lr_scheduler_type",
+        "lr_scheduler_kwargs",
+    ):
         value = getattr(args, f"critic_{name}")
         if value is not None:
             setattr(settings, name, value)
     return settings
+
+
+def check_schedules(args: RDMConfig) -> None:
+    """Raise `ConfigError` for a schedule whose options are not its own, and for critics' that goes by a metric."""
+    for prefix, settings in (("", args), ("critic_", critic_settings(args))):
+        kind = SchedulerType(settings.lr_scheduler_type).value
+        if prefix and kind in BY_METRIC:
+            raise ConfigError(
+                f"critic_lr_scheduler_type={kind!r} goes by a metric, and the critics' rate moves with every optimizer "
+                "step of the student; set critic_lr_scheduler_type to another, such as 'linear'"
+            )
+        weights = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=settings.learning_rate)
+        options: Any = settings.lr_scheduler_kwargs
+        try:
+            get_scheduler(kind, weights, 0, max(args.max_steps, 1), options)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{prefix}lr_scheduler_kwargs={options!r} cannot be used with {prefix}lr_scheduler_type={kind!r}: "
+                f"{error}"
+            ) from error
 
 
 def critic_groups(roles: Roles, learning_rate: float) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pyarrow
@@ -15,12 +15,16 @@ from pyarrow import csv
 
 from rdm_sdk.errors import DataError, shown
 
+LIMIT = 2**63
+"""Whole numbers of 64 bits are smaller."""
+
 
 def read_prompt_file(path: Path, argument: str) -> Dataset:
     """Return a file's prompts as a `Dataset`, by its suffix; tables keep all their columns.
 
     - `.txt` (or none): one prompt per line, blank lines skipped.
-    - `.csv`, `.tsv`: a header with a column `prompt`; empty cells are None.
+    - `.csv`, `.tsv`: a header with a column `prompt`; empty cells are None. A further column holds numbers if each of
+      its cells is one as Python writes it ("7", "0.5"); "007", "1.50", dates and "true" are texts.
     - `.json`: a list of objects; `.jsonl`: one object per line; what an object lacks is None.
     - `.parquet`: as it is.
 
@@ -61,23 +65,44 @@ def _read_text(path: Path) -> Dataset:
 
 def _read_table(path: Path) -> Dataset:
     path.read_text(encoding="utf-8-sig")  # names the byte that is not UTF-8, which Arrow would keep as bytes
-    table = csv.read_csv(
-        path,
-        parse_options=csv.ParseOptions(
-            delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True
-        ),
-        # The prompt "7" is a text; "NA" and "null" are words, and only an empty cell is none.
-        convert_options=csv.ConvertOptions(
-            column_types={"prompt": pyarrow.string()},
-            null_values=[""],
-            strings_can_be_null=True,
-            timestamp_parsers=[],
-        ),
+    options = csv.ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
+    with csv.open_csv(path, parse_options=options) as opened:
+        names = opened.schema.names
+    # "NA" and "null" are words, and only an empty cell is none.
+    convert = csv.ConvertOptions(
+        column_types=dict.fromkeys(names, pyarrow.string()), null_values=[""], strings_can_be_null=True
     )
+    table = csv.read_csv(path, parse_options=options, convert_options=convert)
     twice = [name for name, count in Counter(table.column_names).items() if count > 1]
     if twice:
         raise ValueError(f"the column {twice[0]!r} is there more than once")
-    return Dataset.from_dict(table.to_pydict())
+    columns = table.to_pydict()
+    return Dataset.from_dict({n: cells if n == "prompt" else _numbers_or_texts(cells) for n, cells in columns.items()})
+
+
+def _numbers_or_texts(cells: list[str | None]) -> Sequence[float | str | None]:
+    """Return a column as numbers if each of its cells is one, whole ones if all are, and else as the texts it holds.
+
+    Arrow would read "007" as 7, "12:30" as a time and "true" as a truth value, which are words to a reward.
+    """
+    numbers = [None if cell is None else _number(cell) for cell in cells]
+    if any(number is None for number, cell in zip(numbers, cells, strict=True) if cell is not None):
+        return cells
+    if all(isinstance(number, int) for number in numbers if number is not None):
+        return numbers
+    return [None if number is None else float(number) for number in numbers]
+
+
+def _number(cell: str) -> int | float | None:
+    """Return the number that is written as a cell is, None if there is none."""
+    for kind in (int, float):
+        try:
+            number = kind(cell)
+        except ValueError:
+            continue
+        if str(number) == cell and abs(number) < LIMIT:
+            return number
+    return None
 
 
 def _read_json(path: Path) -> Dataset:

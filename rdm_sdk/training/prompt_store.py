@@ -142,7 +142,8 @@ def _checksum(row: Condition) -> int:
 
 
 def _bytes_of(tensor: Tensor) -> Any:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    # As `serving/tensors.py`: a side of 1 may have any stride, and bytes are only seen where the stride is 1.
+    return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
 
 
 def _damaged(path: Path, why: str) -> DataError:

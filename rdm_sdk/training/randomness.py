@@ -53,9 +53,7 @@ class Randomness:
         self._before = torch.get_rng_state()
 
     def begin(self) -> None:
-        """Take the global state over, unless a step that failed has left it here."""
-        if self.draws.generator is not None:
-            return
+        """Take the global state over."""
         (state, *_) = self.processes.gather(global_state(self.device))
         self.draws.generator = torch.Generator(self.device)
         self.draws.generator.set_state(state)

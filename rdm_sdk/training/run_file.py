@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,53 +16,60 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from rdm_sdk.errors import RDMError
 from rdm_sdk.families.roles import STUDENT
+from rdm_sdk.families.targets import names_of_adapted
 from rdm_sdk.files import replacing
 from rdm_sdk.rewards.resolve import plan_rewards
 from rdm_sdk.rewards.spec import is_secret, show_spec
 from rdm_sdk.training.inherited import chosen_settings
+from rdm_sdk.training.own_files import NO_PROMPTS, places, sealed
 from rdm_sdk.training.weighting import make_weighting
 
 if TYPE_CHECKING:
+    from rdm_sdk.families.roles import Roles
     from rdm_sdk.training.trainer import RDMTrainer
 
-FILE, PROMPTS = "run.yaml", "prompts.jsonl"
 _EVALUATION = ("eval_", "metric_for_best_model", "greater_is_better", "load_best_model_at_end", "per_device_eval")
 """Beginnings of the settings that need an `eval_dataset`, which the command line does not take."""
+_WRITABLE = re.compile(r"(large_)?string|bool|null|u?int\d+|float\d+")
+"""The types of columns that come back from JSON as they were."""
 
 
 class RunFile(TrainerCallback):
-    """Writes `run.yaml` and `prompts.jsonl` into the output folder when training begins."""
+    """Writes `run.yaml` and `prompts.jsonl` beside the run's log when training begins."""
 
     def __init__(self, trainer: RDMTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if args.should_save:
-            write_run_file(self.trainer, Path(str(args.output_dir)))
+            write_run_file(self.trainer, self.trainer.keeper.records)
 
 
 def write_run_file(trainer: RDMTrainer, folder: Path) -> Path:
     """Write a trainer's run as YAML for `rdm-sdk train --config`, and its prompts; return the YAML's path.
 
     Secrets are left out. What a file cannot hold (objects, pictures beside prompts, prompts to evaluate with) is named
-    in its head.
+    in its head. Files of these names that somebody wrote or changed stay: see `own_files.places`.
     """
     content, missing = settings_of(trainer)
-    dataset = trainer.train_dataset
-    if dataset is not None and _is_plain(dataset):
-        with replacing(folder / PROMPTS) as staged, staged.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in dataset)
-        content["prompts"] = str(folder / PROMPTS)
-    else:
-        missing.append("prompts (their columns are no texts and numbers): give the file with --prompts")
-    head = [f"# The settings of a run, to repeat it: rdm-sdk train --config {folder / FILE} --output_dir elsewhere"]
-    if missing:
-        head += ["# A file cannot hold all of it. Missing here, so that the command makes another run:"]
-        head += [f"# - {part}" for part in missing]
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    with replacing(folder / FILE) as staged:
-        staged.write_text("\n".join([*head, text]), encoding="utf-8")
-    return folder / FILE
+    settings, prompts = places(folder)
+    unwritable = _unwritable(trainer.train_dataset)
+    digest = NO_PROMPTS
+    with ExitStack() as staging:  # so that both take their places, or none does where the disk is full
+        if trainer.train_dataset is None or unwritable:
+            missing.append(f"prompts{unwritable and f' ({unwritable})'}: give the file with --prompts")
+        else:
+            digest = _write_prompts(trainer.train_dataset, staging.enter_context(replacing(prompts)))
+            content["prompts"] = str(prompts)
+        head = [f"# The settings of a run, to repeat it: rdm-sdk train --config {settings} --output_dir elsewhere"]
+        if missing:
+            head += ["# A file cannot hold all of it. Missing here, so that the command makes another run:"]
+            head += [f"# - {part}" for part in missing]
+        text = "\n".join([*head, yaml.safe_dump(content, sort_keys=False, allow_unicode=True)])
+        staging.enter_context(replacing(settings)).write_text(sealed(text, digest), encoding="utf-8")
+    if digest == NO_PROMPTS:
+        prompts.unlink(missing_ok=True)  # those of an earlier run, unchanged
+    return settings
 
 
 def settings_of(trainer: RDMTrainer) -> tuple[dict[str, Any], list[str]]:
@@ -90,37 +100,65 @@ def settings_of(trainer: RDMTrainer) -> tuple[dict[str, Any], list[str]]:
 def _lora(trainer: RDMTrainer) -> tuple[dict[str, Any], list[str]]:
     """Return the settings of the adapters, and what of them the command line has no name for."""
     roles = trainer.roles
-    configs = {role: roles.lora_config(role) for role in roles.trainable_roles if _is_adapter(trainer, role)}
-    if not configs:
+    adapters = [role for role in roles.trainable_roles if role not in roles.copies and role not in roles.heads]
+    if not adapters:
         return {}, []
-    config = configs.get(STUDENT, next(iter(configs.values())))
-    targets = sorted(config.target_modules or ())
-    usual = sorted(trainer.family.lora_targets) == targets
-    content: dict[str, Any] = {"lora_r": config.r, "lora_alpha": config.lora_alpha}
-    content |= {} if usual else {"lora_target_modules": targets}
-    plain = LoraConfig(r=config.r, lora_alpha=config.lora_alpha, target_modules=targets)
-    missing = [
-        f"LoRA settings of {role!r}: {roles.describe(role)}" for role in configs if _unlike(configs[role], plain)
+    first = STUDENT if STUDENT in adapters else adapters[0]
+    config, targets = roles.lora_config(first), _targets(roles, first)
+    content: dict[str, Any] = {}
+    missing: list[str] = []
+    if trainer.args.start_from is not None and first == STUDENT:
+        common = _comparable(config, targets)  # the command takes it from there, and for critics too
+    else:
+        content = {"lora_r": config.r, "lora_alpha": config.lora_alpha}
+        common = _comparable(LoraConfig(r=config.r, lora_alpha=config.lora_alpha), targets)
+        if isinstance(targets, str):
+            missing.append(f"lora_target_modules, which names alone cannot say: {targets!r}")
+        elif targets != sorted(trainer.family.lora_targets):
+            content["lora_target_modules"] = targets
+    missing += [
+        f"LoRA settings of {role!r}: {roles.describe(role)}"
+        for role in adapters
+        if _comparable(roles.lora_config(role), _targets(roles, role)) != common
     ]
     return content, missing
 
 
-def _is_adapter(trainer: RDMTrainer, role: str) -> bool:
-    return role not in trainer.roles.copies and role not in trainer.roles.heads
+def _targets(roles: Roles, role: str) -> list[str] | str:
+    """Return the layers that a role's adapters are for, by name; a regular expression where no names say the same."""
+    given = roles.lora_config(role).target_modules
+    if isinstance(given, str):
+        return names_of_adapted(roles.backbone, role) or given
+    return sorted(given or ())
 
 
-def _unlike(config: LoraConfig, other: LoraConfig) -> bool:
-    """Return whether two LoRA configurations differ in more than where they come from."""
+def _comparable(config: LoraConfig, targets: list[str] | str) -> dict[str, Any]:
+    """Return what a LoRA configuration says beside where it comes from, with the layers that it is for."""
     places = {"base_model_name_or_path", "task_type", "auto_mapping", "revision", "peft_version", "inference_mode"}
-    one, two = (
-        {name: value for name, value in vars(given).items() if name not in places and not name.startswith("_")}
-        for given in (config, other)
-    )
-    for given in (one, two):
-        given["target_modules"] = sorted(given["target_modules"] or ())
-    return one != two
+    kept = {name: value for name, value in vars(config).items() if name not in places and not name.startswith("_")}
+    return kept | {"target_modules": targets}
 
 
-def _is_plain(dataset: Dataset) -> bool:
-    """Return whether every column holds texts or numbers."""
-    return all(isinstance(kind, Value) for kind in dataset.features.values())
+def _unwritable(dataset: Dataset | None) -> str:
+    """Return why a line of JSON cannot hold a row of a dataset as it is; nothing where it can."""
+    if dataset is None:
+        return ""
+    if dataset.format["type"] == "custom":
+        return "a transform makes them"
+    odd = [
+        f"{name!r} of type {kind.dtype if isinstance(kind, Value) else type(kind).__name__}"
+        for name, kind in dataset.features.items()
+        if name in dataset.format["columns"] and not (isinstance(kind, Value) and _WRITABLE.fullmatch(kind.dtype))
+    ]
+    return f"no text or number: the column {', '.join(odd)}" if odd else ""
+
+
+def _write_prompts(dataset: Dataset, path: Path) -> str:
+    """Write a dataset's rows as lines of JSON; return the hash of the file."""
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for row in dataset.with_format(None, columns=dataset.format["columns"]):  # no tensors
+            line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+            digest.update(line)
+            file.write(line)
+    return digest.hexdigest()

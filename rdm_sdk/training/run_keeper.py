@@ -49,13 +49,15 @@ class RunKeeper:
     ) -> None:
         self.args, self.step, self.models, self.wait = args, step, models, wait
         self.identity = RunIdentity(
-            uuid.uuid4().hex,
+            step.processes.gather(uuid.uuid4().hex)[0],
             models.family.fingerprint(),
             prompts_digest(dataset),
             step.processes.count,
             run_settings(args),
         )
-        self.log = LogFile(self.output_dir / LOG)
+        self.records = self.output_dir
+        """Where the run's log, settings and pictures go."""
+        self.log = LogFile(self.records / LOG)
         self._found: checkpoint.RunState | None = None
         self._folder: Path | None = None
 
@@ -70,6 +72,8 @@ class RunKeeper:
             CheckpointError: see `checkpoint.find` and `checkpoint.check`; or the output folder holds checkpoints of
                 another run.
         """
+        self.step.forget()  # of a train() before that has failed
+        self.models.watch.end()
         if self.args.should_save:
             checkpoint_folders.clean(self.output_dir)
         self.wait()
@@ -81,7 +85,22 @@ class RunKeeper:
             self.identity = replace(self.identity, run=self._found.identity.run)
         if self.args.save_strategy != SaveStrategy.NO:
             checkpoint_folders.refuse_other_runs(self.output_dir, self.identity.run)
+        self.records = self._place_of_records()
+        self.log.path = self.records / LOG
         return folder
+
+    def _place_of_records(self) -> Path:
+        """Return the output folder, or one in it where it holds checkpoints of another run: the log there is theirs."""
+        others = checkpoint_folders.of_other_runs(self.output_dir, self.identity.run)
+        if not others:
+            return self.output_dir
+        place = self.output_dir / f"run-{self.identity.run[:8]}"
+        if self.args.should_save:
+            logger.warning(
+                f"{str(self.output_dir)!r} holds {others[0]} of another run, whose log and settings stay; those of "
+                f"this run, which saves no checkpoints, go into {str(place)!r}"
+            )
+        return place
 
     def restore(self, folder: str) -> None:
         """Put the weights, rollouts and counters of the checkpoint that `begin` returned in place."""

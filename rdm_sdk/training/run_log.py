@@ -82,10 +82,11 @@ class LogFile:
 
     def begin(self, history: History) -> None:
         """Put what was logged so far in the place of what the file holds."""
-        self.path.unlink(missing_ok=True)
         if history:
-            with replacing(self.path) as staged:
+            with replacing(self.path) as staged:  # on a full disk, the file stays as it is
                 staged.write_text("".join(f"{line}\n" for line in _lines(history)), encoding="utf-8")
+        else:
+            self.path.unlink(missing_ok=True)
         self._begun, self._rows = True, len(history)
         self._bytes = self.path.stat().st_size if history else 0
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from rdm_sdk._version import __version__
 from rdm_sdk.files import replacing
-from rdm_sdk.rewards.resolve import WeightedReward
 from rdm_sdk.training.identity import run_settings
+
+if TYPE_CHECKING:
+    from rdm_sdk.training.trainer import RDMTrainer
 
 RECORD = "run.json"
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "torchmetrics")
@@ -34,27 +34,27 @@ def versions() -> dict[str, str]:
 
 
 class RunRecord(TrainerCallback):
-    """Writes `run.json` into the output folder when training begins, and `trainer_state.json` when it ends."""
+    """Writes `run.json` beside the run's log when training begins, and `trainer_state.json` when it ends."""
 
-    def __init__(self, rewards: Sequence[WeightedReward], base: str) -> None:
-        self.rewards, self.base = rewards, base
+    def __init__(self, trainer: RDMTrainer) -> None:
+        self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if args.should_save:
             content = {
-                "base": self.base,
+                "base": self.trainer.family.base_name,
                 "rewards": [
                     {"reward": reward.term.reference, "weight": reward.weight, "route": reward.route}
-                    for reward in self.rewards
+                    for reward in self.trainer.rewards
                 ],
                 "settings": run_settings(args),
                 "versions": versions(),
                 "begun": datetime.now(UTC).isoformat(timespec="seconds"),
             }
-            with replacing(Path(str(args.output_dir)) / RECORD) as staged:
+            with replacing(self.trainer.keeper.records / RECORD) as staged:
                 staged.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if args.should_save:
-            with replacing(Path(str(args.output_dir)) / TRAINER_STATE_NAME) as staged:
+            with replacing(self.trainer.keeper.records / TRAINER_STATE_NAME) as staged:
                 state.save_to_json(str(staged))

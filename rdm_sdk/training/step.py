@@ -70,6 +70,12 @@ class DistillationStep:
         self._has_field = False
         self._student_checked = False
 
+    def forget(self) -> None:
+        """Drop what a step that failed, or was interrupted, has left behind; the random state is given back."""
+        self.monitor.forget()
+        self.judge.randomness.end()
+        self.judge.step = None
+
     def begin(self, window: Window, step: int) -> None:
         """Roll the student out for the micro-batches of optimizer step `step` (from 0), or use rollouts again.
 
@@ -89,6 +95,8 @@ class DistillationStep:
 
         Each is to be back-propagated before the next is asked for. Without critics there are none.
         """
+        if not self.judge.critics:
+            return
         self.processes.note(f"training the critics, update {turn + 1} of the step")
         batches = self.rollouts.critic_samples(turn)
         for samples in batches:

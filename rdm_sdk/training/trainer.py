@@ -201,9 +201,7 @@ class RDMTrainer(Trainer):
             self.optimizer = cls([group], **options)
         return self.optimizer
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
         """Create the schedules: the student's, and the critics' with their optimizer."""
         if self.critic_optimizer is None:
             self.critic_optimizer = critic_optimizer(self.args, self.roles)
@@ -273,7 +271,7 @@ class RDMTrainer(Trainer):
         inputs, size = collate(list(dataset)), self.args.per_device_eval_batch_size
         with self.models.seeded(self.args.seed), self.models.exported_weights():
             outputs = score_finished(self.models, self.judge, inputs["prompts"], inputs["columns"], size)
-        metrics = figures(outputs, metric_key_prefix)
+        metrics = figures(outputs, metric_key_prefix, list(self.judge.of_images))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -358,6 +356,11 @@ class RDMTrainer(Trainer):
                 result = TrainOutput(state.global_step, 0.0, {})
         self.interrupt.leave(self.args, self.state)
         return result
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        name = str(self.args.metric_for_best_model)
+        known = name == "None" or f"eval_{name.removeprefix('eval_')}" in metrics  # or its reward was skipped
+        return (known and super()._determine_best_metric(metrics, trial)) or self.interrupt.ending
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.keeper.restore(resume_from_checkpoint)

@@ -21,6 +21,7 @@ from rdm_sdk.plugins.registry import registry
 from rdm_sdk.rewards.base import Reward
 from rdm_sdk.rewards.resolve import RewardFuncs, RunReward, WeightedReward, resolve_rewards, split_held_out
 from rdm_sdk.training.config import RDMConfig
+from rdm_sdk.training.optimizers import check_schedules
 from rdm_sdk.training.start import starting_lora
 from rdm_sdk.training.weighting import ANCHOR, Weighting, make_weighting
 
@@ -95,10 +96,16 @@ def check_arguments(args: object, optimizers: Sequence[object]) -> None:
         raise ConfigError("fsdp shares the base out between processes, and there is one; start several with torchrun")
     if args.torch_compile:
         check_compiler(str(args.torch_compile_backend), args.torch_compile_mode, args.device)
+    if OptimizerNames(args.optim).value.startswith("schedule_free"):
+        raise ConfigError(
+            f"optim={OptimizerNames(args.optim).value!r} cannot be used: it has two sets of weights, and is not told "
+            "when the student is sampled; take another optimizer, whose weights ema_decay averages"
+        )
     try:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"optim={OptimizerNames(args.optim).value!r} cannot be used here: {error}") from error
+    check_schedules(args)
 
 
 def check_run(

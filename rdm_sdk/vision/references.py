@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from rdm_sdk.errors import DataError, shown
@@ -22,7 +23,7 @@ class PictureColumn:
 
     An entry is the path of a file, a PIL image, an 8-bit array `[H, W, 3]`, floats `[3, H, W]` in [0, 1], or what
     `datasets.Image(decode=False)` gives: a mapping with `bytes` or `path`. A picture is scaled until it covers the
-    wanted size (bicubic, as PIL), and its middle is cut out.
+    wanted size (bicubic, as PIL), and its middle is cut out. Files are turned as their camera said, before that.
 
     Args:
         name: the column's, for messages.
@@ -53,16 +54,36 @@ class PictureColumn:
             return _fitted(read_images([entry], where, DataError), size)
         place = (key, *size)
         if place not in self._kept:
-            try:
-                with Image.open(file) as opened:
-                    picture = _fitted(read_images([opened], where, DataError), size)
-            except (OSError, Image.DecompressionBombError) as error:  # missing, cut off, too large, no picture
-                raise DataError(f"{where}: {shown(str(key), 120)} cannot be read as a picture: {error}") from error
+            picture = _fitted(read_images([upright(file, f"{where}: {shown(key, 120)}")], where, DataError), size)
             self._kept[place] = (picture * 255).round().to(torch.uint8)
         self._kept.move_to_end(place)
         while len(self._kept) > self.keep:
             self._kept.popitem(last=False)
         return self._kept[place].float() / 255
+
+
+@contextmanager
+def opened(file: Path | BytesIO, name: str) -> Iterator[Image.Image]:
+    """Yield a file's picture, of which no more than the header is read; the block is to do nothing but use it.
+
+    Raises:
+        DataError: there is no such file, or it is no picture, or is damaged, as far as the block comes; with `name`.
+    """
+    try:
+        with Image.open(file) as picture:
+            yield picture
+    except Exception as error:  # of damaged files, PIL raises what it comes across: struct.error, TypeError, ...
+        raise DataError(f"{name} cannot be read as a picture: {error}") from error
+
+
+def upright(file: Path | BytesIO, name: str) -> Image.Image:
+    """Return a file's picture as it is shown: turned as its camera said (EXIF).
+
+    Raises:
+        DataError: as `opened`.
+    """
+    with opened(file, name) as picture:
+        return ImageOps.exif_transpose(picture)
 
 
 def _source(entry: object) -> tuple[Path | BytesIO | None, str]:

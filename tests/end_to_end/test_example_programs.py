@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_pipelines import TINY_PIPELINES
 
-from rdm_sdk import digits, image_grid
+from rdm_sdk import DataError, digits, image_grid
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = ("--steps", 1, "--batch", 8)
@@ -126,6 +126,26 @@ def test_score_pictures(example: Any, tmp_path: Path, capsys: pytest.CaptureFixt
     example("score_pictures", "--output", tmp_path / "scores.csv", tmp_path / "pictures")
     assert "best: empty.png" in capsys.readouterr().out
     assert len((tmp_path / "scores.csv").read_text(encoding="utf-8").splitlines()) == 3
+
+
+def test_score_pictures_without_a_score(
+    example: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture that a reward is not for is never the best; where it is for none, that is said."""
+    (tmp_path / "rewards_of_some.py").write_text(
+        "def some(images, prompts): return [None if 'a' == p else float(i.mean()) for i, p in zip(images, prompts)]\n"
+        "def none(images): return [None] * len(images)\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    for name, color in (("a", "white"), ("b", "gray"), ("c", "black")):
+        Image.new("RGB", (8, 8), color).save(tmp_path / "pictures" / f"{name}.png")
+    words = ["--output", tmp_path / "scores.csv", "--prompts", "names", tmp_path / "pictures"]
+    example("score_pictures", *words, "--rewards", "rewards_of_some:some")
+    assert "best: b.png (0.502)" in capsys.readouterr().out
+    with pytest.raises(DataError, match="applies to none of the 3 images; leave it out"):
+        example("score_pictures", *words, "--rewards", "rewards_of_some:none")
 
 
 def test_own_loop(example: Any) -> None:

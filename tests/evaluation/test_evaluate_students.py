@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,8 @@ def test_steps_that_a_student_cannot_take_are_refused(pipeline: Any, students: d
         ({"students": ["nowhere"]}, ModelError, "there is no folder 'nowhere'"),
         ({"rewards": "klip"}, RewardError, "klip"),
         ({"rewards": "dm"}, RewardError, "needs the models of a training run"),
+        ({"rewards": "odd_rewards:Captioned[column=caption]"}, RewardError, "Captioned' needs a column 'caption'"),
+        ({"rewards": "odd_rewards:Unkeepable"}, RewardError, "must return what JSON can hold"),
         ({"real": digits.heldout_images() * 255}, DataError, "real must lie in"),
         ({"prompts": []}, DataError, "prompts holds no prompts"),
         ({"batch_size": 0}, ConfigError, "batch_size=0"),
@@ -264,6 +267,33 @@ def test_mistakes_are_found_before_the_base_is_loaded(
     settings = {"prompts": digits.prompts(), "teacher_steps": [1]} | SMALL | changes
     with pytest.raises(error, match=message):
         evaluate(digits.teacher_path(), **settings)
+
+
+def test_what_rewards_are_kept_with_is_text(students: dict[str, Path], tmp_path: Path) -> None:
+    """A path in a reward's provenance is written as one, with figures that are there already."""
+    settings = SMALL | {"samples": 10, "reference_steps": 1, "reference_samples": 10}
+    found = evaluate(
+        digits.teacher_path(),
+        digits.prompts(),
+        teacher_steps=[1],
+        rewards="odd_rewards:Located",
+        output=tmp_path,
+        **settings,
+    )
+    content = json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))
+    assert content["provenance"]["rewards"] == found.provenance["rewards"]
+    assert content["provenance"]["rewards"]["Located"]["weights"] == str(Path("some/weights.pt"))
+
+
+def test_students_of_one_name_must_agree_on_size(students: dict[str, Path], tmp_path: Path) -> None:
+    """Each is asked, though their folders are called the same."""
+    for seed, height in enumerate((16, 32)):
+        place = shutil.copytree(students["renoise"], tmp_path / f"seed{seed}" / "student")
+        call = json.loads((place / "inference.json").read_text(encoding="utf-8")) | {"height": height}
+        (place / "inference.json").write_text(json.dumps(call), encoding="utf-8")
+    folders = [tmp_path / "seed0" / "student", tmp_path / "seed1" / "student"]
+    with pytest.raises(ConfigError, match=r"height differ \(seed0/student, 2 steps: 16, seed1/student, 2 steps: 32\)"):
+        evaluate(digits.teacher_path(), digits.prompts(), folders, **SMALL)
 
 
 def test_a_dtype_is_of_a_base_that_is_named(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:

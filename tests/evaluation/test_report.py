@@ -178,6 +178,15 @@ def test_runs_are_overlaid_and_their_differences_shown(folder: Path, tmp_path: P
     assert "It has not come to its end: 30 of 2000 steps." in text
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    """However far up their folders differ."""
+    runs = [tmp_path / f"seed{seed}" / "demo" / "training" for seed in range(2)]
+    for run in runs:
+        write_run(run, 3)
+    text = write_report(runs, tmp_path / "two.html").read_text(encoding="utf-8")
+    assert text.count("seed0/demo/training") == text.count("seed1/demo/training") > 0
+
+
 def test_a_run_leaves_what_a_report_needs(make_trainer: Callable[..., Any], tmp_path: Path) -> None:
     """With checkpoints or without: its log, settings and versions; a resumed run keeps what it logged before."""
     run = tmp_path / "run"

@@ -20,8 +20,8 @@ from rdm_sdk import ConfigError, RDMTrainer, digits
 from rdm_sdk.cli import main as cli
 from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.load import load_family
-from rdm_sdk.families.roles import STUDENT, TEACHER
-from rdm_sdk.families.targets import linear_layers
+from rdm_sdk.families.roles import STUDENT, TEACHER, Roles
+from rdm_sdk.families.targets import linear_layers, names_of_adapted
 from rdm_sdk.planning.blueprint import blueprint
 from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.testing.family_subject import CLOSE, ModelSubject, call, images_of, relative_difference
@@ -240,3 +240,22 @@ def test_the_command_line_names_them(given: str, tmp_path: Path, monkeypatch: py
         convolutions = adapted(family.backbone, role) & {"pos_embed.proj"}
         assert bool(convolutions) == (given == "nothing")
         assert len(adapted(family.backbone, role)) > 40
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [(r"block\.(to_q|out)", ["block.out", "block.to_q"]), (r"to_k|.*to_q", ["block.to_q", "to_k"]), ("out", None)],
+)
+def test_names_say_which_layers_a_pattern_is_for(pattern: str, names: list[str] | None) -> None:
+    """A list of them gives the same adapters; none does where they would be endings of others, as "out" is here."""
+
+    def network(**targets: Any) -> nn.Module:
+        block = nn.ModuleDict({"to_q": nn.Linear(2, 2), "out": nn.Linear(2, 2)})
+        made = nn.ModuleDict({"block": block, "out": nn.Linear(2, 2), "to_k": nn.Linear(2, 2)})
+        roles = Roles(made)
+        for role, named in targets.items():
+            roles.add_role(role, LoraConfig(r=1, target_modules=named))
+        return made
+
+    assert names_of_adapted(network(other=["out", "to_k", "to_q"], student=pattern), "student") == names
+    assert names is None or adapted(network(student=names)) == set(names)

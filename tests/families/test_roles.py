@@ -251,6 +251,15 @@ def test_unknown_target_modules_name_the_layers_there_are(
         make_trainer(tmp_path, peft_config=LoraConfig(target_modules=["query"]))
 
 
+@pytest.mark.parametrize("name", ["attn", "to_q", "ema", "my.critic", ""])
+def test_a_role_whose_weights_could_not_be_found_is_refused(name: str) -> None:
+    """A name that the backbone has would take the base's own weights for the role's."""
+    roles = two_roles().roles
+    with pytest.raises(ConfigError, match=rf"a role cannot be called '{name}'.*Capabilities\.trains"):
+        roles.add_role(name, LoraConfig(target_modules=["attn.to_q"]))
+    assert roles.trainable_roles == ("student", "fake")
+
+
 def test_a_role_is_added_once() -> None:
     """The same role twice, the teacher's name, or an unknown role raise."""
     family = two_roles()

@@ -18,21 +18,23 @@ Run = Callable[..., str]
 GOOD = 'register("good/ink", "good_one_rewards:Ink"); register("good/darkness", "good_one_rewards:darkness")'
 
 
-def install_one_good_and_four_bad(install: Install) -> None:
-    """One sound plugin, and four with one fault each."""
+def install_one_good_and_five_bad(install: Install) -> None:
+    """One sound plugin, and five with one fault each."""
     install("good-one", body=GOOD)
     install("bad-import", code="import no_such_module\n")
     install("bad-hook", hook="rdm_register_reward")
     install("bad-future", arguments="register, quantum_flux", body='register("future/x", "bad_future_rewards:Ink")')
+    install("bad-exit", body="raise SystemExit(3)")
     install("bad-twin", body='register("legibility", "a:B"); register("twin/ink", "bad_twin_rewards:Ink")')
 
 
-def test_four_bad_plugins_do_not_hurt_a_good_one(install: Install, run: Run, start: Run) -> None:
-    """The good plugin's rewards work, and `rdm-sdk plugins` names the four faults with their distributions."""
-    install_one_good_and_four_bad(install)
+def test_five_bad_plugins_do_not_hurt_a_good_one(install: Install, run: Run, start: Run) -> None:
+    """The good plugin's rewards work, and `rdm-sdk plugins` names the five faults with their distributions."""
+    install_one_good_and_five_bad(install)
     said = start("plugins")
     faults = {line.split()[2].split(":")[0]: line for line in said.splitlines() if line.startswith("FAULT")}
-    assert faults.keys() == {"bad-import", "bad-hook", "bad-future", "bad-twin"}
+    assert faults.keys() == {"bad-import", "bad-hook", "bad-future", "bad-exit", "bad-twin"}
+    assert "its hook rdm_register_rewards raised SystemExit: 3" in faults["bad-exit"]
     assert "No module named 'no_such_module'" in faults["bad-import"]
     assert "'rdm_register_reward'" in faults["bad-hook"]
     assert "Did you mean 'rdm_register_rewards'?" in faults["bad-hook"]
@@ -51,7 +53,7 @@ def test_four_bad_plugins_do_not_hurt_a_good_one(install: Install, run: Run, sta
     )
     lines = run(code=code).splitlines()
     assert lines[0] == "[2.0, 1.0, 1.0]"
-    assert lines[1] == str([f"bad-{name}:main" for name in ("future", "hook", "import", "twin")])
+    assert lines[1] == str([f"bad-{name}:main" for name in ("exit", "future", "hook", "import", "twin")])
 
 
 @pytest.mark.parametrize(
@@ -59,14 +61,14 @@ def test_four_bad_plugins_do_not_hurt_a_good_one(install: Install, run: Run, sta
     [
         ("import/x", "bad-import:main (1.2) is broken: it cannot be imported: ModuleNotFoundError"),
         ("future/x", "bad-future:main (1.2) is broken: its hook 'rdm_register_rewards' asks for {'quantum_flux'}"),
-        ("other/x", "Broken plugins, which may hold it: bad-future:main, bad-hook:main, bad-import:main"),
+        ("other/x", "Broken plugins, which may hold it: bad-exit:main, bad-future:main, bad-hook:main, bad-imp"),
     ],
 )
 def test_asking_for_a_broken_plugins_reward_raises_its_cause(
     install: Install, run: Run, reward: str, words: str
 ) -> None:
     """The error names the plugin, the fault and what to do."""
-    install_one_good_and_four_bad(install)
+    install_one_good_and_five_bad(install)
     assert words in run("rewards", "info", reward)
 
 

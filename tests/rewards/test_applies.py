@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from toy_rewards import Brightness, latent_batch
 
-from rdm_sdk import Capabilities, Reward, RewardBatch, RewardError, score_images
+from rdm_sdk import Capabilities, Reward, RewardBatch, RewardError, RewardOutput, score_images
 from rdm_sdk.rewards.callables import as_reward
 from rdm_sdk.rewards.evaluate import evaluate_reward, evaluate_rewards
 
@@ -167,6 +167,76 @@ def test_nan_for_all_it_was_shown() -> None:
 
     with pytest.raises(RewardError, match="has diverged"):
         evaluate_rewards({"nan": Diverged("p1", torch.nan)}, batch(), may_sit_out=["nan"])
+
+
+class Elsewhere(Reward):
+    """Is told by whoever scores which samples it was for, and their scores."""
+
+    capabilities = Capabilities(asynchronous=True, gradient="awaited")
+
+    def __init__(self, applies: Any, score: float = 1.0) -> None:
+        super().__init__()
+        self.told, self.value = applies, score
+
+    async def gradient_async(self, batch: RewardBatch) -> RewardOutput:
+        if not isinstance(self.told, str):
+            return RewardOutput(torch.ones(len(batch)), torch.ones_like(batch.images), applies=self.told)
+        applies = torch.tensor([prompt == self.told for prompt in batch.prompts])
+        scores = torch.where(applies, self.value, torch.nan)
+        return RewardOutput(scores, torch.ones_like(batch.images), applies=applies)
+
+    async def score_async(self, batch: RewardBatch) -> RewardOutput:
+        return await self.gradient_async(batch)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2, 4])
+@pytest.mark.parametrize("graded", [None, ()])
+def test_whoever_scores_may_tell(chunk_size: int | None, graded: Any) -> None:
+    """What it was not for counts as not shown: none at all is no error, NaN for all of the others is one."""
+    options: dict[str, Any] = {"chunk_size": chunk_size, "gradients_of": graded}
+    result = evaluate_rewards({"some": Elsewhere("p1")}, batch(), **options)
+    output = result.outputs["some"]
+    assert result.shown == {"some": 2}
+    assert output.scores.isnan().tolist() == [True, True, False, False, True, True]
+    assert output.applies is not None
+    assert output.applies.tolist() == [False, False, True, True, False, False]
+    if graded is None:
+        assert output.gradient is not None
+        assert output.gradient.flatten(1).any(1).tolist() == output.applies.tolist()
+    result = evaluate_rewards({"none": Elsewhere("p9")}, batch(), **options)
+    assert result.outputs["none"].scores.isnan().all()
+    assert result.shown == {"none": 0}
+    with pytest.raises(RewardError, match=r"NaN .not applicable. for every sample"):
+        evaluate_rewards({"nan": Elsewhere("p1", torch.nan)}, batch(), **options)
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ([True] * 6, "one True or False per sample, .* got list"),
+        (torch.ones(6), r"a bool tensor of shape \[6\]; got \[6\] torch.float32"),
+        (torch.ones(5, dtype=torch.bool), r"got \[5\] torch.bool"),
+        (torch.tensor([True] * 5 + [False]), "has scores for samples that it says it was not for"),
+    ],
+)
+@pytest.mark.parametrize("graded", [None, ()])
+def test_what_it_tells_is_checked(told: Any, words: str, graded: Any) -> None:
+    """Nonsense is an error under every policy."""
+    with pytest.raises(RewardError, match=words):
+        evaluate_rewards({"some": Elsewhere(told)}, batch(), on_error="skip", gradients_of=graded)
+
+
+@pytest.mark.parametrize("make", [Written, Spread, lambda: as_reward(scored), lambda: as_reward(awaited)])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_outputs_say_which_samples_a_reward_was_for(make: Any, chunk_size: int | None) -> None:
+    """Whether it is differentiated, scored or awaited; a part of an output knows its own."""
+    for texts in (TEXTS, [None] * 6):
+        output = evaluate_reward(make(), batch(texts), chunk_size=chunk_size)
+        assert output.applies is not None
+        assert output.applies.tolist() == [text is not None for text in texts]
+        part = output.part(slice(1, 3)).applies
+        assert part is not None
+        assert part.tolist() == [text is not None for text in texts[1:3]]
 
 
 @pytest.mark.parametrize("answer", [[True] * 5, torch.ones(6, dtype=torch.bool), [1.0] * 6, None])

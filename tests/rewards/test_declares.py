@@ -53,6 +53,20 @@ def test_a_group() -> None:
     assert whole.max() > 0
 
 
+def test_the_columns_it_reads() -> None:
+    """Arguments without a default are needed, those with one are read; what the run gives is no column."""
+
+    @declares(columns=("answer",), reads=("hint",))
+    def judged(
+        images: Any, text: Any, prompts: Any = None, answer: Any = None, *, mood: Any = "", step: Any = 0
+    ) -> Any:
+        return [0.0] * len(images)
+
+    capabilities = as_reward(judged).capabilities
+    assert (capabilities.columns, capabilities.reads) == (("text", "answer"), ("mood", "hint"))
+    assert as_reward(spread).capabilities.reads == ()
+
+
 def test_one_that_declares_nothing_is_only_scored() -> None:
     """A graph that it returns is cut."""
     reward = as_reward(lambda images, prompts: images.mean(dim=(1, 2, 3)))
@@ -73,6 +87,7 @@ WRONG = [
     ({"gradient": "field"}, "a function is scored"),
     ({"scope": "batch"}, "must be one of 'sample', 'group'"),
     ({"columns": "answer"}, "must be a tuple of names"),
+    ({"reads": "answer"}, r"reads='answer'\) must be a tuple of names: \('answer',\)"),
 ]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -197,6 +199,20 @@ def test_functions_and_objects_have_terms_too():
     first, second = resolve_rewards(["dm", lambda images, prompts: [0.0]])
     assert str(second.term) == "CallableReward"
     assert first.term == parse_spec("dm")[0]
+
+
+@pytest.mark.parametrize("weight", [np.float32(0.5), np.float64(0.5), Fraction(1, 2)], ids=lambda w: type(w).__name__)
+def test_a_weight_is_any_real_number(weight):
+    """Of NumPy, too, where weights are computed."""
+    (found,) = resolve_rewards([("dm", weight)])
+    assert found.weight == 0.5
+    assert type(found.weight) is float
+
+
+def test_a_truth_value_is_no_number():
+    """pydantic would take true for 1: `flow[last_steps=true]` is a mistake, not one step."""
+    with pytest.raises(RewardError, match="'flow', option last_steps: it cannot be true or false; got True"):
+        resolve_rewards("dm + flow[last_steps=true]")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from typing import Any
@@ -82,6 +83,8 @@ def test_json_with_pictures(ask: Asking) -> None:
     answer = ask("POST", "/v1/score", json=message)
     assert answer.json() == {"version": 1, "scores": {"reader": [pytest.approx(4 + 128 / 3 / 255), None]}}
     assert ask("POST", "/v1/gradient", json=message).status_code == 415
+    loud = {"Content-Type": "Application/JSON; charset=utf-8"}
+    assert ask("POST", "/v1/score", content=json.dumps(message), headers=loud).json() == answer.json()
 
 
 def test_all_that_is_served_is_asked_by_default(ask: Asking) -> None:

@@ -126,6 +126,21 @@ def test_mistakes_are_found_before_anything_is_made(tmp_path: Path, monkeypatch:
     assert not (tmp_path / "env").exists()
 
 
+def test_paths_are_those_of_the_folder_where_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreter, SDK and requirements; pip and the interpreter work in another one."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr(environment, "_run", lambda command, complaint: asked.append(command) or "")
+    monkeypatch.chdir(tmp_path)
+    for path in ("bin", "mine", "sdk", "clip"):
+        (tmp_path / path).mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    requirements = "./mine[extra] clip git+https://host/x missing/y"
+    make_environment(Path("env"), requirements, python="bin/python", sdk="./sdk[serve]")
+    assert asked[0][0] == str(tmp_path / "bin" / "python")  # the link itself, which may be an environment's
+    installed = asked[1][asked[1].index("--disable-pip-version-check") + 1 :]
+    assert installed == [f"{tmp_path}/sdk[serve]", f"{tmp_path}/mine[extra]", "clip", "git+https://host/x", "missing/y"]
+
+
 def test_an_interpreter_that_is_none(tmp_path: Path) -> None:
     """It is named, and nothing is left."""
     with pytest.raises(ConfigError, match="no environment can be made with no/python"):

@@ -106,10 +106,9 @@ def test_it_ends_with_the_reward_and_with_its_input() -> None:
     rewards = {"isolated": reward, "local": Legibility()}
     result = evaluate_rewards(rewards, Legibility().example(), on_error="skip")
     assert list(result.outputs) == ["local"]
-    assert folder.is_dir()
-    del reward, rewards, result
-    gc.collect()  # tracebacks of the errors above hold it in circles
     assert not folder.exists()
+    del reward, rewards, result
+    gc.collect()  # tracebacks of the errors above hold it in circles, and the end of it finds nothing left to remove
 
 
 def test_a_child_that_is_killed_in_the_middle() -> None:
@@ -124,7 +123,10 @@ def test_a_child_that_is_killed_in_the_middle() -> None:
         evaluate_reward(reward, Legibility().example())
     assert time.monotonic() - asked < 5
     timer.wait(5)
+    folder = Path(reward.child.socket).parent
+    assert folder.is_dir()  # a process that is killed removes nothing, so the host does
     reward.child.stop()
+    assert not folder.exists()
 
 
 _KILL_LATER = "import os, signal, sys, time; time.sleep(0.3); os.kill(int(sys.argv[1]), signal.SIGKILL)"
@@ -136,7 +138,7 @@ reward = resolve_rewards(sys.argv[1])[0].reward
 if os.fork() == 0:
     time.sleep(20)  # a worker of the host, which keeps the child's input open
     os._exit(0)
-print(reward.child.process.pid, flush=True)
+print(reward.child.process.pid, reward.child.socket, flush=True)
 time.sleep(60)
 """
 
@@ -145,12 +147,15 @@ def test_it_is_gone_when_the_host_is_killed() -> None:
     """Even where a worker that the host has forked holds the pipe open."""
     host = subprocess.Popen([sys.executable, "-c", _HOST, SPEC], stdout=subprocess.PIPE, text=True)
     assert host.stdout is not None
-    pid = int(host.stdout.readline())
+    number, path = host.stdout.readline().split()
+    pid, folder = int(number), Path(path).parent
     workers = [one for one in psutil.Process(host.pid).children() if one.pid != pid]
     assert not gone(pid, 0.1)
+    assert folder.is_dir()
     host.kill()
     host.wait()
     assert gone(pid)
+    assert not folder.exists()
     for worker in workers:
         worker.kill()
     host.stdout.close()

@@ -87,6 +87,23 @@ def test_a_body_is_what_the_library_for_such_files_reads() -> None:
     assert length % 8 == 0
 
 
+ONE_OF = {
+    "every second": lambda values: values.reshape(-1, 2)[:1, 0],  # as `head(x)[:, 0]` of one image
+    "the same again": lambda values: values[0].expand(1),  # as what `log("name", 0.5)` makes of a number
+    "all but none": lambda values: values[0].expand(0),
+    "one of several": lambda values: values.reshape(1, 1, 2, 2)[:, :, :1, 1],
+}
+
+
+@pytest.mark.parametrize("form", ONE_OF)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8])
+def test_an_array_of_one_number_has_any_stride(form: str, dtype: torch.dtype) -> None:
+    """It is contiguous whatever its stride, and travels."""
+    sent = ONE_OF[form](torch.arange(3, 7).to(dtype))
+    assert sent.is_contiguous()
+    assert torch.equal(safetensors.torch.load(pack({}, {"x": sent}))["x"], sent)
+
+
 def test_another_language_can_write_it() -> None:
     """Eight bytes, a header, an array: nothing else is needed."""
     got = parse_request(body_of(entry(), HALF), CONTENT_TYPE, LIMITS)
@@ -117,20 +134,28 @@ BAD_ARRAYS = [
     (body_of(entry(data_offsets=[-24, 0]), HALF), 400, "from 0 on"),
     (body_of(entry(data_offsets=[0, 2**70]), HALF), 400, "takes 24 bytes"),
     (body_of(entry(data_offsets="0-24"), HALF), 400, "needs data_offsets"),
-    (body_of(entry(shape=[2, 3, 2**40, 2**40]), HALF), 400, "takes"),
+    (body_of(entry(shape=[2, 3, 2**30, 2**30]), HALF), 400, "takes"),
+    (body_of(entry(shape=[2, 3, 2**31, 1]), HALF), 400, "each from 1 to 2147483647"),
+    (body_of(entry(shape=[0, 2**62, 2**62, 3], data_offsets=[0, 0])), 400, "no shape"),
+    (body_of(entry(shape=[0, 2**70, 1, 1], data_offsets=[0, 0])), 400, "no shape"),
     (body_of(entry(shape=[-2, 3, 1, -1]), HALF), 400, "no shape"),
     (body_of(entry(shape=[True, 3, 1, 2]), HALF), 400, "no shape"),
     (body_of(entry(dtype="F64"), HALF), 400, "of dtype 'F64'; send one of U8, F16, F32"),
     (body_of(entry(dtype=["F32"]), HALF), 400, "of dtype"),
     (body_of(entry(version=2), HALF), 400, "version 2 of the protocol"),
-    (body_of(entry() | {"more": {"dtype": "U8", "shape": [0], "data_offsets": [24, 24]}}, HALF), 400, "one array"),
+    (
+        body_of(entry() | {"more": {"dtype": "U8", "shape": [1], "data_offsets": [24, 25]}}, HALF + b"1"),
+        400,
+        "one array",
+    ),
     (body_of(entry(path="/etc/passwd"), HALF), 400, "'path' is unknown"),
     (body_of({"__metadata__": {"rdm": "NaN"}}), 400, "holds NaN"),
     (body_of({"__metadata__": {"rdm": "[" * 10_000}}), 400, "is no JSON"),
     (body_of({"__metadata__": {"rdm": 3}}), 400, "needs a __metadata__"),
     (body_of(entry(shape=[6]), HALF), 422, r"of shape [N, 3, H, W], at least one; got [6]"),
     (body_of(entry(shape=[2, 1, 1, 3]), HALF), 422, "must be RGB"),
-    (body_of(entry(shape=[0, 3, 1, 1], data_offsets=[0, 0])), 422, "at least one"),
+    (body_of(entry(shape=[0, 3, 1, 1], data_offsets=[0, 0])), 400, "each from 1 to"),
+    (body_of(entry(shape=[], data_offsets=[0, 4]), HALF[:4]), 422, "at least one; got []"),
     (pack_request(images(9)), 413, "9 images of 8 x 8; at most 8"),
     (pack_request(images(1, 65)), 413, "at most 64 pixels"),
     (pack_request(torch.full((1, 3, 2, 2), torch.nan)), 422, "NaN or infinities"),
@@ -282,6 +307,12 @@ def test_answers_come_back() -> None:
     assert ((short - gradient).abs() / largest).max() <= 2**-11
     flat = pack_answer({"x": RewardOutput(scores, torch.zeros(2, 3, 4, 4))}, "F16")
     assert torch.equal(read_answer(flat, "x", shape, True).gradient, torch.zeros(2, 3, 4, 4))  # type: ignore[arg-type]
+    for applies in (None, torch.tensor([True, False])):
+        told = pack_answer({"x": RewardOutput(scores, gradient, applies=applies)})
+        got = [read_answer(told, "x", shape, graded).applies for graded in (True, False)]
+        assert [None if one is None else one.tolist() for one in got] == [
+            None if applies is None else [True, False]
+        ] * 2
 
 
 ONES = torch.ones(2, 3, 4, 4)
@@ -296,6 +327,9 @@ BAD_ANSWERS = [
     ({"scores/x": torch.ones(2), "gradient/x": ONES, "scale/x": torch.tensor([1.0, torch.nan])}, "is not finite"),
     ({"scores/x": torch.ones(2), "gradient/x": ONES, "scale/x": torch.ones(3)}, "got [3]"),
     ({"scores/x": torch.ones(2), "gradient/x": ONES, "logged/x/y": torch.ones(3)}, "logged/x/y' must be floats"),
+    ({"scores/x": torch.ones(2), "gradient/x": ONES, "applies/x": torch.ones(2)}, "applies/x' must be 1 or 0"),
+    ({"scores/x": torch.ones(2), "gradient/x": ONES, "applies/x": ONES[0, 0, 0].byte()}, "got [4] torch.uint8"),
+    ({"scores/x": torch.ones(2), "gradient/x": ONES, "applies/x": 2 * ONES[:, 0, 0, 0].byte()}, "must be 1 or 0"),
 ]
 
 
@@ -319,7 +353,8 @@ def test_capabilities_come_back() -> None:
             range=bounds,
             stochastic=True,
         )
-        got = read_capabilities(json.loads(json.dumps(described_capabilities(declared))))
+        got = read_capabilities(json.loads(json.dumps(described_capabilities(declared))), ["b"])
+        assert got.reads == ("b",)
         assert got.asynchronous
         assert got.gradient == ("none" if gradient == "none" else "awaited")
         for name in ("scope", "prompts", "columns", "range", "stochastic"):
@@ -336,7 +371,14 @@ def test_capabilities_come_back() -> None:
 def test_bad_capabilities(wrong: dict[str, Any]) -> None:
     """A server that says something else is no server of rewards."""
     with pytest.raises(BodyError):
-        read_capabilities(described_capabilities(Capabilities()) | wrong)
+        read_capabilities(described_capabilities(Capabilities()) | wrong, [])
+
+
+@pytest.mark.parametrize("reads", [None, "abc", [1]])
+def test_bad_names_of_columns(reads: Any) -> None:
+    """What a reward reads is a list of texts."""
+    with pytest.raises(BodyError, match="must be a list of names"):
+        read_capabilities(described_capabilities(Capabilities()), reads)
 
 
 def test_unpack_is_strict_about_answers_too() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
+import odd_rewards
 import pytest
 import torch
-from broken_rewards import BROKEN, DeafToPrompts, Sound
+from broken_rewards import BROKEN, DeafToPrompts, Sound, WrongShape
+from odd_rewards import Watched
 
 from rdm_sdk import Capabilities, RewardError
 from rdm_sdk.testing import (
@@ -71,6 +74,16 @@ def test_a_plain_function_passes():
         return (1 - images.mean(dim=(1, 2, 3))).tolist()
 
     assert {result.status for result in check_reward(ink)} <= {"passed", "skipped"}
+
+
+@pytest.mark.parametrize("name", ["Watched", "WrongShape"])
+def test_a_named_reward_is_made_once(monkeypatch, name):
+    """Its models are loaded for the checks, and not again for a message."""
+    monkeypatch.setattr(odd_rewards, "WrongShape", type("WrongShape", (Watched,), {"score": WrongShape.score}), False)
+    before = Watched.made
+    with nullcontext() if name == "Watched" else pytest.raises(RewardCheckError, match=f"^'{name}' does not keep"):
+        check_reward(f"odd_rewards:{name}")
+    assert Watched.made == before + 1
 
 
 def test_the_message_tells_what_to_do():

@@ -107,6 +107,30 @@ def test_an_unwritable_output_folder_is_refused(make_trainer: Make, tmp_path: Pa
         make_trainer(tmp_path / "file" / "run")
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"lr_scheduler_kwargs": {"power": 4}},
+            r"lr_scheduler_kwargs=.* cannot be used with lr_scheduler_type='linear'",
+        ),
+        (
+            {"critic_lr_scheduler_type": "polynomial", "critic_lr_scheduler_kwargs": '{"powr": 4}'},
+            r"critic_lr_scheduler_kwargs=\{'powr': 4\} cannot be used with critic_lr_scheduler_type='polynomial'",
+        ),
+        ({"critic_lr_scheduler_type": "reduce_lr_on_plateau"}, "goes by a metric.*critic_lr_scheduler_type to another"),
+        ({"optim": "schedule_free_adamw"}, "optim='schedule_free_adamw' cannot be used: it has two sets of weights"),
+    ],
+)
+@pytest.mark.usefixtures("no_training")
+def test_an_optimizer_that_cannot_work_is_refused(
+    make_trainer: Make, tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    """Before the base is loaded, not with the first step."""
+    with pytest.raises(ConfigError, match=words):
+        make_trainer(tmp_path, model=str(tmp_path / "nowhere"), **settings)
+
+
 @pytest.mark.parametrize("argument", ["peft_config", "fake_peft_config"])
 @pytest.mark.usefixtures("no_training")
 def test_a_lora_option_that_changes_the_base_is_refused(make_trainer: Make, tmp_path: Path, argument: str) -> None:

@@ -111,3 +111,38 @@ def test_their_models_are_planned_for(small_teacher: str) -> None:
     args = RDMConfig(use_cpu=True, eval_rewards="clip", max_sequence_length=4)
     rows = {row.role: row.parameters for row in plan_memory(small_teacher, args, "dm").rows}
     assert rows["reward clip"] == next(iter(plan_rewards("clip"))).capabilities.parameters
+
+
+@pytest.mark.parametrize("metric", ["loss", "rewards/flaky/mean"])
+def test_a_skipped_reward_changes_no_meaning(
+    make_trainer: Make, tmp_path: Path, metric: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`eval_loss` is always the first reward's; where that was skipped, the evaluation chooses no best."""
+    trainer: Any = None
+
+    def flaky(images: Any, prompts: Any) -> Any:
+        if trainer.state.global_step == 1:
+            raise ConnectionError("it is starting again")
+        return images.mean(dim=(1, 2, 3))
+
+    trainer = make_trainer(
+        tmp_path,
+        ["dm", (flaky, 0.0), ("legibility", 0.0)],
+        eval_dataset=PROMPTS,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model=metric,
+        greater_is_better=False,
+        reward_on_error="skip",
+        logging_steps=10,
+        max_steps=2,
+    )
+    trainer.train()
+    first, second = [row for row in trainer.state.log_history if "eval_rewards/legibility/mean" in row]
+    assert "eval_loss" not in first
+    assert second["eval_loss"] == -second["eval_rewards/flaky/mean"]
+    assert trainer.state.best_global_step == 2
+    assert "reward 'flaky' was skipped: ConnectionError: it is starting again" in caplog.text

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from digit_runs import weights_of
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from rdm_sdk import RDMError, RDMTrainer, digits
-from rdm_sdk.training import rollouts
+from rdm_sdk.training import faults, rollouts
 from rdm_sdk.training.faults import FiniteWatch, marks
+from rdm_sdk.training.processes import Processes
 
 Make = Callable[..., Any]
 ROW, STEP = 5, 2
@@ -73,6 +76,46 @@ def test_the_same_run_repeats_it(make_trainer: Make, tmp_path: Path) -> None:
     assert messages[0] == messages[1]
     for name, tensor in batches[0].items():
         torch.testing.assert_close(batches[1][name], tensor, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(28, "No space left on device"), SafetensorError("I/O error"), RuntimeError("out of memory")]
+)
+def test_a_full_disk_does_not_hide_it(
+    failure: Exception, make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error names the network all the same, and says why there are no samples."""
+
+    def full(*_: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(faults, "save_file", full)
+    trainer = make_trainer(tmp_path, **RUN)
+    spoil(trainer, "student", torch.nan)
+    with pytest.raises(RDMError, match="the student's prediction is not finite for 1 of 8 samples") as caught:
+        trainer.train()
+    assert "The step's samples could not be written to" in str(caught.value)
+    assert str(failure) in str(caught.value)
+    assert not (tmp_path / "fault" / "fault.json").exists()
+
+
+def test_processes_do_not_write_over_each_other(tmp_path: Path) -> None:
+    """Each that has such a value has a folder, whose facts and samples are of one process."""
+    for index in (0, 1):
+        watch = FiniteWatch()
+        watch.begin()
+        condition = {"prompt": torch.tensor([[1.0 + index]])}
+        denoise = watch.watched("student", condition, lambda x_t, _: x_t * torch.nan)
+        denoise(torch.zeros(1, 3), torch.tensor([0.5]))
+        models = SimpleNamespace(watch=watch, encode=lambda names, told=condition: told)
+        processes = Processes(count=2, index=index)
+        rollouts = SimpleNamespace(window=[{"prompts": [f"prompt {index}"]}], experiences=[], processes=processes)
+        error: Any = faults.explained(RDMError("NaN"), models, rollouts, 1, str(tmp_path))  # type: ignore[arg-type]
+        folder = tmp_path / "fault" / f"process-{index}"
+        assert f"The step's samples are in {folder}" in str(error)
+    for index in (0, 1):
+        facts = json.loads((tmp_path / "fault" / f"process-{index}" / "fault.json").read_text(encoding="utf-8"))
+        assert facts["prompts"] == [f"prompt {index}"]
 
 
 def test_noise_is_not_blamed_on_the_network(

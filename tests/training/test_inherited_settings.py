@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from rdm_sdk import ConfigError, RDMConfig, RDMTrainer
+from rdm_sdk.training import callbacks
 from rdm_sdk.training.inherited import UNSUPPORTED
+from rdm_sdk.training.optimizers import check_schedules, critic_settings
 
 Make = Callable[..., RDMTrainer]
 FIELDS = {field.name: field for field in dataclasses.fields(TrainingArguments)}
@@ -32,7 +34,7 @@ DONE = {
     "tf32": "transformers sets PyTorch's switch",
     **dict.fromkeys(("activation_checkpointing", "gradient_checkpointing"), "test_memory.py"),
     **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), "test_compiling.py"),
-    "torch_empty_cache_steps": LOOP,
+    "torch_empty_cache_steps": HERE,
     **dict.fromkeys(("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node"), LOOP),
     **dict.fromkeys(("logging_nan_inf_filter", "log_level", "log_level_replica", "disable_tqdm"), LOOP),
     **dict.fromkeys(("report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id"), LOOP),
@@ -220,6 +222,32 @@ def test_options_of_optimizer_and_schedule_reach_student_and_critics(make_traine
     wanted = [0.0, 1.0, 0.25, 0.75]  # one step of warm-up, then two cycles over three
     assert [rate / 1e-3 for rate, _ in rates] == pytest.approx(wanted)
     assert [rate / 2e-3 for _, rate in rates] == pytest.approx([*wanted[1:], 0.0])  # already those of the next step
+
+
+def test_schedules_have_options_of_their_own(small_config: Any, tmp_path: Path) -> None:
+    """The student's are not given to a schedule of another type."""
+    power = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 4}}
+    for given, expected in (
+        (power, {"power": 4}),
+        (power | {"critic_lr_scheduler_type": "polynomial"}, {"power": 4}),
+        (power | {"critic_lr_scheduler_type": "linear"}, None),
+        (power | {"critic_lr_scheduler_kwargs": {"power": 2}}, {"power": 2}),
+        ({"critic_lr_scheduler_type": "polynomial", "critic_lr_scheduler_kwargs": '{"power": 3}'}, {"power": 3}),
+    ):
+        args = small_config(tmp_path, **given)
+        check_schedules(args)
+        assert critic_settings(args).lr_scheduler_kwargs == expected
+
+
+def test_free_memory_is_given_back_so_often(
+    make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`torch_empty_cache_steps`."""
+    trainer = make_trainer(tmp_path, max_steps=5, torch_empty_cache_steps=2)
+    at: list[int] = []
+    monkeypatch.setattr(callbacks, "clear_device_cache", lambda: at.append(trainer.state.global_step))
+    trainer.train()
+    assert at == [2, 4]
 
 
 def test_adam_epsilon_reaches_both(make_trainer: Make, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -43,6 +44,31 @@ def written(folder: Path, suffix: str) -> Path:
 def test_every_table_gives_the_same_rows(suffix: str, tmp_path: Path) -> None:
     """Columns included, so that rewards can read them; words that some readers take for nothing stay words."""
     assert load_prompts(written(tmp_path, suffix)).to_list() == ROWS
+
+
+@pytest.mark.parametrize(
+    ("cells", "read"),
+    [
+        (["7", "-2", ""], [7, -2, None]),
+        (["0.5", "1", ""], [0.5, 1.0, None]),
+        (["007", "42"], ["007", "42"]),
+        (["1.50", "2"], ["1.50", "2"]),
+        (["12:30", "9:15"], ["12:30", "9:15"]),
+        (["2024-01-02", "2024-01-03"], ["2024-01-02", "2024-01-03"]),
+        (["true", "false"], ["true", "false"]),
+        (["nan", "inf"], ["nan", "inf"]),
+        (["1_000", "1e5"], ["1_000", "1e5"]),
+        (["9" * 40, "1"], ["9" * 40, "1"]),
+    ],
+    ids=str,
+)
+def test_a_column_of_a_table_loses_nothing(cells: list[str], read: list[Any], tmp_path: Path) -> None:
+    """Numbers are numbers where they are written as such; what would come back otherwise stays a text."""
+    path = tmp_path / "prompts.csv"
+    path.write_text("prompt,x\n" + "".join(f"a,{cell}\n" for cell in cells), encoding="utf-8")
+    found = load_prompts(path)["x"][:]
+    assert found == read
+    assert list(map(type, found)) == list(map(type, read))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl", ".txt"])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rdm_sdk import Capabilities, DataError, RDMError, RDMTrainer, Reward, RewardBatch, RewardError, digits
 from rdm_sdk.method.objective import normalize, policy_pull
+from rdm_sdk.rewards.context import Renoised
 from rdm_sdk.training.monitor import Monitor
 from rdm_sdk.training.processes import Processes
 from rdm_sdk.types import RewardOutput
@@ -215,3 +216,33 @@ def test_balance_gives_a_rare_reward_its_weight(make_digits_trainer: Make, tmp_p
     texts: Sequence[str] = [prompt.upper() for prompt in PROMPTS]
     columns: Mapping[str, Sequence[str]] = {"prompt": PROMPTS, "text": texts}
     assert weight(mixed(5)) == pytest.approx(weight(Dataset.from_dict(dict(columns))), rel=0.05)
+
+
+class Dark(Reward):
+    """A reward with a gradient for samples that have a text, whose tilt goes back through the teacher."""
+
+    capabilities = Capabilities(columns=("text",), gradient="autograd")
+
+    def score(self, batch: RewardBatch) -> Tensor:
+        return -batch.images.mean(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_every_process_carries_a_tilt_back(
+    make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: str
+) -> None:
+    """Also the one where the reward is for nobody: a base that is shared out is run by all of them together."""
+    carried: list[int] = []
+    untouched = Renoised.carry_back
+
+    def counting(renoised: Renoised, vector: Tensor) -> Tensor:
+        carried.append(len(vector))
+        return untouched(renoised, vector)
+
+    monkeypatch.setattr(Renoised, "carry_back", counting)
+    monkeypatch.setattr(Processes, "anywhere", lambda self, names: ["dark"])  # another process has some
+    prompts = Dataset.from_dict({"prompt": PROMPTS[:4], "text": ["a", None, None, None]})
+    settings = {"reward_route": "tilt", "scale_rewards": scale, "max_steps": 4, "num_generations": 8}
+    trainer = make_trainer(tmp_path, ["dm", (Dark(), 0.1)], prompts, **settings)
+    trainer.train()
+    assert carried == [8] * 4

@@ -98,3 +98,25 @@ def test_a_longer_run_has_its_own_schedule_at_once(make_trainer: Make, run: Path
     trainer.training_step = watched
     trainer.train(resume_from_checkpoint=True)
     assert rates[:2] == pytest.approx([0.75 * 1e-4, 0.75 * 2e-4])
+
+
+@pytest.mark.parametrize("weighting", ["fixed", "balance"])
+def test_other_weights_of_rewards_count_at_once(
+    make_trainer: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, weighting: str
+) -> None:
+    """As rates do: in the spec or as `reward_weights`, from the first step on, and a line says so."""
+    settings = {"weighting": weighting, **SAVING}
+    make_trainer(tmp_path, "dm + 0.5*legibility", max_steps=2, **settings).train()
+    changed: dict[str, Any]
+    for step, changed in (
+        (3, {"rewards": "dm + 2*legibility"}),
+        (4, {"rewards": "dm + 2*legibility", "reward_weights": [1, 2]}),
+    ):
+        caplog.clear()
+        trainer = make_trainer(tmp_path, max_steps=step, **settings, **changed)
+        trainer.train(resume_from_checkpoint=True)
+        before, now = ("0.5", "2") if step == 3 else ("2", "4")
+        assert f"resuming with another weight of 'legibility': {before} -> {now}" in caplog.text
+        rows = {row["step"]: row for row in trainer.state.log_history if "loss" in row}
+        ratio = rows[step]["weights/legibility"] / rows[step - 1]["weights/legibility"]
+        assert ratio == pytest.approx(float(now) / float(before), rel=0.2 if weighting == "balance" else 1e-6)

@@ -145,3 +145,21 @@ def test_a_file_that_is_removed_is_written_again(tmp_path: Path) -> None:
     log.path.unlink()
     log.append(history)
     assert len(read_log(log.path)) == 5
+
+
+def test_a_full_disk_leaves_the_log_of_a_resumed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be written takes no file's place; a run without a past begins without a file."""
+    log, history = LogFile(tmp_path / "log.jsonl"), [row(step) for step in range(5)]
+    log.begin(history)
+    before = log.path.read_bytes()
+
+    def full(self: Path, *_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        LogFile(log.path).begin(history[:3])
+    monkeypatch.undo()
+    assert log.path.read_bytes() == before
+    LogFile(log.path).begin([])
+    assert not log.path.exists()

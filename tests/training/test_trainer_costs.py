@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from digit_runs import brightness
+from torch import Tensor
+from transformers import TrainerCallback
 
 Make = Callable[..., Any]
 Losses = Callable[[Any], list[dict[str, float]]]
@@ -65,3 +68,28 @@ def test_costs_with_a_scored_reward(make_trainer: Make, tmp_path: Path) -> None:
     costs = trainer.costs()
     assert costs["cost/student_forwards"] == 32 + 8
     assert costs["cost/reward_calls"] == 2 * 8
+
+
+def test_no_critic_no_rollouts_for_it(make_trainer: Make, tmp_path: Path) -> None:
+    """Also where critics would have rollouts of their own."""
+    trainer = make_trainer(tmp_path, "legibility", critic_rollouts="fresh", critic_steps=5, max_steps=2)
+    trainer.train()
+    assert trainer.costs()["cost/rollouts"] == 2 * 8
+
+
+def test_images_of_scored_endpoints_do_not_wait_for_the_optimizer(make_trainer: Make, tmp_path: Path) -> None:
+    """They are let go of with the scores, also where the rollout is used again."""
+    counted: list[int] = []
+
+    def bright(images: Tensor, prompts: list[str]) -> Tensor:
+        return images.mean(dim=(1, 2, 3))
+
+    class Look(TrainerCallback):
+        def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+            gc.collect()
+            tensors = [one for one in gc.get_objects() if type(one) is Tensor]  # no parameters
+            counted.append(sum(one.ndim == 4 and one.shape[:2] == (8, 3) for one in tensors))
+
+    settings = {"num_iterations": 2, "gradient_accumulation_steps": 2, "max_steps": 2, "callbacks": [Look()]}
+    make_trainer(tmp_path, ["dm", (bright, 0.1)], **settings).train()
+    assert counted == [0, 0]

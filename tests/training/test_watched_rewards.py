@@ -79,6 +79,17 @@ def test_a_resumed_run_logs_the_same(make_trainer: Make, tmp_path: Path) -> None
     assert means(resumed) == means(whole)
 
 
+def test_a_tilt_sees_the_same_noise_whoever_is_watched(make_trainer: Make, tmp_path: Path) -> None:
+    """Watched `dm` asks for the re-noised samples before the tilt does, and its random numbers are put back."""
+    settings = {"reward_route": "tilt", "max_steps": 3, "learning_rate": 1e-3}
+    ends = []
+    for steps in (1, 3):
+        trainer = make_trainer(tmp_path / str(steps), "legibility + 0*dm", logging_steps=steps, **settings)
+        trainer.train()
+        ends.append(student(trainer))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 class Mine:
     """A weighting of the user's, which sees what every reward does."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,15 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return seen
 
 
+def cut_off() -> bytes:
+    """Return a PNG whose chunk of pixels has lost the half of its content, so that nonsense follows."""
+    file = BytesIO()
+    Image.effect_noise((32, 32), 50).save(file, "PNG")
+    whole = file.getvalue()
+    start = whole.index(b"IDAT") + 4
+    return whole[: start - 8] + (200).to_bytes(4) + b"IDAT" + whole[start : start + 200] + b"?" * 100
+
+
 def resemblance() -> Any:
     """Return the class of the page."""
     (code,) = re.findall(r"```python\n(# my_rewards.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
@@ -71,6 +81,23 @@ def test_whatever_holds_a_picture(files: list[str]) -> None:
     for found in every[1:]:
         torch.testing.assert_close(found, every[0], rtol=0, atol=1e-6)
     torch.testing.assert_close(every[0][0], torch.full((3, 10, 12), 128 / 255))
+
+
+def test_a_turned_picture_is_read_as_it_is_shown(tmp_path: Path) -> None:
+    """Files, in every form, as `datasets` decodes them: turned as the camera said."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    halves = Image.new("RGB", (64, 64), "black")
+    halves.paste("white", (0, 0, 64, 32))
+    path = tmp_path / "turned.png"
+    halves.save(path, exif=exif)
+    shown = torch.zeros(3, 64, 64)
+    shown[:, :, 32:] = 1
+    column = datasets.Dataset.from_dict({"reference": [str(path)]})
+    decoded, plain = (column.cast_column("reference", datasets.Image(decode=decode)) for decode in (True, False))
+    entries: list[Any] = [str(path), path, {"bytes": path.read_bytes()}, decoded[0]["reference"], plain[0]["reference"]]
+    for entry in entries:
+        assert torch.equal(PictureColumn("reference")([entry], (64, 64))[0], shown)
 
 
 def test_the_middle_of_a_picture_that_covers(files: list[str]) -> None:
@@ -102,6 +129,7 @@ def test_a_file_is_decoded_once(files: list[str], opened: list[object]) -> None:
         (3, "a picture is a PIL image"),
         ({"bytes": None, "path": None}, "a picture is a PIL image"),
         ({"bytes": b"no picture"}, "cannot be read as a picture"),
+        ({"bytes": cut_off()}, "cannot be read as a picture: broken PNG file"),
     ],
 )
 def test_what_is_no_picture(files: list[str], entry: Any, words: str) -> None:

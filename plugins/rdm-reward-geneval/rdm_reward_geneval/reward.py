@@ -29,7 +29,12 @@ class GenEval(Reward):
 
     name = "geneval"
     capabilities = Capabilities(
-        space="pixel", gradient="none", columns=("include",), range=(0.0, 1.0), parameters=582_583_305
+        space="pixel",
+        gradient="none",
+        columns=("include",),
+        reads=("exclude",),
+        range=(0.0, 1.0),
+        parameters=582_583_305,
     )
 
     class Config(PretrainedConfig):

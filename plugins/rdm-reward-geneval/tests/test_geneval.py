@@ -145,6 +145,7 @@ def test_contract(make):
 def test_rows_without_an_entry_and_wrong_ones(make):
     """Rows that ask for nothing are not judged; a wrong entry is found where a run asks before it trains."""
     reward = make()
+    assert (reward.capabilities.columns, reward.capabilities.reads) == (("include",), ("exclude",))
     assert reward.applies(["", "", ""], {"include": [DOG, None, []]}) == [True, False, False]
     with pytest.raises(RewardError, match="color must be one of"):
         reward.applies([""], {"include": [[DOG[0] | {"color": "mauve"}]]})

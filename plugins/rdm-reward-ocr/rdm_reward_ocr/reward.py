@@ -30,6 +30,7 @@ class TextInPicture(Reward):
         space="pixel",
         gradient="none",
         prompts=True,
+        reads=("text",),
         range=(0.0, 1.0),
         parameters=7_790_000,  # by the size of the two files of weights
     )
@@ -45,7 +46,7 @@ class TextInPicture(Reward):
     def __init__(self, config: RewardConfig | None = None, **options: object) -> None:
         super().__init__(config, **options)
         if "column" in self.config.model_fields_set:  # who names one means it
-            self.capabilities = replace(self.capabilities, columns=(self.config.column,))
+            self.capabilities = replace(self.capabilities, columns=(self.config.column,), reads=())
         self.reader = Reader(self.config.threads)
         self.preprocessing = f"8 bits, {self.reader.source}"
 

@@ -14,6 +14,7 @@ from rdm_reward_ocr.reader import Reader
 from rdm_reward_ocr.reward import TextInPicture
 
 from rdm_sdk import RewardBatch, RewardError, score_images
+from rdm_sdk.serving.local import served
 from rdm_sdk.testing import parametrize_reward_checks
 
 BLACK, WHITE, NAVY, CREAM, RED, GREEN = (0,) * 3, (255,) * 3, (10, 20, 90), (245, 235, 200), (200, 20, 30), (40, 90, 60)
@@ -86,13 +87,31 @@ def test_column_goes_before_quotes(ocr):
     columns = {"text": ["hello", None, " "]}
     scores = ocr.score(batch(["hello"] * 3, ['a sign "brick"', 'a sign "hello"', '"hello"'], columns)).tolist()
     assert scores == pytest.approx([1, torch.nan, torch.nan], nan_ok=True)
+    assert (ocr.capabilities.columns, ocr.capabilities.reads) == ((), ("text",))
     named = TextInPicture(column="words")
-    assert named.capabilities.columns == ("words",)
+    assert (named.capabilities.columns, named.capabilities.reads) == (("words",), ())
     assert named.score(batch(["hello"], ["a sign"], {"words": ["hello"], "text": ["brick"]})).tolist() == [1]
     with pytest.raises(RewardError, match=r"needs a column 'words'"):
         score_images("ocr[column=words]", picture("hello")[None], ["a sign"])
     with pytest.raises(RewardError, match=r"column 'text' must hold texts, or None.*got 1984"):
         ocr.score(batch(["1984"], ["a sign"], {"text": [1984]}))
+
+
+def test_behind_a_server(ocr):
+    """The column goes there where the data has it, and a batch that asks for no text is none of its business."""
+    images = torch.stack([picture("hello"), picture("brick")])
+    with served([ocr]) as url:
+        for prompts, columns in (
+            (["a sign"] * 2, {"text": ["hello", None]}),
+            (['"hello"'] * 2, None),
+            (["a"] * 2, None),
+        ):
+            here, there = (
+                score_images(reward, images, prompts, columns=columns) for reward in (ocr, f'remote[url="{url}"]')
+            )
+            assert there.shown["remote"] == here.shown["ocr"]
+            assert torch.equal(there.outputs["remote"].scores.nan_to_num(-1), here.outputs["ocr"].scores.nan_to_num(-1))
+    assert there.shown["remote"] == 0
 
 
 def test_threads_change_nothing(ocr):

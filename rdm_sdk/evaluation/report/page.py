@@ -13,6 +13,7 @@ from PIL import Image
 
 from rdm_sdk._version import __version__
 from rdm_sdk.errors import ConfigError, DataError
+from rdm_sdk.evaluation.names import short_names
 from rdm_sdk.evaluation.report.curves import Curve, curves_of
 from rdm_sdk.evaluation.report.plots import COLORS, plot
 from rdm_sdk.evaluation.report.reading import RunLog, read_run
@@ -48,7 +49,7 @@ def write_report(runs: Sequence[str | Path], output: str | Path) -> Path:
     if twice is not None:
         raise ConfigError(f"the run {twice!r} is given twice; give each run once")
     logs = [read_run(folder) for folder in runs]
-    names = _names(logs)
+    names = short_names([run.folder for run in logs])
     curves = curves_of(logs)
     versions = [run.record.get("versions", {}) for run in logs]
     settings = [_settings(run) for run in logs]
@@ -89,14 +90,6 @@ def _rendered(content: Mapping[str, Any]) -> str:
         raise ConfigError("a report needs Jinja2: pip install 'rdm-sdk[report]'") from error
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(content)
-
-
-def _names(logs: Sequence[RunLog]) -> list[str]:
-    """Return the runs' names, as short as tells them from each other."""
-    short = [run.name for run in logs]
-    if len(set(short)) == len(short):
-        return short
-    return [f"{run.folder.resolve().parent.name}/{run.name}" for run in logs]
 
 
 def _card(name: str, run: RunLog, curves: Sequence[Curve], number: int) -> dict[str, Any]:

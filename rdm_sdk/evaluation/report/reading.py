@@ -23,8 +23,8 @@ STATES = "trainer_state.json"
 class RunLog:
     """One run, as its folder tells."""
 
-    name: str
     folder: Path
+    """As it was given."""
     history: list[dict[str, Any]]
     """What was logged, one mapping per log, each with its `step`."""
     step: int
@@ -64,7 +64,6 @@ def read_run(folder: str | Path) -> RunLog:
     record = _record(above, newest.parent)
     evaluation = next((p for place in dict.fromkeys((above, given)) for p in _evaluations(place)), None)
     return RunLog(
-        given.name or str(given.resolve().name),
         given,
         history,
         max(int(state.get("global_step", 0)), int(history[-1]["step"])),
