@@ -67,7 +67,11 @@ class Failed:
 
 def check_address(url: str) -> None:
     """Raise `ValueError` unless a text is the address of a server that may be written into a spec."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # which is read when it is asked for
+    except ValueError as error:
+        raise ValueError(f"{shown(url, 80)} is no address such as 'http://judge:8000': {error}") from error
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{shown(url, 80)} is no address such as 'http://judge:8000'")
     if parts.username or parts.password or parts.query:
