@@ -126,6 +126,7 @@ def plot_rates(rows: Sequence[Row], cells: Sequence[str], curve: dict[int, float
     figure, axes = plt.subplots(figsize=(8.5, 5), layout="constrained")
     points = {cell: point for cell, point in swept().items() if cell in cells}
     kinds = sorted({(method, times) for method, _, times in points.values()})
+    swept_rates = sorted({rate for _, rate, _ in points.values()})
     for kind, color in zip(kinds, COLORS, strict=False):
         own = sorted((rate, cell) for cell, (method, rate, times) in points.items() if (method, times) == kind)
         ends = [[row["FID-SD"][-1] for row in rows if row["cell"] == cell and row["last"]] for _, cell in own]
@@ -137,10 +138,13 @@ def plot_rates(rows: Sequence[Row], cells: Sequence[str], curve: dict[int, float
     for steps in (8, 40):
         if steps in curve:
             axes.axhline(curve[steps], color="gray", linestyle=":", linewidth=1)
-            axes.annotate(f"teacher, {steps} steps", (axes.get_xlim()[0], curve[steps]), color="gray", va="bottom")
+            axes.annotate(
+                f"teacher, {steps} steps", (max(swept_rates), curve[steps]), color="gray", va="bottom", ha="right"
+            )
     axes.set(xscale="log", yscale="log", xlabel="learning rate of the student", ylabel="FID-SD (lower is better)")
     ticks = (7, 8, 10, 12, 15, 20, 30, 50, 100, 200)
     axes.set_yticks(ticks, map(str, ticks))
+    axes.set_xticks(swept_rates, [f"{rate:g}" for rate in swept_rates])
     axes.minorticks_off()
     axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
