@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from rdm_sdk.evaluation.names import short_names
 
 from rdm_sdk import ConfigError
 from rdm_sdk.evaluation.candidates import Candidate, distinct, teacher_candidate
+from rdm_sdk.evaluation.names import short_names
 
 
 def student(folder: Path, steps: int = 4) -> Candidate:
