@@ -47,9 +47,12 @@ def critic_settings(args: RDMConfig) -> RDMConfig:
     return settings
 
 
-def check_schedules(args: RDMConfig) -> None:
-    """Raise `ConfigError` for a schedule whose options are not its own, and for critics' that goes by a metric."""
-    for prefix, settings in (("", args), ("critic_", critic_settings(args))):
+def check_schedules(args: RDMConfig, critics: bool) -> None:
+    """Raise `ConfigError` for a schedule whose options are not its own, and for one of critics that goes by a metric.
+
+    `critics` says whether the run has any.
+    """
+    for prefix, settings in [("", args), ("critic_", critic_settings(args))][: 1 + critics]:
         kind = SchedulerType(settings.lr_scheduler_type).value
         if prefix and kind in BY_METRIC:
             raise ConfigError(

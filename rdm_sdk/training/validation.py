@@ -105,7 +105,6 @@ def check_arguments(args: object, optimizers: Sequence[object]) -> None:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"optim={OptimizerNames(args.optim).value!r} cannot be used here: {error}") from error
-    check_schedules(args)
 
 
 def check_run(
@@ -120,6 +119,7 @@ def check_run(
     `held_out` are the rewards of the setting `eval_rewards`.
     """
     _check_trackers(args)
+    check_schedules(args, critics=bool(critic_roles(rewards)))
     _check_held_out(held_out, datasets)
     if "eval_dataset" in datasets:
         _check_evaluation(args, [*rewards, *held_out], datasets["eval_dataset"])

@@ -235,8 +235,16 @@ def test_schedules_have_options_of_their_own(small_config: Any, tmp_path: Path) 
         ({"critic_lr_scheduler_type": "polynomial", "critic_lr_scheduler_kwargs": '{"power": 3}'}, {"power": 3}),
     ):
         args = small_config(tmp_path, **given)
-        check_schedules(args)
+        check_schedules(args, critics=True)
         assert critic_settings(args).lr_scheduler_kwargs == expected
+
+
+def test_a_metric_may_lead_where_there_are_no_critics(small_config: Any, tmp_path: Path) -> None:
+    """Their schedule is not asked about."""
+    args = small_config(tmp_path, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", eval_steps=1)
+    check_schedules(args, critics=False)
+    with pytest.raises(ConfigError, match="set critic_lr_scheduler_type to another"):
+        check_schedules(args, critics=True)
 
 
 def test_free_memory_is_given_back_so_often(
