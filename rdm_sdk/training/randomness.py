@@ -53,7 +53,8 @@ class Randomness:
         self._before = torch.get_rng_state()
 
     def begin(self) -> None:
-        """Take the global state over."""
+        """Take the global state over; after a step that failed, that of where it stopped."""
+        self.end()
         (state, *_) = self.processes.gather(global_state(self.device))
         self.draws.generator = torch.Generator(self.device)
         self.draws.generator.set_state(state)

@@ -40,6 +40,19 @@ def test_a_reward_draws_other_numbers_in_each_step() -> None:
     assert len({tuple(numbers.tolist()) for numbers in seen}) == 4
 
 
+def test_a_step_that_failed_does_not_end_the_stream() -> None:
+    """In a loop of one's own, the next step goes on with the numbers where it stopped, whatever rewards have drawn."""
+    torch.manual_seed(3)
+    expected = [torch.randn(2, 3) for _ in range(2)]
+    torch.manual_seed(3)
+    randomness, drawn = Randomness(CPU, Processes()), []
+    for _ in range(2):  # no step ends
+        randomness.begin()
+        torch.rand(5)
+        drawn.append(randomness.draws.normal(2, (3,), CPU))
+    assert all(torch.equal(one, other) for one, other in zip(drawn, expected, strict=True))
+
+
 def test_what_is_undisturbed_is_as_it_was() -> None:
     """Looking at samples in the middle of a step moves no stream."""
     torch.manual_seed(3)
