@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,15 @@ Denoiser: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 Condition: TypeAlias = dict[str, Tensor]
 """What a prompt encodes to: named tensors whose first dimension is the batch."""
+
+
+def bytes_in(tensor: Tensor) -> Any:
+    """Return the bytes of a tensor on the CPU as a NumPy array, uint8 `[n]`, of the same memory where it is contiguous.
+
+    A side of 1 may have any stride and be contiguous, but bytes are only seen where the stride is 1.
+    """
+    flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))
+    return flat.view(torch.uint8).numpy()
 
 
 def read_all(scalars: Sequence[Tensor]) -> list[float]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rdm_sdk.errors import shown
+from rdm_sdk.types import bytes_in
 
 VERSION = 1
 """The version of the protocol; it changes when an older client or server could not go on."""
@@ -50,9 +51,7 @@ def pack_parts(message: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> lis
         kept = tensor.detach().cpu().contiguous()
         begin, end = end, end + kept.nbytes
         header[name] = {"dtype": _NAMES[kept.dtype], "shape": list(kept.shape), "data_offsets": [begin, end]}
-        # A side of 1 may have any stride and be contiguous, but bytes are only seen where the stride is 1.
-        array: Any = kept.as_strided((kept.numel(),), (1,)).view(torch.uint8).numpy()
-        arrays.append(memoryview(array))
+        arrays.append(memoryview(bytes_in(kept)))
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the arrays begin where arrays may
     return [memoryview(len(text).to_bytes(8, "little") + text), *arrays]

@@ -23,6 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from rdm_sdk.errors import CheckpointError
 from rdm_sdk.families.base import ModelFamily
+from rdm_sdk.families.roles import AVERAGE
 from rdm_sdk.training.checkpoint_folders import newest_whole, verify
 from rdm_sdk.training.identity import RunIdentity, check_same_run
 from rdm_sdk.training.models import RunModels
@@ -153,7 +154,7 @@ def save_state(
         for role in family.roles.trainable_roles
         for name, tensor in family.roles.role_state_dict(role).items()
     }
-    tensors |= {f"ema.{i}": tensor.detach().cpu().contiguous() for i, tensor in enumerate(ema or [])}
+    tensors |= {f"{AVERAGE}.{i}": tensor.detach().cpu().contiguous() for i, tensor in enumerate(ema or [])}
     save_file(tensors | {RANDOM: global_state(device)}, directory / WEIGHTS)
     (directory / STATE).write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
 
@@ -172,7 +173,7 @@ def check(directory: str | Path, mine: RunState, index: int) -> RunState:
     try:
         state = _read(folder, index, mine.identity.processes)
         with safe_open(folder / WEIGHTS, framework="pt") as file:
-            has_ema = any(name.startswith("ema.") for name in file.keys())  # noqa: SIM118 - it is no mapping
+            has_ema = any(name.startswith(f"{AVERAGE}.") for name in file.keys())  # noqa: SIM118 - it is no mapping
     except DAMAGED as error:
         raise CheckpointError(
             f"cannot resume from {str(folder)!r}: it is damaged ({type(error).__name__}: {error}). Use an earlier "
@@ -281,4 +282,4 @@ def load_weights(directory: str | Path, family: ModelFamily) -> dict[int, Tensor
         prefix = f"{role}."
         mine = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         family.roles.load_role_state_dict(role, mine)
-    return {int(name.removeprefix("ema.")): t for name, t in tensors.items() if name.startswith("ema.")}
+    return {int(name.removeprefix(f"{AVERAGE}.")): t for name, t in tensors.items() if name.startswith(f"{AVERAGE}.")}

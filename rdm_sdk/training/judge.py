@@ -162,9 +162,8 @@ class Judge:
         left = [one for one in self.asked(judged_at_replay(self.rewards)) if one.label not in experience.scored]
         batch = self.batch(experience.samples)
         tilting = {reward.label: reward for reward in left if reward.route == "tilt" and reward.weight}
-        if tilting and batch.context is not None:
-            # Before a reward that is only watched asks for it, whose random numbers are put back.
-            batch.context.renoise(batch.latents, batch.group_size)
+        if tilting:  # before a reward that is only watched asks for it, whose random numbers are put back
+            batch.require_context("a tilt").renoise(batch.latents, batch.group_size)
         outputs = self.score(left, batch)
         here = [label for label in tilting if label in outputs and not bool(outputs[label].scores.isnan().all())]
         scale, total = self.settings.scale_rewards, self.processes.total
@@ -261,14 +260,13 @@ class Answers(Mapping[str, RewardOutput]):
     """
 
     def __init__(self, asked: Collection[str], collect: Callable[[], dict[str, RewardOutput]]) -> None:
-        self._asked = asked
-        self._collect: Callable[[], dict[str, RewardOutput]] | None = collect
+        self._asked, self._collect = asked, collect
 
     @cached_property
     def _outputs(self) -> dict[str, RewardOutput]:
-        collect, self._collect = self._collect, None  # which holds decoded images
-        assert collect is not None
-        return collect()
+        outputs = self._collect()
+        del self._collect  # which holds decoded images
+        return outputs
 
     def __contains__(self, label: object) -> bool:
         return label in self._asked and label in self._outputs  # nobody waits for what was not asked

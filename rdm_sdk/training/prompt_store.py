@@ -16,13 +16,12 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rdm_sdk.errors import DataError
 from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.fingerprint import fingerprint
-from rdm_sdk.types import Condition
+from rdm_sdk.types import Condition, bytes_in
 
 logger = logging.getLogger(__name__)
 
@@ -137,13 +136,8 @@ def _checksum(row: Condition) -> int:
     total = 0
     for name, tensor in sorted(row.items()):
         total = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), total)
-        total = zlib.crc32(_bytes_of(tensor), total)
+        total = zlib.crc32(bytes_in(tensor), total)
     return total
-
-
-def _bytes_of(tensor: Tensor) -> Any:
-    # As `serving/tensors.py`: a side of 1 may have any stride, and bytes are only seen where the stride is 1.
-    return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
 
 
 def _damaged(path: Path, why: str) -> DataError:
