@@ -27,8 +27,7 @@ def run(arguments: Sequence[str]) -> int:
     if given.prompts is None:
         raise ConfigError(PROMPTS_MISSING)
     given.check()
-    target = given.arguments.save_to or str(Path(str(config.output_dir)) / "student")
-    check_target(target)
+    check_target(given.arguments.save_to or str(Path(str(config.output_dir)) / "student"))
     if given.arguments.save_to is not None:
         check_writable(given.arguments.save_to, "save_to")
     _check_checkpoint(config)
@@ -40,6 +39,7 @@ def run(arguments: Sequence[str]) -> int:
         trainer.train()
     except KeyboardInterrupt as stopped:
         raise KeyboardInterrupt(str(stopped) or _how_to_go_on(config)) from None
+    target = given.arguments.save_to or str(trainer.keeper.records / "student")
     trainer.save_model(target)
     print(f"wrote the student to {target}")
     return 0

@@ -72,5 +72,7 @@ def check_scorable(rewards: Sequence[RunReward], prompts: bool, columns: Contain
         for column in reward.capabilities.columns:
             if column not in columns:
                 raise RewardError(
-                    f"reward {reward.label!r} needs a column {column!r}; pass columns={{{column!r}: [...]}}"
+                    f"reward {reward.label!r} needs a column {column!r} beside the images, and there is none: "
+                    "score_images takes it as an entry of columns, score_folder from its file of prompts; evaluate() "
+                    "has prompts alone"
                 )

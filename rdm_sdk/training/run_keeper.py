@@ -22,7 +22,7 @@ from rdm_sdk.training.export import move_into
 from rdm_sdk.training.identity import RunIdentity, prompts_digest, run_settings
 from rdm_sdk.training.models import RunModels
 from rdm_sdk.training.rollouts import rollouts_path
-from rdm_sdk.training.run_log import LOG, LogFile, whole_history
+from rdm_sdk.training.run_log import LOG, LogFile, check_own, whole_history
 from rdm_sdk.training.step import DistillationStep
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class RunKeeper:
 
         Raises:
             CheckpointError: see `checkpoint.find` and `checkpoint.check`; or the output folder holds checkpoints of
-                another run.
+                another run, or a file that is in the place of the log and is none.
         """
         self.step.forget()  # of a train() before that has failed
         self.models.watch.end()
@@ -87,6 +87,7 @@ class RunKeeper:
             checkpoint_folders.refuse_other_runs(self.output_dir, self.identity.run)
         self.records = self._place_of_records()
         self.log.path = self.records / LOG
+        check_own(self.log.path)
         return folder
 
     def _place_of_records(self) -> Path:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from rdm_sdk.errors import CheckpointError
 from rdm_sdk.files import replacing
 from rdm_sdk.training.watch_rules import LEVELS
 
@@ -34,6 +35,23 @@ History = list[dict[str, Any]]
 def read_log(path: Path) -> list[str]:
     """Return the whole lines of a log, none where there is no file; half a line of a killed run is left out."""
     return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+
+
+def check_own(path: Path) -> None:
+    """Raise `CheckpointError` for a file of a log's name that no run has written: a run would replace it."""
+    lines = read_log(path)
+    if lines and not any(map(_is_log, lines)):
+        raise CheckpointError(
+            f"{str(path)!r} is no log of a run, and a run here would replace it; move it, or choose another output_dir"
+        )
+
+
+def _is_log(line: str) -> bool:
+    try:
+        figures = json.loads(line)
+    except ValueError:  # damaged
+        return False
+    return isinstance(figures, dict) and "step" in figures
 
 
 def parsed(lines: Sequence[str]) -> History:

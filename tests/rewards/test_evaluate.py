@@ -257,7 +257,7 @@ def test_score_images() -> None:
             lambda images, caption: [0.0],
             torch.rand(2, 3, 8, 8),
             None,
-            r"needs a column 'caption'; pass columns={'caption'",
+            "needs a column 'caption' beside the images, .*: score_images takes it as an entry of columns",
         ),
         ("dm", torch.rand(2, 3, 8, 8), None, "'dm' needs the models of a training run"),
     ],

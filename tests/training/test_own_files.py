@@ -12,7 +12,7 @@ import pytest
 import yaml
 from digit_runs import pictures
 
-from rdm_sdk import RDMTrainer
+from rdm_sdk import CheckpointError, RDMTrainer
 from rdm_sdk.cli.main import main
 from rdm_sdk.evaluation.report.reading import read_run
 from rdm_sdk.training.run_file import write_run_file
@@ -181,3 +181,34 @@ def test_a_run_beside_another_leaves_its_records_alone(
     going_on.train(resume_from_checkpoint=True)
     assert read_run(tmp_path).step == 3
     assert sorted(path.name for path in tmp_path.glob("run*")) == sorted([place, "run.json", "run.yaml"])
+
+
+def test_the_command_leaves_the_student_of_another_run_alone(small_teacher: str, tmp_path: Path) -> None:
+    """Its own goes where its log and settings go."""
+    folder = tmp_path / "outputs"
+    add(tmp_path / "prompts.txt", "a zero\n")
+    settings = {"model": small_teacher, "prompts": tmp_path / "prompts.txt", "output_dir": folder, "use_cpu": True}
+    settings |= {"max_steps": 1, "per_device_train_batch_size": 4, "num_generations": 4, "max_sequence_length": 4}
+    settings |= {"guidance_scale": 1, "report_to": "none", "disable_tqdm": True, "save_steps": 1}
+    flags = ["train", *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]
+    assert main([*flags, "--save_strategy", "steps"]) == 0
+    before = files_of(folder)
+    assert any(name.startswith("student/") for name in before)
+    assert main([*flags, "--save_strategy", "no", "--seed", "1"]) == 0
+    after = files_of(folder)
+    assert after.items() > before.items()
+    [place] = {Path(name).parts[0] for name in after.keys() - before.keys()}
+    assert (folder / place / "student").is_dir()
+
+
+@pytest.mark.parametrize("text", ["GET / 200\n", '{"url": "/"}\n[1]\n'])
+def test_a_log_of_something_else_stays(make_trainer: Make, tmp_path: Path, text: str) -> None:
+    """It is told before anything is trained."""
+    add(tmp_path / "log.jsonl", text)
+    trainer = make_trainer(tmp_path, max_steps=1)
+    with pytest.raises(CheckpointError, match=r"log\.jsonl' is no log of a run.*choose another output_dir"):
+        trainer.train()
+    assert files_of(tmp_path) == {"log.jsonl": text.encode()}
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"st', encoding="utf-8")  # of a killed run
+    trainer.train()
+    assert read_run(tmp_path).history == trainer.state.log_history
