@@ -19,7 +19,8 @@ INTRODUCTION = """# Settings
 <!-- Written by docs/settings_page.py from rdm_sdk/training/config.py; change the settings there. -->
 
 Every setting of `RDMConfig` that is the method's own or has another default than in transformers: a keyword in Python,
-a key in the YAML of `rdm-sdk train --config`, or a flag such as `--num_generations 8`. All others, such as
+a key in the YAML of `rdm-sdk train --config`, or a flag such as `--num_generations 8` (but evaluation while training is
+for Python alone: the command line has no prompts for it). All others, such as
 `output_dir`, `max_steps` and `bf16`, are inherited from transformers'
 [TrainingArguments](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments);
 but `per_device_train_batch_size` counts samples and must be a multiple of `num_generations`, and those that the method

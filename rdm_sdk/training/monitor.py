@@ -136,13 +136,13 @@ class Monitor:
     ) -> dict[str, RewardStatistics]:
         """Return what each reward did since the last call, on the samples that it applies to, over all processes.
 
-        Rewards that were skipped, or applied to none, are missing.
+        Rewards that were skipped, applied to none, or were not asked, are missing.
         """
         self._read()
         rows = []
         for name in names:
             pulls, scores = self._pulls.get(name, []), self._scores.get(name, [])
-            rows.append([len(pulls), *_summed(pulls), *_summed(scores)])
+            rows.append([*_summed(pulls), *_summed(scores)])
         self._pulls.clear()
         self._scores.clear()
         sums = torch.tensor(rows, dtype=torch.float64)
@@ -150,8 +150,8 @@ class Monitor:
             sums = processes.reduce(sums.to(device), "sum")
         return {
             name: RewardStatistics(pull / pulled if pulled else 0.0, score / scored)
-            for name, (pulls, pull, pulled, score, scored) in zip(names, sums.tolist(), strict=True)
-            if pulls and scored
+            for name, (pull, pulled, score, scored) in zip(names, sums.tolist(), strict=True)
+            if scored
         }
 
 

@@ -28,7 +28,8 @@ class RewardStatistics:
 
     pull: float
     """Mean |g| of its normalized, unweighted gradient at the student's x_0. For a scored reward, of the policy
-    gradient that its advantages make there, so that the two routes compare."""
+    gradient that its advantages make there, so that the two routes compare. 0 where a reward is only watched (weight 0)
+    and its gradient is not asked for."""
     score: float
     """Mean score, in the reward's native units."""
 
@@ -48,7 +49,8 @@ class Weighting(Protocol):
 
         Args:
             targets: reward name to the weight that the user gave it.
-            statistics: of the step before; empty at step 0. A reward that was skipped is missing.
+            statistics: of the step before; empty at step 0. A reward that was skipped, or is for none of the samples,
+                is missing.
             step: the coming optimizer step.
         """
         ...
@@ -128,7 +130,8 @@ class Balance(Fixed):
 
     def _scales(self, others: Weights, targets: Weights, statistics: Statistics, step: int) -> dict[str, float]:
         for name, of in statistics.items():
-            self._average(f"pull/{name}", of.pull, self.config.decay)
+            if targets[name]:
+                self._average(f"pull/{name}", of.pull, self.config.decay)
         anchor = abs(targets[ANCHOR]) * self._state.get(f"pull/{ANCHOR}", 0.0)
         scales = {}
         for name, target in others.items():

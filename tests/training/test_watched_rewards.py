@@ -93,7 +93,11 @@ def test_a_tilt_sees_the_same_noise_whoever_is_watched(make_trainer: Make, tmp_p
 class Mine:
     """A weighting of the user's, which sees what every reward does."""
 
+    def __init__(self) -> None:
+        self.seen: list[Mapping[str, Any]] = []
+
     def weigh(self, targets: Mapping[str, float], statistics: Mapping[str, Any], step: int) -> dict[str, float]:
+        self.seen.append(dict(statistics))
         return dict(targets)
 
     def state_dict(self) -> dict[str, float]:
@@ -107,8 +111,24 @@ def test_a_weighting_of_the_users_sees_it_at_every_step(make_trainer: Make, tmp_
     """It may go by its scores; ours do not."""
     for weighting, expected in ((Mine(), [1, 2]), ("balance", [])):
         settings = {"max_steps": 2, "logging_steps": 10, "weighting": weighting}
-        _, steps = run(make_trainer, tmp_path / type(weighting).__name__, ["dm"], **settings)
+        trainer, steps = run(make_trainer, tmp_path / type(weighting).__name__, ["dm"], **settings)
         assert steps == expected
+    assert trainer.step.weighting.state_dict().keys() == {"pull/dm"}
+
+
+def test_a_weighting_of_the_users_sees_its_scores(make_trainer: Make, tmp_path: Path) -> None:
+    """Whether it has a gradient, which nobody asks for, or advantages."""
+
+    def brightness(images: Tensor, **_: object) -> Tensor:
+        return images.mean((1, 2, 3))
+
+    mine = Mine()
+    rewards = [("dm", 1.0), (brightness, 0.0), ("legibility", 0.0)]
+    make_trainer(tmp_path, rewards, weighting=mine, max_steps=2, logging_steps=10).train()
+    assert mine.seen[0] == {}
+    assert mine.seen[1].keys() == {"dm", "legibility", "brightness"}
+    assert mine.seen[1]["legibility"].pull == 0.0 < mine.seen[1]["legibility"].score
+    assert mine.seen[1]["brightness"].score > 0
 
 
 def test_scores_that_later_uses_log_are_there(make_trainer: Make, tmp_path: Path) -> None:

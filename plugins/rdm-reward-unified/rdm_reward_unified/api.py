@@ -18,7 +18,7 @@ from rdm_sdk import Capabilities, Reward, RewardBatch, RewardConfig, RewardError
 class UnifiedApi(Reward):
     """The `unified` reward (UnifiedReward, arXiv 2503.05236) of a model behind OpenAI's API; in [1, 5], no gradient.
 
-    An answer that holds no rating in 1 to 5, was cut off or filtered out is NaN. Asynchronous: it is asked first and
+    An answer that holds no rating in 1 to 5, or was filtered out, is NaN. Asynchronous: it is asked first and
     waited for last.
     """
 
