@@ -162,6 +162,10 @@ def all_cells() -> list[Cell]:
         Cell(
             "half as long, 1 step, falling to the fourth power, dm", LONG // 2, 50, FALLING | {"num_inference_steps": 1}
         ),
+        *(
+            Cell(f"half as long, {method} preset, falling to the fourth power", LONG // 2, 50, settings | FALLING)
+            for method, settings in SWEPT_METHODS.items()
+        ),
         Cell("long, 4 steps, falling to the fourth power, dm + 3*flow", LONG, 50, FALLING, rewards=FLOW),
         Cell("long, 2 steps, falling to the fourth power, dm, shift 3", LONG, 50, FALLING | TWO_STEPS),
         Cell("long, 1 step, falling to the fourth power, dm", LONG, 50, FALLING | {"num_inference_steps": 1}),
