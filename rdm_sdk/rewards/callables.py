@@ -75,6 +75,11 @@ class CallableReward(Reward):
         declared: dict[str, Any] = dict(getattr(function, _DECLARED, {}))
         given = (*RESERVED_COLUMNS, *HOSTS, *(["group_size"] if declared.get("scope") == "group" else []))
         columns = [p for p in taken if p.name not in given and p.kind in _NAMED]
+        if "prompt" in (p.name for p in columns):
+            raise RewardError(
+                f"reward function {self.name!r} has an argument 'prompt', for which nothing is given; the prompts of "
+                "all images are 'prompts'"
+            )
         needed = dict.fromkeys([*(p.name for p in columns if p.default is p.empty), *declared.get("columns", ())])
         read = dict.fromkeys([*(p.name for p in columns), *declared.get("reads", ())])
         declared |= {"columns": tuple(needed), "reads": tuple(name for name in read if name not in needed)}

@@ -34,7 +34,7 @@ from rdm_sdk.training.weighting import weigh
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 6
+FORMAT = 7
 WEIGHTS, STATE = "rdm_state.safetensors", "rdm_state.json"
 TRAINER_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 CRITIC_OPTIMIZER = "critic_optimizer.pt"
@@ -63,8 +63,10 @@ class RunState:
     """The weight of each of them in its spec."""
     weights: dict[str, float]
     """What each reward weighs in the next optimizer step."""
+    strategy: str
+    """The class of the weighting strategy."""
     weighting: dict[str, float]
-    """State of the weighting strategy."""
+    """Its state."""
     ema_steps: int | None
     """Updates of the moving average so far, None if the run has none."""
     format: int = FORMAT
@@ -83,6 +85,7 @@ def capture(step: DistillationStep, models: RunModels, identity: RunIdentity) ->
         stored_rollouts=bool(step.rollouts.stored),
         targets=list(step.targets.values()),
         weights=step.weights,
+        strategy=type(step.weighting).__name__,
         weighting=dict(step.weighting.state_dict()),
         ema_steps=models.ema_steps,
     )
@@ -166,7 +169,7 @@ def check(directory: str | Path, mine: RunState, index: int) -> RunState:
 
     Raises:
         CheckpointError: the folder is incomplete, damaged, of another format, or of a run with another base,
-            other rewards, or with (without) a moving average.
+            other rewards, another weighting, or with (without) a moving average.
     """
     folder = Path(directory)
     _check_complete(folder, mine)
@@ -184,6 +187,11 @@ def check(directory: str | Path, mine: RunState, index: int) -> RunState:
     weights = [f"weight of {reward!r}: {before:g} -> {now:g}" for reward, before, now in weighed if before != now]
     for change in [*check_same_run(state.identity, mine.identity, str(folder)), *weights]:
         logger.warning(f"resuming with another {change}")
+    if state.strategy != mine.strategy:  # one of the user's own, which no setting names
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r} was made with the weighting {state.strategy}; this run has {mine.strategy}. "
+            "Pass the same one"
+        )
     return state
 
 

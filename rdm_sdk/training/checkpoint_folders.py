@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers import TrainingArguments
 
 from rdm_sdk.errors import CheckpointError
 
@@ -116,6 +117,19 @@ def _publish(folder: Path, target: Path) -> None:
     _flush(target.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
+
+
+@contextmanager
+def newest_kept(args: TrainingArguments) -> Iterator[None]:
+    """Keep Trainer, within the block, from removing all but the best checkpoint where one may stay (`rotate` limits).
+
+    Without the newest, a run could not go on.
+    """
+    limit, args.save_total_limit = args.save_total_limit, None
+    try:
+        yield
+    finally:
+        args.save_total_limit = limit
 
 
 def clean(output_dir: Path) -> None:

@@ -48,8 +48,10 @@ def load_prompts(source: object, argument: str = "train_dataset") -> Dataset:
     for name in RESERVED_COLUMNS:
         if name in source.column_names:
             raise DataError(f"{argument} has a column {name!r}, which is what rewards are given; rename it")
-    _check_texts(source["prompt"], argument)
-    return source
+    # Tensors and arrays have no None, "torch" makes it NaN; a custom format is a transform of the user's.
+    plain: Dataset = source if source.format["type"] in (None, "custom") else source.with_format(None)
+    _check_texts(plain["prompt"], argument)
+    return plain
 
 
 def _check_texts(prompts: Iterable[object], argument: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rdm_sdk.errors import RDMError
+from rdm_sdk.errors import DataError, RDMError
 from rdm_sdk.families.roles import STUDENT, TEACHER
 from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.evaluate import evaluate_rewards
@@ -25,9 +25,16 @@ def score_finished(
 
     Where a reward compares within groups, every prompt (and its columns) is repeated for a group. `size` samples
     are made and judged at a time.
+
+    Raises:
+        DataError: there is no column that a reward needs.
     """
     judge.processes.note("evaluating the student")
     rewards = judge.of_images
+    for label, reward in rewards.items():
+        for column in reward.capabilities.columns:
+            if column not in columns:
+                raise DataError(f"reward {label!r} needs a column {column!r}, and what is evaluated has none: add it")
     in_groups = any(reward.capabilities.scope == "group" for reward in rewards.values())
     group = judge.settings.num_generations if in_groups else 1
     repeated = [prompt for prompt in prompts for _ in range(group)]
@@ -64,12 +71,13 @@ def look(
     return list(zip(labels, pictures, strict=True))
 
 
-def figures(outputs: Mapping[str, RewardOutput], prefix: str, asked: Sequence[str]) -> dict[str, float]:
+def figures(outputs: Mapping[str, RewardOutput], prefix: str, asked: Mapping[str, float]) -> dict[str, float]:
     """Return mean and deviation of every reward, over the samples it is for: `<prefix>_rewards/<name>/mean` and `/std`.
 
     What a reward logged itself is `<prefix>_rewards/<name>/<figure>`. The mean of the first that was `asked`, and is
-    for some of the samples, is also `<prefix>_loss`, negated, so that `load_best_model_at_end` has something to go by;
-    if that one was skipped there is none, because another's mean would mean something else.
+    for some of the samples, is also `<prefix>_loss`, so that `load_best_model_at_end` has something to go by: negated,
+    unless its weight (of which `asked` maps the names to) is. If that one was skipped there is none, because another's
+    mean would mean something else.
 
     Raises:
         RDMError: there are none.
@@ -83,5 +91,6 @@ def figures(outputs: Mapping[str, RewardOutput], prefix: str, asked: Sequence[st
     logged = {f"{prefix}_rewards/{n}/{f}": v.nanmean().item() for n, o in outputs.items() for f, v in o.logged.items()}
     logged = {name: value for name, value in logged.items() if value == value}  # NaN for all is nothing logged
     first = next(name for name in asked if name in scores or name not in outputs)
-    loss = {f"{prefix}_loss": -found[f"{prefix}_rewards/{first}/mean"]} if first in scores else {}
+    sign = 1.0 if asked[first] < 0 else -1.0
+    loss = {f"{prefix}_loss": sign * found[f"{prefix}_rewards/{first}/mean"]} if first in scores else {}
     return logged | found | deviations | loss

@@ -18,7 +18,8 @@ from rdm_sdk.errors import RDMError
 from rdm_sdk.families.roles import STUDENT
 from rdm_sdk.families.targets import names_of_adapted
 from rdm_sdk.files import replacing
-from rdm_sdk.rewards.resolve import plan_rewards
+from rdm_sdk.rewards.callables import CallableReward
+from rdm_sdk.rewards.resolve import target_of
 from rdm_sdk.rewards.spec import is_secret, show_spec
 from rdm_sdk.training.inherited import chosen_settings
 from rdm_sdk.training.own_files import NO_PROMPTS, places, sealed
@@ -80,9 +81,12 @@ def settings_of(trainer: RDMTrainer) -> tuple[dict[str, Any], list[str]]:
         "rewards": show_spec([reward.term for reward in trainer.rewards]),
     }
     for reward in trainer.rewards:
+        made = reward.reward
         try:
-            plan_rewards(reward.term)
+            known = target_of(reward.term) is (made.function if isinstance(made, CallableReward) else type(made))
         except RDMError:
+            known = False
+        if not known:
             missing.append(f"the reward {reward.label!r}, an object in Python; publish it as a plugin to name it here")
     lora, inexpressible = _lora(trainer)
     missing += inexpressible

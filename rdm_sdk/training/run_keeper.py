@@ -110,6 +110,15 @@ class RunKeeper:
         self.load_weights(folder)
         checkpoint.restore(self.step, self.models, self._found, Path(folder))
 
+    def restore_finished(self, folder: str, state: TrainerState) -> None:
+        """Put in place what a run has at its end whose last checkpoint is this one: its best weights, if it wants them.
+
+        So a job that is started once more exports what it would have exported.
+        """
+        self.restore(folder)
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self.load_weights(state.best_model_checkpoint)
+
     def begin_log(self, state: TrainerState) -> None:
         """Put all that the run has logged into Trainer's state, and let its file begin with that."""
         if self._folder is not None:
@@ -145,9 +154,10 @@ class RunKeeper:
             self.log.shortened(state),
         ):
             yield folder
-            if state.best_global_step == step and save:
+            if state.best_global_step == step:
                 state.best_model_checkpoint = str(output_dir / f"checkpoint-{step}")  # where it will be
-                state.save_to_json(str(folder / f"checkpoint-{step}" / TRAINER_STATE_NAME))
+                if save:
+                    state.save_to_json(str(folder / f"checkpoint-{step}" / TRAINER_STATE_NAME))
         if save:
             keep = [state.best_model_checkpoint, f"checkpoint-{step}"]
             checkpoint_folders.rotate(output_dir, self.identity.run, self.args.save_total_limit, keep)

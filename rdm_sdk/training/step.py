@@ -68,7 +68,7 @@ class DistillationStep:
         self._advantages: list[Advantages] = []
         self._losses: list[Tensor] = []
         self._has_field = False
-        self._student_checked = False
+        self._student_checked = self._waited = False
 
     def forget(self) -> None:
         """Drop what a step that failed, or was interrupted, has left behind; the random state is given back."""
@@ -225,7 +225,7 @@ class DistillationStep:
             len(x_0),
         )
         self.monitor.log("loss/policy", result.loss)
-        self.monitor.log("ratio/clip_fraction", result.clipped)
+        self.monitor.log("ratio/clip_fraction", result.clipped, len(rows))
         return [result.loss], pulls, transitions
 
     def end(self, next_step: int) -> None:
@@ -257,11 +257,13 @@ class DistillationStep:
         if not math.isfinite(size):
             raise RDMError(f"the student's gradient norm is {size}; lower learning_rate. {OTHERWISE}")
         if self._has_field and not self._student_checked:
-            if size == 0:
+            if size == 0 and self.judge.critics and not self._waited:
+                self._waited = True  # their rate is 0 in a warmup's first step, where critics are the teacher yet
+            elif size == 0:
                 raise RDMError(
                     "no gradient reaches the student: is a differentiable reward constant, or its graph cut?"
                 )
-            self._student_checked = True
+            self._student_checked = size != 0
 
 
 def _pulls_of(

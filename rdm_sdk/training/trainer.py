@@ -20,7 +20,7 @@ from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import STUDENT
 from rdm_sdk.families.sharding import shard_base
 from rdm_sdk.rewards.resolve import RewardFuncs
-from rdm_sdk.training import checkpoint, hub, validation
+from rdm_sdk.training import checkpoint, checkpoint_folders, hub, validation
 from rdm_sdk.training.accelerated import processes_of
 from rdm_sdk.training.callbacks import run_callbacks, speak_plainly
 from rdm_sdk.training.config import RDMConfig
@@ -103,7 +103,6 @@ class RDMTrainer(Trainer):
         self._window: list[dict[str, Any]] = []
         self._position = 0
         self._sampler: GroupSampler | None = None
-        # The standing ones come first, so that a user's callbacks see the step's finished state.
         super().__init__(
             model=self.roles,
             args=args,
@@ -111,7 +110,7 @@ class RDMTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[*run_callbacks(self), *(callbacks or [])],
+            callbacks=[*run_callbacks(self), *(callbacks or [])],  # a user's see the step's finished state
         )
         speak_plainly(self)
         validation.check_hosted(args, self.roles, self.is_deepspeed_enabled or self.is_fsdp_enabled)
@@ -146,9 +145,8 @@ class RDMTrainer(Trainer):
         try:
             return self._take_step()
         except RDMError as error:
-            raise explained(
-                error, self.models, self.step.rollouts, self.state.global_step + 1, str(self.args.output_dir)
-            ) from error
+            step, folder = self.state.global_step + 1, str(self.args.output_dir)
+            raise explained(error, self.models, self.step.rollouts, step, folder) from error
 
     def _take_step(self) -> Tensor:
         if self._window:
@@ -198,7 +196,7 @@ class RDMTrainer(Trainer):
         if self.optimizer is None:
             cls, options = self.get_optimizer_cls_and_kwargs(self.args)
             group = {"params": self.parameters_of(STUDENT), "weight_decay": self.args.weight_decay}
-            self.optimizer = cls([group], **options)
+            self.optimizer = cls([group | {"initial_lr": self.args.learning_rate}], **options)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
@@ -232,8 +230,7 @@ class RDMTrainer(Trainer):
     def sample_each_step(self, prompts: Sequence[str], *, seed: int | None = None) -> list[Tensor]:
         """Sample as `sample` does, and return the images that the student predicts after each of its K evaluations.
 
-        Compared with the teacher's samples (`frechet_distance`), they show what the last alone hides: which step is
-        poor, and whether late steps move away from what earlier ones have reached. The last are `sample`'s own.
+        Compared with the teacher's (`frechet_distance`), they show which step is poor; the last are `sample`'s own.
         """
         with self.models.seeded(seed), self.models.exported_weights():
             return self.models.decode(self.models.sample_each_step(prompts))
@@ -271,7 +268,7 @@ class RDMTrainer(Trainer):
         inputs, size = collate(list(dataset)), self.args.per_device_eval_batch_size
         with self.models.seeded(self.args.seed), self.models.exported_weights():
             outputs = score_finished(self.models, self.judge, inputs["prompts"], inputs["columns"], size)
-        metrics = figures(outputs, metric_key_prefix, list(self.judge.of_images))
+        metrics = figures(outputs, metric_key_prefix, {n: self.step.targets.get(n, 0.0) for n in self.judge.of_images})
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -333,8 +330,7 @@ class RDMTrainer(Trainer):
         Args:
             resume_from_checkpoint: a checkpoint's folder; or True or "latest": the newest whole one in `output_dir`,
                 and a new run where there is none yet. By default, that of the settings.
-            trial: as in `Trainer`.
-            ignore_keys_for_eval: as in `Trainer`.
+            trial, ignore_keys_for_eval: as in `Trainer`.
 
         Raises:
             CheckpointError: the checkpoint is missing, incomplete, damaged or of another run; or `output_dir` holds
@@ -352,7 +348,7 @@ class RDMTrainer(Trainer):
                 result = super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
             else:
                 self.state = state
-                self.keeper.restore(str(folder))
+                self.keeper.restore_finished(str(folder), state)
                 result = TrainOutput(state.global_step, 0.0, {})
         self.interrupt.leave(self.args, self.state)
         return result
@@ -394,6 +390,10 @@ class RDMTrainer(Trainer):
     def _load_rng_state(self, checkpoint_folder: str | None) -> None:
         super()._load_rng_state(checkpoint_folder)
         checkpoint.restore_random(checkpoint_folder, self.args.device)
+
+    def _finalize_training(self, *args: Any) -> Any:
+        with checkpoint_folders.newest_kept(self.args):
+            return super()._finalize_training(*args)  # type: ignore[no-untyped-call]
 
     def _load_best_model(self) -> None:
         """Put the best checkpoint's weights and moving average in place (`load_best_model_at_end`)."""

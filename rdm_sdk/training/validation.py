@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 from accelerate.utils import gather_object
@@ -123,6 +124,13 @@ def check_run(
     _check_held_out(held_out, datasets)
     if "eval_dataset" in datasets:
         _check_evaluation(args, [*rewards, *held_out], datasets["eval_dataset"])
+    heads = [reward for reward in rewards if reward.capabilities.head]
+    for one, other in combinations(heads, 2):
+        if one.capabilities.trains == other.capabilities.trains:
+            raise ConfigError(
+                f"{one.label!r} and {other.label!r} bring a module each for the role {one.capabilities.trains!r}, and "
+                "one of them would stay untrained; use one of them, or a class of your own with another role"
+            )
     if not any(reward.weight for reward in rewards):
         raise ConfigError("every reward has weight 0, so nothing would be learned; give one a weight other than 0")
     if weighting is not None and (isinstance(weighting, type) or not isinstance(weighting, Weighting)):
@@ -186,9 +194,11 @@ def _check_held_out(held_out: Sequence[RunReward], datasets: Mapping[str, Datase
 
 
 def _check_columns(rewards: Sequence[RunReward], datasets: Mapping[str, Dataset | None]) -> None:
-    """Raise `DataError` if a dataset lacks a column that a reward needs."""
+    """Raise `DataError` if a dataset lacks a column that a reward needs; no evaluation asks those that need models."""
     for reward in rewards:
         for argument, dataset in datasets.items():
+            if argument == "eval_dataset" and reward.capabilities.needs_models:
+                continue
             for column in reward.capabilities.columns:
                 if dataset is not None and column not in dataset.column_names:
                     raise DataError(

@@ -32,7 +32,8 @@ class Watch(TrainerCallback):
     def __init__(self, trainer: RDMTrainer) -> None:
         judging = [reward for reward in trainer.rewards if not reward.capabilities.needs_models]
         self.trainer = trainer
-        self.trained = [reward.label for reward in judging if reward.weight]
+        self.trained = [reward.label for reward in judging if reward.weight > 0]
+        self.minimized = [reward.label for reward in judging if reward.weight < 0]
         self.held_out = [reward.label for reward in judging if not reward.weight]
 
     def on_log(
@@ -43,7 +44,7 @@ class Watch(TrainerCallback):
         history: list[dict[str, Any]] = state.log_history  # transformers believes that all of it is numbers
         told = {row["watch_kind"] for row in history if FINDING in row}
         found = []
-        for finding in findings(history, self.trained, self.held_out):
+        for finding in findings(history, self.trained, self.held_out, self.minimized):
             if finding.kind not in told:
                 told.add(finding.kind)
                 found.append(finding)

@@ -183,7 +183,7 @@ def weigh(weighting: Weighting, targets: Weights, statistics: Statistics, step: 
     """Ask a strategy for the weights of a step, and check that it answered for every reward and no other.
 
     Raises:
-        ConfigError: a name is missing or unknown, or a weight is not a finite number.
+        ConfigError: a name is missing or unknown, a weight is not a finite number, or one that is 0 is raised.
     """
     weights = weighting.weigh(targets, statistics, step)
     odd = sorted(weights.keys() ^ targets.keys())
@@ -196,6 +196,11 @@ def weigh(weighting: Weighting, targets: Weights, statistics: Statistics, step: 
         if not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ConfigError(
                 f"{type(weighting).__name__}.weigh gave {name!r} the weight {weight!r}; it must be finite"
+            )
+        if weight and not targets[name]:
+            raise ConfigError(
+                f"{type(weighting).__name__}.weigh gave {name!r} the weight {weight!r}, but it is only watched (its "
+                "own weight is 0); give it one of its own, which the strategy can make 0 for as long as it likes"
             )
     return {name: float(weight) for name, weight in weights.items()}
 

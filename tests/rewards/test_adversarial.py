@@ -13,7 +13,7 @@ from datasets import Dataset
 from PIL import Image
 from torch import Tensor, nn
 
-from rdm_sdk import DataError, RDMError, RDMTrainer, RewardBatch, RewardError, digits
+from rdm_sdk import ConfigError, DataError, RDMError, RDMTrainer, RewardBatch, RewardError, digits
 from rdm_sdk.families.load import load_family
 from rdm_sdk.method.noise import FlowSchedule
 from rdm_sdk.rewards.adversarial import Adversarial
@@ -242,3 +242,10 @@ def test_without_a_teacher_it_says_so() -> None:
                 latents=torch.zeros(2, 1, 4, 4), prompts=["a"] * 2, group_size=2, decode=lambda x: x, context=context
             )
         )
+
+
+def test_two_of_them_would_share_a_role(make_trainer: Make, tmp_path: Path) -> None:
+    """The module of one would stay as it was drawn, and pull all the same."""
+    data = Dataset.from_dict({"prompt": ["a zero"], "a": [None], "b": [None]})
+    with pytest.raises(ConfigError, match="bring a module each for the role 'discriminator'"):
+        make_trainer(tmp_path, "dm + 0.1*adversarial[column=a] + 0.1*adversarial[column=b]", data)

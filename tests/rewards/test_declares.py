@@ -107,3 +107,9 @@ def test_an_asynchronous_function_is_only_scored() -> None:
 
     with pytest.raises(RewardError, match="asynchronous"):
         as_reward(asked)
+
+
+def test_the_prompts_are_called_prompts() -> None:
+    """An argument `prompt` would pass for a column that every dataset has, and be given nothing."""
+    with pytest.raises(RewardError, match="has an argument 'prompt', for which nothing is given"):
+        as_reward(lambda images, prompt: [0.0])

@@ -156,3 +156,10 @@ def test_the_cache_forgets_the_least_recently_used() -> None:
     cache(["bb"])
     assert encoder.asked == ["a", "bb", "ccc", "bb"]
     assert cache(["a", "bb", "ccc", "dddd"])["length"][:, 0].tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_a_form_of_the_dataset_changes_no_value(form: str) -> None:
+    """As tensors and arrays, None would be NaN, and a reward asked about prompts that it is not for."""
+    plain = Dataset.from_dict({"prompt": ["a", "b"], "answer": [1, None]})
+    assert list(load_prompts(plain.with_format(form))) == list(plain)

@@ -68,3 +68,12 @@ def test_a_student_that_nothing_moves_is_an_error(make_trainer: Make, tmp_path: 
     """A constant reward has no gradient: said after the first step's backward pass."""
     with pytest.raises(RDMError, match="no gradient reaches the student"):
         make_trainer(tmp_path, [Flat()]).train()
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_critics_that_cannot_learn_yet_are_no_error(make_trainer: Make, tmp_path: Path, warmup: int) -> None:
+    """In a warmup's first step their rate is 0, so they are the teacher, and nothing pulls but for the correction."""
+    settings = {"critic_correction": "none", "warmup_steps": warmup, "max_steps": 3}
+    make_trainer(tmp_path / "ends", "dm", **settings).train()
+    with pytest.raises(RDMError, match="no gradient reaches the student"):
+        make_trainer(tmp_path / "idle", "dm", critic_learning_rate=0.0, **settings).train()

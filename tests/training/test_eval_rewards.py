@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from rdm_sdk import ConfigError, DataError, RDMConfig, RDMTrainer, RewardError, plan_memory
 from rdm_sdk.rewards.resolve import plan_rewards, split_held_out
+from rdm_sdk.training.watch import Watch
 
 Make = Callable[..., RDMTrainer]
 PROMPTS = ["a zero", "a one"]
@@ -146,3 +147,20 @@ def test_a_skipped_reward_changes_no_meaning(
     assert second["eval_loss"] == -second["eval_rewards/flaky/mean"]
     assert trainer.state.best_global_step == 2
     assert "reward 'flaky' was skipped: ConnectionError: it is starting again" in caplog.text
+
+
+def test_a_reward_of_negative_weight_is_to_fall(make_trainer: Make, tmp_path: Path) -> None:
+    """So the loss is its mean, and the watch does not take its fall for a failure."""
+    trainer = make_trainer(tmp_path, "dm - 0.1*legibility", eval_dataset=PROMPTS)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == metrics["eval_rewards/legibility/mean"]
+    (watch,) = [one for one in trainer.callback_handler.callbacks if isinstance(one, Watch)]
+    assert (watch.trained, watch.minimized) == ([], ["legibility"])
+
+
+def test_columns_are_looked_for_where_they_are_read(make_trainer: Make, tmp_path: Path) -> None:
+    """In what is evaluated, and not for rewards that no evaluation asks."""
+    data = Dataset.from_dict({"prompt": PROMPTS, "wanted": [1, 2]})
+    trainer = make_trainer(tmp_path, ["dm", (wants, 0.0)], data)
+    with pytest.raises(DataError, match="'wants' needs a column 'wanted', and what is evaluated has none"):
+        trainer.evaluate(PROMPTS)

@@ -14,9 +14,11 @@ import yaml
 from datasets import Dataset, Features, Value
 from digit_runs import Bright, pictures, weights_of
 from peft import LoraConfig
+from torch import Tensor
 
 from rdm_sdk import RDMTrainer
 from rdm_sdk.cli.run_arguments import Run, parse_run
+from rdm_sdk.rewards.dm import DistributionMatching
 from rdm_sdk.training.data import load_prompts
 from rdm_sdk.training.run_file import write_run_file
 
@@ -195,3 +197,19 @@ def test_columns_of_other_types_stop_no_run(make_trainer: Make, tmp_path: Path) 
         text = (tmp_path / "run.yaml").read_text(encoding="utf-8")
         assert f"# - prompts (no text or number: the column 'made' of type {kind}): give the file with" in text
         assert "prompts" not in yaml.safe_load(text)
+
+
+def test_an_object_is_not_taken_for_the_reward_of_its_name(make_trainer: Make, tmp_path: Path) -> None:
+    """Neither a subclass nor a function: the file would repeat another run."""
+
+    class Mine(DistributionMatching):
+        pass
+
+    def legibility(images: Tensor, prompts: list[str]) -> Tensor:
+        return images.mean((1, 2, 3))
+
+    text = write_run_file(make_trainer(tmp_path, [Mine(), (legibility, 0.1)]), tmp_path).read_text(encoding="utf-8")
+    for name in ("dm", "legibility"):
+        assert f"the reward {name!r}, an object in Python" in text
+    text = write_run_file(make_trainer(tmp_path, [("dm", 1.0), ("legibility", 0.1)]), tmp_path).read_text("utf-8")
+    assert "an object in Python" not in text

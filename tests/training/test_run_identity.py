@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from rdm_sdk import CheckpointError, RDMConfig, RDMTrainer, digits
 from rdm_sdk.training.identity import FIXED_BY_TRANSFORMERS, PLACES, RATES
+from rdm_sdk.training.weighting import Fixed
 
 Make = Callable[..., RDMTrainer]
 SAVING = {"save_strategy": "steps", "save_steps": 1}
@@ -120,3 +121,27 @@ def test_other_weights_of_rewards_count_at_once(
         rows = {row["step"]: row for row in trainer.state.log_history if "loss" in row}
         ratio = rows[step]["weights/legibility"] / rows[step - 1]["weights/legibility"]
         assert ratio == pytest.approx(float(now) / float(before), rel=0.2 if weighting == "balance" else 1e-6)
+
+
+def test_the_rate_of_a_schedule_by_a_metric_cannot_change(make_trainer: Make, tmp_path: Path) -> None:
+    """It keeps the rate to itself: said, in the place of a line that another rate counts and one that does not."""
+    settings = {"lr_scheduler_type": "reduce_lr_on_plateau", "critic_lr_scheduler_type": "constant", "max_steps": 2}
+    settings |= {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    settings |= {"metric_for_best_model": "loss", "eval_dataset": ["a zero"], "critic_steps": 1}
+    make_trainer(tmp_path, "dm + 0*legibility", **settings).train()
+    folder = str(tmp_path / "checkpoint-1")
+    with pytest.raises(CheckpointError, match="the learning rate cannot change"):
+        make_trainer(tmp_path, "dm + 0*legibility", learning_rate=5e-3, **settings).train(folder)
+    make_trainer(tmp_path, "dm + 0*legibility", **settings).train(folder)
+
+
+def test_another_weighting_makes_another_run(make_trainer: Make, tmp_path: Path) -> None:
+    """Also one of the user's own, which no setting names."""
+
+    class Mine(Fixed):
+        pass
+
+    saving = {"save_strategy": "steps", "save_steps": 1, "critic_steps": 1, "max_steps": 2}
+    make_trainer(tmp_path, weighting=Mine(), **saving).train()
+    with pytest.raises(CheckpointError, match="was made with the weighting Mine; this run has Fixed"):
+        make_trainer(tmp_path, **saving).train(str(tmp_path / "checkpoint-1"))

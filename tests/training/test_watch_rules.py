@@ -129,6 +129,7 @@ def test_held_out_prompts_count_for_every_reward() -> None:
     (found,) = findings(rows, TRAINED, HELD_OUT)
     assert (found.kind, found.figure) == ("held-out", "eval_rewards/ink/mean")
     assert "on the evaluation prompts, fell from 1 " in found.text
+    assert findings(rows, (), HELD_OUT, ["ink"]) == []  # of negative weight: it was to fall
 
 
 def test_a_critic_that_lags_is_told_from_a_noisy_one() -> None:

@@ -246,3 +246,9 @@ def test_the_protocol_is_three_methods() -> None:
 def test_an_integer_is_a_weight() -> None:
     """An answer of integers comes back as floats."""
     assert weigh(Answers({"dm": 1, "a": 0}), {"dm": 1.0, "a": 0.5}, {}, 0) == {"dm": 1.0, "a": 0.0}
+
+
+def test_what_is_only_watched_gets_no_weight() -> None:
+    """Its gradient is not asked for, so a weight would do nothing, or by advantages alone."""
+    with pytest.raises(ConfigError, match=r"gave 'a' the weight 5\.0, but it is only watched"):
+        weigh(Answers({"dm": 1.0, "a": 5.0}), {"dm": 1.0, "a": 0.0}, {}, 0)

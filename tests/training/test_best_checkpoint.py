@@ -1,0 +1,99 @@
+"""The best checkpoint of a run (`load_best_model_at_end`): it is there at the end, and the newest stays beside it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerState
+
+from rdm_sdk import RDMTrainer
+from rdm_sdk.training import checkpoint_folders
+
+Make = Callable[..., RDMTrainer]
+
+
+class Falling:
+    """A score that is lower in each evaluation, so that the first one was the best."""
+
+    __name__ = "falling"
+
+    def __init__(self) -> None:
+        self.score = 1.0
+
+    def __call__(self, images: Tensor) -> list[float]:
+        self.score -= 0.1
+        return [self.score] * len(images)
+
+
+def make(make_trainer: Make, folder: Path, **settings: Any) -> RDMTrainer:
+    """Return a trainer of three steps whose first checkpoint is the best."""
+    every_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"metric_for_best_model": "eval_rewards/falling/mean", "greater_is_better": True}
+    rewards = ["dm", (Falling(), 0.0)]
+    settings = {"max_steps": 3, "logging_steps": 10, "learning_rate": 3e-3, "load_best_model_at_end": True} | settings
+    return make_trainer(folder, rewards, eval_dataset=["a zero"], **every_step, **best, **settings)
+
+
+def student(trainer: RDMTrainer) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.parameters_of("student")])
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+def test_the_newest_stays_beside_the_best(make_trainer: Make, tmp_path: Path) -> None:
+    """Where one may stay: Trainer would remove the other at the end, and the run could not go on."""
+    trainer = make(make_trainer, tmp_path, save_total_limit=1)
+    trainer.train()
+    assert Path(str(trainer.state.best_model_checkpoint)).name == "checkpoint-1"
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-3"]
+    assert trainer.args.save_total_limit == 1
+
+
+def test_what_a_signal_saved_stays(make_trainer: Make, tmp_path: Path) -> None:
+    """It is what the line about it says to go on from."""
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+            if state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = make(make_trainer, tmp_path, save_total_limit=1, callbacks=[Stop()])
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_finished_run_that_is_started_again_ends_alike(make_trainer: Make, tmp_path: Path) -> None:
+    """With the best weights, not those of its last step."""
+    first = make(make_trainer, tmp_path)
+    first.train()
+    last = make(make_trainer, tmp_path, load_best_model_at_end=False)
+    last.train(resume_from_checkpoint=True)
+    again = make(make_trainer, tmp_path)
+    again.train(resume_from_checkpoint=True)
+    assert torch.equal(student(again), student(first))
+    assert not torch.equal(student(last), student(first))
+
+
+def test_every_process_knows_where_the_best_is(
+    make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those that save nothing: they load it at the end, from its last place."""
+    trainer = make_trainer(tmp_path, max_steps=1)
+    keeper, state = trainer.keeper, TrainerState(global_step=1, best_global_step=1)
+    monkeypatch.setattr(keeper, "args", SimpleNamespace(should_save=False, output_dir=str(tmp_path)))
+    monkeypatch.setattr(checkpoint_folders, "verify", lambda folder: None)
+    (tmp_path / ".writing-1" / "checkpoint-1").mkdir(parents=True)  # by the process that saves
+    with keeper.writing(state, tmp_path):
+        state.best_model_checkpoint = str(tmp_path / ".writing-1" / "checkpoint-1")
+    assert state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
