@@ -157,7 +157,7 @@ def _imported(entry: Entry, what: str, kind: type[RDMError]) -> Any:
     module, _, attribute = entry.target.partition(":")
     try:
         return getattr(import_module(module), attribute)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that reads the command line ends the program
         raise kind(
             f"{what} of {entry.distribution} cannot be imported from {entry.target!r}: {described(error)}. Repair or "
             f"upgrade {entry.distribution}."

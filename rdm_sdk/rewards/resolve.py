@@ -315,7 +315,7 @@ def is_by_place(term: RewardTerm) -> bool:
         return False
     except ModuleNotFoundError as error:
         return not f"{term.name}.".startswith(f"{error.name}.")  # is it that one, or what a module above it imports?
-    except Exception:  # a module above it is broken, which its import will tell
+    except (Exception, SystemExit):  # a module above it is broken, which its import will tell
         return True
 
 
@@ -329,7 +329,7 @@ def target_of(term: RewardTerm) -> Any:
         return registry().load(term.name)
     try:
         module = import_module(term.name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that reads the command line ends the program
         raise RewardError(f"the module {term.name!r} cannot be imported: {described(error)}") from error
     if not hasattr(module, str(term.variant)):
         raise RewardError(

@@ -149,6 +149,15 @@ def test_damage_and_exits_stay_with_their_plugin(install: Install, start: Run, t
     assert "Traceback" not in said
 
 
+def test_a_target_that_exits_is_an_error(install: Install, run: Run, tmp_path: Path) -> None:
+    """A script that reads the command line when it is imported does not end the program in silence."""
+    install("acme-exit", body='register("acme/exit", "acme_exit_script:score")')
+    (tmp_path / "acme_exit_script.py").write_text("import sys; sys.exit(0)")
+    assert "'acme/exit' of acme-exit cannot be imported from 'acme_exit_script:score': SystemExit: 0" in run(
+        "rewards", "check", "acme/exit"
+    )
+
+
 def test_targets_that_cannot_be_used(install: Install, run: Run) -> None:
     """A target that is missing, or is neither a Reward nor a function, names the distribution."""
     install(

@@ -50,7 +50,11 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (tmp_path / name / "__init__.py").write_text("")
     (tmp_path / name / "rewards.py").write_text(MODULE)
     (tmp_path / name / "broken.py").write_text("import no_such_module_at_all")
-    for package, code in (("raises", "1 / 0"), ("lacks", "import no_such_module_at_all")):
+    for package, code in (
+        ("raises", "1 / 0"),
+        ("lacks", "import no_such_module_at_all"),
+        ("exits", "raise SystemExit"),
+    ):
         (tmp_path / name / package).mkdir()
         (tmp_path / name / package / "__init__.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -114,6 +118,8 @@ def test_two_of_a_name_are_told_apart(module: str) -> None:
         ("{package}.broken:ink", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module_at_all'"),
         ("{package}.raises.rewards:ink", "rewards' cannot be imported: ZeroDivisionError"),
         ("{package}.lacks.rewards:ink", "rewards' cannot be imported: ModuleNotFoundError: No module named 'no_such"),
+        ("{package}.exits:ink", "exits' cannot be imported: SystemExit"),
+        ("{package}.exits.rewards:ink", "rewards' cannot be imported: SystemExit"),
         ("{package}.missing:ink", "unknown reward .*missing'.*module:function"),
         ("{package}.missing.further:ink", "unknown reward .*further'.*module:function"),
         ("{module}:LIMIT", "names neither a Reward class nor a function but 3; this is a mistake in the module"),
