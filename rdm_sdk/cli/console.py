@@ -86,8 +86,9 @@ def find_device(named: str | None) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an exception's message on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """Return an exception's message and its notes on one line."""
+    parts = [str(error).strip() or type(error).__name__, *getattr(error, "__notes__", [])]
+    return " ".join(" ".join(parts).split())
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

@@ -286,7 +286,12 @@ def load_reward(term: RewardTerm) -> Reward:
                 f"reward {term.name!r} cannot be made by its name: {target.__name__}.__init__ must take "
                 f"(self, config=None, **options); {error}"
             ) from error
-        reward = _initialized(target(*given))
+        try:
+            reward = _initialized(target(*given))
+        except Exception as error:
+            if not isinstance(error, RewardError):
+                error.add_note(f"(raised in making the reward {name!r})")
+            raise
         reward.name, reward.origin = name, origin
         return reward
     if isinstance(target, type) or not callable(target):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from rdm_sdk import Reward, RewardError, score_images
 from rdm_sdk.cli.main import main
@@ -37,6 +38,13 @@ class Scaled(Reward):
 
     def score(self, batch):
         return self.config.factor * batch.images.mean((1, 2, 3))
+
+class Absent(Scaled):
+    def __init__(self, config=None, **options):
+        raise FileNotFoundError("no such file: weights.pt")
+
+def lost(images, **columns):
+    raise ConnectionError
 
 LIMIT = 3
 """
@@ -132,6 +140,20 @@ def test_what_is_not_there_is_said(spec: str, words: str, module: str) -> None:
     """Before anything expensive starts."""
     with pytest.raises(RewardError, match=words):
         plan_rewards(spec.format(module=module, package=module.split(".")[0]))
+
+
+def test_an_error_of_the_system_names_the_reward(
+    module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether it comes in making the reward or in scoring; commands tell errors of this kind in one line."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    for name, told in (
+        ("Absent", "no such file: weights.pt (raised in making the reward 'Absent')"),
+        ("lost", "ConnectionError (raised by the reward 'lost')"),
+    ):
+        words = ["score", str(tmp_path), "--rewards", f"{module}:{name}", "--output", str(tmp_path / "scores.csv")]
+        assert main(words) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == f"rdm-sdk: {told}"
 
 
 def test_a_registered_name_is_never_a_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
