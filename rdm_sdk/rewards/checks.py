@@ -102,13 +102,27 @@ def is_finite_gradient(reward: Reward, batch: RewardBatch, output: RewardOutput)
 def unchanged(reward: Reward, given: RewardBatch) -> Iterator[None]:
     """Raise if the block changes the images or latents in place: other rewards, and the caller, share their memory."""
     watched = given.images if reward.capabilities.space == "pixel" else given.latents
-    before = watched._version
+    before = watched._version, _fingerprint(watched)
     yield
-    if watched._version != before:
+    if (watched._version, _fingerprint(watched)) != before:
         raise RewardError(
             f"reward {reward.name!r} changes its {'images' if watched is not given.latents else 'latents'} in place, "
-            "which other rewards share; use x * 2 instead of x.mul_(2), or clone() first"
+            "which other rewards share; use x * 2 instead of x.mul_(2), or clone() first (x.numpy() shares them too)"
         )
+
+
+def _fingerprint(values: Tensor) -> tuple[int, bytes] | None:
+    """Return what tells an edit of a tensor on the CPU: views in NumPy and `.data` edit it behind its version.
+
+    That is the sum of all its bits, which costs as little as reading them, and a sample, because what is only moved,
+    as a flipped image is, has the same sum.
+    """
+    if values.device.type != "cpu":
+        return None
+    as_it_lies = sorted(range(values.ndim), key=values.stride, reverse=True)  # a copy would cost ten times as much
+    bits = values.detach().permute(as_it_lies).contiguous().view(-1).view(torch.uint8).numpy()
+    words = len(bits) // 8 * 8
+    return int(bits[:words].view(np.uint64).sum()), bits[words:].tobytes() + bits[::4099].tobytes()
 
 
 class InapplicableError(RewardError):

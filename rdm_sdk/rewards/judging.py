@@ -11,7 +11,7 @@ from torch import Tensor
 from rdm_sdk.errors import RewardError
 from rdm_sdk.method.noise import per_sample
 from rdm_sdk.rewards.base import Reward, RewardBatch
-from rdm_sdk.rewards.checks import checked_scores
+from rdm_sdk.rewards.checks import checked_scores, unchanged
 from rdm_sdk.types import RewardOutput
 
 
@@ -77,7 +77,7 @@ def differentiated(reward: Reward, chunk: RewardBatch, device: torch.device, row
     judged = as_declared(reward, chunk, device, rows)
     pixels = reward.capabilities.space == "pixel"
     leaf = (judged.images if pixels else judged.latents).requires_grad_()
-    with torch.enable_grad():
+    with torch.enable_grad(), unchanged(reward, judged):
         scores = reward.score(judged)
     checked = checked_scores(reward, judged, scores)
     if scores.requires_grad:

@@ -86,6 +86,42 @@ def test_changing_the_images_in_place_is_caught() -> None:
     assert batch.columns["row"] == list(range(6))
 
 
+def by_numpy(images: Tensor) -> None:
+    pixels = images.detach().permute(0, 2, 3, 1).numpy()
+    pixels *= 255
+
+
+def by_data(images: Tensor) -> None:
+    images.data[0, 0, 0, 0] = 1.0
+
+
+def flipped(images: Tensor) -> None:
+    images.data.copy_(images.detach().flip(3))
+
+
+def without_grad(images: Tensor) -> None:
+    with torch.no_grad():
+        images.mul_(0.5)
+
+
+@pytest.mark.parametrize("gradient", ["none", "autograd"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("edit", [by_numpy, by_data, flipped, without_grad])
+def test_a_change_behind_the_version_is_caught(edit: Any, layout: torch.memory_format, gradient: Any) -> None:
+    """Whatever way images are edited, whether the reward is differentiated or not, and however they lie in memory."""
+
+    class Editing(Brightness):
+        capabilities = Capabilities(gradient=gradient)
+
+        def score(self, batch: RewardBatch) -> Tensor:
+            edit(batch.images)
+            return super().score(batch)
+
+    images = torch.rand(3, 3, 9, 11).contiguous(memory_format=layout)
+    with pytest.raises(RewardError, match="'editing' changes its images in place"):
+        evaluate_reward(Editing(), RewardBatch.from_images(images))
+
+
 def test_an_exception_names_its_reward() -> None:
     """The author's exception arrives as it was raised, with a note."""
     with pytest.raises(OSError, match="no route") as caught:
