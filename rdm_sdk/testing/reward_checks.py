@@ -194,16 +194,21 @@ def permutation_equivariant(subject: Subject) -> None:
 
 @check("deterministic")
 def follows_the_prompt(subject: Subject) -> Remark | None:
-    """Where the capabilities say that the prompt matters, other prompts give other scores (a warning if not)."""
-    if not subject.reward.capabilities.prompts:
-        return Remark("skipped", "the reward does not declare prompts=True")
+    """Other prompts give other scores where the capabilities say so (a warning if not), and nowhere else."""
+    declared = subject.reward.capabilities.prompts
+    if not declared and subject.reward.capabilities.stochastic:
+        return Remark("skipped", "the reward is declared stochastic, so nobody could tell why its scores differ")
     batch = copied(subject.batch)
     shift = batch.group_size
     batch.prompts[:] = [*batch.prompts[shift:], *batch.prompts[:shift]]
     if same(subject.judge(batch).scores, subject.judge().scores):
-        return Remark(
-            "warning", "the scores do not change with the prompts; declare prompts=False, or read batch.prompts"
-        )
+        text = "the scores do not change with the prompts; declare prompts=False, or read batch.prompts"
+        return Remark("warning", text) if declared else None
+    require(
+        declared,
+        "the scores change with the prompts, and the reward does not declare it: declare prompts=True, so that scoring "
+        "without prompts is refused (a function does so with @declares(prompts=True))",
+    )
     return None
 
 

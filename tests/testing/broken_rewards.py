@@ -125,6 +125,13 @@ class DeafToPrompts(Sound):
     capabilities = Capabilities(gradient="autograd", prompts=True)
 
 
+class SecretReader(Sound):
+    """Reads the prompts, and does not say so."""
+
+    def score(self, batch: RewardBatch) -> Tensor:
+        return brightness(batch) + torch.tensor([0.01 * len(prompt) for prompt in batch.prompts])
+
+
 class FixedSize(Sound):
     """Works only where 8 divides the size."""
 
@@ -199,6 +206,7 @@ BROKEN: dict[str, type[Reward]] = {
     "chunk_invariant": BatchMean,
     "logs_the_same_in_chunks": LogsOfTheBatch,
     "permutation_equivariant": FirstOfGroup,
+    "follows_the_prompt": SecretReader,
     "odd_sizes": FixedSize,
     "bfloat16_input": OwnDecoding,
     "device_round_trip": DeviceByName,
