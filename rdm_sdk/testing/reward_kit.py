@@ -95,8 +95,14 @@ def parametrize_reward_checks(
 def _results(made: Reward, batch: RewardBatch | None) -> list[CheckResult]:
     if made.capabilities.head:
         made.make_head(LATENT_CHANNELS, 0)  # as the host does, for the features of the teacher in the kit's batch
-    subject = Subject(made, batch or made.example() or example_batch(made))
-    return run_checks(CHECKS, subject, "reward")
+    tried = batch or made.example() or example_batch(made)
+    if min(len(tried) // tried.group_size, tried.group_size) < 2:
+        raise RewardError(
+            f"the contract of {made.name!r} is checked on two or more groups of two or more samples: of fewer, chunks "
+            f"and shuffled batches show nothing; got {len(tried)} in groups of {tried.group_size}. Let example() (or "
+            "batch=) return four or more: RewardBatch.from_images(images, prompts, 2, columns)"
+        )
+    return run_checks(CHECKS, Subject(made, tried), "reward")
 
 
 def _only(reward: RewardFuncs) -> Reward:

@@ -13,12 +13,13 @@ import torch
 from broken_rewards import BROKEN, DeafToPrompts, Sound, WrongShape
 from odd_rewards import Watched
 
-from rdm_sdk import Capabilities, RewardError
+from rdm_sdk import Capabilities, RewardBatch, RewardError
 from rdm_sdk.testing import (
     CHECKS,
     RewardCheckError,
     RewardCheckWarning,
     check_reward,
+    example_images,
     parametrize_reward_checks,
     run_reward_checks,
 )
@@ -123,6 +124,18 @@ def test_a_reward_with_columns_must_bring_its_example():
 
     with pytest.raises(RewardError, match=r"needs the columns caption: write example\(self\)"):
         check_reward(Captioned())
+
+
+@pytest.mark.parametrize(("count", "group"), [(1, 1), (4, 1), (4, 4)])
+def test_an_example_that_shows_too_little_is_refused(count: int, group: int):
+    """Of one image, or one group, chunks and shuffled batches are what they were."""
+
+    class Exemplary(BROKEN["chunk_invariant"]):
+        def example(self):
+            return RewardBatch.from_images(example_images(count), ["a cat"] * count, group)
+
+    with pytest.raises(RewardError, match=rf"'exemplary' .* got {count} in groups of {group}. Let example\(\)"):
+        check_reward(Exemplary())
 
 
 def test_a_reward_defined_in_a_script(monkeypatch):
