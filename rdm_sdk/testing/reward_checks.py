@@ -212,6 +212,22 @@ def follows_the_prompt(subject: Subject) -> Remark | None:
     return None
 
 
+@check("deterministic", unless=stochastic)
+def declares_its_columns(subject: Subject) -> Remark | None:
+    """Columns that the capabilities do not name change no score; a server is not sent them."""
+    capabilities = subject.reward.capabilities
+    declared = {*capabilities.columns, *capabilities.reads}
+    kept = {name: values for name, values in subject.batch.columns.items() if name in declared}
+    others = [name for name in subject.batch.columns if name not in kept]
+    if not others:
+        return Remark("skipped", "the samples have no column beside the declared ones")
+    advice = f"declare what it reads of {', '.join(others)}, as Capabilities(reads=({others[0]!r},)) or in columns"
+    with advising(advice):
+        without = subject.judge(replace(copied(subject.batch), columns=kept)).scores
+    assert_close(without, subject.judge().scores, "without the columns that it does not declare, scores", advice)
+    return None
+
+
 @check("leaves_inputs_alone", unless=no_gradient)
 def gradient_not_zero(subject: Subject) -> None:
     """A reward that declares a gradient has one, for every sample that it applies to."""

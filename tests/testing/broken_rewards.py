@@ -9,6 +9,7 @@ from pydantic import field_validator
 from torch import Tensor
 
 from rdm_sdk import Capabilities, Reward, RewardBatch, RewardConfig
+from rdm_sdk.testing import example_images
 
 DIFFERENTIABLE = Capabilities(gradient="autograd")
 
@@ -132,6 +133,17 @@ class SecretReader(Sound):
         return brightness(batch) + torch.tensor([0.01 * len(prompt) for prompt in batch.prompts])
 
 
+class SecretColumn(Sound):
+    """Reads a column where there is one, and does not say so."""
+
+    def example(self) -> RewardBatch:
+        moods: list[object] = [1.0, 2.0, 3.0, 4.0]
+        return RewardBatch.from_images(example_images(4), ["a cat", "a cat", "a dog", "a dog"], 2, {"mood": moods})
+
+    def score(self, batch: RewardBatch) -> Tensor:
+        return brightness(batch) + torch.tensor(batch.columns.get("mood", [0.0] * len(batch)))
+
+
 class FixedSize(Sound):
     """Works only where 8 divides the size."""
 
@@ -207,6 +219,7 @@ BROKEN: dict[str, type[Reward]] = {
     "logs_the_same_in_chunks": LogsOfTheBatch,
     "permutation_equivariant": FirstOfGroup,
     "follows_the_prompt": SecretReader,
+    "declares_its_columns": SecretColumn,
     "odd_sizes": FixedSize,
     "bfloat16_input": OwnDecoding,
     "device_round_trip": DeviceByName,
