@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin, get_type_hints
+from numbers import Real
+from typing import Literal, TypeGuard, get_args, get_origin, get_type_hints
 
 from rdm_sdk.errors import RewardError, nearest
 
@@ -49,6 +51,10 @@ class Capabilities:
         return self.context or self.gradient == "field"
 
     def __post_init__(self) -> None:
+        self._check_values()
+        self._check_combinations()
+
+    def _check_values(self) -> None:
         for name, hint in get_type_hints(Capabilities).items():
             value, choices = getattr(self, name), get_args(hint)
             if get_origin(hint) is Literal and value not in choices:
@@ -57,10 +63,22 @@ class Capabilities:
                     f"Capabilities({name}={value!r}) cannot be used; it must be one of {offered}."
                     f"{nearest(str(value), choices)}"
                 )
+            if hint is bool and not isinstance(value, bool):
+                raise RewardError(f"Capabilities({name}={value!r}) cannot be used; it must be True or False")
         for name in ("columns", "reads"):
             columns: object = getattr(self, name)
             if isinstance(columns, str):
                 raise RewardError(f"Capabilities({name}={columns!r}) must be a tuple of names: ({columns!r},)")
+        count: object = self.parameters
+        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
+            raise RewardError(
+                f"Capabilities(parameters={count!r}) cannot be used; it must be a whole number, 0 or more, or None"
+            )
+        bounds: object = self.range
+        if bounds is not None and not (_are_two_numbers(bounds) and bounds[0] < bounds[1]):
+            raise RewardError(f"Capabilities(range={bounds!r}) cannot be used; it must be (low, high) or None")
+
+    def _check_combinations(self) -> None:
         if self.asynchronous and self.gradient not in ("none", "awaited"):
             raise RewardError(
                 f"Capabilities(asynchronous=True, gradient={self.gradient!r}): an asynchronous reward is only scored; "
@@ -75,9 +93,20 @@ class Capabilities:
                 "Capabilities(dtype='float16', gradient='autograd'): gradients of pixels underflow in float16; take "
                 "bfloat16, or float32 and convert inside score()"
             )
-        if self.parameters is not None and self.parameters < 0:
+        if self.context and self.asynchronous:
             raise RewardError(
-                f"Capabilities(parameters={self.parameters!r}) cannot be used; it must be 0 or more, or None"
+                "Capabilities(context=True, asynchronous=True): a reward that needs the run's models computes "
+                "with them, and is not awaited; write score(batch), without asynchronous=True"
             )
-        if self.range is not None and not (len(self.range) == 2 and self.range[0] < self.range[1]):
-            raise RewardError(f"Capabilities(range={self.range!r}) cannot be used; it must be (low, high) or None")
+        if self.context and self.gradient == "autograd":
+            raise RewardError(
+                "Capabilities(context=True, gradient='autograd'): nothing is differentiated through the run's models; "
+                "declare gradient='field' and return the gradient from field(batch), or gradient='none'"
+            )
+
+
+def _are_two_numbers(value: object) -> TypeGuard[Sequence[float]]:
+    """Whether a value is a pair of numbers."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        return False
+    return all(isinstance(bound, Real) and not isinstance(bound, bool) for bound in value)

@@ -83,6 +83,14 @@ def test_a_function_gets_the_columns_that_it_takes():
         ({"asynchronous": True, "gradient": "autograd"}, "only scored; declare gradient='none'"),
         ({"dtype": "float16", "gradient": "autograd"}, "underflow in float16"),
         ({"range": (1, 0)}, "must be .low, high. or None"),
+        ({"range": 5}, r"range=5\) cannot be used; it must be .low, high. or None"),
+        ({"range": ("0", "1")}, "must be .low, high. or None"),
+        ({"parameters": "7B"}, r"parameters='7B'\) cannot be used; it must be a whole number, 0 or more, or None"),
+        ({"parameters": -1}, "a whole number, 0 or more"),
+        ({"stochastic": "false"}, r"stochastic='false'\) cannot be used; it must be True or False"),
+        ({"prompts": 1}, "prompts=1.* True or False"),
+        ({"context": True, "gradient": "autograd"}, "declare gradient='field' and return the gradient from field"),
+        ({"context": True, "asynchronous": True}, "not awaited; write score"),
     ],
 )
 def test_capabilities_are_checked(declared, words):
