@@ -6,14 +6,9 @@ A check takes a `Subject`; see `kit.Check`.
 from __future__ import annotations
 
 import gc
-import importlib
-import os
 import random
-import subprocess
-import sys
 import weakref
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import torch
@@ -25,6 +20,7 @@ from rdm_sdk.rewards.judging import as_declared
 from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.rewards.spec import checked_model, parse_spec
 from rdm_sdk.testing.batches import copied, resized
+from rdm_sdk.testing.fresh_import import import_problem
 from rdm_sdk.testing.kit import Check, Remark, advising, collector, require
 from rdm_sdk.testing.reward_subject import Subject, assert_close, same, shown
 
@@ -138,6 +134,26 @@ def rng_untouched(subject: Subject) -> None:
         not moved,
         f"score() moved the random state of {', '.join(moved)}, which changes the training run; use a "
         "torch.Generator of your own, and never call manual_seed() in score()",
+    )
+
+
+@check("leaves_inputs_alone")
+def torch_settings_untouched(subject: Subject) -> None:
+    """`score` leaves alone what PyTorch keeps for all: its default dtype, and whether gradients are on."""
+    before = torch.get_default_dtype(), torch.is_grad_enabled()
+    # Set as Python starts: earlier calls may have changed them already.
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    try:
+        subject.judge()
+        found = torch.get_default_dtype(), torch.is_grad_enabled()
+    finally:
+        torch.set_default_dtype(before[0])
+        torch.set_grad_enabled(before[1])
+    require(
+        found == (torch.float32, True),
+        f"score() left torch with the default dtype {found[0]} and gradients {'on' if found[1] else 'off'}, which "
+        "changes the training run; pass dtype= where it is needed, and write 'with torch.no_grad():'",
     )
 
 
@@ -356,30 +372,14 @@ def config_round_trip(subject: Subject) -> None:
 
 @check("returns_scores")
 def imports_without_cuda(subject: Subject) -> Remark | None:
-    """Importing the reward's module does not initialize CUDA, which would break forked workers and other devices."""
+    """Importing the reward's module does not initialize CUDA, which would break forked workers and other devices.
+
+    Nor does it change the default dtype of torch, or turn gradients off, for the whole program.
+    """
     module = subject.reward.defined_in()
     if module == "__main__":
         return Remark("skipped", "the reward is defined in a script or a notebook")
-    problem = _import_problem(module)
-    require(not problem, f"{problem}; create nothing on a device at import, only in __init__ or score()")
+    problem = import_problem(module)
+    advice = "create nothing on a device at import, only in __init__ or score(), and set nothing that is torch's own"
+    require(not problem, f"{problem}; {advice}")
     return None
-
-
-@cache
-def _import_problem(module: str) -> str:
-    """Import a module in a fresh interpreter in which CUDA must stay asleep; returns what went wrong."""
-    if importlib.util.find_spec(module) is None:
-        return f"the module {module!r} cannot be found"
-    code = (
-        "import sys, torch\n"
-        "def awake(*_): raise RuntimeError('CUDA was initialized at import')\n"
-        "torch.cuda._lazy_init = torch.cuda.init = awake\n"
-        "import importlib; importlib.import_module(sys.argv[1])"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    done = subprocess.run([sys.executable, "-c", code, module], capture_output=True, text=True, env=environment)
-    return (
-        ""
-        if done.returncode == 0
-        else f"importing {module!r} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
-    )

@@ -34,7 +34,7 @@ def test_each_mistake_fails_its_check_alone(name):
 
 def test_every_check_has_its_mistake():
     """No check without a reward that fails it."""
-    elsewhere = {"imports_without_cuda"}
+    elsewhere = {"imports_without_cuda", "torch_settings_untouched"}
     assert {check.name for check in CHECKS} == BROKEN.keys() | elsewhere
 
 
@@ -58,6 +58,43 @@ def test_waking_cuda_at_import_fails(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [result.name for result in failed] == ["imports_without_cuda"]
     assert "CUDA was initialized at import" in failed[0].message
     del sys.modules["wakes_cuda"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("set_grad_enabled(False)", "gradients were turned off at import"),
+        ("set_default_dtype(torch.float64)", "the default dtype was set to torch.float64 at import"),
+    ],
+)
+def test_settings_of_torch_at_import_fail(
+    setting: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+):
+    """A module that changes them for the whole program when it is imported fails that check, and says how."""
+    name = f"sets_torch_{request.node.callspec.indices['setting']}"
+    (tmp_path / f"{name}.py").write_text(f"import torch\ntorch.{setting}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(Sound, "__module__", name)
+    failed = [result for result in run_reward_checks(Sound()) if result.status == "failed"]
+    assert [result.name for result in failed] == ["imports_without_cuda"]
+    assert words in failed[0].message
+
+
+def test_settings_of_torch_in_a_call_fail():
+    """So does one that changes them when it is called, from its first call on."""
+
+    class Doubling(Sound):
+        def score(self, batch):
+            torch.set_default_dtype(torch.float64)
+            return super().score(batch)
+
+    before = torch.get_default_dtype()
+    try:
+        failed = [result for result in run_reward_checks(Doubling()) if result.status == "failed"]
+    finally:
+        torch.set_default_dtype(before)
+    assert [result.name for result in failed] == ["torch_settings_untouched"]
+    assert "default dtype torch.float64 and gradients on" in failed[0].message
 
 
 @pytest.mark.parametrize("reward", ["dm", "legibility", "adversarial", "flow"])

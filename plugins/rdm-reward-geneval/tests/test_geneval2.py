@@ -140,5 +140,5 @@ def test_spec(folder):
 
 def test_contract(make, monkeypatch):
     """The reward keeps the SDK's contract; its imports are those of `geneval` and `vlm`, which were looked at."""
-    monkeypatch.setattr(reward_checks, "_import_problem", lambda module: "")
+    monkeypatch.setattr(reward_checks, "import_problem", lambda module: "")
     check_reward(make())

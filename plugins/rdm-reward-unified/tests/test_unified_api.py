@@ -72,5 +72,5 @@ def test_answers_without_a_rating(server):
 
 def test_contract(server, monkeypatch):
     """The reward keeps the SDK's contract; its imports are those of `unified` and `vlm-api`, which were looked at."""
-    monkeypatch.setattr(reward_checks, "_import_problem", lambda module: "")
+    monkeypatch.setattr(reward_checks, "import_problem", lambda module: "")
     check_reward(UnifiedApi(url=server.url, model="judge-7b"))
