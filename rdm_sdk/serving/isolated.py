@@ -166,6 +166,11 @@ class Isolated(ServedReward):
         terms = parse_spec(self.config.reward)
         if len(terms) != 1:
             raise RewardError(f"isolated: reward={self.config.reward!r} must be one reward; it is {len(terms)}")
+        if terms[0].weight != 1:
+            raise RewardError(
+                f"isolated: reward={self.config.reward!r} must have no sign and no weight; they go before isolated: "
+                f"{terms[0].weight:g}*isolated[...,reward={terms[0].name}]"
+            )
         self.child = Child(_interpreter(self.config.python), terms[0].reference, self.config.device)
         self.child.wait_until_ready(self.config.start_timeout)
         uds, trouble = self.child.socket, self.child.trouble

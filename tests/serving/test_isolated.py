@@ -207,6 +207,8 @@ def test_a_reward_that_is_unknown_over_there() -> None:
         ({"python": "no/such/python"}, "there is no program; 'rdm-sdk isolate' makes"),
         ({"python": "."}, "is a folder; name the interpreter in it"),
         ({"python": sys.executable, "reward": "dm + clip"}, "must be one reward; it is 2"),
+        ({"python": sys.executable, "reward": "-jpeg"}, r"no sign and no weight; .* -1\*isolated\[...,reward=jpeg"),
+        ({"python": sys.executable, "reward": "2*jpeg"}, r"no sign and no weight; .* 2\*isolated\[...,reward=jpeg"),
         ({"python": sys.executable, "reward": "clip["}, r"clip\["),
         ({"python": sys.executable, "start_timeout": 0}, "start_timeout"),
     ],
