@@ -104,7 +104,10 @@ def _explain(error: pluggy.PluginValidationError, known: list[str]) -> str:
 
 def _bad_reward_name(name: object, plugin: Plugin) -> str | None:
     if not isinstance(name, str) or not re.fullmatch(hookspecs.REWARD_NAME, name, re.ASCII):
-        return f"it registers a reward named {name!r}; names are written 'owner/name' in letters, digits, '-' and '_'"
+        return (
+            f"it registers a reward named {name!r}; names are written 'owner/name', each beginning with a letter and "
+            "going on with letters, digits and '_', or '-' before a letter"
+        )
     if "/" not in name and plugin.distribution not in (BUILTIN, KNOWN_PLUGINS.get(name)):
         return f"it registers the bare name {name!r}, which is kept for the SDK's own rewards; name it 'owner/{name}'"
     return None

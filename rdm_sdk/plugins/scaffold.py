@@ -49,7 +49,7 @@ def new_reward(name: str, directory: Path, remote: bool = False) -> Path:
     if not re.fullmatch(REWARD_NAME, name, re.ASCII) or "/" not in name:
         raise ConfigError(
             f"{name!r} cannot be a reward's name; write 'owner/name', each beginning with a letter and going on "
-            "with letters, digits, '-' and '_', such as acme/sharpness (bare names are the SDK's own)"
+            "with letters, digits and '_', or '-' before a letter, as acme/sharpness (bare names are the SDK's own)"
         )
     if len(name) > MAX_LENGTH:
         raise ConfigError(f"a reward's name has at most {MAX_LENGTH} characters; got {len(name)}: {shown(name, 40)}")

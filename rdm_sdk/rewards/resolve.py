@@ -180,7 +180,12 @@ _Found: TypeAlias = tuple[RewardTerm, Reward | None]
 
 def _config_of(target: type[Reward], term: RewardTerm) -> RewardConfig:
     """Return a reward's options as a term sets them; raises `RewardError` for one that it does not take."""
-    return checked_model(target.Config, _options_of(term), f"reward {term.name!r}", RewardError)
+    return checked_model(target.Config, _options_of(term), f"reward {_full_name(term)!r}", RewardError)
+
+
+def _full_name(term: RewardTerm) -> str:
+    """Return what a term names, without its options; a variant is one of them, unless it is a place's."""
+    return f"{term.name}:{term.variant}" if is_by_place(term) else term.name
 
 
 def _options_of(term: RewardTerm) -> dict[str, Any]:
@@ -283,7 +288,7 @@ def load_reward(term: RewardTerm) -> Reward:
             inspect.signature(target).bind(*given)
         except TypeError as error:
             raise RewardError(
-                f"reward {term.name!r} cannot be made by its name: {target.__name__}.__init__ must take "
+                f"reward {_full_name(term)!r} cannot be made by its name: {target.__name__}.__init__ must take "
                 f"(self, config=None, **options); {error}"
             ) from error
         try:

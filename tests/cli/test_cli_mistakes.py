@@ -238,6 +238,7 @@ MISTAKES = [
     ("isolate judge --requirements clip --output file", "file cannot be a folder"),
     ("isolate judge --requirements clip --python no/python", "no environment can be made with no/python"),
     ("new-reward sharpness", "'sharpness' cannot be a reward's name"),
+    ("new-reward acme/x-2", "going on with letters, digits and '_', or '-' before a letter"),
     ("new-reward acme/sharpness --output file", "file"),
 ]
 

@@ -108,6 +108,7 @@ def test_two_entry_points_of_one_name_are_two_plugins(install: Install, run: Run
     [
         ('register("ink", "a:B")', "the bare name 'ink'"),
         ('register("acme/i nk", "a:B")', "names are written 'owner/name'"),
+        ('register("acme/x-2", "a:B")', "or '-' before a letter"),
         ('register("acme/ink", "no target")', "write 'package.module:attribute'"),
         ('register("acme/ink", "a:B", contract=2)', "for version 2 of the contract"),
         ('register("acme/ink", "a:B", flavor="new")', "unexpected keyword argument 'flavor'"),

@@ -43,6 +43,10 @@ class Absent(Scaled):
     def __init__(self, config=None, **options):
         raise FileNotFoundError("no such file: weights.pt")
 
+class Unmakable(Scaled):
+    def __init__(self):
+        pass
+
 def lost(images, **columns):
     raise ConnectionError
 
@@ -132,14 +136,20 @@ def test_two_of_a_name_are_told_apart(module: str) -> None:
         ("{package}.missing.further:ink", "unknown reward .*further'.*module:function"),
         ("{module}:LIMIT", "names neither a Reward class nor a function but 3; this is a mistake in the module"),
         ("{module}:ink[x=1]", "'ink' is a plain function and takes no options"),
-        ("{module}:Scaled[size=1]", "no option 'size'"),
+        ("{module}:Scaled[size=1]", "reward '{module}:Scaled' has no option 'size'"),
         ("{module}:ink + {module}:ink", "two rewards have the name"),
     ],
 )
 def test_what_is_not_there_is_said(spec: str, words: str, module: str) -> None:
     """Before anything expensive starts."""
-    with pytest.raises(RewardError, match=words):
+    with pytest.raises(RewardError, match=words.format(module=module)):
         plan_rewards(spec.format(module=module, package=module.split(".")[0]))
+
+
+def test_a_class_that_takes_no_options(module: str) -> None:
+    """Is told by its whole place."""
+    with pytest.raises(RewardError, match=f"'{module}:Unmakable' cannot be made by its name: Unmakable.__init__ must"):
+        resolve_rewards(f"{module}:Unmakable[factor=2]")
 
 
 def test_an_error_of_the_system_names_the_reward(
