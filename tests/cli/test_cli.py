@@ -3,6 +3,7 @@
 import importlib
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -103,6 +104,7 @@ class Seen:
 
     def __call__(self, model, reward_funcs, args, train_dataset, **loras):
         self.model, self.rewards, self.args, self.prompts, self.loras = model, reward_funcs, args, train_dataset, loras
+        self.keeper = SimpleNamespace(records=Path(args.output_dir))
         return self
 
     def train(self):
