@@ -306,6 +306,7 @@ class _Run:
             "base": {
                 "name": self.sampler.family.base_name,
                 "fingerprint": self.sampler.fingerprint,
+                "parts": self.sampler.parts,
                 "dtype": str(self.sampler.family.dtype).removeprefix("torch."),
             },
             "students": {str(one.student): one.fingerprint for one in candidates if one.student is not None},

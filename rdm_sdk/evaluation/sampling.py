@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ConfigMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from rdm_sdk.errors import ConfigError, described
 from rdm_sdk.evaluation.candidates import Candidate
 from rdm_sdk.evaluation.images import check_images
 from rdm_sdk.evaluation.provenance import digest
 from rdm_sdk.families.base import ModelFamily
+from rdm_sdk.families.fingerprint import fingerprint
 from rdm_sdk.families.load import load_family
 from rdm_sdk.files import replacing
 from rdm_sdk.training.export import load_student
@@ -61,6 +63,8 @@ class Sampler:
         self.other_base = other_base
         self.family: ModelFamily = load_family(model, dtype or torch.float32)
         self.fingerprint = self.family.fingerprint()
+        around = self.family.frozen_parts() | {"scheduler": self.family.pipeline.scheduler}
+        self.parts = {name: _hash_of(part) for name, part in around.items()}
         if str(self.family.pipeline.device) != str(device):  # one that is spread over devices refuses to be moved
             self.family.pipeline.to(device)
 
@@ -143,7 +147,7 @@ class Sampler:
     def _key(self, candidate: Candidate, prompts: Sequence[str], stream: str, start: int) -> str:
         guidance = self.guidance_scale if candidate.student is None else None
         content = {
-            "base": [type(self.family.pipeline).__name__, self.fingerprint, str(self.family.dtype)],
+            "base": [type(self.family.pipeline).__name__, self.fingerprint, self.parts, str(self.family.dtype)],
             "student": candidate.fingerprint,
             "steps": candidate.steps,
             "guidance_scale": guidance,
@@ -172,6 +176,14 @@ def check_guidance(scale: float) -> None:
     """Raise `ConfigError` unless a teacher can be sampled with a guidance scale."""
     if not 0 <= scale < math.inf:
         raise ConfigError(f"guidance_scale={scale} cannot be used; it must be 0 or more (1 is no guidance)")
+
+
+def _hash_of(part: object) -> str:
+    """Return a hash of a part of a pipeline beside its backbone: its class, samples of its weights, its settings."""
+    weights = fingerprint(part) if isinstance(part, nn.Module) else None
+    config = part.config if isinstance(part, ConfigMixin) else {}
+    # Names that begin with _ say where it was loaded from, and by which version.
+    return digest([type(part).__name__, weights, {key: repr(v) for key, v in config.items() if key[0] != "_"}])
 
 
 def _seed(seed: int, stream: str, start: int) -> int:

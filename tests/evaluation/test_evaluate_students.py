@@ -179,6 +179,30 @@ def test_nothing_is_sampled_twice(
     )
 
 
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "scheduler", "scaling"])
+def test_another_base_with_the_same_backbone_is_sampled_anew(tmp_path: Path, part: str) -> None:
+    """Its VAE, text encoders and schedule decide its pictures too; the same base, loaded again, is the same."""
+    base = tmp_path / "base"
+    base.mkdir()
+
+    def sampled() -> int:
+        sampler = Sampler(str(base), guidance_scale=1.0, seed=0, batch_size=1, device="cpu", cache=tmp_path / "images")
+        return sampler.images(teacher_candidate(1, SMALL["call"]), ["seven"], "rows", lambda count: None)[1]
+
+    other = DiffusionPipeline.from_pretrained(digits.teacher_path())
+    other.save_pretrained(base)
+    assert [sampled(), sampled()] == [1, 0]
+    if part == "scheduler":
+        other.scheduler.register_to_config(shift=3.0)
+    elif part == "scaling":
+        other.vae.register_to_config(scaling_factor=2.0)
+    else:
+        with torch.no_grad():
+            next(getattr(other, part).parameters()).mul_(1.5)
+    other.save_pretrained(base)
+    assert sampled() == 1
+
+
 def test_a_student_is_sampled_as_plain_diffusers_does(pipeline: Any, students: dict[str, Path]) -> None:
     """The images are those of `load_student` in a fresh pipeline; and a pipeline that is passed stays as it was."""
     before = {name: tensor.clone() for name, tensor in pipeline.transformer.state_dict().items()}
