@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import tempfile
 from collections import Counter
@@ -11,7 +13,7 @@ from pathlib import Path
 import pyarrow
 from datasets import Dataset, disable_progress_bars, enable_progress_bars
 from datasets.utils import are_progress_bars_disabled
-from pyarrow import csv
+from pyarrow.csv import ConvertOptions, ParseOptions, open_csv, read_csv
 
 from rdm_sdk.errors import DataError, shown
 
@@ -64,20 +66,41 @@ def _read_text(path: Path) -> Dataset:
 
 
 def _read_table(path: Path) -> Dataset:
-    path.read_text(encoding="utf-8-sig")  # names the byte that is not UTF-8, which Arrow would keep as bytes
-    options = csv.ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
-    with csv.open_csv(path, parse_options=options) as opened:
+    options = ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
+    # Names the byte that is not UTF-8, which Arrow would keep as bytes.
+    _check_quotes(path.read_bytes().decode("utf-8-sig"), options.delimiter)
+    with open_csv(path, parse_options=options) as opened:
         names = opened.schema.names
     # "NA" and "null" are words, and only an empty cell is none.
-    convert = csv.ConvertOptions(
+    convert = ConvertOptions(
         column_types=dict.fromkeys(names, pyarrow.string()), null_values=[""], strings_can_be_null=True
     )
-    table = csv.read_csv(path, parse_options=options, convert_options=convert)
+    table = read_csv(path, parse_options=options, convert_options=convert)
     twice = [name for name, count in Counter(table.column_names).items() if count > 1]
     if twice:
         raise ValueError(f"the column {twice[0]!r} is there more than once")
     columns = table.to_pydict()
     return Dataset.from_dict({n: cells if n == "prompt" else _numbers_or_texts(cells) for n, cells in columns.items()})
+
+
+def _check_quotes(text: str, delimiter: str) -> None:
+    """Raise `ValueError` for quotes that do not close, or that text follows: Arrow reads on as if nothing were wrong.
+
+    The first would make one cell of all lines up to the next quote.
+    """
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    start = 1
+    limit = csv.field_size_limit(max(len(text), 1))  # the module's own would refuse cells of 131,073 letters and more
+    try:
+        for _ in rows:
+            start = rows.line_num + 1
+    except csv.Error as error:
+        raise ValueError(
+            f"the row that begins in line {start}: {error}. A cell that begins with a quote must end with one, and "
+            'quotes in it are doubled: "say ""hi"""'
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _numbers_or_texts(cells: list[str | None]) -> Sequence[float | str | None]:

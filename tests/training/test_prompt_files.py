@@ -71,6 +71,13 @@ def test_a_column_of_a_table_loses_nothing(cells: list[str], read: list[Any], tm
     assert list(map(type, found)) == list(map(type, read))
 
 
+def test_a_cell_may_be_long(tmp_path: Path) -> None:
+    """Python's own reader of CSV, which looks at the quotes, stops at 131,072 letters."""
+    path = tmp_path / "prompts.csv"
+    path.write_text(f'prompt,x\na,"{"b" * 200_000}"\n', encoding="utf-8")
+    assert len(load_prompts(path)["x"][0]) == 200_000
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl", ".txt"])
 def test_a_byte_order_mark_is_no_part_of_a_prompt(suffix: str, tmp_path: Path) -> None:
     """Windows' editors write one."""
@@ -98,6 +105,9 @@ def test_a_text_ends_its_lines_where_editors_do(tmp_path: Path) -> None:
         ("p.csv", b"", "p.csv' cannot be read as csv"),
         ("p.csv", b"prompt\n\xff\xfe\n", "p.csv' is no text in UTF-8"),
         ("p.csv", b"prompt,images\na,b\n", "a column 'images', which is what rewards are given; rename"),
+        ("p.csv", b'prompt\na fox\n"a cat\na dog\n', "csv: the row that begins in line 3: .*must end with one"),
+        ("p.csv", b'prompt\n"a\ncat"\n"Untitled" by K\n', "csv: the row that begins in line 4: .*quotes in it are"),
+        ("p.tsv", b'prompt\tx\n"a" b\t1\n', "tsv: the row that begins in line 2: "),
         ("p.json", b'{"prompt": ["a"]}', "must hold a list of objects; got dict"),
         ("p.json", b'["a", "b"]', """row 0 must be an object such as {"prompt": "a cat"}; got 'a'"""),
         ("p.json", b'[{"prompt": "a"}', "p.json' cannot be read as json"),
