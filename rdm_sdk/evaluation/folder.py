@@ -98,8 +98,7 @@ def score_folder(
 
     Args:
         folder: the folder. Pictures may differ in size; those of one size are judged together.
-        rewards: as `RDMTrainer`'s `reward_funcs`; weights mean nothing here. Rewards that compare the images of a
-            prompt see each picture alone.
+        rewards: as `RDMTrainer`'s `reward_funcs`; weights mean nothing here. Each picture is judged alone.
         prompts: a CSV or JSONL file with the columns `file_name` and `prompt`, whose other columns are handed to
             rewards; "names": a picture's name is its prompt, with underscores for spaces and without a number at its
             end; or a mapping of names to prompts.
@@ -108,7 +107,7 @@ def score_folder(
 
     Raises:
         DataError: there are no pictures, one of them cannot be read or named in a file, or one has no prompt or two.
-        RewardError: a reward is unknown, or cannot judge finished images.
+        RewardError: a reward is unknown, cannot judge finished images, or compares the images of a prompt.
     """
     path = Path(folder)
     found = _pictures(path)
@@ -118,9 +117,9 @@ def score_folder(
     texts = columns.pop("prompt", None)
     _check_writable(texts or (), "the prompt")
     planned = plan_rewards(rewards)
-    check_scorable(planned, texts is not None, columns)
+    check_scorable(planned, texts is not None, columns, group_size=1)
     sizes = [_size(p) for p in found]
-    judges = judges_of(planned, texts is not None, columns)
+    judges = judges_of(planned, texts is not None, columns, group_size=1)
     provenance = {"versions": versions(), "rewards": rewards_provenance(judges)}
     order = sorted(range(len(found)), key=lambda row: sizes[row])
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -96,8 +96,9 @@ def evaluate(
     """
     texts, compared = _prompts_of_images(prompts, samples, reference_samples)
     rows, reference = _candidates(students, teacher_steps, steps, reference_steps, call or {})
-    planned, place = _checked(real, rewards, batch_size, guidance_scale), _place(model, device, dtype)
-    extractor, judges = feature_extractor(features, place), judges_of(planned, True, ())
+    group_size = len(texts) // len(set(texts))
+    planned, place = _checked(real, rewards, group_size, batch_size, guidance_scale), _place(model, device, dtype)
+    extractor, judges = feature_extractor(features, place), judges_of(planned, True, (), group_size)
     kept_with, cache = rewards_provenance(judges), None if output is None else Path(output) / "images"
     sampler = Sampler(model, guidance_scale, seed, batch_size, dtype=dtype, device=place, cache=cache)
     run = _Run(sampler, texts, compared, extractor, judges, kept_with, reference, real, progress, place)
@@ -130,7 +131,9 @@ def _candidates(
     return rows, teacher_candidate(reference_steps, shared)
 
 
-def _checked(real: Tensor | None, rewards: RewardFuncs, batch_size: int, guidance_scale: float) -> list[PlannedReward]:
+def _checked(
+    real: Tensor | None, rewards: RewardFuncs, group_size: int, batch_size: int, guidance_scale: float
+) -> list[PlannedReward]:
     """Return the rewards, nothing of them loaded, after checking what can be checked so."""
     check_guidance(guidance_scale)
     if batch_size < 1:
@@ -138,7 +141,7 @@ def _checked(real: Tensor | None, rewards: RewardFuncs, batch_size: int, guidanc
     if real is not None and len(check_images(real, "real")) < FEWEST:
         raise DataError(f"real must be at least {FEWEST} images, for distances to mean anything; got {len(real)}")
     planned = [] if rewards is None else plan_rewards(rewards)
-    check_scorable(planned, True, ())
+    check_scorable(planned, True, (), group_size)
     return planned
 
 

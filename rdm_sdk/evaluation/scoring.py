@@ -33,14 +33,16 @@ class Piece:
     columns: Mapping[str, list[object]]
 
 
-def judges_of(planned: Sequence[PlannedReward], prompts: bool, columns: Container[str]) -> list[WeightedReward]:
+def judges_of(
+    planned: Sequence[PlannedReward], prompts: bool, columns: Container[str], group_size: int
+) -> list[WeightedReward]:
     """Return rewards ready for use, once what they need is there: some know it only when they have their options.
 
     Raises:
-        RewardError: a reward cannot be made, or needs a column that there is not.
+        RewardError: a reward cannot be made, or needs a column, or groups, that there are not.
     """
     rewards = [reward.make() for reward in planned]
-    check_scorable(rewards, prompts, columns)
+    check_scorable(rewards, prompts, columns, group_size)
     return rewards
 
 

@@ -35,7 +35,7 @@ def score_images(
             tensors.
         prompts: a list of N, for the rewards that read them.
         columns: further columns, N entries each.
-        group_size: samples per prompt, adjacent; for rewards that compare within groups.
+        group_size: samples per prompt, adjacent; rewards that compare within groups need at least 2.
         batch_size: images judged at a time, None for all at once.
         device: where the rewards' models run; None is where the images are.
         on_error: "raise" or "skip", for exceptions inside a reward.
@@ -45,7 +45,7 @@ def score_images(
             judge finished images.
     """
     found = resolve_rewards(rewards)
-    check_scorable(found, prompts is not None, columns or {})
+    check_scorable(found, prompts is not None, columns or {}, group_size)
     if not (isinstance(images, Tensor) and images.is_floating_point()):
         if isinstance(images, (str, Image.Image)) or not isinstance(images, (Sequence, Tensor, np.ndarray)):
             raise RewardError(f"images must be a tensor [N, 3, H, W] or a list; got {type(images).__name__}")
@@ -60,8 +60,11 @@ def score_images(
     )
 
 
-def check_scorable(rewards: Sequence[RunReward], prompts: bool, columns: Container[str]) -> None:
-    """Raise `RewardError` for a reward that cannot judge finished images with, or without, prompts and columns."""
+def check_scorable(rewards: Sequence[RunReward], prompts: bool, columns: Container[str], group_size: int) -> None:
+    """Raise `RewardError` for a reward that cannot judge finished images in groups of a size.
+
+    `prompts` says whether each has a prompt, `columns` names what else there is.
+    """
     for reward in rewards:
         if reward.capabilities.needs_models:
             raise RewardError(
@@ -69,6 +72,12 @@ def check_scorable(rewards: Sequence[RunReward], prompts: bool, columns: Contain
             )
         if reward.capabilities.prompts and not prompts:
             raise RewardError(f"reward {reward.label!r} reads prompts; pass one per image")
+        if reward.capabilities.scope == "group" and group_size == 1:
+            raise RewardError(
+                f"reward {reward.label!r} compares the samples of one prompt, and with one of each it has nothing to "
+                "compare with: score_images takes a group_size of 2 or more, evaluate() two samples of each prompt or "
+                "more; score_folder judges each picture alone"
+            )
         for column in reward.capabilities.columns:
             if column not in columns:
                 raise RewardError(

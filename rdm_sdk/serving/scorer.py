@@ -127,6 +127,10 @@ class Scorer:
             raise RequestError(422, f"the reward {label!r} has no gradient; ask /v1/score")
         if capabilities.prompts and request.prompts is None:
             raise RequestError(422, f"the reward {label!r} reads prompts; send one per image")
+        if capabilities.scope == "group" and request.group_size == 1:
+            raise RequestError(
+                422, f"the reward {label!r} compares the samples of one prompt; send group_size, at least 2"
+            )
         for column in capabilities.columns:
             if column not in (request.columns or {}):
                 raise RequestError(422, f"the reward {label!r} needs the column {column!r}")

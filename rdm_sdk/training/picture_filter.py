@@ -41,7 +41,7 @@ class PictureFilter:
                 f"log_images_filter wants one reward that scores each picture by itself; got {spec.strip()!r}"
             )
         try:
-            check_scorable(found, True, ())
+            check_scorable(found, True, (), group_size=1)
         except RewardError as error:
             raise ConfigError(f"log_images_filter={text!r} cannot be used: {error}") from error
         self.reward = found[0].reward

@@ -276,6 +276,11 @@ def test_steps_that_a_student_cannot_take_are_refused(pipeline: Any, students: d
         ({"rewards": "klip"}, RewardError, "klip"),
         ({"rewards": "dm"}, RewardError, "needs the models of a training run"),
         ({"rewards": "odd_rewards:Captioned[column=caption]"}, RewardError, "Captioned' needs a column 'caption'"),
+        (
+            {"rewards": "odd_rewards:Compared", "samples": 10},
+            RewardError,
+            "with one of each .*two samples of each prompt",
+        ),
         ({"rewards": "odd_rewards:Unkeepable"}, RewardError, "must return what JSON can hold"),
         ({"real": digits.heldout_images() * 255}, DataError, "real must lie in"),
         ({"prompts": []}, DataError, "prompts holds no prompts"),

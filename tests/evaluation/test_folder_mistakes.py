@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from odd_rewards import Captioned, Located, Unkeepable, Watched
+from odd_rewards import Captioned, Compared, Located, Unkeepable, Watched
 from PIL import Image, PngImagePlugin
 
 from rdm_sdk import DataError, RewardError, score_folder
@@ -42,6 +42,15 @@ def test_a_column_that_options_ask_for_must_be_there(folder: Path, made: bool) -
     table = folder / "prompts.csv"
     table.write_text("file_name,prompt,caption\na.png,a sign,open\n", encoding="utf-8")
     assert score_folder(folder, reward, table, progress=False).files == ["a.png"]
+
+
+@pytest.mark.parametrize("made", [False, True], ids=["named", "object"])
+def test_a_reward_that_compares_is_refused(folder: Path, made: bool) -> None:
+    """Each picture is judged alone, so it would say of every one what it says of no difference."""
+    reward: Any = Compared() if made else "odd_rewards:Compared"
+    with pytest.raises(RewardError, match=r"ompared' compares the samples of one prompt, .*score_folder judges each"):
+        score_folder(folder, reward, "names", progress=False)
+    assert Watched.judged == 0
 
 
 def _noise(path: Path) -> bytes:

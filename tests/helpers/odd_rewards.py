@@ -38,6 +38,12 @@ class Captioned(Watched):
             self.capabilities = replace(self.capabilities, columns=(self.config.column,))
 
 
+class Compared(Watched):
+    """Compares the images of a prompt."""
+
+    capabilities = Capabilities(scope="group")
+
+
 class Located(Watched):
     """Is kept with the path of its weights."""
 

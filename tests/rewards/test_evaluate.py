@@ -259,6 +259,7 @@ def test_score_images() -> None:
             None,
             "needs a column 'caption' beside the images, .*: score_images takes it as an entry of columns",
         ),
+        (Spread(), torch.rand(2, 3, 8, 8), None, "one of each .* a group_size of 2"),
         ("dm", torch.rand(2, 3, 8, 8), None, "'dm' needs the models of a training run"),
     ],
 )

@@ -100,6 +100,7 @@ REFUSED = [
     ({"rewards": ["legibilty"]}, 404, "no reward 'legibilty' here. Did you mean 'legibility'?"),
     ({"rewards": ["reader"]}, 422, "needs the column 'extra'"),
     ({"rewards": ["legibility"], "prompts": None}, 422, "reads prompts; send one per image"),
+    ({"rewards": ["spread"]}, 422, "'spread' compares the samples of one prompt; send group_size, at least 2"),
 ]
 
 
