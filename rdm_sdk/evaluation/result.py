@@ -31,7 +31,8 @@ class Row:
     diversity: float | None
     """None where each prompt has one image."""
     rewards: dict[str, dict[str, Any]]
-    """By reward: mean, low, high, deviation, images, and the best and worst prompts."""
+    """By reward: mean, low and high (None where it compares within groups), deviation, images, and the best and worst
+    prompts."""
     worth: str
     """How many steps of the teacher it is worth; empty for the teacher, and without rows of the teacher."""
     milliseconds: float | None
@@ -97,7 +98,9 @@ def _kernel(figures: Mapping[str, Any]) -> str:
 
 
 def _between(figures: Mapping[str, Any], name: str) -> str:
-    """Return a figure with its interval, such as "8.72 (8.1 to 9.3)"."""
+    """Return a figure with its interval, if there is one, such as "8.72 (8.1 to 9.3)"."""
+    if figures["low"] is None:
+        return _number(figures[name])
     return f"{_number(figures[name])} ({_number(figures['low'])} to {_number(figures['high'])})"
 
 

@@ -224,6 +224,7 @@ class _Run:
         images, milliseconds = self._sampled(candidate, "rows", self.prompts)
         self._picture(candidate.name.replace(", ", "\n"), images)
         against = self._compared(self._features(images, candidate.name), references)
+        in_groups = [judge.label for judge in self.judges if judge.capabilities.scope == "group"]
         scores = {}
         if self.judges:
             with self._bar(len(images), f"scoring {candidate.name}") as bar:
@@ -240,7 +241,7 @@ class _Run:
             None if candidate.student is None else str(candidate.student),
             against,
             self._diversity(images),
-            {label: summary(values, self.prompts) for label, values in scores.items()},
+            {label: summary(values, self.prompts, label in in_groups) for label, values in scores.items()},
             "",
             milliseconds,
         )

@@ -89,14 +89,17 @@ def scores_of(
     return scores
 
 
-def summary(scores: Tensor, prompts: Sequence[str] | None) -> dict[str, Any]:
-    """Return what is kept of a reward's scores `[N]`: mean with interval, deviation, the best and the worst prompts."""
+def summary(scores: Tensor, prompts: Sequence[str] | None, in_groups: bool = False) -> dict[str, Any]:
+    """Return what is kept of a reward's scores `[N]`: mean with interval, deviation, the best and the worst prompts.
+
+    There is no interval for a reward that compares within groups: its scores in a group are not drawn one by one.
+    """
     interval = mean_interval(scores, None if prompts is None else group_labels(prompts))
     kept = scores[~scores.isnan()]
     result: dict[str, Any] = {
         "mean": interval.value,
-        "low": interval.low,
-        "high": interval.high,
+        "low": None if in_groups else interval.low,
+        "high": None if in_groups else interval.high,
         "deviation": float(kept.std()) if len(kept) > 1 else 0.0,
         "images": len(kept),
     }

@@ -314,6 +314,19 @@ def test_what_rewards_are_kept_with_is_text(students: dict[str, Path], tmp_path:
     assert content["provenance"]["rewards"]["Located"]["weights"] == str(Path("some/weights.pt"))
 
 
+def test_a_reward_that_compares_has_no_interval(tmp_path: Path) -> None:
+    """Its scores in a group hang together, so drawing them again one by one would show too little spread."""
+    settings = SMALL | {"samples": 20, "reference_steps": 1, "reference_samples": 20, "output": tmp_path}
+    found = evaluate(
+        digits.teacher_path(), digits.prompts(), teacher_steps=[1], rewards="odd_rewards:Compared + jpeg", **settings
+    )
+    figures = found.rows[0].rewards
+    assert (figures["Compared"]["low"], figures["Compared"]["high"]) == (None, None)
+    assert figures["jpeg"]["low"] < figures["jpeg"]["high"]
+    cells = [cell.strip() for cell in found.table().splitlines()[-1].split("|")]
+    assert f"{figures['Compared']['mean']:.4g}" in cells
+
+
 def test_students_of_one_name_must_agree_on_size(students: dict[str, Path], tmp_path: Path) -> None:
     """Each is asked, though their folders are called the same."""
     for seed, height in enumerate((16, 32)):
