@@ -62,6 +62,14 @@ def _as_tensor(given: Any) -> Tensor:
     return picture
 
 
+def opaque(picture: Image.Image) -> Image.Image | None:
+    """Return a PIL image in RGB; None if some of it shows what lies behind it, by an alpha channel or by its color."""
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    whole = picture.convert("RGBA")
+    return whole.convert("RGB") if np.array(whole)[..., 3].min() == 255 else None
+
+
 def _rgb(picture: Image.Image, where: str, error_class: type[RDMError]) -> object:
     """Return a PIL image in RGB, without what `convert` does in silence: clipping to 8 bits, dropping transparency."""
     if picture.mode.startswith("I;16"):
@@ -71,9 +79,10 @@ def _rgb(picture: Image.Image, where: str, error_class: type[RDMError]) -> objec
         raise error_class(
             f"{where}: a PIL image of mode {picture.mode!r} does not say what its white is; convert it to 8 bits"
         )
-    if picture.has_transparency_data and np.array(picture.convert("RGBA"))[..., 3].min() < 255:
+    found = opaque(picture)
+    if found is None:
         raise error_class(
             f"{where}: the picture is partly transparent, so its colors depend on what lies behind it; paste it on a "
             "background"
         )
-    return picture.convert("RGB")
+    return found

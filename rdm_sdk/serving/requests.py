@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from rdm_sdk.errors import shown
 from rdm_sdk.rewards.base import RESERVED_COLUMNS, extremes
+from rdm_sdk.rewards.images import opaque
 from rdm_sdk.serving.tensors import CONTENT_TYPE, VERSION, BodyError, pack_parts, parse_json, unpack
 
 JSON = "application/json"
@@ -187,7 +188,10 @@ def _with_pictures(body: bytes | bytearray, limits: Limits) -> tuple[dict[str, A
 
 
 def _decoded(text: str, position: int, side: int, left: int) -> np.ndarray[Any, Any]:
-    """Return the pixels `[H, W, 3]` of a PNG, whose header says how much it unpacks to before anything is unpacked."""
+    """Return the pixels `[H, W, 3]` of a PNG as it is shown, turned as its camera said (EXIF).
+
+    Its header says how much it unpacks to before anything is unpacked.
+    """
     try:
         file = base64.b64decode(text, validate=True)
         with Image.open(BytesIO(file), formats=["PNG"]) as picture:
@@ -202,7 +206,12 @@ def _decoded(text: str, position: int, side: int, left: int) -> np.ndarray[Any, 
                 raise RequestError(
                     422, f"image {position} is of mode {picture.mode}; send 8-bit RGB or gray, without an alpha channel"
                 )
-            return np.asarray(picture.convert("RGB"))
+            shown_as = opaque(ImageOps.exif_transpose(picture))
+            if shown_as is None:
+                raise RequestError(
+                    422, f"image {position} is partly transparent (tRNS); paste it on a background, and send that"
+                )
+            return np.asarray(shown_as)
     except RequestError:
         raise
     except Exception as error:  # whatever a decoder makes of hostile bytes
