@@ -169,7 +169,10 @@ class Sampler:
     def _keep(self, key: str, images: Tensor) -> None:
         if self.cache is not None:
             with replacing(self.cache / f"{key}.safetensors") as staged:
-                save_file({"images": images}, staged)
+                try:
+                    save_file({"images": images}, staged)
+                except SafetensorError as error:  # what a full disk is there
+                    raise OSError(f"images cannot be kept at {str(staged)!r}: {error}; is the disk full?") from error
 
 
 def check_guidance(scale: float) -> None:

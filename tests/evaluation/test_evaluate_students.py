@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rdm_sdk import ConfigError, DataError, ModelError, RDMTrainer, RewardError, digits, evaluate, frechet_distance
@@ -325,6 +326,22 @@ def test_a_reward_that_compares_has_no_interval(tmp_path: Path) -> None:
     assert figures["jpeg"]["low"] < figures["jpeg"]["high"]
     cells = [cell.strip() for cell in found.table().splitlines()[-1].split("|")]
     assert f"{figures['Compared']['mean']:.4g}" in cells
+
+
+def test_images_that_cannot_be_kept_are_an_error_of_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a full disk makes it, which is no OSError to safetensors: one line with the path."""
+
+    def full(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("rdm_sdk.evaluation.sampling.save_file", full)
+    words = ["--model", "digits", "--teacher_steps", "1", "--reference_steps", "1", "--samples", "20"]
+    assert main(["eval", *words, "--max_sequence_length", "4", "--output", str(tmp_path), "--device", "cpu"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(f"rdm-sdk: images cannot be kept at '{tmp_path / 'images'}")
+    assert told.endswith("No space left on device (os error 28); is the disk full?")
 
 
 def test_students_of_one_name_must_agree_on_size(students: dict[str, Path], tmp_path: Path) -> None:
