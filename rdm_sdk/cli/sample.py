@@ -154,7 +154,10 @@ def _file_names(prompts: Sequence[str], samples: int) -> list[str]:
 
 def _check_pictures(place: Path, names: Sequence[str]) -> None:
     """Raise `ConfigError` if a folder holds pictures that would lie between the new ones, and be scored as such."""
-    others = sorted(path.name for path in place.glob("*.png") if path.name not in set(names))
+    from rdm_sdk.evaluation.folder import SUFFIXES
+
+    found = (path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES)
+    others = sorted({path.relative_to(place).as_posix() for path in found} - set(names))
     if others:
         raise ConfigError(
             f"--files: {place} holds pictures that would lie between the new ones, {others[0]!r} first; give another "

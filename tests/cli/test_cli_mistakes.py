@@ -41,6 +41,7 @@ FILES = {
     "prompts.txt": b"a cat\n",
     "files.csv": b"file,prompt\nbroken.png,a cat\n",
     "pictures/broken.png": b"no picture",
+    "scans/in/scan.JPG": b"no picture",
     "renoising/inference.json": b'{"num_inference_steps": 4}',
     "renoising/scheduler/scheduler_config.json": b'{"_class_name": "LCMScheduler"}',
 }
@@ -152,6 +153,7 @@ MISTAKES = [
     ("sample --model digits --teacher 2 --prompt x --dtype float8", "invalid choice: 'float8'"),
     ("sample --model digits --teacher 2 --prompt x --files file", "file cannot be a folder"),
     ("sample --model digits --teacher 2 --prompt x --files pictures", "would lie between the new ones, 'broken.png'"),
+    ("sample --model digits --teacher 2 --prompt x --files scans", "would lie between the new ones, 'in/scan.JPG'"),
     ("sample --model digits --teacher 2 --prompt x --guidance_scale -1", "guidance_scale=-1.0 cannot be used"),
     ("report", "the following arguments are required: run"),
     ("report nowhere", "there is no folder 'nowhere'"),
