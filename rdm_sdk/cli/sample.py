@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,14 +32,15 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--output: {options.output} is a folder; give the name of a picture")
     if options.output is None and options.files is None:
         options.output = Path("sample.png")
-    for name in ("output", "files"):
-        place = getattr(options, name)
-        if place is not None:
-            check_folder(f"--{name}", place.parent if name == "output" else place)
+    targets = {"--output": options.output and options.output.parent, "--files": options.files}
+    folders = {option: place for option, place in targets.items() if place is not None}
+    for option, place in folders.items():
+        check_folder(option, place)
     prompts, candidates = _prompts(options), _candidates(options)
     names = [candidate.name for candidate in candidates]
     for place in [] if options.files is None else _places(names, options.files).values():
         _check_pictures(place, _file_names(prompts, options.samples))
+    _check_writable(folders)
     rows = _sampled(options, candidates, prompts)
     if options.files is not None:
         print(f"wrote {_write_files(rows, prompts, options.samples, options.files)} pictures into {options.files}")
@@ -139,6 +140,14 @@ def _write_grid(rows: dict[str, Tensor], prompts: Sequence[str], samples: int, o
 
 def _short(prompt: str) -> str:
     return prompt if len(prompt) <= 30 else f"{prompt[:29]}…"
+
+
+def _check_writable(folders: Mapping[str, Path]) -> None:
+    """Raise `ConfigError` for the folder of an option that cannot be written to."""
+    from rdm_sdk.training.validation import check_writable
+
+    for option, place in folders.items():
+        check_writable(str(place), option)
 
 
 def _places(names: Sequence[str], folder: Path) -> dict[str, Path]:

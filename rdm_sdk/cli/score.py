@@ -28,8 +28,10 @@ def run(arguments: Sequence[str]) -> int:
     check_folder("--output", options.output.parent)
     from rdm_sdk.evaluation.folder import check_target, score_folder
     from rdm_sdk.training.pictures import markdown_table
+    from rdm_sdk.training.validation import check_writable
 
     check_target(options.output)
+    check_writable(str(options.output.parent), "--output")
     found = score_folder(options.folder, options.rewards, options.prompts, device=find_device(options.device))
     rows = [
         [name, part["mean"], f"{part['low']:.4g} to {part['high']:.4g}", part["images"]]
