@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import ExifTags, Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,7 +26,7 @@ from rdm_sdk.rewards.resolve import RewardFuncs, plan_rewards
 from rdm_sdk.rewards.scoring import check_scorable
 from rdm_sdk.training.prompt_files import read_prompt_file
 from rdm_sdk.training.run_record import versions
-from rdm_sdk.vision.references import upright
+from rdm_sdk.vision.references import opened, upright
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 NAMES = "names"
@@ -117,8 +118,7 @@ def score_folder(
     _check_writable(texts or (), "the prompt")
     planned = plan_rewards(rewards)
     check_scorable(planned, texts is not None, columns, group_size=1)
-    # Every picture is decoded once before any is judged: the last may be damaged or partly transparent.
-    sizes = [_read(p).shape for p in found]
+    sizes = [_size(p) for p in found]
     judges = judges_of(planned, texts is not None, columns, group_size=1)
     provenance = {"versions": versions(), "rewards": rewards_provenance(judges)}
     order = sorted(range(len(found)), key=lambda row: sizes[row])
@@ -238,6 +238,15 @@ def _read_rows(path: Path) -> dict[str, dict[str, Any]]:
     if twice is not None:
         raise DataError(f"prompts: {str(path)!r} has {twice[1]} lines for {twice[0]!r}; leave one")
     return {row.pop("file_name"): row for row in table}
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Return a picture's height and width as it is shown, as far as what stands before its pixels tells."""
+    with opened(path, _name(path)) as picture:
+        width, height = picture.size
+        # A PNG's own `getexif` decodes all pixels, for the sake of what may stand behind them.
+        orientation = Image.Image.getexif(picture).get(ExifTags.Base.Orientation)
+    return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
 def _read(path: Path) -> Tensor:

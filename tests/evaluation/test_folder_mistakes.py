@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from odd_rewards import Captioned, Compared, Located, Unkeepable, Watched
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from rdm_sdk import DataError, RewardError, score_folder
-from rdm_sdk.evaluation.folder import _read, read_folder
+from rdm_sdk.evaluation.folder import _size, read_folder
 
 TURNED = Image.Exif()
 TURNED[0x0112] = 6
@@ -83,7 +83,7 @@ def test_odd_orientations_turn_as_pil_turns(folder: Path, orientation: bytes) ->
     """One that means nothing leaves a picture as it is, beside others of its size."""
     Image.new("RGB", (20, 10), "red").save(folder / "odd.jpg", exif=orientation)
     turned = orientation == _tiff(3, b"\x06")
-    assert _read(folder / "odd.jpg").shape[1:] == ((20, 10) if turned else (10, 20))
+    assert _size(folder / "odd.jpg") == ((20, 10) if turned else (10, 20))
     Image.new("RGB", (10, 20), "red").save(folder / "tall.jpg")
     assert len(score_folder(folder, "jpeg", progress=False).scores["jpeg"]) == 3
 
@@ -96,17 +96,16 @@ def test_exif_that_pil_cannot_read_is_named(folder: Path) -> None:
     assert Watched.made == 0
 
 
-@pytest.mark.parametrize("wrong", ["cut", "transparent"])
-def test_the_last_picture_is_read_before_the_first_is_judged(folder: Path, wrong: str) -> None:
-    """Hours of scores are not lost for it."""
-    content = _noise(folder / "z.png")
-    if wrong == "cut":
-        (folder / "z.png").write_bytes(content[: len(content) // 2])
-    else:
-        Image.new("RGBA", (64, 64), (255, 0, 0, 9)).save(folder / "z.png")
-    with pytest.raises(DataError, match=r"z\.png'"):
-        score_folder(folder, "odd_rewards:Watched", progress=False)
-    assert (Watched.made, Watched.judged) == (0, 0)
+def test_no_png_is_decoded_for_its_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its header tells, and the EXIF that stands before the pixels."""
+    Image.new("RGB", (20, 10), "red").save(folder / "turned.png", exif=TURNED)
+
+    def never(_: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", never)
+    assert _size(folder / "a.png") == (10, 20)
+    assert _size(folder / "turned.png") == (20, 10)
 
 
 def test_exif_behind_the_pixels(folder: Path) -> None:
