@@ -79,6 +79,9 @@ its own."""
 DMD2_PRESET = DMD2 | {"num_generations": 1}
 """The same with one sample per prompt, as the package's preset has it."""
 
+BY_SCORES: dict[str, Any] = {"reward_route": "gradient[dm=advantage]"}
+"""R_dm as a score whose advantages make good transitions likelier, in the place of its gradient at x_0."""
+
 FLOW = "dm + 3*flow"
 """The last step learns the teacher's own flow besides."""
 
@@ -135,6 +138,10 @@ def all_cells() -> list[Cell]:
         Cell("dmd2, told the step", SHORT, 50, DMD2 | {"matching": "step"}),
         Cell("group normalization", SHORT, 50, {"normalization": "group"}),
         Cell("four uses of a rollout", SHORT, 50, {"num_iterations": 4}),
+        *(
+            Cell(f"dm by policy gradient, rate {rate:g}", SHORT, 50, BY_SCORES | at_rate(rate, 4))
+            for rate in (1e-4, 5e-4)
+        ),
         Cell("fresh rollouts", SHORT, 50, {"critic_rollouts": "fresh"}),
         Cell("betas .9 and .999", SHORT, 50, {"adam_beta1": 0.9, "adam_beta2": 0.999}),
         *(

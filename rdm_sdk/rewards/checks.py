@@ -120,7 +120,7 @@ def _fingerprint(values: Tensor) -> tuple[int, bytes] | None:
     if values.device.type != "cpu":
         return None
     as_it_lies = sorted(range(values.ndim), key=values.stride, reverse=True)  # a copy would cost ten times as much
-    bits = values.detach().permute(as_it_lies).contiguous().view(-1).view(torch.uint8).numpy()
+    bits = np.from_dlpack(values.detach().permute(as_it_lies).contiguous().view(-1).view(torch.uint8))
     words = len(bits) // 8 * 8
     return int(bits[:words].view(np.uint64).sum()), bits[words:].tobytes() + bits[::4099].tobytes()
 

@@ -126,19 +126,19 @@ def test_another_server_takes_over(server: Faulty) -> None:
 
 def test_many_calls_find_the_other_server() -> None:
     """Calls that fail at the same time do not send each other back to the server that has failed."""
-    images = torch.rand(8, 3, 8, 8)
+    batch = RewardBatch.from_images(torch.full((8, 3, 8, 8), 0.5), group_size=2)
     with serving([Spread()]) as sound:
         dead = "http://127.0.0.1:9"
         reward = Remote(url=(dead, sound.url), retries=0)
         for first in (0, 0, 1):
             reward.client._first = first
-            scores = evaluate_reward(reward, RewardBatch.from_images(images), chunk_size=1, gradients_of=()).scores
+            scores = evaluate_reward(reward, batch, chunk_size=2, gradients_of=()).scores
             assert scores.tolist() == [0.0] * 8
             assert reward.client._first == 1
         sound.fault = "garbage"
         reward.client._first = 0
         with pytest.raises(RewardError, match=f"^{sound.url} answered nonsense"):
-            evaluate_reward(reward, RewardBatch.from_images(images), gradients_of=())
+            evaluate_reward(reward, batch, gradients_of=())
 
 
 def test_a_server_that_is_killed_in_the_middle() -> None:

@@ -133,6 +133,8 @@ def test_the_best_checkpoint_is_loaded_at_the_end(make_trainer: Make, tmp_path: 
         save_strategy="steps",
         save_steps=1,
         load_best_model_at_end=True,
+        metric_for_best_model="eval_rewards/bright/mean",
+        greater_is_better=True,
     )
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")

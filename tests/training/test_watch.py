@@ -76,7 +76,7 @@ def test_a_run_that_is_stopped_ends_there(
 ) -> None:
     """After the step whose log shows it; the trainer's log holds the sentence."""
 
-    def second_log(history: list[dict[str, Any]], trained: object, held_out: object) -> list[Finding]:
+    def second_log(history: list[dict[str, Any]], *_: object) -> list[Finding]:
         return [Finding("collapse", "student/diversity", "All alike.")] if len(history) > 1 else []
 
     monkeypatch.setattr("rdm_sdk.training.watch.findings", second_log)
