@@ -164,6 +164,13 @@ def all_cells() -> list[Cell]:
             for name, (method, rate, times) in swept().items()
             if name != ALONE
         ),
+        *long_cells(),
+    ]
+
+
+def long_cells() -> list[Cell]:
+    """Return the cells of runs that come near their end, half as long ones first."""
+    return [
         Cell("half as long, 4 steps, falling to the fourth power, dm + 3*flow", LONG // 2, 50, FALLING, rewards=FLOW),
         Cell("half as long, 2 steps, falling to the fourth power, dm, shift 3", LONG // 2, 50, FALLING | TWO_STEPS),
         Cell(

@@ -124,13 +124,7 @@ def check_run(
     _check_held_out(held_out, datasets)
     if "eval_dataset" in datasets:
         _check_evaluation(args, [*rewards, *held_out], datasets["eval_dataset"])
-    heads = [reward for reward in rewards if reward.capabilities.head]
-    for one, other in combinations(heads, 2):
-        if one.capabilities.trains == other.capabilities.trains:
-            raise ConfigError(
-                f"{one.label!r} and {other.label!r} bring a module each for the role {one.capabilities.trains!r}, and "
-                "one of them would stay untrained; use one of them, or a class of your own with another role"
-            )
+    _check_heads(rewards)
     if not any(reward.weight for reward in rewards):
         raise ConfigError("every reward has weight 0, so nothing would be learned; give one a weight other than 0")
     if weighting is not None and (isinstance(weighting, type) or not isinstance(weighting, Weighting)):
@@ -172,6 +166,17 @@ def check_run(
         )
     _check_columns(rewards, datasets)
     _check_applies(rewards, datasets)
+
+
+def _check_heads(rewards: Sequence[RunReward]) -> None:
+    """Raise `ConfigError` for two rewards that bring a module each for one role."""
+    heads = [reward for reward in rewards if reward.capabilities.head]
+    for one, other in combinations(heads, 2):
+        if one.capabilities.trains == other.capabilities.trains:
+            raise ConfigError(
+                f"{one.label!r} and {other.label!r} bring a module each for the role {one.capabilities.trains!r}, and "
+                "one of them would stay untrained; use one of them, or a class of your own with another role"
+            )
 
 
 def _check_held_out(held_out: Sequence[RunReward], datasets: Mapping[str, Dataset | None]) -> None:
