@@ -34,7 +34,8 @@ History = list[dict[str, Any]]
 
 def read_log(path: Path) -> list[str]:
     """Return the whole lines of a log, none where there is no file; half a line of a killed run is left out."""
-    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    # Bytes that are no text are somebody else's, or damage, which the lines' readers tell.
+    return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.is_file() else []
 
 
 def check_own(path: Path) -> None:

@@ -162,5 +162,8 @@ def test_columns_are_looked_for_where_they_are_read(make_trainer: Make, tmp_path
     """In what is evaluated, and not for rewards that no evaluation asks."""
     data = Dataset.from_dict({"prompt": PROMPTS, "wanted": [1, 2]})
     trainer = make_trainer(tmp_path, ["dm", (wants, 0.0)], data)
+    beside = Dataset.from_dict({"prompt": PROMPTS, "real": [None, None]})
+    rewards = "dm + 0.1*adversarial[column=real] + 0*legibility"
+    make_trainer(tmp_path, rewards, beside, eval_dataset=PROMPTS)  # the adversary judges no evaluation
     with pytest.raises(DataError, match="'wants' needs a column 'wanted', and what is evaluated has none"):
         trainer.evaluate(PROMPTS)

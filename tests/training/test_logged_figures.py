@@ -116,3 +116,17 @@ def test_stored_figures_are_shared_out_anew(tmp_path: Path) -> None:
     assert ink[4:].isnan().all()
     (quarter,) = read_share(tmp_path, 2, 0, 4, torch.device("cpu"))
     assert bits(quarter.scored["first"].logged["ink"]) == bits(ink[:2])
+
+
+def test_a_micro_batch_without_random_steps_has_no_clipped_share(make_trainer: Make, tmp_path: Path) -> None:
+    """It is a share of nothing, and takes no part in the average until the next log."""
+
+    def ink(images: Tensor, prompts: list[str]) -> list[float]:
+        return (1 - images.mean(dim=(1, 2, 3))).tolist()
+
+    settings = {"num_inference_steps": 2, "spread": "shared", "max_steps": 8, "logging_steps": 8, "critic_steps": 1}
+    settings |= {"per_device_train_batch_size": 4, "num_generations": 4}
+    trainer = make_trainer(tmp_path, ["dm", (ink, 0.1)], **settings)
+    trainer.train()
+    (row,) = [row for row in trainer.state.log_history if "ratio/clip_fraction" in row]
+    assert 0 <= row["ratio/clip_fraction"] <= 1

@@ -201,14 +201,14 @@ def test_the_command_leaves_the_student_of_another_run_alone(small_teacher: str,
     assert (folder / place / "student").is_dir()
 
 
-@pytest.mark.parametrize("text", ["GET / 200\n", '{"url": "/"}\n[1]\n'])
-def test_a_log_of_something_else_stays(make_trainer: Make, tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("content", [b"GET / 200\n", b'{"url": "/"}\n[1]\n', b"\xff\n"])
+def test_a_log_of_something_else_stays(make_trainer: Make, tmp_path: Path, content: bytes) -> None:
     """It is told before anything is trained."""
-    add(tmp_path / "log.jsonl", text)
+    (tmp_path / "log.jsonl").write_bytes(content)
     trainer = make_trainer(tmp_path, max_steps=1)
     with pytest.raises(CheckpointError, match=r"log\.jsonl' is no log of a run.*choose another output_dir"):
         trainer.train()
-    assert files_of(tmp_path) == {"log.jsonl": text.encode()}
+    assert files_of(tmp_path) == {"log.jsonl": content}
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"st', encoding="utf-8")  # of a killed run
     trainer.train()
     assert read_run(tmp_path).history == trainer.state.log_history
