@@ -238,7 +238,6 @@ def start_worker() -> None:
 def run(cell: Cell, seed: int, path: Path, num_samples: int, keep: Path | None = None) -> None:
     """Train one student, append its measurements to a file as they are made, and keep it in a folder if asked to."""
     from peft import LoraConfig
-    from transformers import TrainerCallback
 
     from rdm_sdk import RDMConfig, RDMTrainer, digits
 
@@ -250,32 +249,31 @@ def run(cell: Cell, seed: int, path: Path, num_samples: int, keep: Path | None =
             digits.prompts(),
             peft_config=LoraConfig(r=cell.rank, lora_alpha=cell.rank) if cell.rank else None,
         )
-        spent = 0.0
-        started = time.process_time()
-
-        class Measure(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                nonlocal spent
-                if state.global_step % cell.every and state.global_step < cell.updates:
-                    return
-                begin = time.process_time()
-                row = {
-                    "cell": cell.name,
-                    "seed": seed,
-                    "digest": cell.digest(),
-                    "update": state.global_step,
-                    "last": state.global_step == cell.updates,
-                    **measure(trainer, num_samples, seed),
-                    "costs": trainer.costs(),
-                    "cpu_seconds": begin - started - spent,
-                }
-                append(path, row)
-                spent += time.process_time() - begin
-
-        trainer.add_callback(Measure())
-        trainer.train()
+        train(trainer, {"cell": cell.name, "seed": seed, "digest": cell.digest()}, cell.every, path, num_samples)
         if keep is not None:
             trainer.save_model(str(keep / cell.name / str(seed)))
+
+
+def train(trainer: Any, row: dict[str, Any], every: int, path: Path, num_samples: int) -> None:
+    """Train, and append the row with what is measured to a file: every so many updates, and at the end."""
+    from transformers import TrainerCallback
+
+    updates, spent, started = trainer.args.max_steps, 0.0, time.process_time()
+
+    class Measure(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            nonlocal spent
+            if state.global_step % every and state.global_step < updates:
+                return
+            begin = time.process_time()
+            place = {"update": state.global_step, "last": state.global_step == updates}
+            figures = measure(trainer, num_samples, row["seed"])
+            cost = {"costs": trainer.costs(), "cpu_seconds": begin - started - spent}
+            append(path, row | place | figures | cost)
+            spent += time.process_time() - begin
+
+    trainer.add_callback(Measure())
+    trainer.train()
 
 
 def measure(trainer: Any, num_samples: int, seed: int) -> dict[str, Any]:

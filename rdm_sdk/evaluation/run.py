@@ -37,6 +37,7 @@ from rdm_sdk.rewards.scoring import check_scorable
 from rdm_sdk.training.data import load_prompts
 from rdm_sdk.training.pictures import image_grid
 from rdm_sdk.training.run_record import versions
+from rdm_sdk.training.validation import check_writable
 
 PICTURES = "grid.png"
 FEWEST = 16
@@ -94,6 +95,8 @@ def evaluate(
     Raises:
         ConfigError, DataError, ModelError, RewardError: what cannot work; before anything is loaded, where possible.
     """
+    if output is not None:
+        check_writable(str(output), "output")
     texts, compared = _prompts_of_images(prompts, samples, reference_samples)
     rows, reference = _candidates(students, teacher_steps, steps, reference_steps, call or {})
     group_size = len(texts) // len(set(texts))

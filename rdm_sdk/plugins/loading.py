@@ -58,6 +58,9 @@ def _load(plugin: Plugin, load: Any) -> None:
         plugin.fail(_explain(error, known), error)
         return
     plugin.hooks = [caller.name for caller in manager.get_hookcallers(module) or []]
+    if not plugin.hooks and getattr(module, "__name__", "") in known:
+        plugin.fail(f"its entry point {plugin.module!r} is the hook itself; name the module that holds it")
+        return
     if not plugin.hooks:
         plugin.fail(f"it implements no hook; decorate a function named {' or '.join(known)} with @rdm_sdk.hookimpl")
         return

@@ -122,7 +122,8 @@ def pulled_back(
 def judged_with_models(reward: Reward, batch: RewardBatch, differentiate: bool) -> RewardOutput:
     """Return the field, or the scores alone, of a reward that needs the run's models."""
     batch = batch.with_nothing_logged()
-    output = reward.field(batch) if differentiate else RewardOutput(reward.score(batch))
+    with unchanged(reward, batch):
+        output = reward.field(batch) if differentiate else RewardOutput(reward.score(batch))
     if not isinstance(output, RewardOutput):
         raise RewardError(
             f"reward {reward.name!r}: field(batch) must return a RewardOutput; got {type(output).__name__}"

@@ -201,12 +201,15 @@ def newest_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def of_other_runs(output_dir: Path, run: str) -> list[str]:
-    """Return the names of the whole checkpoints of an output folder that are not this run's, the newest first."""
+def of_other_runs(output_dir: Path, run: str | None) -> list[str]:
+    """Return the names of the whole checkpoints of an output folder that are not this run's, the newest first.
+
+    None is a run that has none yet.
+    """
     return [p.name for p in checkpoints_in(output_dir) if (found := _manifest_or_none(p)) and found.run != run]
 
 
-def refuse_other_runs(output_dir: Path, run: str) -> None:
+def refuse_other_runs(output_dir: Path, run: str | None) -> None:
     """Raise unless all whole checkpoints of an output folder are this run's.
 
     Raises:

@@ -57,8 +57,11 @@ class Rollouts:
     def begin(self, window: Window, step: int) -> None:
         """Take stored rollouts of these prompts for one more use, or roll the student out, for optimizer step `step`.
 
-        `step` (from 0) decides the resolution, where a run has several.
+        `step` (from 0) decides the resolution, where a run has several. Every `num_iterations` steps begin with new
+        rollouts.
         """
+        if step % self.settings.num_iterations == 0:
+            self.stored = []  # of other rows, even where their prompts read the same
         self.window, self._shape, self.experiences = window, self.models.step_shape(step), []
         self._predicted.clear()
         self.experiences = self._reuse(window) or [self.collect(batch) for batch in window]

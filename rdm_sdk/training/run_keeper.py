@@ -84,7 +84,9 @@ class RunKeeper:
             self._found = checkpoint.check(folder, mine, self.step.processes.index)
             self.identity = replace(self.identity, run=self._found.identity.run)
         if self.args.save_strategy != SaveStrategy.NO:
-            checkpoint_folders.refuse_other_runs(self.output_dir, self.identity.run)
+            # Where it starts afresh, what this trainer wrote in a train() before is of another run, too.
+            mine_there = None if folder is None else self.identity.run
+            checkpoint_folders.refuse_other_runs(self.output_dir, mine_there)
         self.records = self._place_of_records()
         self.log.path = self.records / LOG
         check_own(self.log.path)

@@ -59,9 +59,13 @@ def parsed(lines: Sequence[str]) -> History:
     """Return the figures of lines, a mapping each.
 
     Raises:
-        ValueError: one is damaged.
+        ValueError: one is damaged, or holds something else.
     """
-    return [json.loads(line) for line in lines]
+    history = [json.loads(line) for line in lines]
+    for number, figures in enumerate(history, 1):
+        if not isinstance(figures, dict) or "step" not in figures:
+            raise ValueError(f"line {number} is no log of a run")
+    return history
 
 
 def whole_history(kept: History, path: Path) -> History:

@@ -125,6 +125,12 @@ def check_run(
     if "eval_dataset" in datasets:
         _check_evaluation(args, [*rewards, *held_out], datasets["eval_dataset"])
     _check_heads(rewards)
+    learning = [reward.label for reward in rewards if reward.capabilities.trains == "discriminator"]
+    if learning and len(set(args.sizes)) > 1:
+        raise ConfigError(
+            f"reward {learning[0]!r} learns from a column of real images, each of one size, and resolutions="
+            f"{args.resolutions} has a step drawn at several; use one, or leave the reward out"
+        )
     if not any(reward.weight for reward in rewards):
         raise ConfigError("every reward has weight 0, so nothing would be learned; give one a weight other than 0")
     if weighting is not None and (isinstance(weighting, type) or not isinstance(weighting, Weighting)):

@@ -195,6 +195,7 @@ MISTAKES = [
     (f"{EVAL} --teacher_steps 1 --guidance_scale nan", "guidance_scale=nan cannot be used"),
     (f"{EVAL} --teacher_steps 1 --device tpu", "'tpu' is no device"),
     (f"{EVAL} --teacher_steps 1 --output file", "file cannot be a folder"),
+    (f"{EVAL} --teacher_steps 1 --samples 10 --output /proc/there", "output='/proc/there' cannot be written to"),
     (f"{EVAL} --teacher-steps 1", "unrecognized arguments: --teacher-steps 1"),
     ("score", "the following arguments are required: folder, --rewards"),
     ("score nowhere --rewards jpeg", "there is no folder 'nowhere'"),

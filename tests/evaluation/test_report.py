@@ -224,6 +224,11 @@ def test_what_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(DataError, match="cannot be read"):
         read_run(tmp_path)
     write_run(tmp_path / "run", 3)
+    for line in ("[1]", "{}"):
+        (tmp_path / "odd").mkdir(exist_ok=True)
+        (tmp_path / "odd" / "log.jsonl").write_text('{"step": 1}\n' + line + "\n", encoding="utf-8")
+        with pytest.raises(DataError, match=r"log.jsonl' cannot be read: line 2 is no log of a run"):
+            read_run(tmp_path / "odd")
     real = builtins.__import__
 
     def without(name: str, *rest: Any, **more: Any) -> Any:

@@ -132,6 +132,14 @@ def test_a_plugin_without_hooks_is_a_fault(install: Install, run: Run) -> None:
     )
 
 
+def test_an_entry_point_of_the_hook_itself_is_a_fault(install: Install, run: Run, tmp_path: Path) -> None:
+    """It is there, and decorated; what has to be named is the module around it."""
+    install("acme-one", body=GOOD)
+    points = tmp_path / "acme_one-1.2.dist-info" / "entry_points.txt"
+    points.write_text(points.read_text().replace("acme_one", "acme_one:rdm_register_rewards"))
+    assert "'acme_one:rdm_register_rewards' is the hook itself; name the module that holds it" in run("plugins")
+
+
 def test_a_typo_is_not_blamed_on_a_fault_elsewhere(install: Install, run: Run) -> None:
     """A plugin that could say what it holds is not suspected of holding what it did not name."""
     install("acme-one", body='register("acme/sharpness", "acme_one_rewards:Ink"); register("ink", "a:B")')

@@ -230,6 +230,13 @@ def test_pictures_of_another_size_are_refused(make_trainer: Make, tmp_path: Path
         make_trainer(tmp_path, "dm + adversarial", small).train()
 
 
+def test_steps_of_several_sizes_are_refused(make_trainer: Make, tmp_path: Path) -> None:
+    """A picture encodes to one size, so that some step would find none of its own; told before the base is loaded."""
+    settings = {"resolutions": ["8x8", "16x16"], "model": "no/such/model"}
+    with pytest.raises(ConfigError, match=r"'adversarial' learns from a column of real images, each of one size"):
+        make_trainer(tmp_path, "dm + adversarial", with_pictures(), **settings)
+
+
 def test_without_a_teacher_it_says_so() -> None:
     """Finished images alone cannot be judged."""
     reward = Adversarial()

@@ -122,6 +122,23 @@ def test_a_change_behind_the_version_is_caught(edit: Any, layout: torch.memory_f
         evaluate_reward(Editing(), RewardBatch.from_images(images))
 
 
+@pytest.mark.parametrize("wanted", [(), None])
+def test_a_reward_with_a_field_changes_nothing_either(wanted: Any) -> None:
+    """Those that see the run's models judge first: what they left behind would be everybody's."""
+
+    class Pulling(Reward):
+        capabilities = Capabilities(space="latent", gradient="field")
+
+        def field(self, batch: RewardBatch) -> RewardOutput:
+            return RewardOutput(self.score(batch), batch.latents.clone())
+
+        def score(self, batch: RewardBatch) -> Tensor:
+            return batch.latents.mul_(2).flatten(1).sum(1)
+
+    with pytest.raises(RewardError, match="'pulling' changes its latents in place"):
+        evaluate_rewards({"pulling": Pulling()}, latent_batch(), gradients_of=wanted)
+
+
 def test_an_exception_names_its_reward() -> None:
     """The author's exception arrives as it was raised, with a note."""
     with pytest.raises(OSError, match="no route") as caught:

@@ -140,6 +140,16 @@ def test_a_new_run_does_not_mix_with_an_older_one(make_trainer: Make, copied: Pa
         make_trainer(copied, **SAVING).train()
 
 
+def test_a_second_training_in_one_trainer_is_another_run(make_trainer: Make, tmp_path: Path) -> None:
+    """It would begin at step 0 beside checkpoints of later steps, from which a resumed run then went on."""
+    trainer = make_trainer(tmp_path, max_steps=1, **SAVING)
+    trainer.train()
+    before = files_of(tmp_path)
+    with pytest.raises(CheckpointError, match=r"another run \(checkpoint-1\)\. Go on with it"):
+        trainer.train()
+    assert files_of(tmp_path) == before
+
+
 def test_a_run_that_saves_nothing_may_share_a_folder(make_trainer: Make, copied: Path) -> None:
     """It writes no checkpoint, so nothing is mixed."""
     make_trainer(copied, max_steps=1, ema_decay=0.9).train()

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from digit_runs import Bright
 from torch import Tensor
+from transformers import TrainerCallback
 from watched_rewards import BOLD, Judge, WatchedMatching
 
 from rdm_sdk import RDMTrainer
@@ -76,6 +78,41 @@ def test_fresh_rollouts_for_every_critic_update(make_trainer: Make, tmp_path: Pa
         "shared": 6,
         "fresh": 6,
     }
+
+
+def test_rows_whose_prompts_read_the_same_share_no_rollout(
+    make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was rolled out anew for one row's last use is not taken for the row after it, whose scores are others."""
+    rows = Dataset.from_dict({"prompt": ["a zero"] * 4, "worth": [1.0, 2.0, 3.0, 4.0]})
+
+    def worth(images: Tensor, worth: list[float]) -> list[float]:
+        return [value + 0.01 * i for i, value in enumerate(worth)]
+
+    seen: list[tuple[list[float], list[float]]] = []
+
+    class Look(TrainerCallback):
+        def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+            (one,) = trainer.step.rollouts.experiences
+            seen.append((one.columns["worth"], one.scored["worth"].scores.tolist()))
+
+    trainer = make_trainer(
+        tmp_path,
+        ["dm", (worth, 0.1)],
+        prompts=rows,
+        num_iterations=2,
+        max_steps=6,
+        min_effective_sample_size=0.5,
+        callbacks=[Look()],
+        **BOLD,
+    )
+    shares = iter([0.0, 1.0, 1.0])  # the first rollout is not used twice
+    monkeypatch.setattr(trainer.step.rollouts, "_effective_share", lambda ratio: next(shares))
+    trainer.train()
+    assert len(seen) == 6
+    assert trainer.costs()["cost/rollouts"] == 4 * 8
+    for columns, scores in seen:
+        assert [int(score) for score in scores] == [int(value) for value in columns]
 
 
 # ---- Weights ----------------------------------------------------------------------------------------------------
