@@ -113,12 +113,16 @@ def _sampled(options: argparse.Namespace, candidates: Sequence[Candidate], promp
         dtype=getattr(torch, options.dtype),
         device=device,
         other_base=options.other_base,
+        max_sequence_length=candidates[0].call.get("max_sequence_length"),
     )
+    sampler.check(candidates)
     rows = {}
     for candidate in candidates:
         with tqdm(total=len(repeated), desc=candidate.name, unit="image") as bar:
-            images, _ = sampler.images(candidate, repeated, "rows", bar.update)
-        rows[candidate.name] = images.float() / 255
+            sampled = sampler.images(candidate, repeated, "rows", bar.update)
+        rows[candidate.name] = sampled.images.float() / 255
+        if (warning := sampled.warning(candidate.name)) is not None:
+            print(f"note: {warning}")
     return rows
 
 

@@ -103,7 +103,11 @@ def evaluate(
     planned, place = _checked(real, rewards, group_size, batch_size, guidance_scale), _place(model, device, dtype)
     extractor, judges = feature_extractor(features, place), judges_of(planned, True, (), group_size)
     kept_with, cache = rewards_provenance(judges), None if output is None else Path(output) / "images"
-    sampler = Sampler(model, guidance_scale, seed, batch_size, dtype=dtype, device=place, cache=cache)
+    length = reference.call.get("max_sequence_length")
+    sampler = Sampler(
+        model, guidance_scale, seed, batch_size, dtype=dtype, device=place, cache=cache, max_sequence_length=length
+    )
+    sampler.check([reference, *rows])
     run = _Run(sampler, texts, compared, extractor, judges, kept_with, reference, real, progress, place)
     return run.result(rows, output)
 
@@ -254,9 +258,12 @@ class _Run:
         begin = time.perf_counter()
         title = f"sampling {candidate.name}{' (reference)' if stream == 'reference' else ''}"
         with self._bar(len(prompts), title) as bar:
-            images, fresh = self.sampler.images(candidate, prompts, stream, bar.update)
+            sampled = self.sampler.images(candidate, prompts, stream, bar.update)
         seconds = time.perf_counter() - begin
-        return images, 1000 * seconds / len(images) if fresh == len(images) else None
+        if (warning := sampled.warning(candidate.name)) is not None:
+            self._note(warning)
+        count = len(sampled.images)
+        return sampled.images, 1000 * seconds / count if sampled.fresh == count else None
 
     def _features(self, images: Tensor, name: str) -> Tensor:
         with self._bar(len(images), f"features of {name}") as bar:
@@ -323,7 +330,7 @@ class _Run:
             "batch_size": self.sampler.batch_size,
             "device": self.device,
             "guidance_scale": self.sampler.guidance_scale,
-            "calls": {one.name: dict(one.call) for one in candidates},
+            "calls": {one.name: self.sampler.call_of(one) for one in candidates},
             "features": self.extractor.name,
             "reference": {"steps": self.reference.steps, "samples": len(self.compared)},
             "real": None if self.real is None else len(self.real),

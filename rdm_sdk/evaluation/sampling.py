@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -27,6 +27,30 @@ from rdm_sdk.files import replacing
 from rdm_sdk.training.export import load_student
 from rdm_sdk.training.pictures import to_uint8
 
+Images = dict[str, Tensor]
+"""A batch as it is kept: its `PIXELS`, uint8 `[N, 3, H, W]`, and which of them are `BLACK`, bool `[N]`."""
+PIXELS, BLACK = "images", "blacked_out"
+
+
+class Sampled(NamedTuple):
+    """What a candidate's images are."""
+
+    images: Tensor
+    """uint8 `[N, 3, H, W]`."""
+    fresh: int
+    """How many were sampled just now."""
+    blacked_out: int
+    """How many the base's safety checker has made black."""
+
+    def warning(self, name: str) -> str | None:
+        """Return what is to be said of black images, if there are any."""
+        if not self.blacked_out:
+            return None
+        return (
+            f"{self.blacked_out} of {len(self.images)} images of {name} were made black by the base's safety checker "
+            "and count as they are; a base that is saved without one (safety_checker=None) has them"
+        )
+
 
 class Sampler:
     """Samples the candidates of one base.
@@ -39,10 +63,11 @@ class Sampler:
         dtype: of the base, where it is loaded here, float32 by default.
         device: where it works.
         other_base: take students of another base of the same family, as `load_student`.
+        max_sequence_length: tokens per prompt; None for what the pipeline's call takes by itself.
         cache: a folder for the images, 8 bits a channel, by a hash of all that decides them; None keeps none.
 
     Raises:
-        ConfigError: the guidance scale is below 0 or not finite.
+        ConfigError: the base cannot be sampled with the guidance scale or the length.
         ModelError: the base is missing or of an unsupported family.
     """
 
@@ -57,21 +82,30 @@ class Sampler:
         device: torch.device | str,
         cache: Path | None = None,
         other_base: bool = False,
+        max_sequence_length: int | None = None,
     ) -> None:
         check_guidance(guidance_scale)
         self.guidance_scale, self.seed, self.batch_size, self.cache = guidance_scale, seed, batch_size, cache
         self.other_base = other_base
-        self.family: ModelFamily = load_family(model, dtype or torch.float32)
+        self.family: ModelFamily = load_family(model, dtype or torch.float32, max_sequence_length=max_sequence_length)
+        _check_guides(self.family, guidance_scale)
         self.fingerprint = self.family.fingerprint()
         around = self.family.frozen_parts() | {"scheduler": self.family.pipeline.scheduler}
         self.parts = {name: _hash_of(part) for name, part in around.items()}
         if str(self.family.pipeline.device) != str(device):  # one that is spread over devices refuses to be moved
             self.family.pipeline.to(device)
 
-    def images(
-        self, candidate: Candidate, prompts: Sequence[str], stream: str, done: Callable[[int], None]
-    ) -> tuple[Tensor, int]:
-        """Return a candidate's images of prompts, one each, and how many of them were sampled just now.
+    def check(self, candidates: Sequence[Candidate]) -> None:
+        """Raise `ConfigError` for one that cannot be sampled with its size or steps, before any is sampled."""
+        for candidate in candidates:
+            try:
+                self._latent_shape(candidate)
+                self._scheduler(candidate)
+            except ConfigError as error:
+                raise ConfigError(f"{candidate.name}: {error}") from error
+
+    def images(self, candidate: Candidate, prompts: Sequence[str], stream: str, done: Callable[[int], None]) -> Sampled:
+        """Return a candidate's images of prompts, one each.
 
         Args:
             candidate: what is sampled.
@@ -79,13 +113,10 @@ class Sampler:
             stream: names the noise, so that two sets of images of the same candidate and prompts can be independent.
             done: called with the number of images after each batch.
 
-        Returns:
-            uint8 `[N, 3, H, W]`, and a count.
-
         Raises:
             ConfigError: the pipeline cannot be called so.
         """
-        pieces = []
+        pieces: list[Images] = []
         starts = range(0, len(prompts), self.batch_size)
         keys = [self._key(candidate, prompts[start : start + self.batch_size], stream, start) for start in starts]
         kept = [self._kept(key) for key in keys]
@@ -99,43 +130,62 @@ class Sampler:
                     self._keep(keys[row], images)
                 pieces.append(images)
                 done(len(batch))
-        sampled = sum(len(pieces[row]) for row in missing)
-        return torch.cat(pieces), sampled
+        return Sampled(
+            torch.cat([piece[PIXELS] for piece in pieces]),
+            sum(len(pieces[row][PIXELS]) for row in missing),
+            sum(int(piece[BLACK].sum()) for piece in pieces),
+        )
 
     # ---- Sampling -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _sample(self, call: Mapping[str, Any], prompts: list[str], seed: int) -> Tensor:
+    def _sample(self, call: Mapping[str, Any], prompts: list[str], seed: int) -> Images:
         pipeline = self.family.pipeline
         pipeline.set_progress_bar_config(disable=True)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), _decoding_any_dtype(pipeline.vae):
             torch.manual_seed(seed)
             try:
-                images = pipeline(prompt=prompts, output_type="pt", **call).images
+                made = pipeline(prompt=prompts, output_type="pt", **call)
             except (ValueError, TypeError) as error:  # what the pipeline does not take
                 raise ConfigError(f"{type(pipeline).__name__} cannot be called so: {described(error)}") from error
-        return to_uint8(check_images(images.float(), "sampled images")).permute(0, 3, 1, 2).contiguous()
+        pixels = to_uint8(check_images(made.images.float(), "sampled images")).permute(0, 3, 1, 2).contiguous()
+        flagged = getattr(made, "nsfw_content_detected", None) or [False] * len(prompts)
+        return {PIXELS: pixels, BLACK: torch.tensor(flagged)}
+
+    def _latent_shape(self, candidate: Candidate) -> tuple[int, ...]:
+        return self.family.latent_shape(candidate.call.get("height"), candidate.call.get("width"))
+
+    def _scheduler(self, candidate: Candidate) -> Any:
+        """Return a scheduler of a candidate's steps, on the base's grid for its size; None to take the student's."""
+        if candidate.student is not None and not candidate.regrid:
+            return None
+        shift = self.family.base_shift(self._latent_shape(candidate)) if candidate.shift is None else candidate.shift
+        return self.family.student_scheduler(candidate.steps, shift, stochastic=False)
+
+    def call_of(self, candidate: Candidate) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call beside the prompt; a student's are in its `inference.json`."""
+        if candidate.student is not None:
+            return dict(candidate.call)
+        call = self.family.inference_call(candidate.steps)  # such as none of the sizes' rounding
+        return call | dict(candidate.call) | self.family.guidance_call(self.guidance_scale)
 
     @contextmanager
     def _loaded(self, candidate: Candidate) -> Iterator[dict[str, Any]]:
         """Put a candidate into the pipeline, give the arguments of its call, and put the base back afterwards."""
         family, pipeline = self.family, self.family.pipeline
         scheduler, backbone = pipeline.scheduler, family.backbone
-        call = dict(candidate.call)
+        own_scheduler = self._scheduler(candidate)
         try:
-            if candidate.student is None:
-                pipeline.scheduler = family.student_scheduler(candidate.steps, None, stochastic=False)
-                call |= {"num_inference_steps": candidate.steps, **family.guidance_call(self.guidance_scale)}
-            else:
+            if candidate.student is not None:
                 # On a copy: adapters are put into layers in place, and the next candidate needs the base.
                 place = backbone.device
                 pipeline.register_modules(**{family.component: copy.deepcopy(backbone)})
                 if place.type != "cpu":
                     backbone.to("cpu")
                 load_student(pipeline, candidate.student, other_base=self.other_base)
-                if candidate.regrid:
-                    pipeline.scheduler = family.student_scheduler(candidate.steps, candidate.shift, stochastic=False)
-            yield call
+            if own_scheduler is not None:
+                pipeline.scheduler = own_scheduler
+            yield self.call_of(candidate)
         finally:
             if getattr(pipeline, family.component) is not backbone:
                 place = getattr(pipeline, family.component).device
@@ -145,34 +195,63 @@ class Sampler:
     # ---- The cache ------------------------------------------------------------------------------------------------
 
     def _key(self, candidate: Candidate, prompts: Sequence[str], stream: str, start: int) -> str:
-        guidance = self.guidance_scale if candidate.student is None else None
+        scheduler = self._scheduler(candidate)
         content = {
             "base": [type(self.family.pipeline).__name__, self.fingerprint, self.parts, str(self.family.dtype)],
             "student": candidate.fingerprint,
-            "steps": candidate.steps,
-            "guidance_scale": guidance,
-            "call": dict(candidate.call),
+            "scheduler": None if scheduler is None else _hash_of(scheduler),
+            "call": self.call_of(candidate),
             "prompts": list(prompts),
             "noise": [self.seed, stream, start],
         }
         return digest(content)
 
-    def _kept(self, key: str) -> Tensor | None:
+    def _kept(self, key: str) -> Images | None:
         path = None if self.cache is None else self.cache / f"{key}.safetensors"
         if path is None or not path.is_file():
             return None
         try:
-            return load_file(path)["images"]
+            kept = load_file(path)
+            return {name: kept[name] for name in (PIXELS, BLACK)}
         except (SafetensorError, KeyError):  # it was not written by this SDK, or damaged since: sampled again
             return None
 
-    def _keep(self, key: str, images: Tensor) -> None:
+    def _keep(self, key: str, images: Images) -> None:
         if self.cache is not None:
             with replacing(self.cache / f"{key}.safetensors") as staged:
                 try:
-                    save_file({"images": images}, staged)
+                    save_file(images, staged)
                 except SafetensorError as error:  # what a full disk is there
                     raise OSError(f"images cannot be kept at {str(staged)!r}: {error}; is the disk full?") from error
+
+
+@contextmanager
+def _decoding_any_dtype(vae: Any) -> Iterator[None]:
+    """Let a VAE decode latents of another dtype than its own: pipelines hand on the backbone's, some as they are."""
+    decode = vae.decode
+
+    def decode_cast(latents: Tensor, *rest: Any, **named: Any) -> Any:
+        return decode(latents.to(vae.dtype), *rest, **named)
+
+    before = vars(vae).get("decode")
+    vae.decode = decode_cast
+    try:
+        yield
+    finally:
+        del vae.decode
+        if before is not None:  # somebody else has put it there
+            vae.decode = before
+
+
+def _check_guides(family: ModelFamily, scale: float) -> None:
+    """Raise `ConfigError` for a scale that the base's pipeline would ignore."""
+    if family.guidance == "none" and scale != 1:
+        raise ConfigError(
+            f"guidance_scale={scale}: {family.base_name!r} was distilled without guidance, and its pipeline ignores "
+            "it; use 1"
+        )
+    if family.guidance == "classifier-free" and scale < 1:
+        raise ConfigError(f"guidance_scale={scale}: the pipeline takes what is below 1 for no guidance; use 1 or more")
 
 
 def check_guidance(scale: float) -> None:

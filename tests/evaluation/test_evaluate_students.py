@@ -116,7 +116,7 @@ def test_figures_are_those_of_the_images(pipeline: Any, students: dict[str, Path
     sampler = Sampler(pipeline, guidance_scale=1.0, seed=0, batch_size=20, device="cpu", cache=tmp_path / "images")
     (candidate,) = student_candidates(students["renoise"], [], SMALL["call"])
     prompts = [prompt for prompt in digits.prompts() for _ in range(8)]
-    images, sampled = sampler.images(candidate, prompts, "rows", lambda count: None)
+    images, sampled, _ = sampler.images(candidate, prompts, "rows", lambda count: None)
     assert sampled == 0
     expected = frechet_distance(images.float() / 255, digits.heldout_images())
     assert row.against["real"]["frechet"] == pytest.approx(expected, rel=1e-4)
@@ -210,7 +210,7 @@ def test_a_student_is_sampled_as_plain_diffusers_does(pipeline: Any, students: d
     scheduler, transformer = pipeline.scheduler, pipeline.transformer
     sampler = Sampler(pipeline, guidance_scale=1.0, seed=0, batch_size=10, device="cpu")
     (candidate,) = student_candidates(students["renoise"], [], {})
-    images, sampled = sampler.images(candidate, digits.prompts(), "rows", lambda count: None)
+    images, sampled, _ = sampler.images(candidate, digits.prompts(), "rows", lambda count: None)
     assert sampled == 10
     assert pipeline.scheduler is scheduler
     assert pipeline.transformer is transformer
