@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rdm_sdk.errors import ConfigError
+from rdm_sdk.errors import ConfigError, ModelError
 from rdm_sdk.families.base import Network
 from rdm_sdk.families.ddpm import DDPMFamily
 from rdm_sdk.types import Condition
@@ -22,6 +22,7 @@ class SDFamily(DDPMFamily):
 
     Raises:
         ConfigError: `max_sequence_length` was given.
+        ModelError: the UNet wants to be told a guidance scale, as LCM-distilled ones.
     """
 
     component = "unet"
@@ -32,6 +33,12 @@ class SDFamily(DDPMFamily):
             raise ConfigError(
                 f"max_sequence_length={max_sequence_length} is for T5 and language models; {type(pipeline).__name__} "
                 "has CLIP alone, whose number of tokens is fixed: leave it at None"
+            )
+        if self.backbone.config.time_cond_proj_dim is not None:
+            raise ModelError(
+                f"the unet of {self.base_name!r} has time_cond_proj_dim, as LCM-distilled ones have: it is to be told "
+                "the guidance scale (timestep_cond), which training does not do; load a base without it, such as the "
+                "one that it was distilled from"
             )
 
     def encode_prompts(self, prompts: list[str]) -> Condition:

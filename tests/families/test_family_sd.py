@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, PNDMScheduler, UNet2DConditionModel
+from pipeline_calls import calls_of, run_pipeline
 from tiny_pipelines import TINY_PIPELINES
 
 from rdm_sdk import ConfigError, ModelError
@@ -68,6 +69,20 @@ def test_bad_input_is_refused(kind: str, pipelines: dict[str, Any]) -> None:
     other.scheduler = PNDMScheduler.from_config(other.scheduler.config, prediction_type="flow")
     with pytest.raises(ModelError, match="got PNDMScheduler with prediction_type='flow'"):
         load_family(other, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
+def test_a_unet_that_is_told_its_guidance_is_refused(kind: str) -> None:
+    """The pipeline passes an embedding of the scale, which training does not; LCM-distilled bases are such."""
+    pipeline = TINY_PIPELINES[kind]()
+    pipeline.set_progress_bar_config(disable=True)
+    config = dict(pipeline.unet.config) | {"time_cond_proj_dim": 8, "_use_default_values": []}
+    pipeline.register_modules(unet=UNet2DConditionModel.from_config(config))
+    call = {"num_inference_steps": 1, "guidance_scale": 3.0, "height": 32, "width": 32, "output_type": "latent"}
+    (theirs,) = calls_of(pipeline, "unet", lambda: run_pipeline(pipeline, ["a fox"], **call))
+    assert theirs["timestep_cond"].shape == (1, 8)
+    with pytest.raises(ModelError, match=r"the unet of .* has time_cond_proj_dim.*load a base without it"):
+        load_family(pipeline, torch.float32)
 
 
 def test_the_deterministic_grid_is_the_stochastic_one(pipelines: dict[str, Any]) -> None:
