@@ -67,9 +67,17 @@ def blueprint(model: object, dtype: torch.dtype, **options: Any) -> ModelFamily:
 
 
 class NoTokenizer:
-    """Stands where a pipeline's tokenizer would, which needs more than a config."""
+    """Stands where a pipeline's tokenizer, or another part that is no module, would, which needs more than a config."""
 
     model_max_length = 77  # pipelines copy it when they are made; nothing is ever tokenized
+
+
+def _class(library: str, kind: str) -> Any:
+    """Return the class that `model_index.json` names."""
+    try:
+        return getattr(import_module(library), kind)
+    except ImportError:  # classes that came with a pipeline are named by the pipeline's folder
+        return getattr(import_module(f"diffusers.pipelines.{library}"), kind)
 
 
 def _part(folder: Path, name: str, named: Sequence[str | None], dtype: torch.dtype) -> Any:
@@ -77,12 +85,14 @@ def _part(folder: Path, name: str, named: Sequence[str | None], dtype: torch.dty
     library, kind = named
     if library is None or kind is None:
         return None
+    is_scheduler = (folder / name / "scheduler_config.json").is_file()
     try:
-        cls: Any = getattr(import_module(library), kind)
-    except ImportError:  # classes that came with a pipeline are named by the pipeline's folder
-        cls = getattr(import_module(f"diffusers.pipelines.{library}"), kind)
+        cls: Any = _class(library, kind)
+    except AttributeError:  # older repositories have names that are gone, such as CLIPFeatureExtractor
+        if is_scheduler or (folder / name / "config.json").is_file():
+            raise
+        return NoTokenizer()
     if not issubclass(cls, nn.Module):
-        is_scheduler = (folder / name / "scheduler_config.json").is_file()
         return cls.from_config(cls.load_config(folder / name)) if is_scheduler else NoTokenizer()
     with torch.device("meta"), local_torch_dtype(dtype):
         if library == "transformers" or not hasattr(cls, "load_config"):

@@ -29,7 +29,7 @@ from transformers import Qwen2_5_VLConfig as VlmConfig
 from transformers import Qwen2_5_VLForConditionalGeneration as Vlm
 from true_shapes import write_configs
 
-from rdm_sdk import RDMConfig, RewardError, plan_memory
+from rdm_sdk import ModelError, RDMConfig, RewardError, plan_memory
 from rdm_sdk.digits.classifier import DigitClassifier
 from rdm_sdk.digits.reward import Legibility
 from rdm_sdk.planning.blueprint import blueprint
@@ -246,6 +246,39 @@ def test_parts_that_training_does_not_need_are_counted(folders: Path, tmp_path: 
     row = next(row for row in plan_memory(folder, args).rows if row.role == "other parts")
     assert row.note == "safety_checker"
     assert row.bytes == bytes_of(blueprint(folder, torch.float32).pipeline.safety_checker) > 0
+
+
+def renamed(folders: Path, folder: Path, part: str, named: list[str]) -> Path:
+    """Copy a tiny pipeline's configs with another class for one of its parts."""
+    shutil.copytree(folders / "configs" / "StableDiffusionPipeline", folder)
+    index = json.loads((folder / "model_index.json").read_text()) | {part: named}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_parts_whose_class_has_another_name_by_now_are_stubbed_out(folders: Path, tmp_path: Path) -> None:
+    """Older Stable Diffusion 1.x names `CLIPFeatureExtractor`, which transformers no longer has and diffusers maps."""
+    folder = renamed(folders, tmp_path / "old", "feature_extractor", ["transformers", "CLIPFeatureExtractor"])
+    args = settings("StableDiffusionPipeline", blueprint(folder, torch.float32), tmp_path)
+    same = plan_memory(folders / "configs" / "StableDiffusionPipeline", args)
+    assert str(plan_memory(folder, args)) == str(same)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "scheduler", "unet"])
+def test_modules_and_schedulers_of_unknown_classes_are_refused(folders: Path, tmp_path: Path, part: str) -> None:
+    """They have a config, so they are counted, or say what the steps are."""
+    folder = renamed(folders, tmp_path / "odd", part, ["diffusers", "NoSuchClass"])
+    with pytest.raises(ModelError, match=r"cannot build the pipeline .* has no attribute NoSuchClass"):
+        blueprint(folder, torch.float32)
+
+
+def test_a_module_without_its_config_is_refused(folders: Path, tmp_path: Path) -> None:
+    """Left out, it would not be counted."""
+    folder = tmp_path / "less"
+    shutil.copytree(folders / "configs" / "StableDiffusionPipeline", folder)
+    (folder / "unet" / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"cannot build the pipeline .*every component's config.json"):
+        blueprint(folder, torch.float32)
 
 
 # ---- Arithmetic -------------------------------------------------------------------------------------------------
