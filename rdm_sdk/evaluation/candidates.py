@@ -11,8 +11,8 @@ from typing import Any
 from rdm_sdk.errors import ConfigError
 from rdm_sdk.evaluation.names import short_names
 from rdm_sdk.evaluation.provenance import files_digest
-from rdm_sdk.training.export import CALL, SCHEDULER, WEIGHTS, read_call
-from rdm_sdk.training.student_base import read_json
+from rdm_sdk.training.export import CALL, SCHEDULER, read_call
+from rdm_sdk.training.student_base import WEIGHTS, read_json
 
 _FILES = (WEIGHTS, "peft/*", "transformer/*", "unet/*", "scheduler/*", CALL)
 """What of a student's folder decides its images."""

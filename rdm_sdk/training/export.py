@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,16 @@ from rdm_sdk.training.student_base import (
     PEFT_FOLDER,
     PEFT_PREFIX,
     PEFT_WEIGHTS,
+    WEIGHTS,
     check_adapters_fit,
     check_base,
     describe_base,
+    exported_weights,
     network_of,
     read_base,
     read_json,
 )
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
-"""What `load_lora_weights` reads, of the pipelines that have it."""
 CALL = "inference.json"
 """The arguments of a pipeline call that samples the student."""
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -108,7 +109,8 @@ def save_student(directory: str | Path, family: ModelFamily, info: StudentInfo) 
     the rank would load wrongly and silently; not where the pipeline cannot load it) and `peft/`. Of a full copy: the
     component's own folder, in the base's dtype. Of both: `scheduler/`, `inference.json`, `base.json` (which base it is
     for) and `README.md`. Everything is written beside the folder first and then moved in file by file, so that an
-    earlier export is never left half overwritten.
+    earlier export is never left half overwritten. Weights of an earlier export that this one did not replace, of a
+    student of another kind, are removed after that: plain diffusers would load them.
 
     Raises:
         ConfigError: the folder holds a README that is no model card of this SDK's, or a link to another folder.
@@ -128,7 +130,13 @@ def save_student(directory: str | Path, family: ModelFamily, info: StudentInfo) 
         (staged / BASE).write_text(json.dumps(base, indent=2), encoding="utf-8")
         (staged / CALL).write_text(json.dumps(_call(family, info), indent=2), encoding="utf-8")
         (staged / CARD).write_text(model_card(family, info), encoding="utf-8")
+        earlier = exported_weights(target)
+        written = {target / path.relative_to(staged) for path in staged.rglob("*") if path.is_file()}
         move_into(staged, target)
+        for stale in set(earlier) - written:
+            stale.unlink()
+            with suppress(OSError):  # what is somebody's own stays, and the folder with it
+                stale.parent.rmdir()
 
 
 def _save_lora(staged: Path, family: ModelFamily) -> None:

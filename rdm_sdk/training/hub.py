@@ -11,8 +11,8 @@ from transformers.trainer_utils import HubStrategy
 
 from rdm_sdk.errors import ConfigError
 from rdm_sdk.training.config import RDMConfig
-from rdm_sdk.training.export import CALL, SCHEDULER, WEIGHTS
-from rdm_sdk.training.student_base import BASE, PEFT_FOLDER
+from rdm_sdk.training.export import CALL, SCHEDULER
+from rdm_sdk.training.student_base import BASE, PEFT_FOLDER, WEIGHTS
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,8 @@ def push(
 ) -> Any:
     """Upload the export in a folder, and nothing else that is there; returns the commit, or its future.
 
+    Weights of another kind of student, which somebody may have put there, are left out: they would be loaded for it.
+
     Args:
         args: the run's settings.
         repository: its full name; None on processes that do not push.
@@ -69,12 +71,13 @@ def push(
     if repository is None:
         return None
     api: Any = huggingface_hub.HfApi(token=token or args.hub_token)
+    weights = [f"{component}/*"] if args.student_weights == "full" else [WEIGHTS, f"{PEFT_FOLDER}/*"]
     return api.upload_folder(
         repo_id=repository,
         folder_path=str(args.output_dir if folder is None else folder),
         commit_message=message,
         revision=revision or args.hub_revision,
-        allow_patterns=["README.md", CALL, BASE, WEIGHTS, SCHEDULER, f"{PEFT_FOLDER}/*", f"{component}/*"],
+        allow_patterns=["README.md", CALL, BASE, SCHEDULER, *weights],
         run_as_future=not blocking,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,8 @@ from rdm_sdk.families.targets import adapters_of
 BASE = "base.json"
 """The file of an export that describes the base."""
 PEFT_FOLDER = "peft"
-PEFT_WEIGHTS = f"{PEFT_FOLDER}/adapter_model.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
+PEFT_WEIGHTS = f"{PEFT_FOLDER}/{PEFT_FILE}"
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before the names of an adapter's tensors."""
 TENSORS = 24
@@ -27,6 +29,11 @@ TENSORS = 24
 CLOSE = 0.005
 """Relative difference of a sampled tensor up to which it is the same in another precision (bfloat16: 0.002)."""
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+"""What `load_lora_weights` reads, of the pipelines that have it."""
+_COPY = re.compile(r"config\.json|diffusion_pytorch_model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+"""What diffusers writes of a full copy into its component's folder."""
 
 Weights = Literal["lora", "full"]
 
@@ -51,6 +58,23 @@ def read_base(folder: Path) -> dict[str, Any]:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ModelError(f"{BASE} in {str(folder)!r} is damaged: {where}: {first['msg']}; copy it again") from error
+
+
+def exported_weights(folder: Path) -> list[Path]:
+    """Return the files of weights that an export wrote into a folder, none where no readable `base.json` says which.
+
+    Without that they might be anybody's. Of a folder that holds a whole pipeline, they are the pipeline's.
+    """
+    if (folder / "model_index.json").exists():
+        return []
+    try:
+        base = read_base(folder)
+    except ModelError:
+        return []
+    if base["weights"] == "lora":
+        files = [folder / WEIGHTS, *(folder / PEFT_FOLDER / name for name in ("adapter_config.json", PEFT_FILE))]
+        return [path for path in files if path.is_file()]
+    return [path for path in (folder / base["component"]).glob("*") if path.is_file() and _COPY.fullmatch(path.name)]
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import STUDENT
 from rdm_sdk.rewards.resolve import resolve_rewards
-from rdm_sdk.training.export import WEIGHTS, StudentInfo, load_student, save_kohya_lora, save_student
+from rdm_sdk.training.export import StudentInfo, load_student, save_kohya_lora, save_student
+from rdm_sdk.training.student_base import WEIGHTS
 
 # Diffusers' Euler scheduler under numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -101,9 +101,21 @@ def test_a_student_is_pushed_by_hand(make_trainer: Make, tmp_path: Path, hub: Hu
         trainer.push_to_hub(language="en")
 
 
-def test_a_full_copy_is_pushed(make_trainer: Make, tmp_path: Path, hub: Hub) -> None:
-    make_trainer(tmp_path, student_weights="full").push_to_hub()
-    assert "transformer/diffusion_pytorch_model.safetensors" in hub.uploads[0]["files"]
+COPY = {"transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"}
+LORA = {name for name in EXPORT if "adapter_" in name or "lora" in name}
+
+
+@pytest.mark.parametrize(("weights", "pushed", "other"), [("full", COPY, LORA), ("lora", LORA, COPY)])
+def test_the_weights_are_pushed_and_those_of_another_kind_are_not(
+    make_trainer: Make, tmp_path: Path, hub: Hub, weights: str, pushed: set[str], other: set[str]
+) -> None:
+    """Whoever put them into the folder."""
+    for name in other:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    make_trainer(tmp_path, student_weights=weights).push_to_hub()
+    assert hub.uploads[0]["files"] == EXPORT - LORA | pushed
+    assert all((tmp_path / name).is_file() for name in other)
 
 
 def test_a_hub_that_is_away_stops_no_training(
