@@ -311,12 +311,11 @@ def model_card(family: ModelFamily, info: StudentInfo) -> str:
     rewards = show_spec([without_places(reward.term) for reward in info.rewards])
     origins = ", ".join(dict.fromkeys(str(reward.reward.provenance()["origin"]) for reward in info.rewards))
     full = STUDENT in family.roles.copies
-    name = " ".join(family.base_name.replace("`", "'").split())
-    literal = repr(family.base_name).replace("`", r"\x60")  # a backtick could end the block of code
+    base, loading_base, hub_id = _base_of(family)
     pipeline = type(family.pipeline).__name__
     scheduler = type(family.student_scheduler(info.num_steps, info.shift, info.stochastic)).__name__
     data = ModelCardData(
-        base_model=family.base_name if not Path(family.base_name).exists() else None,
+        base_model=hub_id,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["rdm-sdk", *([] if full else ["lora"]), "distillation", "few-step", "diffusers"],
@@ -338,9 +337,9 @@ def model_card(family: ModelFamily, info: StudentInfo) -> str:
         if type(family).save_lora is ModelFamily.save_lora:
             weights += f"; in `{WEIGHTS}`, alpha / rank is in the weights, so load it at strength 1"
     text = f"""
-# A {info.num_steps}-step student of {name}
+# A {info.num_steps}-step student of {base.replace("`", "")}
 
-{what} that sample{"" if full else "s"} `{name}` in {info.num_steps} steps without a second pass for
+{what} that sample{"" if full else "s"} {base} in {info.num_steps} steps without a second pass for
 guidance, distilled with [rdm-sdk](https://pypi.org/project/rdm-sdk/) by distribution matching as a reward
 ([arXiv 2603.28460](https://arxiv.org/abs/2603.28460)).
 
@@ -348,7 +347,7 @@ guidance, distilled with [rdm-sdk](https://pypi.org/project/rdm-sdk/) by distrib
 from diffusers import {imports}
 
 folder = "path/to/this/folder"
-pipe = {pipeline}.from_pretrained({literal})
+{loading_base}
 {loading}
 pipe.scheduler = {scheduler}.from_pretrained(folder, subfolder="scheduler")
 image = pipe(prompt="{{your prompt}}", {call}).images[0]
@@ -366,6 +365,22 @@ image = pipe(prompt="{{your prompt}}", {call}).images[0]
 {settings}
 """
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"))
+
+
+def _base_of(family: ModelFamily) -> tuple[str, str, str | None]:
+    """Return what the card calls the base, its code that loads it, and its hub id, None where it has none.
+
+    A pipeline put together in memory has no name, and one that LoRAs were fused into is not what its name says.
+    """
+    kind, source = type(family.pipeline).__name__, str(family.pipeline.config.get("_name_or_path") or "")
+    words = f"`{' '.join(source.replace('`', chr(39)).split())}`" if source else f"a {kind}"
+    fused = getattr(family.pipeline, "num_fused_loras", 0)  # diffusers counts them, and goes on when they are unloaded
+    if source and not fused:
+        literal = repr(source).replace("`", r"\x60")  # a backtick could end the block of code
+        return words, f"pipe = {kind}.from_pretrained({literal})", None if Path(source).exists() else source
+    words += " with LoRAs fused into it" if fused else ""
+    why = f"# The base, {words}, was a pipeline in memory: save it with save_pretrained(), and load that."
+    return f"{words} (a pipeline in memory)", f'{why}\npipe = {kind}.from_pretrained("path/to/the/base")', None
 
 
 def _cautions(family: ModelFamily, info: StudentInfo) -> str:

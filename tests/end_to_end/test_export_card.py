@@ -107,6 +107,45 @@ def test_names_that_were_no_python(family: ModelFamily, name: str) -> None:
     assert text.count("```") == 2
 
 
+def test_a_base_without_a_name_is_given_none() -> None:
+    """A class's name would be taken for a hub id."""
+    card = model_card(student_of(TINY_PIPELINES["StableDiffusion3Pipeline"]()), info())
+    assert "base_model:" not in card
+    assert "# A 4-step student of a StableDiffusion3Pipeline (a pipeline in memory)\n" in card
+    assert "was a pipeline in memory: save it with save_pretrained(), and load that.\n" in code_of(card)
+    assert base_in(code_of(card)) == "path/to/the/base"
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", sorted(set(TINY_PIPELINES) - {"PixArtSigmaPipeline"}))  # which cannot fuse any
+def test_a_base_that_loras_were_fused_into_is_not_the_one_of_its_name(kind: str, fused: bool) -> None:
+    """With them taken out again, it is."""
+    pipeline = TINY_PIPELINES[kind]()
+    pipeline.register_to_config(_name_or_path="some/base")
+    component = "unet" if "unet" in pipeline.components else "transformer"
+    getattr(pipeline, component).add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    pipeline.fuse_lora()
+    if not fused:
+        pipeline.unfuse_lora()
+    pipeline.unload_lora_weights()
+    card = model_card(student_of(pipeline), info())
+    assert ("base_model: some/base\n" in card) != fused
+    assert ("# The base, `some/base` with LoRAs fused into it, was a pipeline in memory: save it" in card) == fused
+    assert base_in(code_of(card)) == ("path/to/the/base" if fused else "some/base")
+
+
+def test_a_merged_base_is_named_by_the_folder_that_it_was_saved_to(tmp_path: Path) -> None:
+    """As docs/models.md says: the card's code then loads the merged one."""
+    pipeline = TINY_PIPELINES["StableDiffusion3Pipeline"]()
+    pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(tmp_path / "merged")
+    family = load_family(str(tmp_path / "merged"), torch.float32)
+    family.add_roles({STUDENT: LoraConfig(r=2)})
+    assert base_in(code_of(model_card(family, info()))) == str(tmp_path / "merged")
+
+
 # ---- Steps and seeds --------------------------------------------------------------------------------------------
 
 
