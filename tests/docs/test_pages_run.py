@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,6 +90,45 @@ def test_a_weighting_of_your_own() -> None:
     assert isinstance(made, Weighting)
     good = {"legibility": RewardStatistics(pull=1.0, score=0.995)}
     assert made.weigh({"dm": 1.0, "legibility": 0.4}, good, 1) == {"dm": 1.0, "legibility": 0.2}
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of schedulers under numpy 2
+def test_merging_a_student_of_pixart(tmp_path: Path) -> None:
+    """The page's lines give the student's pictures, also saved and loaded again; every other pipeline fuses its own."""
+    import torch
+    from diffusers import DiffusionPipeline
+    from peft import LoraConfig
+    from pipeline_calls import run_pipeline
+    from tiny_pipelines import TINY_PIPELINES
+
+    from rdm_sdk.families.load import load_family
+    from rdm_sdk.families.roles import STUDENT
+    from rdm_sdk.rewards.resolve import resolve_rewards
+    from rdm_sdk.training.export import StudentInfo, load_student, save_student
+
+    kind = "PixArtSigmaPipeline"
+    assert {name for name, make in TINY_PIPELINES.items() if not hasattr(make(), "fuse_lora")} == {kind}
+    family = load_family(TINY_PIPELINES[kind](), torch.float32)
+    targets = list(family.lora_targets)
+    family.roles.add_role(STUDENT, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    save_student(tmp_path / "student", family, StudentInfo(2, None, False, 1.0, resolve_rewards("dm"), {}))
+
+    def pictures(pipe: Any, scheduler: Any) -> Any:
+        pipe.scheduler = scheduler
+        pipe.set_progress_bar_config(disable=True)
+        torch.manual_seed(0)
+        return run_pipeline(pipe, ["a fox"], output_type="pt", **call)
+
+    pipe, beside = TINY_PIPELINES[kind](), TINY_PIPELINES[kind]()
+    call = load_student(beside, tmp_path / "student")
+    expected, bare = pictures(beside, beside.scheduler), pictures(pipe, beside.scheduler)
+    (block,) = [block for block in python_blocks("export.md") if "PeftModel" in block]
+    exec(block, {"pipe": pipe, "folder": str(tmp_path / "student")})
+    assert (bare - expected).abs().max() > 1e-2
+    assert (pictures(pipe, beside.scheduler) - expected).abs().max() < 1e-5
+    pipe.save_pretrained(tmp_path / "merged")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "merged")
+    assert (pictures(again, again.scheduler) - expected).abs().max() < 1e-5
 
 
 def test_the_yaml_that_starts_from_a_student_is_read() -> None:
