@@ -39,6 +39,7 @@ from rdm_sdk.training.student_base import (
     network_of,
     read_base,
     read_json,
+    source_of,
 )
 
 CALL = "inference.json"
@@ -372,13 +373,12 @@ def _base_of(family: ModelFamily) -> tuple[str, str, str | None]:
 
     A pipeline put together in memory has no name, and one that LoRAs were fused into is not what its name says.
     """
-    kind, source = type(family.pipeline).__name__, str(family.pipeline.config.get("_name_or_path") or "")
-    words = f"`{' '.join(source.replace('`', chr(39)).split())}`" if source else f"a {kind}"
-    fused = getattr(family.pipeline, "num_fused_loras", 0)  # diffusers counts them, and goes on when they are unloaded
-    if source and not fused:
+    kind, source, name = type(family.pipeline).__name__, source_of(family.pipeline), family.base_name
+    words = f"a {kind}" if name == kind else f"`{' '.join(name.replace('`', chr(39)).split())}`"
+    if source is not None:
         literal = repr(source).replace("`", r"\x60")  # a backtick could end the block of code
         return words, f"pipe = {kind}.from_pretrained({literal})", None if Path(source).exists() else source
-    words += " with LoRAs fused into it" if fused else ""
+    words += " with LoRAs fused into it" if getattr(family.pipeline, "num_fused_loras", 0) else ""
     why = f"# The base, {words}, was a pipeline in memory: save it with save_pretrained(), and load that."
     return f"{words} (a pipeline in memory)", f'{why}\npipe = {kind}.from_pretrained("path/to/the/base")', None
 

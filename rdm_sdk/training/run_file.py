@@ -23,6 +23,7 @@ from rdm_sdk.rewards.resolve import target_of
 from rdm_sdk.rewards.spec import is_secret, show_spec
 from rdm_sdk.training.inherited import chosen_settings
 from rdm_sdk.training.own_files import NO_PROMPTS, places, sealed
+from rdm_sdk.training.student_base import source_of
 from rdm_sdk.training.weighting import make_weighting
 
 if TYPE_CHECKING:
@@ -75,11 +76,15 @@ def write_run_file(trainer: RDMTrainer, folder: Path) -> Path:
 
 def settings_of(trainer: RDMTrainer) -> tuple[dict[str, Any], list[str]]:
     """Return a run's settings by the names that the command line has for them, and what it has no name for."""
-    args, missing = trainer.args, []
-    content: dict[str, Any] = {
-        "model": trainer.family.base_name,
-        "rewards": show_spec([reward.term for reward in trainer.rewards]),
-    }
+    args, missing, source = trainer.args, [], source_of(trainer.family.pipeline)
+    content: dict[str, Any] = {"rewards": show_spec([reward.term for reward in trainer.rewards])}
+    if source is None:
+        missing.append(
+            f"the base, a {type(trainer.family.pipeline).__name__} that was put together or changed in memory: save it "
+            "with save_pretrained(), and give the folder with --model"
+        )
+    else:
+        content = {"model": source} | content
     for reward in trainer.rewards:
         made = reward.reward
         try:

@@ -60,6 +60,13 @@ def read_base(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{BASE} in {str(folder)!r} is damaged: {where}: {first['msg']}; copy it again") from error
 
 
+def source_of(pipeline: Any) -> str | None:
+    """Return the hub id or path that loads a base as it is; None where it was put together or changed in memory."""
+    if getattr(pipeline, "num_fused_loras", 0):  # diffusers counts them, and goes on when they are unloaded
+        return None
+    return str(pipeline.config.get("_name_or_path") or "") or None
+
+
 def exported_weights(folder: Path) -> list[Path]:
     """Return the files of weights that an export wrote into a folder, none where no readable `base.json` says which.
 

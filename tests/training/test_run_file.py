@@ -14,6 +14,7 @@ import yaml
 from datasets import Dataset, Features, Value
 from digit_runs import Bright, pictures, weights_of
 from peft import LoraConfig
+from tiny_pipelines import tiny_sd3
 from torch import Tensor
 
 from rdm_sdk import RDMTrainer
@@ -136,6 +137,18 @@ def test_layers_that_a_regular_expression_names(
     assert "# - lora_target_modules, which names alone cannot say: '.*attn" in text
     assert "lora_target_modules" not in yaml.safe_load(text)
     assert "LoRA settings of" not in text
+
+
+def test_a_base_in_memory_is_missing(make_trainer: Make, tmp_path: Path) -> None:
+    """The name of its class would be taken for a hub id."""
+    settings: dict[str, Any] = {"model": tiny_sd3(), "max_sequence_length": None}
+    text = write_run_file(make_trainer(tmp_path / "run", **settings), tmp_path).read_text(encoding="utf-8")
+    assert "# - the base, a StableDiffusion3Pipeline that was put together or changed in memory: save it" in text
+    assert "model" not in yaml.safe_load(text)
+    tiny_sd3().save_pretrained(tmp_path / "base")
+    settings["model"] = str(tmp_path / "base")
+    path = write_run_file(make_trainer(tmp_path / "again", **settings), tmp_path)
+    assert yaml.safe_load(path.read_text(encoding="utf-8"))["model"] == str(tmp_path / "base")
 
 
 def test_training_writes_it_without_secrets(make_trainer: Make, tmp_path: Path) -> None:
