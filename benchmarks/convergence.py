@@ -89,8 +89,8 @@ LONG = 1000
 SHORT = 150
 GENTLE: dict[str, Any] = {"learning_rate": 5e-4, "critic_learning_rate": 2e-3, "ema_decay": 0.99}
 """Of long runs: half the rates of short ones, and the moving average that is the default."""
-DEFAULT: dict[str, Any] = {"learning_rate": 1e-4, "critic_learning_rate": 2e-4, "ema_decay": 0.99}
-"""Of long runs: the package's defaults."""
+LOW_RATES = ((2e-4, 2), (1e-4, 2), (1e-4, 4))
+"""Of long runs: the student's rate, and how many times as fast critics learn; the second is the package's default."""
 ROOT: dict[str, Any] = {
     "learning_rate": 1e-3,
     "critic_learning_rate": 4e-3,
@@ -186,13 +186,15 @@ def long_cells() -> list[Cell]:
         Cell("long, 4 steps, falling as a root, dm + 3*flow", LONG, 50, ROOT, rewards=FLOW),
         Cell("long, 2 steps, falling as a root, dm, shift 3", LONG, 50, ROOT | TWO_STEPS),
         Cell("long, 1 step, falling as a root, dm", LONG, 50, ROOT | {"num_inference_steps": 1}),
-        Cell("long, 4 steps, default rates, dm + 3*flow", LONG, 50, DEFAULT, rewards=FLOW),
-        Cell(
-            "long, 4 steps, rate 0.0001, critics 4 times, dm + 3*flow",
-            LONG,
-            50,
-            DEFAULT | at_rate(1e-4, 4),
-            rewards=FLOW,
+        *(
+            Cell(
+                f"long, 4 steps, rate {rate:g}, critics {times} times, dm + 3*flow",
+                LONG,
+                50,
+                {"ema_decay": 0.99} | at_rate(rate, times),
+                rewards=FLOW,
+            )
+            for rate, times in LOW_RATES
         ),
         *(Cell(f"long, 4 steps, {rewards}", LONG, 50, GENTLE, rewards=rewards) for rewards in (FLOW, "dm")),
         Cell("long, 2 steps, dm, shift 3", LONG, 50, GENTLE | TWO_STEPS),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, cycle
+from itertools import accumulate, cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -155,13 +155,14 @@ def plot_runs(rows: Sequence[Row], cells: Sequence[str], curve: dict[int, float]
     """Plot FID-SD after the last evaluation against the updates, the seeds' mean and each seed; a panel per length."""
     ends = {cell: max(row["update"] for row in rows if row["cell"] == cell) for cell in cells}
     lengths = sorted(set(ends.values()))
-    figure, panels = plt.subplots(len(lengths), figsize=(8.5, 5 * len(lengths)), layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(len(lengths), figsize=(11, 5 * len(lengths)), layout="constrained", squeeze=False)
     for axes, length in zip(panels[:, 0], lengths, strict=True):
-        for cell, color in zip((c for c in cells if ends[c] == length), cycle(COLORS), strict=False):
+        shown = [cell for cell in cells if ends[cell] == length]
+        for cell, (style, color) in zip(shown, cycle(product(("-", "--"), COLORS)), strict=False):
             own = [row for row in rows if row["cell"] == cell]
             updates = sorted({row["update"] for row in own})
             at = [[row["FID-SD"][-1] for row in own if row["update"] == update] for update in updates]
-            axes.plot(updates, [sum(values) / len(values) for values in at], color=color, label=cell)
+            axes.plot(updates, [sum(values) / len(values) for values in at], style, color=color, label=cell)
             for update, values in zip(updates, at, strict=True):
                 axes.plot([update] * len(values), values, ".", color=color, alpha=0.4)
         for steps in (4, 8, 40):
