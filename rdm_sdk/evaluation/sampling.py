@@ -166,7 +166,7 @@ class Sampler:
         """Return the arguments of the pipeline's call beside the prompt; a student's are in its `inference.json`."""
         if candidate.student is not None:
             return dict(candidate.call)
-        call = self.family.inference_call(candidate.steps)  # such as none of the sizes' rounding
+        call = self.family.inference_call(candidate.steps)  # what its calls need, such as no rounding of sizes
         return call | dict(candidate.call) | self.family.guidance_call(self.guidance_scale)
 
     @contextmanager
