@@ -110,12 +110,11 @@ def _sampled(options: argparse.Namespace, candidates: Sequence[Candidate], promp
         guidance_scale=options.guidance_scale,
         seed=options.seed,
         batch_size=min(8, len(repeated)),
+        candidates=candidates,
         dtype=getattr(torch, options.dtype),
         device=device,
         other_base=options.other_base,
-        max_sequence_length=candidates[0].call.get("max_sequence_length"),
     )
-    sampler.check(candidates)
     rows = {}
     for candidate in candidates:
         with tqdm(total=len(repeated), desc=candidate.name, unit="image") as bar:

@@ -95,20 +95,14 @@ def evaluate(
     Raises:
         ConfigError, DataError, ModelError, RewardError: what cannot work; before anything is loaded, where possible.
     """
-    if output is not None:
-        check_writable(str(output), "output")
     texts, compared = _prompts_of_images(prompts, samples, reference_samples)
     rows, reference = _candidates(students, teacher_steps, steps, reference_steps, call or {})
-    group_size = len(texts) // len(set(texts))
-    planned, place = _checked(real, rewards, group_size, batch_size, guidance_scale), _place(model, device, dtype)
-    extractor, judges = feature_extractor(features, place), judges_of(planned, True, (), group_size)
+    size = len(texts) // len(set(texts))
+    planned, here = _checked(real, rewards, size, batch_size, guidance_scale, output), _place(model, device, dtype)
+    extractor, judges = feature_extractor(features, here), judges_of(planned, True, (), size)
     kept_with, cache = rewards_provenance(judges), None if output is None else Path(output) / "images"
-    length = reference.call.get("max_sequence_length")
-    sampler = Sampler(
-        model, guidance_scale, seed, batch_size, dtype=dtype, device=place, cache=cache, max_sequence_length=length
-    )
-    sampler.check([reference, *rows])
-    run = _Run(sampler, texts, compared, extractor, judges, kept_with, reference, real, progress, place)
+    source = Sampler(model, guidance_scale, seed, batch_size, [reference, *rows], dtype=dtype, device=here, cache=cache)
+    run = _Run(source, texts, compared, extractor, judges, kept_with, reference, real, progress, here)
     return run.result(rows, output)
 
 
@@ -139,9 +133,16 @@ def _candidates(
 
 
 def _checked(
-    real: Tensor | None, rewards: RewardFuncs, group_size: int, batch_size: int, guidance_scale: float
+    real: Tensor | None,
+    rewards: RewardFuncs,
+    group_size: int,
+    batch_size: int,
+    guidance_scale: float,
+    output: str | Path | None,
 ) -> list[PlannedReward]:
     """Return the rewards, nothing of them loaded, after checking what can be checked so."""
+    if output is not None:
+        check_writable(str(output), "output")
     check_guidance(guidance_scale)
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size} cannot be used; it must be at least 1")

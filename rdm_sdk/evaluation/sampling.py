@@ -60,14 +60,14 @@ class Sampler:
         guidance_scale: the teacher's.
         seed: the images of a candidate are the same for the same seed, whatever else was sampled.
         batch_size: images at a time; images depend on it, by their last bits and by their noise.
+        candidates: those that will be asked for, which are checked now; they have one text length.
         dtype: of the base, where it is loaded here, float32 by default.
         device: where it works.
         other_base: take students of another base of the same family, as `load_student`.
-        max_sequence_length: tokens per prompt; None for what the pipeline's call takes by itself.
         cache: a folder for the images, 8 bits a channel, by a hash of all that decides them; None keeps none.
 
     Raises:
-        ConfigError: the base cannot be sampled with the guidance scale or the length.
+        ConfigError: the base cannot be sampled with the guidance scale, or a candidate with its size, length or steps.
         ModelError: the base is missing or of an unsupported family.
     """
 
@@ -77,26 +77,28 @@ class Sampler:
         guidance_scale: float,
         seed: int,
         batch_size: int,
+        candidates: Sequence[Candidate] = (),
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str,
         cache: Path | None = None,
         other_base: bool = False,
-        max_sequence_length: int | None = None,
     ) -> None:
         check_guidance(guidance_scale)
         self.guidance_scale, self.seed, self.batch_size, self.cache = guidance_scale, seed, batch_size, cache
         self.other_base = other_base
-        self.family: ModelFamily = load_family(model, dtype or torch.float32, max_sequence_length=max_sequence_length)
+        length = next((one.call.get("max_sequence_length") for one in candidates), None)
+        self.family: ModelFamily = load_family(model, dtype or torch.float32, max_sequence_length=length)
         _check_guides(self.family, guidance_scale)
+        self._check(candidates)
         self.fingerprint = self.family.fingerprint()
         around = self.family.frozen_parts() | {"scheduler": self.family.pipeline.scheduler}
         self.parts = {name: _hash_of(part) for name, part in around.items()}
         if str(self.family.pipeline.device) != str(device):  # one that is spread over devices refuses to be moved
             self.family.pipeline.to(device)
 
-    def check(self, candidates: Sequence[Candidate]) -> None:
-        """Raise `ConfigError` for one that cannot be sampled with its size or steps, before any is sampled."""
+    def _check(self, candidates: Sequence[Candidate]) -> None:
+        """Raise `ConfigError` for one that cannot be sampled with its size or steps."""
         for candidate in candidates:
             try:
                 self._latent_shape(candidate)

@@ -124,13 +124,7 @@ def check_run(
     _check_held_out(held_out, datasets)
     if "eval_dataset" in datasets:
         _check_evaluation(args, [*rewards, *held_out], datasets["eval_dataset"])
-    _check_heads(rewards)
-    learning = [reward.label for reward in rewards if reward.capabilities.trains == "discriminator"]
-    if learning and len(set(args.sizes)) > 1:
-        raise ConfigError(
-            f"reward {learning[0]!r} learns from a column of real images, each of one size, and resolutions="
-            f"{args.resolutions} has a step drawn at several; use one, or leave the reward out"
-        )
+    _check_heads(args, rewards)
     if not any(reward.weight for reward in rewards):
         raise ConfigError("every reward has weight 0, so nothing would be learned; give one a weight other than 0")
     if weighting is not None and (isinstance(weighting, type) or not isinstance(weighting, Weighting)):
@@ -174,8 +168,14 @@ def check_run(
     _check_applies(rewards, datasets)
 
 
-def _check_heads(rewards: Sequence[RunReward]) -> None:
-    """Raise `ConfigError` for two rewards that bring a module each for one role."""
+def _check_heads(args: RDMConfig, rewards: Sequence[RunReward]) -> None:
+    """Raise `ConfigError` for two rewards that bring a module each for one role, and for real images of one size."""
+    learning = [reward.label for reward in rewards if reward.capabilities.trains == "discriminator"]
+    if learning and len(set(args.sizes)) > 1:
+        raise ConfigError(
+            f"reward {learning[0]!r} learns from a column of real images, each of one size, and resolutions="
+            f"{args.resolutions} has a step drawn at several; use one, or leave the reward out"
+        )
     heads = [reward for reward in rewards if reward.capabilities.head]
     for one, other in combinations(heads, 2):
         if one.capabilities.trains == other.capabilities.trains:

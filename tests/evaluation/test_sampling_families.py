@@ -20,6 +20,7 @@ from rdm_sdk.evaluation.sampling import Sampled, Sampler
 from rdm_sdk.testing.tiny import tiny_clip_config
 
 Settings = dict[str, Any]
+LONG = teacher_candidate(1, {"max_sequence_length": 70})
 
 
 def sampler_of(pipeline: Any, guidance_scale: float = 1.0, **settings: Any) -> Sampler:
@@ -114,7 +115,7 @@ def test_a_size_that_a_student_cannot_have_is_refused() -> None:
     """Its scheduler is its own, so that nothing else asks for the shape of its latents."""
     student = Candidate("mine", 4, Path("student"), {"height": 36}, "")
     with pytest.raises(ConfigError, match="mine: height and width must be positive multiples of"):
-        sampler_of(tiny_flux()).check([student])
+        sampler_of(tiny_flux(), candidates=[student])
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_a_size_that_a_student_cannot_have_is_refused() -> None:
         ("StableDiffusion3Pipeline", 0.5, {}, "takes what is below 1 for no guidance; use 1 or more"),
         ("ZImagePipeline", 0.0, {}, "takes what is below 1 for no guidance; use 1 or more"),
         ("schnell", 5.0, {}, "was distilled without guidance, and its pipeline ignores it; use 1"),
-        ("StableDiffusionPipeline", 1.0, {"max_sequence_length": 70}, "max_sequence_length=70"),
+        ("StableDiffusionPipeline", 1.0, {"candidates": [LONG]}, "max_sequence_length=70"),
     ],
 )
 def test_what_the_pipeline_would_ignore_is_refused(kind: str, scale: float, settings: Settings, message: str) -> None:
