@@ -61,7 +61,7 @@ def test_the_teacher_is_sampled_at_the_size_that_was_asked_for(kind: str) -> Non
     assert sampler.call_of(candidate).get("clean_caption") is (False if "PixArt" in kind else None)
 
 
-def test_the_grid_is_that_of_the_size() -> None:
+def test_the_grid_is_that_of_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """FLUX shifts its grid by the number of tokens: at every size as the plain pipeline does."""
     pipeline = tiny_flux()
     levels: dict[str, list[float]] = {"plain": [], "here": []}
@@ -82,8 +82,8 @@ def test_the_grid_is_that_of_the_size() -> None:
     pipeline.scheduler = scheduler
     sampler = sampler_of(pipeline)
     made: Callable[..., Any] = sampler.family.student_scheduler
-    sampler.family.student_scheduler = lambda *given, **named: recording(  # type: ignore[method-assign]
-        made(*given, **named), "here"
+    monkeypatch.setattr(
+        sampler.family, "student_scheduler", lambda *given, **named: recording(made(*given, **named), "here")
     )
     candidate = teacher_candidate(4, {"height": 64, "width": 64})
     with sampler._loaded(candidate) as call:
