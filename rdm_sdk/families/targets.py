@@ -46,9 +46,9 @@ def check_bare(parts: Mapping[str, object]) -> None:
         if names:
             raise ModelError(
                 f"the pipeline's {component} has adapters already: {', '.join(map(repr, names))}. If they are a LoRA "
-                "that the base shall have, call pipe.fuse_lora() and pipe.unload_lora_weights(), save that with "
-                "pipe.save_pretrained(folder) and train on the folder; if they are another trainer's, load the "
-                "pipeline afresh: one pipeline serves one trainer"
+                "that the base shall have, call pipe.fuse_lora() and pipe.unload_lora_weights() (PixArt's have "
+                "neither: PEFT's merge_and_unload()), save that with pipe.save_pretrained(folder) and train on the "
+                "folder; if they are another trainer's, load the pipeline afresh: one pipeline serves one trainer"
             )
 
 

@@ -94,6 +94,8 @@ def _part(folder: Path, name: str, named: Sequence[str | None], dtype: torch.dty
         return NoTokenizer()
     if not issubclass(cls, nn.Module):
         return cls.from_config(cls.load_config(folder / name)) if is_scheduler else NoTokenizer()
+    if not (folder / name / "config.json").is_file():  # transformers would take its defaults
+        raise FileNotFoundError(f"there is no {name}/config.json")
     with torch.device("meta"), local_torch_dtype(dtype):
         if library == "transformers" or not hasattr(cls, "load_config"):
             module: nn.Module = cls(cls.config_class.from_pretrained(folder / name))

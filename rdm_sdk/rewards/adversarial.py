@@ -68,14 +68,12 @@ class Adversarial(Reward):
     def __init__(self, config: RewardConfig | None = None, **options: object) -> None:
         super().__init__(config, **options)
         self.capabilities = replace(self.capabilities, columns=(self.config.column,))
-        self._head: DiscriminatorHead | None = None
 
     def to(self, device: torch.device | str) -> None:
         """Stay where the run is: the host moves and trains the head."""
 
     def make_head(self, feature_width: int, num_steps: int) -> nn.Module:
-        self._head = DiscriminatorHead(feature_width, self.config.hidden, num_steps)
-        return self._head
+        return DiscriminatorHead(feature_width, self.config.hidden, num_steps)
 
     def field(self, batch: RewardBatch) -> RewardOutput:
         context = batch.require_context(self.name)
@@ -108,6 +106,7 @@ class Adversarial(Reward):
 
     def _logits(self, batch: RewardBatch, x_t: Tensor, sigma: Tensor) -> Tensor:
         context = batch.require_context(self.name)
-        if context.features is None or self._head is None:
+        if context.features is None:
             raise DataError(f"reward {self.name!r} needs a teacher's features, and this batch has none")
-        return cast("Tensor", self._head(context.features(x_t, sigma), context.steps))
+        head = context.head(str(self.capabilities.trains))
+        return cast("Tensor", head(context.features(x_t, sigma), context.steps))

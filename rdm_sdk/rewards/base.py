@@ -336,7 +336,8 @@ class Reward(ABC):
     def make_head(self, feature_width: int, num_steps: int) -> nn.Module:
         """Return the module that the reward trains, for one that declares `head=True`.
 
-        Called once, before training. The host trains, moves, saves and resumes it.
+        Called once per run, before training. The host trains, moves, saves and resumes it, and hands it to each batch
+        (`DiffusionContext.head`): a reward that kept it would judge by another run's once it serves a second.
 
         Args:
             feature_width: of the teacher's features (`DiffusionContext.features`).

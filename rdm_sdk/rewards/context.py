@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rdm_sdk.errors import RewardError
 from rdm_sdk.method.draws import Draws, Spread, draw_uniform
@@ -30,6 +30,10 @@ Times = tuple[Tensor | float, Tensor | float]
 
 def _no_encoder(images: Tensor) -> Tensor:
     raise RewardError("this batch has no model that could encode images")
+
+
+def _no_head(role: str) -> nn.Module:
+    raise RewardError(f"this batch has no run that trains {role!r}")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class DiffusionContext:
     """`(x_t, sigma) -> [N, tokens, width]`: what the teacher's middle block says, differentiable in `x_t`."""
     encode_images: Callable[[Tensor], Tensor] = _no_encoder
     """RGB images `[N, 3, H, W]` in [0, 1] to latents `[N, *x]`."""
+    head: Callable[[str], nn.Module] = _no_head
+    """Role name to the module that a reward made for it (`Reward.make_head`), as the run trains it."""
     unprompted: Denoiser | None = None
     """The teacher without the prompt alone."""
     critic_times: Times = (0.0, 1.0)

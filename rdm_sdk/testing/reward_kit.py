@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from rdm_sdk.errors import RewardError
@@ -93,9 +94,10 @@ def parametrize_reward_checks(
 
 
 def _results(made: Reward, batch: RewardBatch | None) -> list[CheckResult]:
-    if made.capabilities.head:
-        made.make_head(LATENT_CHANNELS, 0)  # as the host does, for the features of the teacher in the kit's batch
     tried = batch or made.example() or example_batch(made)
+    if made.capabilities.head and tried.context is not None:  # as the host does
+        head = made.make_head(LATENT_CHANNELS, 0)
+        tried = replace(tried, context=replace(tried.context, head=lambda role: head))
     if min(len(tried) // tried.group_size, tried.group_size) < 2:
         raise RewardError(
             f"the contract of {made.name!r} is checked on two or more groups of two or more samples: of fewer, chunks "

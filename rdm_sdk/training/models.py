@@ -183,6 +183,7 @@ class RunModels:
             features=self.family.features(self.roles, TEACHER, condition),
             encode_images=self.family.encode_images,
             unprompted=unprompted,
+            head=self.roles.heads.__getitem__,
         )
         return self.watch.watched_context(complete, condition)
 

@@ -272,12 +272,13 @@ def test_modules_and_schedulers_of_unknown_classes_are_refused(folders: Path, tm
         blueprint(folder, torch.float32)
 
 
-def test_a_module_without_its_config_is_refused(folders: Path, tmp_path: Path) -> None:
-    """Left out, it would not be counted."""
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_module_without_its_config_is_refused(folders: Path, tmp_path: Path, part: str) -> None:
+    """Left out, or made by its class's defaults, it would not be counted."""
     folder = tmp_path / "less"
     shutil.copytree(folders / "configs" / "StableDiffusionPipeline", folder)
-    (folder / "unet" / "config.json").unlink()
-    with pytest.raises(ModelError, match=r"cannot build the pipeline .*every component's config.json"):
+    (folder / part / "config.json").unlink()
+    with pytest.raises(ModelError, match=rf"cannot build the pipeline .*there is no {part}/config.json"):
         blueprint(folder, torch.float32)
 
 

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from torch import Tensor, nn
+from transformers import set_seed
 
 from rdm_sdk import ConfigError, DataError, RDMError, RDMTrainer, RewardBatch, RewardError, digits
 from rdm_sdk.families.load import load_family
@@ -39,19 +40,24 @@ def toy() -> tuple[Adversarial, RewardBatch]:
     """Return a discriminator on made-up features and a batch, all in double precision."""
     torch.manual_seed(1)
     reward = Adversarial(hidden=8)
-    reward.make_head(5, 0).double()
+    head = reward.make_head(5, 0).double()
     latents = torch.randn(4, 5, 3, 3, dtype=torch.float64)
 
     def features(x_t: Tensor, sigma: Tensor) -> Tensor:
         return torch.sin(x_t.double()).flatten(2).transpose(1, 2) * (1 + sigma.double()).reshape(-1, 1, 1)
 
     context = DiffusionContext(
-        schedule=FlowSchedule(), denoiser=no_denoiser, min_time=0.02, max_time=0.98, features=features
+        schedule=FlowSchedule(),
+        denoiser=no_denoiser,
+        min_time=0.02,
+        max_time=0.98,
+        features=features,
+        head=lambda role: head,
     )
     return reward, RewardBatch(latents=latents, prompts=["a"] * 4, group_size=4, decode=lambda x: x, context=context)
 
 
-def log_d(reward: Adversarial, batch: RewardBatch, x_0: Tensor) -> Tensor:
+def log_d(batch: RewardBatch, x_0: Tensor) -> Tensor:
     """Return log D(x_t) `[N]` for other clean samples under the batch's noise."""
     assert batch.context is not None
     renoised = batch.context.renoise(batch.latents, batch.group_size)
@@ -59,7 +65,7 @@ def log_d(reward: Adversarial, batch: RewardBatch, x_0: Tensor) -> Tensor:
     eps = (renoised.x_t - (1 - sigma) * batch.latents) / sigma
     x_t = (1 - sigma) * x_0 + sigma * eps
     tokens = torch.sin(x_t).flatten(2).transpose(1, 2) * (1 + sigma[:, 0])
-    head: Any = reward._head
+    head = batch.context.head("discriminator")
     return torch.log(torch.sigmoid(head(tokens)))
 
 
@@ -67,11 +73,11 @@ def test_the_gradient_is_that_of_log_d_in_the_clean_sample() -> None:
     """d/dx_0 of log D(alpha x_0 + sigma eps), by finite differences along random directions."""
     reward, batch = toy()
     output = reward.field(batch)
-    torch.testing.assert_close(output.scores, log_d(reward, batch, batch.latents).detach())
+    torch.testing.assert_close(output.scores, log_d(batch, batch.latents).detach())
     assert torch.equal(reward.score(batch).detach(), output.scores)
     for seed in range(3):
         direction = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        ahead, behind = (log_d(reward, batch, batch.latents + h * direction) for h in (1e-4, -1e-4))
+        ahead, behind = (log_d(batch, batch.latents + h * direction) for h in (1e-4, -1e-4))
         expected = ((ahead - behind) / 2e-4).detach()
         got = (output.gradient * direction).sum((1, 2, 3))
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
@@ -92,7 +98,8 @@ def test_judging_leaves_no_gradient_on_the_head() -> None:
             context=batch.context,
         ),
     )
-    head: Any = reward._head
+    assert batch.context is not None
+    head = batch.context.head("discriminator")
     assert all(p.grad is None for p in head.parameters())
 
 
@@ -111,6 +118,7 @@ def test_the_loss_is_the_non_saturating_one() -> None:
         max_time=0.98,
         features=features,
         encode_images=lambda images: images[:, :1],
+        head=lambda role: head,
     )
     columns = {"image": [np.zeros((4, 4, 3), np.uint8)] * 2}
     batch = RewardBatch(
@@ -151,6 +159,7 @@ def test_it_learns_to_tell_two_sets_apart_on_the_embedded_teacher() -> None:
             max_time=0.98,
             features=family.features(family.roles, "teacher", condition),
             encode_images=family.encode_images,
+            head=lambda role: head,
         )
         columns = {"image": [to_pil(image) for image in images[rows]]}
         spoiled = family.encode_images(images[rows] * 0.3)
@@ -209,6 +218,22 @@ def test_in_a_run_it_trains_its_head_and_moves_the_student(
     after = trainer.parameters_of("discriminator")
     assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert rows[0]["cost/teacher_forwards"] == 4 * 2 * 8 + 8
+
+
+def test_one_object_serves_two_runs(
+    make_trainer: Make, tmp_path: Path, losses_of: Callable[[RDMTrainer], list[dict[str, float]]]
+) -> None:
+    """Each run reads the head that it trains itself: a second trainer changes nothing about the first."""
+    reward = Adversarial()
+    losses = []
+    for others in (0, 1):
+        first = make_trainer(tmp_path / f"{others}", reward, with_pictures(), critic_learning_rate=1e-2, max_steps=2)
+        for _ in range(others):
+            make_trainer(tmp_path / "second", reward, with_pictures())
+        set_seed(0)  # making a trainer draws random numbers
+        first.train()
+        losses.append([row["adversarial/critic_loss"] for row in losses_of(first)])
+    assert losses[0] == losses[1]
 
 
 def test_the_head_may_be_sized_and_the_column_named(make_trainer: Make, tmp_path: Path) -> None:
