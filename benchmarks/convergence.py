@@ -196,6 +196,14 @@ def long_cells() -> list[Cell]:
             )
             for rate, times in LOW_RATES
         ),
+        Cell(
+            "long, 4 steps, rate 0.0002, critics 2 times, falling to the second power, dm + 3*flow",
+            LONG,
+            50,
+            {"ema_decay": 0.99, "lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2}}
+            | at_rate(2e-4, 2),
+            rewards=FLOW,
+        ),
         *(Cell(f"long, 4 steps, {rewards}", LONG, 50, GENTLE, rewards=rewards) for rewards in (FLOW, "dm")),
         Cell("long, 2 steps, dm, shift 3", LONG, 50, GENTLE | TWO_STEPS),
         Cell("long, 1 step, dm", LONG, 50, GENTLE | {"num_inference_steps": 1}),
