@@ -146,4 +146,9 @@ def judged_with_models(reward: Reward, batch: RewardBatch, differentiate: bool) 
                 f"[{len(batch)}]; got {list(values.shape)}"
             )
     logged = logged_by(batch, range(len(batch)), len(batch), batch.latents.device)
-    return replace(output, scores=checked_scores(reward, batch, output.scores), logged=logged)
+    scores, gradient = checked_scores(reward, batch, output.scores), output.gradient
+    if gradient is not None and gradient.shape == batch.latents.shape:
+        # Without a score, a sample is in no statistic, so what is left of its gradient would be divided by nothing.
+        leftover = per_sample(scores.isnan().to(gradient.device), gradient) & gradient.isfinite()
+        gradient = gradient.masked_fill(leftover, 0)
+    return replace(output, scores=scores, gradient=gradient, logged=logged)

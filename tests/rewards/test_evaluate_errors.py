@@ -17,6 +17,7 @@ from rdm_sdk import (
     RewardError,
     RewardOutput,
 )
+from rdm_sdk.method.objective import normalize
 from rdm_sdk.rewards.callables import as_reward
 from rdm_sdk.rewards.evaluate import evaluate_reward, evaluate_rewards
 
@@ -182,6 +183,15 @@ def test_unusable_gradients_raise(returned: object, words: str) -> None:
     """A gradient has the latents' shape and is finite."""
     with pytest.raises(RewardError, match=words):
         evaluate_reward(OwnField(returned), latent_batch())
+
+
+def test_a_field_ends_where_its_score_is_missing() -> None:
+    """What a field leaves at a sample without a score moves nothing: no statistic would say how far."""
+    scores = torch.tensor([1.0, torch.nan, 1.0, 1.0, torch.nan, torch.nan])
+    output = evaluate_reward(OwnField(RewardOutput(scores, torch.ones(6, 3, 4, 4), torch.ones(6))), latent_batch())
+    for how in ("sample", "group"):
+        found = normalize({"field": output}, 2, how)["field"]
+        assert found.flatten(1).amax(1).tolist() == [1, 0, 1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
