@@ -183,8 +183,9 @@ class RewardBatch:
             weights=None if self.weights is None else self.weights[rows.to(self.weights.device)],
             logged=None,
         )
-        images = self._decoded.images
-        return selected if images is None else selected.with_images(images[rows.to(images.device)])
+        if self._decoded.images is None and self._decoded.tracked is None:
+            return selected
+        return selected.with_images(self.images[rows.to(self.images.device)])
 
     def with_images(self, images: Tensor) -> RewardBatch:
         """Return the same batch with other images (used to differentiate with respect to them)."""

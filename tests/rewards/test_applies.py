@@ -97,11 +97,12 @@ def test_only_its_samples_are_shown(make: Any, chunk_size: int | None) -> None:
     assert torch.equal(result.outputs["all"].scores, evaluate_reward(Brightness(), batch()).scores)
 
 
-def test_images_are_decoded_once() -> None:
-    """A reward that sees a part of the images takes it from those that were decoded for all."""
+@pytest.mark.parametrize("beside", [{"bright": Brightness()}, {}])
+def test_images_are_decoded_once(beside: dict[str, Reward]) -> None:
+    """A reward that sees a part of the images takes it from those that were decoded for all, or for gradients."""
     decoded: list[int] = []
     written = Written()
-    evaluate_rewards({"bright": Brightness(), "written": written}, batch(decoded=decoded))
+    evaluate_rewards(beside | {"written": written}, batch(decoded=decoded))
     assert decoded == [6]
     assert written.seen == ROWS
 
