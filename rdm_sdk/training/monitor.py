@@ -105,7 +105,7 @@ class Monitor:
             self.log(f"{name}/residual", mean_where(output.magnitude, ~missing), count)
         for figure, values in output.figures.items():
             self.log(f"{name}/{figure}", mean_where(values, ~missing), count)
-        if judged.route == "advantage":
+        if judged.weight and judged.route == "advantage":
             self.log("frac_reward_zero_std", zero_std, there.sum())
 
     def logged(self, reward: str, figures: Mapping[str, Tensor]) -> None:

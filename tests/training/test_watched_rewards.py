@@ -69,6 +69,22 @@ def test_it_judges_the_steps_that_are_logged(make_trainer: Make, tmp_path: Path,
 
 
 @pytest.mark.slow
+def test_what_advantages_lack_is_not_its_lack(make_trainer: Make, tmp_path: Path) -> None:
+    """A reward that is only watched acts by no advantages, so its constant scores leave none of them empty."""
+
+    def mine(images: Tensor, prompts: list[str]) -> Tensor:
+        return images.mean(dim=(1, 2, 3))
+
+    def constant(images: Tensor, prompts: list[str]) -> list[float]:
+        return [1.0] * len(prompts)
+
+    trainer = make_trainer(tmp_path, ["dm", (mine, 0.1), (constant, 0.0)], max_steps=1, logging_steps=1)
+    trainer.train()
+    row = trainer.state.log_history[0]
+    assert row["rewards/constant/zero_std"] == 1.0
+    assert row["frac_reward_zero_std"] == row["rewards/mine/zero_std"] == 0.0
+
+
 def test_a_resumed_run_logs_the_same(make_trainer: Make, tmp_path: Path) -> None:
     """From a step between two logs."""
     whole, _ = run(make_trainer, tmp_path / "whole", ["dm"], max_steps=4, logging_steps=2)
