@@ -269,6 +269,14 @@ def gradient_chunk_invariant(subject: Subject) -> None:
         assert_close(parts, whole, f"in chunks of {subject.chunk}, gradients", advice, 1e-3)
 
 
+@check("gradient_not_zero", "deterministic", unless=lambda subject: no_gradient(subject) or stochastic(subject))
+def gradient_keeps_scores(subject: Subject) -> None:
+    """Asked for its gradient, the reward gives the scores that it gives without."""
+    advice = "what a run learns from and what it logs, compares and evaluates must be one score, in the same units"
+    given = subject.judge(differentiate=True).scores
+    assert_close(given, subject.judge().scores, "with the gradient, scores", advice)
+
+
 @check("gradient_not_zero")
 def retains_no_graph(subject: Subject) -> None:
     """Nothing keeps the images or latents (and with them a graph) alive after `score` has returned."""
@@ -331,8 +339,9 @@ def device_round_trip(subject: Subject) -> None:
 @check("gradient_not_zero", unless=no_gradient)
 def ascent_raises_score(subject: Subject) -> None:
     """A small step along the gradient raises the score."""
-    output = subject.judge(differentiate=True)
-    gradient = output.gradient if output.gradient is not None else torch.zeros(())
+    gradient = subject.judge(differentiate=True).gradient
+    gradient = gradient if gradient is not None else torch.zeros(())
+    before = subject.judge().scores
     largest = gradient.abs().flatten(1).amax(1).clamp_min(torch.finfo(torch.float32).tiny)
     direction = gradient / largest.reshape(-1, *[1] * (gradient.ndim - 1))
     pixels = subject.reward.capabilities.space == "pixel"
@@ -340,7 +349,7 @@ def ascent_raises_score(subject: Subject) -> None:
     for step in STEPS:
         moved = subject.batch.latents + step * direction
         batch = copied(subject.batch).with_latents(moved.clamp(0, 1) if pixels else moved)
-        gains.append(float((subject.judge(batch).scores - output.scores).nanmean()))
+        gains.append(float((subject.judge(batch).scores - before).nanmean()))
     require(
         max(gains) > 0,
         f"steps of {STEPS} along the gradient change the mean score by {', '.join(f'{gain:.3g}' for gain in gains)}; "

@@ -8,7 +8,7 @@ import torch
 from pydantic import field_validator
 from torch import Tensor
 
-from rdm_sdk import Capabilities, Reward, RewardBatch, RewardConfig
+from rdm_sdk import Capabilities, Reward, RewardBatch, RewardConfig, RewardOutput
 from rdm_sdk.testing import example_images
 
 DIFFERENTIABLE = Capabilities(gradient="autograd")
@@ -184,6 +184,26 @@ class NeighborlyGradient(Sound):
         return own + own.sum() - own.sum().detach()
 
 
+class OtherUnits(Reward):
+    """Sums in its field what it averages in its score."""
+
+    capabilities = Capabilities(space="latent", gradient="field")
+    sign = 1
+
+    def score(self, batch: RewardBatch) -> Tensor:
+        return -batch.latents.square().mean(dim=(1, 2, 3))
+
+    def field(self, batch: RewardBatch) -> RewardOutput:
+        scores = -batch.latents.square().sum(dim=(1, 2, 3))
+        return RewardOutput(scores, -2 * self.sign * batch.latents)
+
+
+class OtherUnitsDownhill(OtherUnits):
+    """The same, with a gradient that points downhill."""
+
+    sign = -1
+
+
 class WrongSign(Sound):
     """Its gradient points downhill."""
 
@@ -225,6 +245,7 @@ BROKEN: dict[str, type[Reward]] = {
     "device_round_trip": DeviceByName,
     "gradient_not_zero": Rounded,
     "gradient_chunk_invariant": NeighborlyGradient,
+    "gradient_keeps_scores": OtherUnits,
     "ascent_raises_score": WrongSign,
     "config_round_trip": DriftingConfig,
 }

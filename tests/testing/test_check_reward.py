@@ -10,7 +10,7 @@ from pathlib import Path
 import odd_rewards
 import pytest
 import torch
-from broken_rewards import BROKEN, DeafToPrompts, Sound, WrongShape
+from broken_rewards import BROKEN, DeafToPrompts, OtherUnitsDownhill, Sound, WrongShape
 from odd_rewards import Watched
 
 from rdm_sdk import Capabilities, RewardBatch, RewardError
@@ -30,6 +30,12 @@ def test_each_mistake_fails_its_check_alone(name):
     """A planted mistake is found by the check it was planted for, and by no other."""
     failed = [result.name for result in run_reward_checks(BROKEN[name]()) if result.status == "failed"]
     assert failed == [name]
+
+
+def test_a_sign_is_told_whatever_the_units():
+    """Scores that come with the gradient in other units do not hide that it points downhill."""
+    failed = [result.name for result in run_reward_checks(OtherUnitsDownhill()) if result.status == "failed"]
+    assert failed == ["gradient_keeps_scores", "ascent_raises_score"]
 
 
 def test_every_check_has_its_mistake():
