@@ -30,7 +30,7 @@ from rdm_sdk.training.models import RunModels
 from rdm_sdk.training.randomness import global_state, set_global_state
 from rdm_sdk.training.redistribution import read_share
 from rdm_sdk.training.step import DistillationStep
-from rdm_sdk.training.weighting import weigh
+from rdm_sdk.training.weighting import state_of, weigh
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def capture(step: DistillationStep, models: RunModels, identity: RunIdentity) ->
         targets=list(step.targets.values()),
         weights=step.weights,
         strategy=type(step.weighting).__name__,
-        weighting=dict(step.weighting.state_dict()),
+        weighting=state_of(step.weighting),
         ema_steps=models.ema_steps,
     )
 

@@ -14,7 +14,7 @@ from rdm_sdk.method.objective import constant_groups
 from rdm_sdk.rewards.evaluate import Evaluation
 from rdm_sdk.rewards.resolve import WeightedReward
 from rdm_sdk.training.processes import Processes
-from rdm_sdk.training.weighting import RewardStatistics, Weighting
+from rdm_sdk.training.weighting import RewardStatistics, Weighting, state_of
 from rdm_sdk.types import RewardOutput, read_all
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class Monitor:
         """Take down the weights of an optimizer step and what they come from."""
         for name, weight in weights.items():
             self.log(f"weights/{name}", weight)
-        for name, value in strategy.state_dict().items():
+        for name, value in state_of(strategy).items():
             self.log(f"weighting/{name}", value)
 
     def step_statistics(

@@ -19,7 +19,7 @@ from rdm_sdk.training.judge import Judge
 from rdm_sdk.training.method_settings import MethodSettings
 from rdm_sdk.training.monitor import mean_where
 from rdm_sdk.training.rollouts import Rollouts, Window
-from rdm_sdk.training.weighting import Weighting, make_weighting, weigh
+from rdm_sdk.training.weighting import Weighting, make_weighting, state_of, weigh
 from rdm_sdk.types import Experience, RewardOutput, read_all
 
 
@@ -65,6 +65,7 @@ class DistillationStep:
         self.weighting = make_weighting("fixed") if weighting is None else weighting
         self.weights = weigh(self.weighting, self.targets, {}, 0)
         """What each reward weighs in this optimizer step."""
+        state_of(self.weighting)  # so that one that cannot be kept is found here
         self._advantages: list[Advantages] = []
         self._losses: list[Tensor] = []
         self._has_field = False

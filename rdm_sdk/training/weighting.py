@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from pydantic import Field
@@ -193,9 +194,11 @@ def weigh(weighting: Weighting, targets: Weights, statistics: Statistics, step: 
             f"{odd[0]!r} is {'unknown' if odd[0] in weights else 'missing'}.{nearest(odd[0], targets)}"
         )
     for name, weight in weights.items():
-        if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        given: object = weight  # type checkers believe the annotation
+        if not isinstance(given, Real) or not math.isfinite(given):
             raise ConfigError(
-                f"{type(weighting).__name__}.weigh gave {name!r} the weight {weight!r}; it must be finite"
+                f"{type(weighting).__name__}.weigh gave {name!r} the weight {weight!r}; it must be finite, and a "
+                "number (of a tensor, its item())"
             )
         if weight and not targets[name]:
             raise ConfigError(
@@ -203,6 +206,27 @@ def weigh(weighting: Weighting, targets: Weights, statistics: Statistics, step: 
                 "own weight is 0); give it one of its own, which the strategy can make 0 for as long as it likes"
             )
     return {name: float(weight) for name, weight in weights.items()}
+
+
+def state_of(weighting: Weighting) -> dict[str, float]:
+    """Return a strategy's state, as it is logged and as a checkpoint can hold it.
+
+    Raises:
+        ConfigError: it is something else than numbers by name, which the first checkpoint could not be written with.
+    """
+    state: object = weighting.state_dict()
+    owner = f"{type(weighting).__name__}.state_dict"
+    if not isinstance(state, Mapping):
+        raise ConfigError(f"{owner} must return a dictionary of numbers by name; got {shown(state, 60)}")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Real):
+            raise ConfigError(
+                f"{owner} must return numbers by name, which are logged and kept in checkpoints; got "
+                f"{shown(value, 60)} for {name!r}. Take item() of a tensor, and an entry for each number of a "
+                "list or a dictionary"
+            )
+    # Numbers of NumPy are none for JSON.
+    return {name: value if isinstance(value, int) else float(value) for name, value in state.items()}
 
 
 def schedule(config: FixedConfig, step: int) -> float:

@@ -200,6 +200,17 @@ def test_a_wrong_answer_stops_before_training(
         make_trainer(tmp_path, "dm + legibility", weighting=Wrong())
 
 
+def test_a_state_that_cannot_be_kept_stops_before_training(make_trainer: Make, tmp_path: Path) -> None:
+    """The first checkpoint could not be written with it."""
+
+    class Wrong(Watching):
+        def state_dict(self) -> Any:
+            return {"average": torch.zeros(())}
+
+    with pytest.raises(ConfigError, match=r"Wrong\.state_dict must return numbers by name"):
+        make_trainer(tmp_path, "dm + legibility", weighting=Wrong())
+
+
 @pytest.mark.parametrize("reward", ["legibility", jpeg_like], ids=["gradient", "scored"])
 def test_balance_in_a_run(make_trainer: Make, tmp_path: Path, losses_of: Losses, reward: Any) -> None:
     """The logged weight of each step is the share over the ratio of the averages of the pulls before it."""

@@ -6,12 +6,17 @@ import json
 import math
 import random
 from collections.abc import Mapping
+from fractions import Fraction
 from itertools import pairwise
+from types import MappingProxyType
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from rdm_sdk import CheckpointError, ConfigError
-from rdm_sdk.training.weighting import RewardStatistics, Weighting, make_weighting, weigh
+from rdm_sdk.training.weighting import RewardStatistics, Weighting, make_weighting, state_of, weigh
 
 TARGETS = {"dm": 1.0, "a": 0.5, "b": -0.25, "watched": 0.0}
 
@@ -206,14 +211,14 @@ def test_state_that_is_no_state_is_refused() -> None:
 class Answers:
     """A strategy that says what it is told to say."""
 
-    def __init__(self, answer: dict[str, object]) -> None:
-        self.answer = answer
+    def __init__(self, answer: dict[str, object], state: Any = MappingProxyType({})) -> None:
+        self.answer, self.state = answer, state
 
     def weigh(self, targets: Mapping[str, float], statistics: object, step: int) -> dict[str, float]:
         return self.answer  # type: ignore[return-value]
 
-    def state_dict(self) -> dict[str, float]:
-        return {}
+    def state_dict(self) -> Any:
+        return self.state
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         pass
@@ -234,6 +239,35 @@ def test_a_wrong_answer_is_refused(answer: dict[str, object], words: str) -> Non
     """Every reward, no other, each a finite number; the message names the strategy's class."""
     with pytest.raises(ConfigError, match=rf"Answers\.weigh .*{words}"):
         weigh(Answers(answer), {"dm": 1.0, "jpeg": 0.5}, {}, 0)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int64, Fraction])
+def test_numbers_of_other_libraries_are_numbers(kind: Any) -> None:
+    """As weights, and in the state, which a checkpoint can then hold."""
+    strategy = Answers({"dm": kind(1), "a": kind(2)}, {"average": kind(3)})
+    assert weigh(strategy, {"dm": 1.0, "a": 0.5}, {}, 0) == {"dm": 1.0, "a": 2.0}
+    assert json.loads(json.dumps(state_of(strategy))) == {"average": 3.0}
+
+
+def test_integers_of_the_state_stay_integers() -> None:
+    """A strategy that counts gets its count back."""
+    assert type(state_of(Answers({}, {"calls": 3}))["calls"]) is int
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({"average": torch.tensor(0.3)}, r"got tensor\(0.3000\) for 'average'. Take item\(\)"),
+        ({"averages": {"a": 1.0}}, r"got \{'a': 1.0\} for 'averages'"),
+        ({"phase": "late"}, "got 'late' for 'phase'"),
+        ({1: 0.5}, "got 0.5 for 1"),
+        (None, "a dictionary of numbers by name; got None"),
+    ],
+)
+def test_a_state_that_cannot_be_kept_is_refused(state: Any, words: str) -> None:
+    """A log and a checkpoint hold numbers by name; the message names the strategy's class and the entry."""
+    with pytest.raises(ConfigError, match=rf"Answers\.state_dict must return .*{words}"):
+        state_of(Answers({}, state))
 
 
 def test_the_protocol_is_three_methods() -> None:
