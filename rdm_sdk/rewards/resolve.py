@@ -12,7 +12,7 @@ from math import isfinite
 from numbers import Real
 from typing import Any, TypeAlias, TypeVar
 
-from rdm_sdk.errors import RewardError, described, nearest
+from rdm_sdk.errors import RewardError, described, nearest, shown
 from rdm_sdk.plugins.hookspecs import REWARD_NAME
 from rdm_sdk.plugins.registry import registry
 from rdm_sdk.rewards.base import Capabilities, Reward, RewardConfig, check_class, public_options
@@ -131,6 +131,12 @@ def plan_rewards(
     if not found:
         raise RewardError("no rewards given: pass at least one, such as reward_funcs='dm'")
     watching: list[_Found] = [(term, None) for term in _held_out(held_out)]
+    for term, _ in watching:
+        if term.reference in [own.reference for own, _ in found]:
+            raise RewardError(
+                f"eval_rewards names {shown(term.reference)}, which is among the rewards of the run; evaluate() judges "
+                "by those as well, so leave it out here"
+            )
     terms = [term for term, _ in (*found, *watching)]
     labels = label_terms(terms, [term for term in terms if is_by_place(term)])
     if weights is not None:

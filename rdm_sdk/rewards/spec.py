@@ -175,8 +175,9 @@ def label_terms(terms: Sequence[RewardTerm], by_place: Collection[RewardTerm] = 
         unique = [text for text, count in zip(written, counts, strict=True) if count[text] == 1]
         if not unique:
             raise RewardError(
-                f"two rewards have the name {shown(term.reference)}; give one of them another: name a lambda by 'def', "
-                "set __name__ of a partial or a function, and name of a Reward object"
+                f"two rewards have the name {shown(term.reference)}; if they are one, name it once, with the sum of "
+                "the weights. If not, give one of them another name: name a lambda by 'def', set __name__ of a partial "
+                "or a function, and name of a Reward object"
             )
         labels.append(unique[0])
     return labels

@@ -264,7 +264,7 @@ def test_a_truncated_base_is_refused(make_trainer: Make, tmp_path: Path) -> None
         ("dm ++ legibility", "column"),
         ("", "empty"),
         ([], "no rewards"),
-        ("dm + dm", "two rewards have the name 'dm'"),
+        ("dm + dm", "two rewards have the name 'dm'; if they are one, name it once, with the sum of the weights"),
         (["dm", 7], "got 7"),
         ([RDMTrainer], "a reward is a name, a spec, a callable or a Reward object"),
     ],

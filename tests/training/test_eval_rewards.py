@@ -65,7 +65,11 @@ def test_dm_alone_is_evaluated_by_them(make_trainer: Make, tmp_path: Path) -> No
         ({"eval_rewards": "held_out"}, RewardError, "unknown reward 'held_out'"),
         ({"eval_rewards": ""}, RewardError, "the reward spec is empty"),
         ({"eval_rewards": "guidance"}, ConfigError, "'guidance' needs the models of a run"),
-        ({"eval_rewards": "legibility"}, RewardError, "two rewards have the name 'legibility'"),
+        (
+            {"eval_rewards": "legibility"},
+            RewardError,
+            "evaluate() judges by those as well, so leave it out",
+        ),
         ({"eval_rewards": "test_eval_rewards:held", "eval_dataset": None}, ConfigError, "pass eval_dataset"),
         ({"eval_rewards": "test_eval_rewards:wants"}, DataError, "needs a column 'wanted', and eval_dataset has none"),
         (
