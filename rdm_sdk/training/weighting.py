@@ -158,18 +158,20 @@ class Constraint(Fixed):
     maximize sum_k rho_k R_k subject to residual <= (1 + slack) * lowest residual so far, where the residual is the
     moving average of |D_real - D_fake| / |x_0 - D_real|, `dm`'s pull. The multiplier that all rewards share follows the
     violation: log m <- log m + rate * (budget - residual) / (slack * lowest), so weights fall while fidelity is
-    worse than the budget and rise while there is room. It acts from the end of the cold start.
+    worse than the budget and rise while there is room. It acts from the end of the cold start. The lowest counts from
+    the first step on, so a critic that learns slowly, and hardly pulls at first, leaves no room for rewards later.
     """
 
     Config = ConstraintConfig
     needs_anchor = True
 
     def _scales(self, others: Weights, targets: Weights, statistics: Statistics, step: int) -> dict[str, float]:
-        if ANCHOR in statistics:
+        # A pull of 0 is no match: the critic is still the teacher, in a warmup's first step, and nothing is below that.
+        if ANCHOR in statistics and statistics[ANCHOR].pull > 0:
             residual = self._average("residual", statistics[ANCHOR].pull, self.config.decay)
             lowest = self._state["lowest"] = min(self._state.get("lowest", math.inf), residual)
             room = (1 + self.config.slack) * lowest - residual
-            if step >= self.config.cold_start and lowest > 0:
+            if step >= self.config.cold_start:
                 change = self.config.rate * max(-1.0, min(1.0, room / (self.config.slack * lowest)))
                 # Bounded below, so that it comes back from a long violation in a reasonable time.
                 self._state["log_multiplier"] = max(self._state.get("log_multiplier", 0.0) + change, -MAX_LOG_DECREASE)

@@ -179,6 +179,14 @@ def test_constraint_does_not_wind_up() -> None:
     assert weights[-1] == pytest.approx(2.0 * math.exp(-0.5))
 
 
+def test_constraint_waits_until_the_critic_is_another_than_the_teacher() -> None:
+    """A pull of exactly 0, as in a warmup's first step, is no lowest: nothing would be below it, ever."""
+    steps = [{"dm": residual, "a": 1.0} for residual in (1.0, 0.9, 1.3, 1.2)]
+    before, *got = run(make_weighting("constraint"), [{"dm": 0.0, "a": 1.0}, *steps])
+    assert before == TARGETS
+    assert got == run(make_weighting("constraint"), steps)
+
+
 def test_constraint_waits_where_dm_was_skipped() -> None:
     """A step without the residual changes nothing."""
     strategy = make_weighting("constraint")
