@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from math import isfinite
 from typing import Annotated, Any, TypeAlias, TypeVar, get_args
 
 from pydantic import (
@@ -59,6 +60,21 @@ class RewardTerm(BaseModel):
         if value is not None and not (NAME if info.field_name == "name" else PART).fullmatch(value):
             raise ValueError("it holds characters that a spec has no place for")
         return value
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _can_be_read(cls, options: object) -> object:
+        """Tell a value that a spec has no form for: a union of types would complain of the first of them alone."""
+        for key, value in options.items() if isinstance(options, Mapping) else ():
+            for item in value if isinstance(value, (list, tuple)) else [value]:
+                writable = isinstance(item, (bool, int, str)) or item is None
+                if not (writable or (isinstance(item, float) and isfinite(item))):
+                    raise RewardError(
+                        f"option {shown(key, 60)} is {shown(value, 60)}, and a spec, which checkpoints and model cards "
+                        "hold, has no form for it; options are finite numbers, texts, true, false, null and lists of "
+                        "these"
+                    )
+        return options
 
     @field_validator("options")
     @classmethod
