@@ -69,9 +69,6 @@ class Adversarial(Reward):
         super().__init__(config, **options)
         self.capabilities = replace(self.capabilities, columns=(self.config.column,))
 
-    def to(self, device: torch.device | str) -> None:
-        """Stay where the run is: the host moves and trains the head."""
-
     def make_head(self, feature_width: int, num_steps: int) -> nn.Module:
         return DiscriminatorHead(feature_width, self.config.hidden, num_steps)
 

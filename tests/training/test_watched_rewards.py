@@ -68,7 +68,6 @@ def test_it_judges_the_steps_that_are_logged(make_trainer: Make, tmp_path: Path,
     assert means(some) == {step: mean for step, mean in means(every).items() if step in steps}
 
 
-@pytest.mark.slow
 def test_what_advantages_lack_is_not_its_lack(make_trainer: Make, tmp_path: Path) -> None:
     """A reward that is only watched acts by no advantages, so its constant scores leave none of them empty."""
 
@@ -85,6 +84,7 @@ def test_what_advantages_lack_is_not_its_lack(make_trainer: Make, tmp_path: Path
     assert row["frac_reward_zero_std"] == row["rewards/mine/zero_std"] == 0.0
 
 
+@pytest.mark.slow
 def test_a_resumed_run_logs_the_same(make_trainer: Make, tmp_path: Path) -> None:
     """From a step between two logs."""
     whole, _ = run(make_trainer, tmp_path / "whole", ["dm"], max_steps=4, logging_steps=2)
