@@ -22,6 +22,9 @@ AGAIN = frozenset({408, 425, 429, 502, 503, 504})
 """Statuses that pass."""
 PIECE = 2**18
 """Bytes that are given to a connection at a time."""
+AT_ONCE = 16
+"""Requests of a client that are under way at a time. A batch that is judged in many pieces asks about all of them at
+once: a server turns away what is too much for it, and what waits there for long runs out of its `timeout`."""
 
 Body = Sequence[memoryview]
 """The body of a request, in parts."""
@@ -62,6 +65,7 @@ class Client:
         self._headers = {"Accept-Encoding": "identity"}  # an answer unpacks to nothing
         self._headers |= {} if token is None else {"Authorization": f"Bearer {token}"}
         self._uds = uds
+        self._turns = asyncio.Semaphore(AT_ONCE)
         self._first = 0
         """The server that a call asks first: another one as soon as a call finds that it fails."""
 
@@ -114,6 +118,10 @@ class Client:
             RewardError: the server refuses the request, or answers nonsense.
             ServerLostError: it cannot be reached, or not in time, or its reward raised.
         """
+        async with self._turns:  # outside of all time limits of a request, which has not begun
+            return await self._ask(described, batch, images, gradient)
+
+    async def _ask(self, described: Described, batch: RewardBatch, images: Any, gradient: bool) -> RewardOutput:
         groups = described.capabilities.scope == "group"
         try:
             body = request_parts(

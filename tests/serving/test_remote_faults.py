@@ -111,6 +111,21 @@ def test_a_server_that_is_busy_is_asked_again(server: Faulty) -> None:
     assert server.seen["/v1/score"] >= 16
 
 
+def test_a_batch_in_many_pieces_is_not_too_much_for_its_server() -> None:
+    """A server takes 64 requests at a time and turns others away, however well it works."""
+
+    class Slow(Spread):
+        def score(self, batch: RewardBatch) -> Any:
+            time.sleep(0.02)
+            return super().score(batch)
+
+    batch = RewardBatch.from_images(torch.full((160, 3, 8, 8), 0.5), group_size=2)
+    with serving([Slow()]) as app:
+        reward = Remote(url=app.url, retries=0)
+        scores = evaluate_reward(reward, batch, chunk_size=2, gradients_of=()).scores
+    assert scores.tolist() == [0.0] * 160
+
+
 def test_another_server_takes_over(server: Faulty) -> None:
     """Equal servers are asked in turn; the one that answered is asked first the next time."""
     batch, expected = Legibility().example(), evaluate_reward(Legibility(), Legibility().example()).scores
