@@ -84,7 +84,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 def _candidates(options: argparse.Namespace) -> list[Candidate]:
     """Return what is sampled, without loading anything."""
     from rdm_sdk.cli.run_arguments import base_path
-    from rdm_sdk.evaluation.candidates import shared_call, student_candidates, teacher_candidate
+    from rdm_sdk.evaluation.candidates import distinct, shared_call, student_candidates, teacher_candidate
     from rdm_sdk.families.load import find_folder
 
     call = {name: value for name in _CALL if (value := getattr(options, name)) is not None}
@@ -92,7 +92,7 @@ def _candidates(options: argparse.Namespace) -> list[Candidate]:
     students = [] if options.student is None else student_candidates(options.student, steps, call)
     teacher = [] if options.teacher is None else [teacher_candidate(options.teacher, shared_call(students, call))]
     find_folder(base_path(options.model))
-    return [*teacher, *students]
+    return distinct([*teacher, *students])  # a student's folder may be called "teacher"
 
 
 def _sampled(options: argparse.Namespace, candidates: Sequence[Candidate], prompts: Sequence[str]) -> dict[str, Tensor]:

@@ -58,6 +58,11 @@ def test_train_then_sample(run_file, tmp_path, capsys):
     for place in ("s_4_steps", "teacher_2_steps"):
         assert sorted(path.name for path in (tmp_path / "files" / place).glob("*.png")) == names
         assert '"prompt": "five"' in (tmp_path / "files" / place / "metadata.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "s").rename(tmp_path / "teacher")
+    beside_its_namesake = ["--student", str(tmp_path / "teacher"), "--teacher", "4", "--files", str(tmp_path / "both")]
+    assert main(["sample", "--model", "digits", "--prompt", "five", *beside_its_namesake]) == 0
+    assert len(list((tmp_path / "both").glob("*/five_0000.png"))) == 2
+    (tmp_path / "teacher").rename(tmp_path / "s")
     first = (tmp_path / "files" / "s_4_steps" / names[0]).read_bytes()
     assert first != (tmp_path / "files" / "s_4_steps" / names[1]).read_bytes()
     assert main([*arguments, *beside, "--seed", "3", "--device", "cpu", "--output", str(out)]) == 0
