@@ -58,5 +58,6 @@ def teacher_steps_worth(distance: float, teacher: Mapping[int, float]) -> str:
     for (fewer, worse), (more, better) in pairwise(curve):
         if worse >= distance > better:
             share = (worse - distance) / (worse - better)
-            return f"{math.exp((1 - share) * math.log(fewer) + share * math.log(more)):.2g}"
+            steps = math.exp((1 - share) * math.log(fewer) + share * math.log(more))
+            return f"{float(f'{steps:.2g}'):.15g}"  # two digits, and never as 1.4e+02
     return f"{curve[-1][0]} or more"

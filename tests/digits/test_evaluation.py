@@ -74,6 +74,12 @@ def test_a_student_is_worth_teacher_steps(distance, steps):
     assert teacher_steps_worth(distance, {4: 30.0, 1: 300.0, 2: 70.0, 8: 10.0}) == steps
 
 
+def test_many_steps_are_written_out():
+    """As a number of steps is read, with two digits that count."""
+    assert teacher_steps_worth(15.0, {100: 20.0, 200: 10.0}) == "140"
+    assert teacher_steps_worth(20.0, {50: 40.0, 100: 20.0, 200: 10.0}) == "100"
+
+
 def test_bad_input_is_named():
     """Too few images, images of another size and prompts without a digit are errors that say so."""
     real = digits.heldout_images()
