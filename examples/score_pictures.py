@@ -24,7 +24,8 @@ def main() -> None:
         values = scores.scores[reward]
         judged = [row for row, value in enumerate(values) if value == value]  # NaN: the reward is not for that picture
         best = max(judged, key=values.__getitem__)
-        print(f"{reward}: mean {summary['mean']:.4g}, 95 % of [{summary['low']:.4g}, {summary['high']:.4g}]")
+        interval = "" if len(judged) == 1 else f", 95 % of [{summary['low']:.4g}, {summary['high']:.4g}]"
+        print(f"{reward}: mean {summary['mean']:.4g}{interval}")
         print(f"  best: {scores.files[best]} ({values[best]:.4g})")
     print("wrote", scores.save(options.output))
 

@@ -34,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
     check_writable(str(options.output.parent), "--output")
     found = score_folder(options.folder, options.rewards, options.prompts, device=find_device(options.device))
     rows = [
-        [name, part["mean"], f"{part['low']:.4g} to {part['high']:.4g}", part["images"]]
+        [name, part["mean"], "" if part["low"] is None else f"{part['low']:.4g} to {part['high']:.4g}", part["images"]]
         for name, part in found.summaries.items()
     ]
     print(markdown_table(["reward", "mean", "95 % interval", "images"], rows))

@@ -45,7 +45,7 @@ class FolderScores:
     scores: dict[str, list[float]]
     """By reward, one per picture; NaN where it does not apply."""
     summaries: dict[str, dict[str, Any]]
-    """By reward: mean, low, high, deviation, images, and the best and worst prompts."""
+    """By reward: mean, low and high (None of a single score), deviation, images, and the best and worst prompts."""
     provenance: dict[str, Any]
 
     def save(self, path: str | Path) -> Path:

@@ -31,8 +31,8 @@ class Row:
     diversity: float | None
     """None where each prompt has one image."""
     rewards: dict[str, dict[str, Any]]
-    """By reward: mean, low and high (None where it compares within groups), deviation, images, and the best and worst
-    prompts."""
+    """By reward: mean, low and high (None where it compares within groups, or has one score), deviation, images, and
+    the best and worst prompts."""
     worth: str
     """How many steps of the teacher it is worth; empty for the teacher, and without rows of the teacher."""
     milliseconds: float | None

@@ -92,14 +92,16 @@ def scores_of(
 def summary(scores: Tensor, prompts: Sequence[str] | None, in_groups: bool = False) -> dict[str, Any]:
     """Return what is kept of a reward's scores `[N]`: mean with interval, deviation, the best and the worst prompts.
 
-    There is no interval for a reward that compares within groups: its scores in a group are not drawn one by one.
+    There is no interval for a reward that compares within groups, because its scores in a group are not drawn one by
+    one, and none of a single score, which tells nothing of how much others differ.
     """
     interval = mean_interval(scores, None if prompts is None else group_labels(prompts))
     kept = scores[~scores.isnan()]
+    sure = len(kept) > 1 and not in_groups
     result: dict[str, Any] = {
         "mean": interval.value,
-        "low": None if in_groups else interval.low,
-        "high": None if in_groups else interval.high,
+        "low": interval.low if sure else None,
+        "high": interval.high if sure else None,
         "deviation": float(kept.std()) if len(kept) > 1 else 0.0,
         "images": len(kept),
     }

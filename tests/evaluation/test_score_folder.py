@@ -129,3 +129,11 @@ def test_the_command_writes_json_and_csv(pictures: Path, tmp_path: Path, capsys:
     assert [row["file_name"] for row in rows] == [row["file_name"] for row in content["images"]]
     assert [float(row["jpeg"]) for row in rows] == pytest.approx([row["jpeg"] for row in content["images"]])
     assert content["rewards"]["jpeg"]["images"] == 6
+
+
+def test_one_picture_has_no_interval(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An interval of no width would call it certain."""
+    found = score_folder(pictures / "more", "jpeg", progress=False)
+    assert (found.summaries["jpeg"]["low"], found.summaries["jpeg"]["high"]) == (None, None)
+    assert main(["score", str(pictures / "more"), "--rewards", "jpeg", "--output", str(tmp_path / "one.json")]) == 0
+    assert " to " not in capsys.readouterr().out
