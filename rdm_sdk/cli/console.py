@@ -72,7 +72,7 @@ def find_device(named: str | None) -> Any:
     """Return the torch device of `--device`: by default a GPU if there is one.
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: there is no such device, or not here.
     """
     import torch
 
@@ -82,6 +82,11 @@ def find_device(named: str | None) -> Any:
         raise ConfigError(f"--device: {named!r} is no device; give cpu, cuda or cuda:1") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device: there is no {named}; this machine has {torch.cuda.device_count()} GPUs")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:  # as each kind of device has it
+        reason = str(error).splitlines()[0].partition(". ")[0]  # torch then lists all that it knows
+        raise ConfigError(f"--device: {named!r} cannot be used here: {reason}") from error
     return device
 
 

@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Sequence
 
-from rdm_sdk.cli.console import Parser, whole_number
+from rdm_sdk.cli.console import Parser, find_device, whole_number
 from rdm_sdk.errors import ConfigError
 
 HELP = "serve rewards over HTTP, for remote[...] in a run elsewhere"
@@ -32,7 +32,7 @@ def run(arguments: Sequence[str]) -> int:
     token = os.environ.get(TOKEN) if options.token is None else options.token
     _check_token(token, options.host)
     _check_packages()
-    _check_device(options.device)
+    find_device(options.device)  # before anything is loaded
     from rdm_sdk.serving.requests import Limits
     from rdm_sdk.serving.server import serve
 
@@ -78,15 +78,6 @@ def _check_packages() -> None:
         import uvicorn as uvicorn
     except ImportError as error:
         raise ConfigError(f"serving rewards needs {error.name}: pip install 'rdm-sdk[serve]'") from error
-
-
-def _check_device(device: str | None) -> None:
-    import torch
-
-    try:
-        torch.zeros(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _listening(host: str, port: int) -> socket.socket:
