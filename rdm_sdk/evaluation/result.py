@@ -51,6 +51,11 @@ class EvaluationResult:
 
     def table(self) -> str:
         """Return a Markdown table; figures with 95 % intervals where there are any."""
+        header, *rows = self.cells()
+        return markdown_table(header, rows)
+
+    def cells(self) -> list[list[str]]:
+        """Return the table's header and its rows."""
         rewards = list(dict.fromkeys(name for row in self.rows for name in row.rewards))
         real = any("real" in row.against for row in self.rows)
         names = ["", "FID-SD", "worth teacher steps", "KID-SD", *(["FID", "KID"] if real else [])]
@@ -59,7 +64,7 @@ class EvaluationResult:
             [row.name, *_cells(row, real), *_rewards(row, rewards), _number(row.milliseconds)] for row in self.rows
         ]
         filled = [i for i in range(len(header)) if i == 0 or any(row[i] for row in cells)]
-        return markdown_table([header[i] for i in filled], [[row[i] for i in filled] for row in cells])
+        return [[row[i] for i in filled] for row in (header, *cells)]
 
     def to_json(self) -> str:
         """Return everything as JSON."""

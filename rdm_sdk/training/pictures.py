@@ -74,10 +74,16 @@ def too_many(steps: Sequence[int], every: int, most: int) -> list[int]:
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Return a Markdown table with aligned columns; floats are shown with four significant digits."""
-    cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in [header, *rows]]
+    cells = [[_cell(value) for value in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    """Return a cell of a Markdown table, which a "|" or the end of a line in it, as names may have, would end."""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return " ".join(text.splitlines()).replace("|", "\\|")

@@ -157,6 +157,19 @@ def test_pictures_evaluation_settings_and_versions_are_there(page: str) -> None:
         assert text in page
 
 
+def test_a_name_with_the_tables_line_moves_no_figure(folder: Path, tmp_path: Path) -> None:
+    """A student's folder may be called so: its figures stay below their titles, in the table and on the page."""
+    write_run(tmp_path / "run", 3)
+    content = json.loads((folder / "eval" / "eval.json").read_text(encoding="utf-8"))
+    rows = [Row(**row | {"name": "a|b\nc, 4 steps"}) for row in content["rows"]]
+    result = EvaluationResult(rows, content["provenance"])
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in result.table().splitlines()}) == 1
+    assert len(result.table().splitlines()) == 3
+    result.save(tmp_path / "run" / "eval")
+    page = write_report([tmp_path / "run"], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert re.search(r'<td class="number">a\|b\s+c, 4 steps</td><td class="number">9 \(8 to 10\)</td>', page)
+
+
 def test_a_page_is_written_in_a_few_seconds(folder: Path) -> None:
     """Of 2,000 steps, in processor time, which a busy machine does not stretch."""
     begin = time.process_time()

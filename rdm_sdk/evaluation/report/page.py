@@ -193,7 +193,7 @@ def _evaluation(name: str, run: RunLog) -> dict[str, Any]:
     try:
         rows = [Row(**row) for row in content["rows"]]
         made = content["provenance"]
-        table = EvaluationResult(rows, made).table().splitlines()
+        header, *table = EvaluationResult(rows, made).cells()
         sentence = (
             f"{made['samples']} images a row of {made['prompts']['different']} prompts; FID-SD and KID-SD against "
             f"{made['reference']['samples']} samples of the teacher at {made['reference']['steps']} steps, guidance "
@@ -206,10 +206,9 @@ def _evaluation(name: str, run: RunLog) -> dict[str, Any]:
         ]
     except (KeyError, TypeError) as error:
         raise DataError(f"the eval.json of {name} is of another version of this SDK: {error}") from error
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     picture = None if run.evaluation_picture is None else embedded(run.evaluation_picture)
     notes = content.get("notes", [])
-    parts = {"header": cells[0], "rows": cells[2:], "notes": notes, "picture": picture, "prompts": prompts}
+    parts = {"header": header, "rows": table, "notes": notes, "picture": picture, "prompts": prompts}
     return {"name": name, "sentence": sentence, **parts}
 
 
