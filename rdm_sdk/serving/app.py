@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import json
 from collections import Counter
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -142,7 +142,7 @@ class Service:
         rewards = {
             label: {
                 "capabilities": described_capabilities(weighted.capabilities),
-                "provenance": json.loads(json.dumps(weighted.reward.provenance(), default=str)),
+                "provenance": _as_told(weighted.reward.provenance()),
                 "reads": list(weighted.capabilities.reads),  # here, where older clients do not look
             }
             for label, weighted in self.scorer.rewards.items()
@@ -172,6 +172,11 @@ class Service:
             f"rdm_requests_inside {self.inside}",
         ]
         return PlainTextResponse("\n".join(lines) + "\n")
+
+
+def _as_told(provenance: Mapping[str, object]) -> Any:
+    """Return a reward's provenance as JSON can say it; what it cannot, an infinite option too, becomes a text."""
+    return json.loads(json.dumps(provenance, default=str), parse_constant=str)
 
 
 def _as_json(answer: Answer) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from live_servers import QUICK, Faulty, Spread, remote, serving
 from PIL import Image
 
-from rdm_sdk import Capabilities, RDMTrainer, Reward, RewardBatch, RewardError, score_images
+from rdm_sdk import Capabilities, RDMTrainer, Reward, RewardBatch, RewardConfig, RewardError, score_images
 from rdm_sdk.digits.reward import Legibility
 from rdm_sdk.rewards.evaluate import evaluate_reward
 from rdm_sdk.rewards.resolve import plan_rewards, resolve_rewards
@@ -189,6 +189,26 @@ def test_what_it_is_is_kept_with_the_scores_and_the_token_is_not(server: Faulty)
     term = str(resolve_rewards(reward)[0].term)
     assert "JUDGE_TOKEN" in term
     assert "hush" not in json.dumps(told) + term + repr(reward.config)
+
+
+def test_a_reward_with_a_limit_that_is_none_can_be_served() -> None:
+    """JSON has no infinity, and an option may well be infinite."""
+
+    class Capped(Reward):
+        name = "capped"
+        capabilities = Capabilities()
+
+        class Config(RewardConfig):
+            most: float = float("inf")
+
+        config: Config
+
+        def score(self, batch: RewardBatch) -> torch.Tensor:
+            return batch.images.mean(dim=(1, 2, 3)).clamp(max=self.config.most)
+
+    with serving([Capped()]) as app:
+        told: Any = Remote(url=app.url, **QUICK).provenance()["served"]
+    assert told["options"] == {"most": "Infinity"}
 
 
 def test_images_can_be_scored_without_a_run(server: Faulty) -> None:
