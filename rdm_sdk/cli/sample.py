@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rdm_sdk.evaluation.candidates import Candidate
 
 HELP = "sample a trained student with plain diffusers, and its teacher beside it"
+STEM_BYTES = 235
+"""Of a name's 255; a number and what is added while it is written come behind."""
 _CALL = ("max_sequence_length", "height", "width")
 
 
@@ -160,8 +162,14 @@ def _places(names: Sequence[str], folder: Path) -> dict[str, Path]:
 
 def _file_names(prompts: Sequence[str], samples: int) -> list[str]:
     """Return the name of each sample's file: `<prompt>_<number>.png`."""
-    stems = [re.sub(r"\W+", "_", prompt).strip("_")[:80] or "prompt" for prompt in prompts for _ in range(samples)]
+    stems = [_stem(prompt) for prompt in prompts for _ in range(samples)]
     return [f"{stem}_{number:04d}.png" for number, stem in enumerate(stems)]
+
+
+def _stem(prompt: str) -> str:
+    """Return a prompt as a file's name begins: 80 letters at most, and no more bytes than a name may have."""
+    letters = re.sub(r"\W+", "_", prompt).strip("_")[:80]
+    return letters.encode()[:STEM_BYTES].decode(errors="ignore") or "prompt"
 
 
 def _check_pictures(place: Path, names: Sequence[str]) -> None:

@@ -86,6 +86,13 @@ def test_train_then_sample(run_file, tmp_path, capsys):
     )
 
 
+def test_a_prompt_of_long_letters_names_a_file(tmp_path):
+    """A letter may take four bytes, and a name has 255; that it has too many was found once all was sampled."""
+    sample = ["sample", "--model", "digits", "--teacher", "1", "--max_sequence_length", "4", "--files", str(tmp_path)]
+    assert main([*sample, "--prompt", "\U0001d5ee" * 80]) == 0
+    assert len(list(tmp_path.glob("*_0000.png"))) == 1
+
+
 def test_a_table_of_prompts_and_a_function_of_ones_own(run_file, tmp_path, monkeypatch, capsys):
     """Columns of a CSV reach a function that the spec names by its place, in the folder that the command runs in."""
     monkeypatch.chdir(tmp_path)
