@@ -128,7 +128,7 @@ class Sampler:
             for row, (start, images) in enumerate(zip(starts, kept, strict=True)):
                 batch = list(prompts[start : start + self.batch_size])
                 if images is None:
-                    images = self._sample(call, batch, _seed(self.seed, stream, start))
+                    images = self._sample(candidate.name, call, batch, _seed(self.seed, stream, start))
                     self._keep(keys[row], images)
                 pieces.append(images)
                 done(len(batch))
@@ -141,7 +141,7 @@ class Sampler:
     # ---- Sampling -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _sample(self, call: Mapping[str, Any], prompts: list[str], seed: int) -> Images:
+    def _sample(self, name: str, call: Mapping[str, Any], prompts: list[str], seed: int) -> Images:
         pipeline = self.family.pipeline
         pipeline.set_progress_bar_config(disable=True)
         with torch.random.fork_rng(), _decoding_any_dtype(pipeline.vae):
@@ -150,7 +150,7 @@ class Sampler:
                 made = pipeline(prompt=prompts, output_type="pt", **call)
             except (ValueError, TypeError) as error:  # what the pipeline does not take
                 raise ConfigError(f"{type(pipeline).__name__} cannot be called so: {described(error)}") from error
-        pixels = to_uint8(check_images(made.images.float(), "sampled images")).permute(0, 3, 1, 2).contiguous()
+        pixels = to_uint8(check_images(made.images.float(), f"the images of {name}")).permute(0, 3, 1, 2).contiguous()
         flagged = getattr(made, "nsfw_content_detected", None) or [False] * len(prompts)
         return {PIXELS: pixels, BLACK: torch.tensor(flagged)}
 

@@ -14,7 +14,7 @@ from tiny_pipelines import TINY_PIPELINES, tiny_flux, tiny_sd
 from transformers import CLIPImageProcessor
 from usual_families import usual_families
 
-from rdm_sdk import ConfigError, evaluate
+from rdm_sdk import ConfigError, DataError, evaluate
 from rdm_sdk.evaluation.candidates import Candidate, teacher_candidate
 from rdm_sdk.evaluation.sampling import Sampled, Sampler
 from rdm_sdk.testing.tiny import tiny_clip_config
@@ -59,6 +59,16 @@ def test_the_teacher_is_sampled_at_the_size_that_was_asked_for(kind: str) -> Non
     assert images.shape[2:] == (64, 128)
     assert sampler.call_of(candidate)["use_resolution_binning"] is False
     assert sampler.call_of(candidate).get("clean_caption") is (False if "PixArt" in kind else None)
+
+
+def test_whose_images_are_broken_is_named() -> None:
+    """Of several students one may have diverged, and nobody could tell which."""
+    pipeline = tiny_flux()
+    sampler = sampler_of(pipeline)
+    with torch.no_grad():
+        next(pipeline.transformer.parameters()).fill_(torch.nan)
+    with pytest.raises(DataError, match="the images of teacher, 2 steps hold NaN or infinite pixels: 2 of 2"):
+        sampled(sampler, teacher_candidate(2, {}))
 
 
 def test_the_grid_is_that_of_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
