@@ -170,6 +170,21 @@ def test_a_name_with_the_tables_line_moves_no_figure(folder: Path, tmp_path: Pat
     assert re.search(r'<td class="number">a\|b\s+c, 4 steps</td><td class="number">9 \(8 to 10\)</td>', page)
 
 
+def test_every_evaluation_of_a_run_is_shown(folder: Path, tmp_path: Path) -> None:
+    """The one of an alphabet's first folder may be the oldest."""
+    write_run(tmp_path / "run", 3)
+    content = json.loads((folder / "eval" / "eval.json").read_text(encoding="utf-8"))
+    for name in ("before", "now"):
+        rows = [Row(**row | {"name": f"student {name}"}) for row in content["rows"]]
+        EvaluationResult(rows, content["provenance"]).save(tmp_path / "run" / name)
+    page = write_report([tmp_path / "run"], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.index("<h3>run, before</h3>") < page.index("student before") < page.index("<h3>run, now</h3>")
+    assert page.index("<h3>run, now</h3>") < page.index("student now")
+    (tmp_path / "run").rename(tmp_path / "training")  # as `rdm-sdk demo` leaves it, evaluated within the run
+    (tmp_path / "training" / "now" / "eval.json").rename(tmp_path / "training" / "eval.json")
+    assert [one.folder.name for one in read_run(tmp_path).evaluations] == ["training", "before"]
+
+
 def test_a_page_is_written_in_a_few_seconds(folder: Path) -> None:
     """Of 2,000 steps, in processor time, which a busy machine does not stretch."""
     begin = time.process_time()

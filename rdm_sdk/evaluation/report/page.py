@@ -16,7 +16,7 @@ from rdm_sdk.errors import ConfigError, DataError
 from rdm_sdk.evaluation.names import short_names
 from rdm_sdk.evaluation.report.curves import Curve, curves_of
 from rdm_sdk.evaluation.report.plots import COLORS, plot
-from rdm_sdk.evaluation.report.reading import RunLog, read_run
+from rdm_sdk.evaluation.report.reading import Evaluated, RunLog, read_run
 from rdm_sdk.evaluation.report.remarks import remarks, told
 from rdm_sdk.evaluation.result import EvaluationResult, Row
 from rdm_sdk.files import replacing
@@ -54,7 +54,11 @@ def write_report(runs: Sequence[str | Path], output: str | Path) -> Path:
     versions = [run.record.get("versions", {}) for run in logs]
     settings = [_settings(run) for run in logs]
     slider = _slider(names, logs)
-    evaluations = [_evaluation(name, run) for name, run in zip(names, logs, strict=True) if run.evaluation]
+    evaluations = [
+        _evaluation(name if len(run.evaluations) == 1 else f"{name}, {one.folder.name}", one)
+        for name, run in zip(names, logs, strict=True)
+        for one in run.evaluations
+    ]
     rows = _differences(settings)
     different = sum(row["differs"] for row in rows)
     content = {
@@ -187,9 +191,9 @@ def embedded(path: Path) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _evaluation(name: str, run: RunLog) -> dict[str, Any]:
+def _evaluation(name: str, evaluated: Evaluated) -> dict[str, Any]:
     """Return the table of `eval.json`, with the sentence that its figures cannot do without."""
-    content = run.evaluation or {}
+    content = evaluated.content
     try:
         rows = [Row(**row) for row in content["rows"]]
         made = content["provenance"]
@@ -206,7 +210,7 @@ def _evaluation(name: str, run: RunLog) -> dict[str, Any]:
         ]
     except (KeyError, TypeError) as error:
         raise DataError(f"the eval.json of {name} is of another version of this SDK: {error}") from error
-    picture = None if run.evaluation_picture is None else embedded(run.evaluation_picture)
+    picture = None if evaluated.picture is None else embedded(evaluated.picture)
     notes = content.get("notes", [])
     parts = {"header": header, "rows": table, "notes": notes, "picture": picture, "prompts": prompts}
     return {"name": name, "sentence": sentence, **parts}

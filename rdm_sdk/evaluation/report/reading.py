@@ -20,6 +20,15 @@ STATES = "trainer_state.json"
 
 
 @dataclass(frozen=True)
+class Evaluated:
+    """What `rdm-sdk eval` wrote into a folder."""
+
+    folder: Path
+    content: dict[str, Any]
+    picture: Path | None
+
+
+@dataclass(frozen=True)
 class RunLog:
     """One run, as its folder tells."""
 
@@ -34,9 +43,8 @@ class RunLog:
     """base, rewards, settings and versions, as far as they are known."""
     pictures: list[tuple[int, Path]]
     """Of `log_images`, by step."""
-    evaluation: dict[str, Any] | None
-    """What `rdm-sdk eval` wrote, if anything."""
-    evaluation_picture: Path | None
+    evaluations: list[Evaluated]
+    """Those in its folder, and in folders in it."""
 
 
 def read_run(folder: str | Path) -> RunLog:
@@ -62,7 +70,6 @@ def read_run(folder: str | Path) -> RunLog:
     if not history:
         raise DataError(f"{str(path)!r} has no logs in it; was logging_steps larger than the run?")
     record = _record(above, newest.parent)
-    evaluation = next((p for place in dict.fromkeys((above, given)) for p in _evaluations(place)), None)
     return RunLog(
         given,
         history,
@@ -70,8 +77,7 @@ def read_run(folder: str | Path) -> RunLog:
         int(state.get("max_steps", 0)) or max(0, int(record.get("settings", {}).get("max_steps", 0))),
         record,
         logged_pictures(above / "images"),
-        None if evaluation is None else _read(evaluation),
-        None if evaluation is None or not (grid := evaluation.with_name("grid.png")).is_file() else grid,
+        _evaluations(above, given),
     )
 
 
@@ -100,8 +106,15 @@ def _history(folder: Path, log: Path, state: Mapping[str, Any]) -> list[dict[str
         raise DataError(f"{str(log)!r} cannot be read: {error}") from error
 
 
-def _evaluations(folder: Path) -> list[Path]:
-    return [path for path in (folder / EVALUATION, *sorted(folder.glob(f"*/{EVALUATION}"))) if path.is_file()]
+def _evaluations(*folders: Path) -> list[Evaluated]:
+    """Return the evaluations in folders, and in folders in them, each once."""
+    places = [path for folder in folders for path in (folder / EVALUATION, *sorted(folder.glob(f"*/{EVALUATION}")))]
+    found = [path for path in dict.fromkeys(places) if path.is_file()]
+    grids = [path.with_name("grid.png") for path in found]
+    return [
+        Evaluated(path.parent, _read(path), grid if grid.is_file() else None)
+        for path, grid in zip(found, grids, strict=True)
+    ]
 
 
 def _record(folder: Path, newest: Path) -> dict[str, Any]:
