@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 
 from rdm_sdk._version import __version__
 from rdm_sdk.serving.answers import described_capabilities, pack_answer
-from rdm_sdk.serving.requests import FIELDS, FORMS, JSON, Limits, RequestError, form_of, parse_request
+from rdm_sdk.serving.requests import FIELDS, FORMS, JSON, Limits, Request, RequestError, form_of, parse_request
 from rdm_sdk.serving.scorer import Answer, Scorer, ScoringError
 from rdm_sdk.serving.tensors import CONTENT_TYPE, VERSION
 
@@ -111,10 +111,28 @@ class Service:
         body = await self._body(request)
         asked = await run_in_threadpool(parse_request, body, form, self.limits)
         del body
-        answer = await asyncio.wrap_future(self.scorer.submit(asked, gradients))
+        answer = await self._scored(request, asked, gradients)
         if as_json:
             return JSONResponse({"version": VERSION} | _as_json(answer))
         return Response(await run_in_threadpool(pack_answer, answer, asked.gradient_dtype), media_type=CONTENT_TYPE)
+
+    async def _scored(self, request: HttpRequest, asked: Request, gradients: bool) -> Answer:
+        """Return what the scorer says; a request whose client is gone before its turn comes loses that turn.
+
+        A client that waits no longer asks again: with its old requests to score, a slow server would never catch up.
+        """
+        scoring = asyncio.wrap_future(self.scorer.submit(asked, gradients))
+        leaving = asyncio.ensure_future(_gone(request))
+        either: tuple[asyncio.Future[Any], ...] = (scoring, leaving)
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            leaving.cancel()
+            if not scoring.done():
+                scoring.cancel()
+        if scoring.cancelled():
+            raise RequestError(499, "the connection was closed before the images were scored")
+        return scoring.result()
 
     async def _body(self, request: HttpRequest) -> bytearray:
         """Return the body, of which no more is read than the limit allows."""
@@ -172,6 +190,12 @@ class Service:
             f"rdm_requests_inside {self.inside}",
         ]
         return PlainTextResponse("\n".join(lines) + "\n")
+
+
+async def _gone(request: HttpRequest) -> None:
+    """Return when the client of a request, whose body has been read, has closed the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _as_told(provenance: Mapping[str, object]) -> Any:

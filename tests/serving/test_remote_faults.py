@@ -126,6 +126,26 @@ def test_a_batch_in_many_pieces_is_not_too_much_for_its_server() -> None:
     assert scores.tolist() == [0.0] * 160
 
 
+def test_whoever_has_gone_away_is_not_worked_for() -> None:
+    """A client that waits no longer asks again: a slow server would fall behind ever further."""
+
+    class Slow(Spread):
+        def score(self, batch: RewardBatch) -> Any:
+            time.sleep(0.4)
+            return super().score(batch)
+
+    slow = Slow()
+    batch = RewardBatch.from_images(torch.full((12, 3, 8, 8), 0.5), group_size=2)
+    with serving([slow]) as app:
+        with pytest.raises(ServerLostError, match=r"within timeout=0\.2 s"):
+            evaluate_reward(Remote(url=app.url, timeout=0.2, retries=0), batch, chunk_size=2, gradients_of=())
+        until = time.monotonic() + 10
+        while app.scorer.waiting and time.monotonic() < until:
+            time.sleep(0.05)
+        assert len(slow.sizes) <= 2
+        assert app.scorer.alive
+
+
 def test_another_server_takes_over(server: Faulty) -> None:
     """Equal servers are asked in turn; the one that answered is asked first the next time."""
     batch, expected = Legibility().example(), evaluate_reward(Legibility(), Legibility().example()).scores
