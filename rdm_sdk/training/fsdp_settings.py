@@ -77,7 +77,11 @@ def _check_together(config: Any) -> None:
         ),
         "critic_weights": (config.critic_weights == "full", "a full copy of the base is trained, which is not shared"),
         "quantization": (config.quantization != "none", "layers in few bits cannot be taken apart"),
-        "torch_compile": (config.torch_compile, "what is compiled has not been tried with weights that come and go"),
+        # Transformers takes a backend or a mode for torch_compile=True, but later.
+        **{
+            name: (getattr(config, name), "what is compiled has not been tried with weights that come and go")
+            for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+        },
         "critic_rollouts": (
             config.critic_rollouts == "fresh",
             f"trajectories are followed to other depths on each process, so {apart}; use 'shared'",

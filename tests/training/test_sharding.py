@@ -75,6 +75,8 @@ def test_settings_in_a_file(tmp_path: Path) -> None:
         ({"fsdp": True, "critic_weights": "full"}, "fsdp=True and critic_weights='full'"),
         ({"fsdp": True, "quantization": "4bit"}, "fsdp=True and quantization='4bit'"),
         ({"fsdp": True, "torch_compile": True}, "fsdp=True and torch_compile=True"),
+        ({"fsdp": True, "torch_compile_backend": "eager"}, "fsdp=True and torch_compile_backend='eager'"),
+        ({"fsdp": True, "torch_compile_mode": "default"}, "fsdp=True and torch_compile_mode='default'"),
         ({"fsdp": True, "critic_rollouts": "fresh"}, "fsdp=True and critic_rollouts='fresh'.* use 'shared'"),
         ({"fsdp": True, "num_iterations": 2}, "importance_sampling_correction=True .* use num_iterations=1, or"),
     ],
