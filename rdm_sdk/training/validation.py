@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -85,6 +86,7 @@ def check_arguments(args: object, optimizers: Sequence[object]) -> None:
             "that no optimizer made before could hold them. Set optim, learning_rate, lr_scheduler_type and their "
             "critic_* in RDMConfig, or override create_optimizer()"
         )
+    _check_launcher(args)
     check_writable(str(args.output_dir), "output_dir")
     if args.prompt_cache is not None:
         check_writable(args.prompt_cache, "prompt_cache")
@@ -106,6 +108,24 @@ def check_arguments(args: object, optimizers: Sequence[object]) -> None:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"optim={OptimizerNames(args.optim).value!r} cannot be used here: {error}") from error
+
+
+_LAUNCHER = "accelerate has been told {told}, by its launcher's options or its config file, and RDMConfig says {said}"
+
+
+def _check_launcher(args: RDMConfig) -> None:
+    """Raise `ConfigError` for what accelerate's launcher asks for by environment variables, and the settings do not.
+
+    Networks would compute in that precision while all else takes them for float32; what it compiles, nobody calls.
+    """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision != "no" and not args.bf16:
+        found = _LAUNCHER.format(told=f"mixed_precision={precision!r}", said="bf16=False")
+        raise ConfigError(f"{found}; set bf16=True, or launch with --mixed_precision no")
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend != "no" and not args.torch_compile:
+        found = _LAUNCHER.format(told=f"dynamo_backend={backend!r}", said="torch_compile=False")
+        raise ConfigError(f"{found}; set torch_compile=True, or launch with --dynamo_backend no")
 
 
 def check_run(

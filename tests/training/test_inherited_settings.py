@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rdm_sdk import ConfigError, RDMConfig, RDMTrainer
 from rdm_sdk.training import callbacks
 from rdm_sdk.training.inherited import UNSUPPORTED
 from rdm_sdk.training.optimizers import check_schedules, critic_settings
+from rdm_sdk.training.validation import check_arguments
 
 Make = Callable[..., RDMTrainer]
 FIELDS = {field.name: field for field in dataclasses.fields(TrainingArguments)}
@@ -141,6 +143,33 @@ def test_what_transformers_refuses_is_an_error_of_ours(tmp_path: Path, settings:
     with pytest.raises(ConfigError, match=words) as caught:
         RDMConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "settings", "words"),
+    [
+        ("MIXED_PRECISION", "fp16", {}, "mixed_precision='fp16', .*says bf16=False; set bf16=True, or launch with"),
+        ("MIXED_PRECISION", "bf16", {}, "mixed_precision='bf16', .*says bf16=False; set bf16=True, or launch with"),
+        ("DYNAMO_BACKEND", "INDUCTOR", {}, "dynamo_backend='inductor', .*says torch_compile=False; set torch_compile="),
+        ("MIXED_PRECISION", "no", {}, None),
+        ("DYNAMO_BACKEND", "NO", {}, None),
+        ("MIXED_PRECISION", "bf16", {"bf16": True}, None),
+    ],
+)
+def test_what_a_launcher_asks_for_is_not_done_unasked(
+    small_config: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    value: str,
+    settings: dict[str, Any],
+    words: str | None,
+) -> None:
+    """`accelerate launch --mixed_precision fp16`, or its config file, reaches transformers by the environment alone."""
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    args = small_config(tmp_path, **settings)
+    with nullcontext() if words is None else pytest.raises(ConfigError, match=words):
+        check_arguments(args, (None, None))
 
 
 # ---- Evaluation -------------------------------------------------------------------------------------------------
