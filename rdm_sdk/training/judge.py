@@ -64,6 +64,7 @@ class Judge:
         self.watching = True
         """Whether rewards without weight judge what comes: they change nothing, so a step without a log can do so
         without them."""
+        self._agrees = False
 
     @property
     def critics(self) -> list[tuple[WeightedReward, str]]:
@@ -243,6 +244,23 @@ class Judge:
             return
         with self.randomness.undisturbed():
             yield
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """Let all processes, which run the block together, go by what the first one's rewards say in an evaluation.
+
+        A judge need not say the same to each, and on it hang rates, the best checkpoint, and when a run stops.
+        """
+        self._agrees = True
+        try:
+            yield
+        finally:
+            self._agrees = False
+
+    def agreed(self, figures: dict[str, float]) -> dict[str, float]:
+        """Return the figures of an evaluation that this process goes on by."""
+        first: dict[str, float] = self.processes.gather(figures)[0] if self._agrees else figures
+        return first
 
     def record(self, outputs: Mapping[str, RewardOutput]) -> None:
         """Take down what the rewards returned for a micro-batch."""

@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
-from rdm_sdk.errors import ConfigError, DataError, RDMError
+from rdm_sdk.errors import DataError, RDMError
 from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import STUDENT
 from rdm_sdk.families.sharding import shard_base
@@ -25,9 +25,10 @@ from rdm_sdk.training.accelerated import processes_of
 from rdm_sdk.training.callbacks import run_callbacks, speak_plainly
 from rdm_sdk.training.config import RDMConfig
 from rdm_sdk.training.data import GroupSampler, collate, group_sampler, load_prompts
+from rdm_sdk.training.evaluating import evaluated
 from rdm_sdk.training.export import save_student, student_info
 from rdm_sdk.training.faults import explained
-from rdm_sdk.training.finished import figures, look, score_finished
+from rdm_sdk.training.finished import look
 from rdm_sdk.training.interrupt import SaveOnSignal
 from rdm_sdk.training.judge import Judge, add_run_roles
 from rdm_sdk.training.models import RunModels
@@ -263,15 +264,14 @@ class RDMTrainer(Trainer):
             ConfigError: no reward judges finished samples, or there are no evaluation prompts.
         """
         dataset = self.eval_dataset if eval_dataset is None else load_prompts(eval_dataset, "eval_dataset")
-        if not self.judge.of_images or dataset is None:
-            raise ConfigError(validation.NO_EVALUATION)
-        inputs, size = collate(list(dataset)), self.args.per_device_eval_batch_size
-        with self.models.seeded(self.args.seed), self.models.exported_weights():
-            outputs = score_finished(self.models, self.judge, inputs["prompts"], inputs["columns"], size)
-        metrics = figures(outputs, metric_key_prefix, {n: self.step.targets.get(n, 0.0) for n in self.judge.of_images})
+        metrics = evaluated(self.models, self.judge, dataset, self.args, metric_key_prefix, self.step.targets)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        with self.judge.agreeing():
+            return super()._evaluate(*arguments, **options)
 
     def costs(self) -> dict[str, int]:
         """Return what the run has cost so far on this process: network evaluations in samples, updates, calls."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,3 +98,21 @@ def test_every_process_knows_where_the_best_is(
     with keeper.writing(state, tmp_path):
         state.best_model_checkpoint = str(tmp_path / ".writing-1" / "checkpoint-1")
     assert state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+
+
+def test_all_processes_go_by_what_the_first_ones_judge_says(make_trainer: Make, tmp_path: Path) -> None:
+    """It need not say the same to each: they would save at different steps, and keep different checkpoints as best.
+
+    An evaluation that the user asks for may be that of one process alone, so nobody is waited for.
+    """
+    trainer = make(make_trainer, tmp_path, max_steps=1)
+    first = {"eval_rewards/falling/mean": 3.0, "eval_loss": -3.0}
+
+    def gather(mine: Any) -> list[Any]:
+        return [first, mine] if "eval_loss" in mine else [mine]
+
+    trainer.judge.processes = replace(trainer.judge.processes, gather=gather)
+    trainer.train()
+    assert trainer.state.best_metric == 3.0
+    assert [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row] == [-3.0]
+    assert trainer.evaluate()["eval_rewards/falling/mean"] < 1.0
