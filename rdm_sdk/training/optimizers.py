@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import SchedulerType, Trainer, get_scheduler
+from transformers.training_args import OptimizerNames
 
 from rdm_sdk.errors import CheckpointError, ConfigError
 from rdm_sdk.families.roles import STUDENT, Roles
@@ -45,6 +46,44 @@ def critic_settings(args: RDMConfig) -> RDMConfig:
         if value is not None:
             setattr(settings, name, value)
     return settings
+
+
+def check_optimizer(args: RDMConfig) -> None:
+    """Raise `ConfigError` for an optimizer that cannot be made here, and for options that it does not read."""
+    name = OptimizerNames(args.optim).value
+    if name.startswith("schedule_free"):
+        raise ConfigError(
+            f"optim={name!r} cannot be used: it has two sets of weights, and is not told when the student is sampled; "
+            "take another optimizer, whose weights ema_decay averages"
+        )
+    given = "" if args.optim_args is None else f" with optim_args={args.optim_args!r}"
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        kind([torch.zeros(1, requires_grad=True)], **options)
+    except (ImportError, ValueError, TypeError) as error:
+        raise ConfigError(f"optim={name!r}{given} cannot be used here: {error}") from error
+    for option in _names_of_options(args):
+        if option == "weight_decay":
+            raise ConfigError(f"optim_args={args.optim_args!r}: set the weight decay by weight_decay")
+        if not _reads(args, option):
+            raise ConfigError(
+                f"optim_args={args.optim_args!r}: transformers passes no {option!r} on to optim={name!r}, so that it "
+                "would change nothing; leave it out. Rates, betas, epsilon and weight decay have settings of their own"
+            )
+
+
+def _names_of_options(args: RDMConfig) -> list[str]:
+    return [part.split("=")[0] for part in (args.optim_args or "").replace(" ", "").split(",") if part]
+
+
+def _reads(args: RDMConfig, option: str) -> bool:
+    """Return whether an optimizer's options hang on one of `optim_args`: transformers says nothing of the others."""
+    without, odd = copy.copy(args), copy.copy(args)
+    without.optim_args, odd.optim_args = None, f"{option}=?"  # which is nobody's default
+    try:
+        return bool(Trainer.get_optimizer_cls_and_kwargs(odd) != Trainer.get_optimizer_cls_and_kwargs(without))
+    except (ValueError, TypeError, AttributeError):  # it is read, as a number or a name
+        return True
 
 
 def check_schedules(args: RDMConfig, critics: bool) -> None:

@@ -11,10 +11,8 @@ from pathlib import Path
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import Trainer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
-from transformers.training_args import OptimizerNames
 
 from rdm_sdk.errors import ConfigError, DataError, nearest
 from rdm_sdk.families.compiled import check_compiler
@@ -23,7 +21,7 @@ from rdm_sdk.plugins.registry import registry
 from rdm_sdk.rewards.base import Reward
 from rdm_sdk.rewards.resolve import RewardFuncs, RunReward, WeightedReward, resolve_rewards, split_held_out
 from rdm_sdk.training.config import RDMConfig
-from rdm_sdk.training.optimizers import check_schedules
+from rdm_sdk.training.optimizers import check_optimizer, check_schedules
 from rdm_sdk.training.start import starting_lora
 from rdm_sdk.training.weighting import ANCHOR, Weighting, make_weighting
 
@@ -99,15 +97,7 @@ def check_arguments(args: object, optimizers: Sequence[object]) -> None:
         raise ConfigError("fsdp shares the base out between processes, and there is one; start several with torchrun")
     if args.torch_compile:
         check_compiler(str(args.torch_compile_backend), args.torch_compile_mode, args.device)
-    if OptimizerNames(args.optim).value.startswith("schedule_free"):
-        raise ConfigError(
-            f"optim={OptimizerNames(args.optim).value!r} cannot be used: it has two sets of weights, and is not told "
-            "when the student is sampled; take another optimizer, whose weights ema_decay averages"
-        )
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(args)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"optim={OptimizerNames(args.optim).value!r} cannot be used here: {error}") from error
+    check_optimizer(args)
 
 
 _LAUNCHER = "accelerate has been told {told}, by its launcher's options or its config file, and RDMConfig says {said}"

@@ -253,6 +253,42 @@ def test_options_of_optimizer_and_schedule_reach_student_and_critics(make_traine
     assert [rate / 2e-3 for _, rate in rates] == pytest.approx([*wanted[1:], 0.0])  # already those of the next step
 
 
+@pytest.mark.parametrize(
+    ("optim", "options", "words"),
+    [
+        (
+            "adamw_torch",
+            "eps=1e-7",
+            "transformers passes no 'eps' on to optim='adamw_torch', so that it would change no",
+        ),
+        ("rmsprop", "alpha=0.7,momentun=0.3", "passes no 'momentun' on to optim='rmsprop'"),
+        ("adafactor", "clip_threshold=2", "passes no 'clip_threshold' on to optim='adafactor'"),
+        ("sgd", "momentum=0.9,weight_decay=0.1", "set the weight decay by weight_decay"),
+        (
+            "sgd",
+            "nesterov=true",
+            "optim='sgd' with optim_args='nesterov=true' cannot be used here: Nesterov momentum req",
+        ),
+        ("sgd", "momentum=much", "optim='sgd' with optim_args='momentum=much' cannot be used here: could not convert"),
+    ],
+)
+def test_options_that_an_optimizer_does_not_take_are_refused(
+    small_config: Any, tmp_path: Path, optim: str, options: str, words: str
+) -> None:
+    """Before the base is loaded; transformers passes over those that it does not know."""
+    with pytest.raises(ConfigError, match=words):
+        check_arguments(small_config(tmp_path, optim=optim, optim_args=options), (None, None))
+
+
+@pytest.mark.parametrize(
+    ("optim", "options"),
+    [("sgd", "momentum=0.9, nesterov=true"), ("adagrad", "lr_decay=0"), ("rmsprop", "centered=false"), ("sgd", None)],
+)
+def test_options_that_it_takes_are_not(small_config: Any, tmp_path: Path, optim: str, options: str | None) -> None:
+    """At their defaults too."""
+    check_arguments(small_config(tmp_path, optim=optim, optim_args=options), (None, None))
+
+
 def test_schedules_have_options_of_their_own(small_config: Any, tmp_path: Path) -> None:
     """The student's are not given to a schedule of another type."""
     power = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 4}}
