@@ -40,6 +40,7 @@ UNSUPPORTED = {
     "ignore_data_skip": "a resumed run is the uninterrupted one, so it goes on with the prompts that come next",
     "accelerator_config": "groups of samples stay whole, which the default settings alone do",
     **dict.fromkeys(("parallelism_config", "deepspeed"), _SHARDS),
+    "dataloader_persistent_workers": "workers that outlive an epoch draw their seed once, those of a resumed run again",
     "dataloader_in_order": "rollouts that are used again, and resumed runs, need the batches in their order",
     "remove_unused_columns": "prompts and the columns that rewards ask for would go",
     **dict.fromkeys(("train_sampling_strategy", "length_column_name"), _OWN_SAMPLER),

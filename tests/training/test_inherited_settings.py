@@ -56,7 +56,7 @@ DONE = {
     **dict.fromkeys(("full_determinism", "use_cpu"), LOOP),
     **dict.fromkeys(("seed", "data_seed"), "test_data.py"),
     "resume_from_checkpoint": "test_resume.py",
-    **dict.fromkeys(("dataloader_drop_last", "dataloader_num_workers", "dataloader_persistent_workers"), LOOP),
+    **dict.fromkeys(("dataloader_drop_last", "dataloader_num_workers"), LOOP),
     **dict.fromkeys(("dataloader_pin_memory", "dataloader_prefetch_factor"), LOOP),
     "dataloader_multiprocessing_context": LOOP,
     **dict.fromkeys(("ddp_backend", "local_rank"), "accelerate's process group"),
