@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -33,6 +34,7 @@ GRACE = 3.0
 """Seconds in which a process may end by itself after another has failed."""
 _COLLECTIVE = re.compile(r"gloo|pair closure|Timed out waiting|NCCL|process group", re.IGNORECASE)
 """What errors of collective operations hold; gloo raises plain `RuntimeError`s."""
+_TRAINERS = count()
 
 
 @dataclass(frozen=True)
@@ -214,5 +216,6 @@ def roll_call(seconds: float, cpu: bool) -> RollCall:
         return RollCall(0, 1, seconds, None)
     if cpu:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
-    store = dist.distributed_c10d._get_default_store()
+    # Apart from a trainer's before, whose training may have failed. All processes make their trainers in one order.
+    store = dist.distributed_c10d.PrefixStore(f"trainer {next(_TRAINERS)}", dist.distributed_c10d._get_default_store())
     return RollCall(dist.get_rank(), dist.get_world_size(), seconds, store)

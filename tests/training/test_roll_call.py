@@ -119,6 +119,19 @@ def test_a_training_after_one_that_failed(calls: tuple[RollCall, RollCall], monk
         threading.Event().wait(0.3)
 
 
+def test_a_trainer_after_one_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a script that tries several rates, and goes on with the next where one diverges."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    try:
+        first, second = (roll_call.roll_call(7, cpu=False) for _ in range(2))
+        first._end("it has diverged")
+        assert first.store.check([first._ended])
+        assert not second.store.check([second._ended])
+    finally:
+        dist.destroy_process_group()
+
+
 def test_notes_and_waiting() -> None:
     """A note returns what it replaces; one process alone has nobody to tell."""
     call = roll_call.roll_call(20, cpu=True)
