@@ -16,7 +16,7 @@ from rdm_sdk.training.config import RDMConfig
 RATES = frozenset(
     {
         *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs"),
-        *("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm"),
+        *("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "weight_decay", "max_grad_norm"),
         *("critic_learning_rate", "critic_lr_scheduler_type", "critic_lr_scheduler_kwargs"),
         *("critic_adam_beta1", "critic_adam_beta2"),
         *("critic_weight_decay", "critic_max_grad_norm", "reward_weights"),

@@ -85,6 +85,17 @@ def test_other_rates_count_and_are_told(make_trainer: Make, run: Path, caplog: p
         assert f"resuming with another {change}" in caplog.text
 
 
+def test_other_options_of_the_optimizer_count_and_are_told(
+    make_trainer: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_trainer(tmp_path, max_steps=1, optim="sgd", optim_args="momentum=0.9", **SAVING).train()
+    trainer = make_trainer(tmp_path, max_steps=2, optim="sgd", optim_args="momentum=0.5", **SAVING)
+    with caplog.at_level(logging.WARNING):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.optimizer.param_groups[0]["momentum"] == 0.5
+    assert "resuming with another optim_args: 'momentum=0.9' -> 'momentum=0.5'" in caplog.text
+
+
 def test_a_longer_run_has_its_own_schedule_at_once(make_trainer: Make, run: Path) -> None:
     """With `max_steps` alone changed, the next step's rate is the longer schedule's, not what the shorter ended at."""
     trainer = make_trainer(run, max_steps=4)
