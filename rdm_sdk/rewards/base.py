@@ -337,13 +337,12 @@ class Reward(ABC):
     def make_head(self, feature_width: int, num_steps: int) -> nn.Module:
         """Return the module that the reward trains, for one that declares `head=True`.
 
-        Called once per run, before training. The host trains, moves, saves and resumes it, and hands it to each batch
-        (`DiffusionContext.head`): a reward that kept it would judge by another run's once it serves a second.
+        Called once per run, before training. The host trains, moves, saves and resumes it. Keep it nowhere, because a
+        reward may serve several runs: `DiffusionContext.head` has it.
 
         Args:
             feature_width: of the teacher's features (`DiffusionContext.features`).
-            num_steps: K, if critics are told which of the student's steps made a sample (`DiffusionContext.steps`);
-                0 if they are not.
+            num_steps: K if critics are told the step that made a sample (`DiffusionContext.steps`), 0 if they are not.
         """
         raise RewardError(
             f"reward {self.name!r} declares head=True but does not implement make_head(feature_width, num_steps)"

@@ -158,8 +158,9 @@ class Constraint(Fixed):
     maximize sum_k rho_k R_k subject to residual <= (1 + slack) * lowest residual so far, where the residual is the
     moving average of |D_real - D_fake| / |x_0 - D_real|, `dm`'s pull. The multiplier that all rewards share follows the
     violation: log m <- log m + rate * (budget - residual) / (slack * lowest), so weights fall while fidelity is
-    worse than the budget and rise while there is room. It acts from the end of the cold start. The lowest counts from
-    the first step on, so a critic that learns slowly, and hardly pulls at first, leaves no room for rewards later.
+    worse than the budget and rise while there is room. It acts from the end of the cold start, in which the lowest
+    counts from the highest on: a critic that only begins to learn is near the teacher, and hardly pulls, however bad
+    the match.
     """
 
     Config = ConstraintConfig
@@ -169,6 +170,8 @@ class Constraint(Fixed):
         # A pull of 0 is no match: the critic is still the teacher, in a warmup's first step, and nothing is below that.
         if ANCHOR in statistics and statistics[ANCHOR].pull > 0:
             residual = self._average("residual", statistics[ANCHOR].pull, self.config.decay)
+            if step < self.config.cold_start and residual > self._state.get("highest", 0.0):
+                self._state["highest"] = self._state["lowest"] = residual
             lowest = self._state["lowest"] = min(self._state.get("lowest", math.inf), residual)
             room = (1 + self.config.slack) * lowest - residual
             if step >= self.config.cold_start:

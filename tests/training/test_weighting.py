@@ -158,6 +158,19 @@ def test_constraint_acts_from_the_end_of_the_cold_start() -> None:
     assert [row["a"] for row in got[5:]] == pytest.approx([0.5 * m for m in expected[4:]])
 
 
+def test_constraint_counts_its_lowest_from_the_highest_of_the_cold_start() -> None:
+    """A critic that only begins to learn hardly pulls; as a lowest that would leave rewards no room, ever."""
+    learning, matching = [0.1, 0.3, 0.6, 1.0], [0.9, 0.8, 0.82, 1.3, 1.4]
+    steps = [{"dm": residual, "a": 1.0} for residual in (*learning, *matching)]
+    got = [row["a"] for row in run(make_weighting("constraint[cold_start=6,decay=0]"), steps)]
+    expected = reference_constraint([*[1.0] * 4, *matching], slack=0.1, rate=0.1, decay=0, cold_start=6)
+    assert got[6:] == pytest.approx([0.5 * m for m in expected[5:]])
+    assert got[6] > 0.5  # at its lowest since the highest, so there is room
+    assert got[9] < got[8] < got[7]  # a new highest after the cold start is beyond the budget
+    at_once = [row["a"] for row in run(make_weighting("constraint[decay=0]"), steps)]
+    assert at_once[9] < 0.3
+
+
 def test_constraint_falls_beyond_the_budget_and_rises_within() -> None:
     """A residual above (1 + slack) lowest lowers the weights step by step, one below raises them again."""
     strategy = make_weighting("constraint[decay=0,slack=0.1]")
