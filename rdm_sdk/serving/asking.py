@@ -40,7 +40,7 @@ class PatientConfig(RewardConfig):
     timeout: float = Field(default=60.0, gt=0)
     """Seconds that one try may take."""
     retries: int = Field(default=4, ge=0)
-    """Further tries where the first fails."""
+    """Further tries where the first fails. A server that asks to wait (`Retry-After`) is busy, and has not failed."""
     max_wait: float = Field(default=300.0, gt=0)
     """Seconds that all tries of one request may take together."""
 
@@ -148,24 +148,26 @@ async def persist(
     Raises:
         ServerLostError: nothing came of it.
     """
-    last, started = "nothing was tried", time.monotonic()
+    last, started, failures = "nothing was tried", time.monotonic(), 0
     bound = asyncio.timeout(patience.max_wait)
     try:
         async with bound:
-            for turn in range(patience.retries + 1):
+            while True:
                 wait = 0.0
                 for _ in range(servers):
                     answer = await attempt()
                     if not isinstance(answer, Failed):
                         return answer
                     last, wait = answer.reason, answer.wait
-                if turn == patience.retries:
-                    break
+                if not wait:
+                    failures += 1
                 if wait > patience.max_wait - (time.monotonic() - started):
                     last += f"; it asks to wait {wait:g} s, which max_wait={patience.max_wait:g} s does not allow"
                     break
-                longest = min(BACKOFF * 2**turn, BACKOFF_LIMIT)
-                await asyncio.sleep(max(wait, _JITTER.uniform(longest / 2, longest)))
+                if failures > patience.retries:
+                    break
+                longest = min(BACKOFF * 2 ** min(max(failures - 1, 0), 10), BACKOFF_LIMIT)
+                await asyncio.sleep(wait + _JITTER.uniform(longest / 2, longest))  # not all clients at once
     except TimeoutError:
         if not bound.expired():
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from live_servers import QUICK, Faulty, Reader, Spread, remote, serving
 from rdm_sdk import RDMTrainer, RewardBatch, RewardError
 from rdm_sdk.digits.reward import Legibility
 from rdm_sdk.rewards.evaluate import evaluate_reward, evaluate_rewards
-from rdm_sdk.serving.asking import ServerLostError
+from rdm_sdk.serving.asking import Failed, PatientConfig, ServerLostError, persist
 from rdm_sdk.serving.remote import Remote
 
 pytestmark = pytest.mark.usefixtures("sound")
@@ -109,6 +110,26 @@ def test_a_server_that_is_busy_is_asked_again(server: Faulty) -> None:
     for _ in range(10):
         torch.testing.assert_close(evaluate_reward(reward, Legibility().example(), gradients_of=()).scores, expected)
     assert server.seen["/v1/score"] >= 16
+
+
+def test_a_server_that_asks_to_wait_has_not_failed() -> None:
+    """It is asked again for as long as `max_wait` lasts: a busy server spends no retries."""
+    busy, calls = Failed("busy", wait=0.01), list[int]()
+
+    async def attempt() -> bytearray | Failed:
+        calls.append(1)
+        return busy if len(calls) < 6 else bytearray(b"there")
+
+    patience = PatientConfig(retries=0, max_wait=20)
+    assert asyncio.run(persist(attempt, patience, "it")) == b"there"
+    calls.clear()
+    with pytest.raises(ServerLostError, match=r"max_wait=0.1 s is over; before that, busy"):
+        asyncio.run(persist(attempt, PatientConfig(retries=0, max_wait=0.1), "it"))
+    busy = Failed("gone")
+    calls.clear()
+    with pytest.raises(ServerLostError, match="no answer from it .*: gone"):
+        asyncio.run(persist(attempt, patience, "it"))
+    assert len(calls) == 1
 
 
 def test_a_batch_in_many_pieces_is_not_too_much_for_its_server() -> None:
