@@ -127,7 +127,7 @@ def test_a_server_that_asks_to_wait_has_not_failed() -> None:
         asyncio.run(persist(attempt, PatientConfig(retries=0, max_wait=0.1), "it"))
     busy = Failed("gone")
     calls.clear()
-    with pytest.raises(ServerLostError, match="no answer from it .*: gone"):
+    with pytest.raises(ServerLostError, match=r"no answer from it .*: gone"):
         asyncio.run(persist(attempt, patience, "it"))
     assert len(calls) == 1
 
