@@ -87,7 +87,7 @@ class RunModels:
         device: where networks run; VAE and text encoders may wait on the CPU.
 
     Raises:
-        ConfigError: guidance or sampler do not fit the family.
+        ConfigError: the family is in float16, or guidance or sampler do not fit it.
     """
 
     def __init__(self, family: ModelFamily, settings: MethodSettings, device: torch.device) -> None:
@@ -281,7 +281,12 @@ class RunModels:
 
 
 def check_fits(family: ModelFamily, settings: MethodSettings) -> None:
-    """Raise `ConfigError` if guidance or sampler do not fit a family."""
+    """Raise `ConfigError` if a family cannot be trained in its dtype, or guidance or sampler do not fit it."""
+    if family.dtype == torch.float16:
+        raise ConfigError(
+            f"the base {family.base_name!r} is in float16, in which gradients underflow, and which autocast in "
+            "bfloat16 does not take; load it with torch_dtype=torch.bfloat16, or torch.float32"
+        )
     if family.guidance == "none" and settings.guidance_scale != 1.0:
         raise ConfigError(
             f"guidance_scale={settings.guidance_scale}: {family.base_name!r} was distilled without guidance, and "

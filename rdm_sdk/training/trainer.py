@@ -16,7 +16,6 @@ from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from rdm_sdk.errors import DataError, RDMError
-from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import STUDENT
 from rdm_sdk.families.sharding import shard_base
 from rdm_sdk.rewards.resolve import RewardFuncs
@@ -92,8 +91,7 @@ class RDMTrainer(Trainer):
         validation.check_run(args, self.rewards, datasets, weighting, self.held_out)
         self.shown = None if args.log_images_filter is None else PictureFilter(args.log_images_filter)
         roles = validation.role_configs(args, self.rewards, peft_config, fake_peft_config)
-        dtype = torch.bfloat16 if args.bf16 else torch.float32
-        self.family = load_family(model, dtype, args.quantization, max_sequence_length=args.max_sequence_length)
+        self.family = validation.run_family(model, args)
         set_seed(args.seed)  # the adapters' initial weights are part of the run
         add_run_roles(self.family, roles, self.rewards, args.steps_told, args.start_from)
         if args.fsdp:

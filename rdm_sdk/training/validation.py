@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
+import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig
@@ -15,12 +16,15 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from rdm_sdk.errors import ConfigError, DataError, nearest
+from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.compiled import check_compiler
+from rdm_sdk.families.load import load_family
 from rdm_sdk.families.roles import STUDENT, TEACHER, Roles, check_lora_config
 from rdm_sdk.plugins.registry import registry
 from rdm_sdk.rewards.base import Reward
 from rdm_sdk.rewards.resolve import RewardFuncs, RunReward, WeightedReward, resolve_rewards, split_held_out
 from rdm_sdk.training.config import RDMConfig
+from rdm_sdk.training.models import check_fits
 from rdm_sdk.training.optimizers import check_optimizer, check_schedules
 from rdm_sdk.training.start import starting_lora
 from rdm_sdk.training.weighting import ANCHOR, Weighting, make_weighting
@@ -34,6 +38,19 @@ def run_rewards(reward_funcs: RewardFuncs, args: RDMConfig) -> tuple[list[Weight
     """
     found = resolve_rewards(reward_funcs, args.reward_weights, args.reward_route, args.eval_rewards)
     return split_held_out(found, args.eval_rewards)
+
+
+def run_family(model: object, args: RDMConfig) -> ModelFamily:
+    """Return the family of a run's base, loaded in the run's precision.
+
+    Raises:
+        ConfigError, ModelError: it cannot be had, or not be trained with these settings. That is found before the
+            pipeline gets adapters, so that it can be used for another try.
+    """
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    family = load_family(model, dtype, args.quantization, max_sequence_length=args.max_sequence_length)
+    check_fits(family, args)
+    return family
 
 
 def critic_roles(rewards: Sequence[RunReward]) -> list[str]:

@@ -185,7 +185,7 @@ def test_more_shapes_than_pytorchs_limit_stay_compiled() -> None:
 def test_what_cannot_be_compiled_is_refused(
     make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], words: str
 ) -> None:
-    monkeypatch.setattr("rdm_sdk.training.trainer.load_family", lambda *_, **__: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("rdm_sdk.training.validation.load_family", lambda *_, **__: pytest.fail("the base was loaded"))
     with pytest.raises(ConfigError, match=words):
         make_trainer(tmp_path, **settings)
 
@@ -199,6 +199,6 @@ def test_a_missing_compiler_is_found_before_the_base_is_loaded(
 
     monkeypatch.setattr("torch._dynamo.backends.debugging.eager", fails)
     monkeypatch.setattr("torch._dynamo.backends.registry.lookup_backend", lambda name: fails)
-    monkeypatch.setattr("rdm_sdk.training.trainer.load_family", lambda *_, **__: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("rdm_sdk.training.validation.load_family", lambda *_, **__: pytest.fail("the base was loaded"))
     with pytest.raises(ConfigError, match=r"the backend 'eager' does not work here: .*no working C"):
         make_trainer(tmp_path, torch_compile_backend="eager")

@@ -204,7 +204,7 @@ def test_an_evaluation_that_cannot_be_made_is_refused(
     words: str,
 ) -> None:
     """Before the base is loaded, and not at the first evaluation."""
-    monkeypatch.setattr("rdm_sdk.training.trainer.load_family", lambda *_, **__: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("rdm_sdk.training.validation.load_family", lambda *_, **__: pytest.fail("the base was loaded"))
     with pytest.raises(ConfigError, match=words):
         make_trainer(tmp_path, rewards, **({"eval_dataset": ["a seven"]} if given else {}), **settings)
 
