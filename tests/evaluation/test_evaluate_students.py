@@ -129,11 +129,11 @@ def test_nothing_is_sampled_twice(
     calls: list[str] = []
     sample = Sampler._sample
 
-    def counted(self: Sampler, call: Any, prompts: list[str], seed: int) -> Any:
+    def counted(self: Sampler, name: str, call: Any, prompts: list[str], seed: int) -> Any:
         if len(calls) == stop:
             raise KeyboardInterrupt
         calls.append(prompts[0])
-        return sample(self, call, prompts, seed)
+        return sample(self, name, call, prompts, seed)
 
     monkeypatch.setattr(Sampler, "_sample", counted)
 
