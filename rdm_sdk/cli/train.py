@@ -56,9 +56,9 @@ def _check_checkpoint(config: RDMConfig) -> None:
 
 
 def _how_to_go_on(config: RDMConfig) -> str:
-    from rdm_sdk.training.checkpoint_folders import checkpoints_in
+    from rdm_sdk.training.checkpoint_folders import newest_first
 
-    found = checkpoints_in(Path(str(config.output_dir)))
+    found = newest_first(Path(str(config.output_dir)))
     if not found:
         return "stopped before the first checkpoint, so it starts anew; save_steps says how often one is written"
     return f"stopped; to go on from {found[0]}, add --resume_from_checkpoint latest to the same command"

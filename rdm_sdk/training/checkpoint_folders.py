@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,12 +37,18 @@ class Manifest:
     """Its optimizer step."""
     files: dict[str, str]
     """Path below the folder, with slashes, to the SHA-256 of the file's bytes, in hexadecimal."""
+    written: int = 0
+    """How many checkpoints the output folder had seen with it: one that a run wrote after it was taken back to an
+    earlier one has a lower step than older ones. 0 is of a version that did not count."""
 
     def text(self) -> str:
         """Return the file's content, which ends in a hash of itself, so that no bit of it goes unnoticed."""
-        content: dict[str, Any] = asdict(self)
-        content["digest"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        return json.dumps(content, indent=1, sort_keys=True)
+        return _with_digest(asdict(self))
+
+
+def _with_digest(content: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**content, "digest": digest}, indent=1, sort_keys=True)
 
 
 def step_of(folder: Path) -> int:
@@ -55,6 +61,20 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
     """Return the folders named checkpoint-N, whole or not, the highest N first."""
     found = [path for path in output_dir.glob("checkpoint-*") if step_of(path) >= 0 and path.is_dir()]
     return sorted(found, key=step_of, reverse=True)
+
+
+def newest_first(output_dir: Path) -> list[Path]:
+    """Return the folders named checkpoint-N in the order in which they were written, the last one first.
+
+    One without an intact manifest, which says nothing of that, counts as written after those of lower N.
+    """
+    seen, found = 0, []
+    for folder in reversed(checkpoints_in(output_dir)):
+        manifest = _manifest_or_none(folder)
+        written = seen if manifest is None else manifest.written
+        seen = max(seen, written)
+        found.append((written, step_of(folder), folder))
+    return [folder for *_, folder in sorted(found, reverse=True)]
 
 
 # ---- Writing --------------------------------------------------------------------------------------------------------
@@ -83,7 +103,7 @@ def writing(output_dir: Path, step: int, run: str, writer: bool, wait: Callable[
         yield staged
         wait()
         if writer:
-            _seal(staged / name, run, step)
+            _seal(staged / name, run, step, 1 + _last_written(output_dir))
             _publish(staged / name, output_dir / name)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
@@ -96,13 +116,18 @@ def writing(output_dir: Path, step: int, run: str, writer: bool, wait: Callable[
     wait()
 
 
-def _seal(folder: Path, run: str, step: int) -> None:
+def _last_written(output_dir: Path) -> int:
+    manifests = map(_manifest_or_none, checkpoints_in(output_dir))
+    return max((manifest.written for manifest in manifests if manifest), default=0)
+
+
+def _seal(folder: Path, run: str, step: int, written: int) -> None:
     """Write the manifest of a finished folder, and make sure that every file of it has reached the disk."""
     files = {}
     for path in _files(folder):
         files[path.relative_to(folder).as_posix()] = _hash(path)
         _flush(path)
-    (folder / MANIFEST).write_text(Manifest(run, step, files).text(), encoding="utf-8")
+    (folder / MANIFEST).write_text(Manifest(run, step, files, written).text(), encoding="utf-8")
     _flush(folder / MANIFEST)
     for directory in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         _flush(directory)
@@ -147,13 +172,12 @@ def clean(output_dir: Path) -> None:
 def rotate(output_dir: Path, run: str, limit: int | None, keep: Sequence[str | None]) -> None:
     """Remove a run's oldest checkpoints beyond `limit` (None or 0: none), but for those to `keep` and the newest.
 
-    `keep` holds paths or names. The one just written is to be among them: after a run was taken back to an earlier
-    checkpoint, it is not the newest by its number.
+    `keep` holds paths or names. The one just written is to be among them.
     """
     if not limit:
         return
     kept = {Path(path).name for path in keep if path}
-    mine = [path for path in checkpoints_in(output_dir) if (found := _manifest_or_none(path)) and found.run == run]
+    mine = [path for path in newest_first(output_dir) if (found := _manifest_or_none(path)) and found.run == run]
     others = [path for path in mine[1:] if path.name not in kept]
     spare = len(mine) - max(limit, len(mine) - len(others))
     for path in reversed(others[len(others) - spare :] if spare > 0 else []):
@@ -191,7 +215,7 @@ def verify(folder: Path) -> Manifest:
 def newest_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
     """Return the newest whole checkpoint of an output folder, if any, and why newer ones were skipped."""
     skipped = []
-    for folder in checkpoints_in(output_dir):
+    for folder in newest_first(output_dir):
         try:
             verify(folder)
         except CheckpointError as error:
@@ -249,7 +273,7 @@ def read_manifest(folder: Path) -> Manifest:
         content = json.loads(text)
         del content["digest"]
         manifest = Manifest(**content)
-        intact = manifest.text() == text
+        intact = _with_digest(content) == text
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise _damaged(folder, f"{MANIFEST} cannot be read ({type(error).__name__})") from error
     if not intact:

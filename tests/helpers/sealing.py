@@ -10,6 +10,6 @@ from rdm_sdk.training import checkpoint_folders
 
 def seal(checkpoint: Path, step: int = 1) -> None:
     """Write a checkpoint's manifest anew, as if it had been written as it is now."""
-    run = json.loads((checkpoint / checkpoint_folders.MANIFEST).read_text())["run"]
+    before = json.loads((checkpoint / checkpoint_folders.MANIFEST).read_text())
     (checkpoint / checkpoint_folders.MANIFEST).unlink()
-    checkpoint_folders._seal(checkpoint, run, step)
+    checkpoint_folders._seal(checkpoint, before["run"], step, before["written"])

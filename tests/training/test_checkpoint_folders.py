@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback, TrainerControl
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from rdm_sdk import CheckpointError, RDMTrainer
 from rdm_sdk.training import checkpoint_folders
@@ -188,6 +189,40 @@ def test_what_was_just_written_stays_when_a_run_was_taken_back(make_trainer: Mak
     back.add_callback(Stop())
     back.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_the_latest_of_a_run_that_was_taken_back_is_what_it_wrote_last(make_trainer: Make, tmp_path: Path) -> None:
+    """Not what it wrote before, of a later step: that is what the user did not want."""
+    make_trainer(tmp_path, max_steps=3, **SAVING).train()
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args: object, state: TrainerState, control: object, **_: object) -> None:
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    back = make_trainer(tmp_path, max_steps=3, learning_rate=1e-5, callbacks=[Kill()], **SAVING)
+    with pytest.raises(KeyboardInterrupt):
+        back.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [path.name for path in checkpoint_folders.newest_first(tmp_path)] == [
+        "checkpoint-2",
+        "checkpoint-3",
+        "checkpoint-1",
+    ]
+    again = make_trainer(tmp_path, max_steps=3, learning_rate=1e-5, **SAVING)
+    again.train(resume_from_checkpoint=True)
+    assert [row["learning_rate"] for row in again.state.log_history if row["step"] == 3 and "loss" in row] == [
+        pytest.approx(1e-5 / 3)
+    ]
+
+
+def test_checkpoints_of_a_version_that_did_not_count_are_in_the_order_of_their_steps(copied: Path) -> None:
+    """They are as intact as others, and come before those that were counted."""
+    for step in (1, 2):
+        path = copied / f"checkpoint-{step}" / checkpoint_folders.MANIFEST
+        content = json.loads(path.read_text())
+        del content["digest"], content["written"]
+        path.write_text(checkpoint_folders._with_digest(content))
+    assert checkpoint_folders.newest_whole(copied) == (copied / "checkpoint-2", [])
 
 
 def test_the_best_is_named_where_it_stands(make_trainer: Make, tmp_path: Path) -> None:
