@@ -248,6 +248,12 @@ def refuse_other_runs(output_dir: Path, run: str | None) -> None:
         )
 
 
+def is_of_run(folder: Path, run: str) -> bool:
+    """Return whether a folder is a checkpoint of a run, by its manifest alone."""
+    manifest = _manifest_or_none(folder)
+    return manifest is not None and manifest.run == run
+
+
 def _manifest_or_none(folder: Path) -> Manifest | None:
     try:
         return read_manifest(folder)

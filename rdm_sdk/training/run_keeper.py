@@ -60,6 +60,8 @@ class RunKeeper:
         self.log = LogFile(self.records / LOG)
         self._found: checkpoint.RunState | None = None
         self._folder: Path | None = None
+        self._best: str | None = None
+        """The best checkpoint so far of a run that goes on."""
 
     @property
     def output_dir(self) -> Path:
@@ -69,8 +71,9 @@ class RunKeeper:
         """Return the checkpoint that the run goes on from, whole and of this run; None where it starts afresh.
 
         Raises:
-            CheckpointError: see `checkpoint.find` and `checkpoint.check`; or the output folder holds checkpoints of
-                another run, or a file that is in the place of the log and is none.
+            CheckpointError: see `checkpoint.find` and `checkpoint.check`; or the run is to end with its best
+                checkpoint, which is gone; or the output folder holds checkpoints of another run, or a file that is in
+                the place of the log and is none.
         """
         self.step.forget()  # of a train() before that has failed
         self.models.watch.end()
@@ -83,6 +86,7 @@ class RunKeeper:
             mine = checkpoint.capture(self.step, self.models, self.identity)
             self._found = checkpoint.check(folder, mine, self.step.processes.index)
             self.identity = replace(self.identity, run=self._found.identity.run)
+            self._best = self._find_best(folder)
         if self.args.save_strategy != SaveStrategy.NO:
             # Where it starts afresh, what this trainer wrote in a train() before is of another run, too.
             mine_there = None if folder is None else self.identity.run
@@ -91,6 +95,25 @@ class RunKeeper:
         self.log.path = self.records / LOG
         check_own(self.log.path)
         return folder
+
+    def _find_best(self, folder: Path) -> str | None:
+        """Return where the best checkpoint so far is: beside the one that the run goes on from, or where it was.
+
+        Folders are copied and moved, to other machines too, and the state names its place when it was written.
+        """
+        recorded = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).best_model_checkpoint
+        if recorded is None:
+            return None
+        for place in (folder.parent / Path(recorded).name, Path(recorded)):
+            if checkpoint_folders.is_of_run(place, self.identity.run):
+                return recorded if place.resolve() == Path(recorded).resolve() else str(place)
+        if self.args.load_best_model_at_end:
+            raise CheckpointError(
+                f"the best checkpoint so far of the run that {str(folder)!r} is of is neither beside it nor at "
+                f"{recorded!r}, and load_best_model_at_end wants it in the end. Copy {Path(recorded).name} there, or "
+                "set load_best_model_at_end=False"
+            )
+        return None
 
     def _place_of_records(self) -> Path:
         """Return the output folder, or one in it where it holds checkpoints of another run: the log there is theirs."""
@@ -125,6 +148,9 @@ class RunKeeper:
         """Put all that the run has logged into Trainer's state, and let its file begin with that."""
         if self._folder is not None:
             state.log_history = whole_history(state.log_history, self._folder.parent / LOG)
+            if state.best_model_checkpoint != self._best:
+                state.best_model_checkpoint = self._best
+                logger.warning(f"the best checkpoint so far is {self._best!r}")
         if self.args.should_save:
             self.log.begin(state.log_history)
 
@@ -138,6 +164,7 @@ class RunKeeper:
         if not 0 < self.args.max_steps <= state.global_step:
             return None
         state.log_history = whole_history(state.log_history, folder.parent / LOG)
+        state.best_model_checkpoint = self._best
         logger.warning(
             f"{str(folder)!r} is of step {state.global_step} of {self.args.max_steps}: nothing is left to do"
         )

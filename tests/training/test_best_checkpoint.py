@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerState
 
-from rdm_sdk import RDMTrainer
+from rdm_sdk import CheckpointError, RDMTrainer
 from rdm_sdk.training import checkpoint_folders
 
 Make = Callable[..., RDMTrainer]
@@ -84,6 +85,39 @@ def test_a_finished_run_that_is_started_again_ends_alike(make_trainer: Make, tmp
     again.train(resume_from_checkpoint=True)
     assert torch.equal(student(again), student(first))
     assert not torch.equal(student(last), student(first))
+
+
+def test_a_finished_run_that_was_moved_ends_alike(make_trainer: Make, tmp_path: Path) -> None:
+    """As to another machine: its state names the place of its best checkpoint when that was written."""
+    first = make(make_trainer, tmp_path / "here")
+    first.train()
+    (tmp_path / "here").rename(tmp_path / "there")
+    again = make(make_trainer, tmp_path / "there")
+    again.train(resume_from_checkpoint=True)
+    assert torch.equal(student(again), student(first))
+
+
+def test_a_run_that_was_moved_remembers_its_best(make_trainer: Make, tmp_path: Path) -> None:
+    """It is kept and loaded in the end, as if nothing had been moved."""
+    make(make_trainer, tmp_path / "here", max_steps=2).train()
+    (tmp_path / "here").rename(tmp_path / "there")
+    again = make(make_trainer, tmp_path / "there", save_total_limit=1)
+    judge = again.rewards[1].reward.function
+    assert isinstance(judge, Falling)
+    judge.score = 0.8  # as after the two evaluations before
+    again.train(resume_from_checkpoint=True)
+    assert again.state.best_model_checkpoint == str(tmp_path / "there" / "checkpoint-1")
+    assert names(tmp_path / "there") == ["checkpoint-1", "checkpoint-3"]
+
+
+def test_a_best_checkpoint_that_is_gone_is_told_before_the_run_goes_on(make_trainer: Make, tmp_path: Path) -> None:
+    """At its end, the run would have had nothing to load."""
+    make(make_trainer, tmp_path, max_steps=2).train()
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    again = make(make_trainer, tmp_path)
+    with pytest.raises(CheckpointError, match=r"neither beside it nor at .*load_best_model_at_end=False"):
+        again.train(resume_from_checkpoint=True)
+    make(make_trainer, tmp_path, load_best_model_at_end=False).train(resume_from_checkpoint=True)
 
 
 def test_every_process_knows_where_the_best_is(
