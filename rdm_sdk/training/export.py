@@ -47,7 +47,8 @@ CALL = "inference.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 
 CARD = "README.md"
-UNTOLD = ("output_dir", "logging_dir", "run_name", "report_to", "hub_token", "disable_tqdm", "use_cpu")
+_PLACES = ("output_dir", "logging_dir", "resume_from_checkpoint", "prompt_cache")
+UNTOLD = (*_PLACES, "run_name", "report_to", "hub_token", "disable_tqdm", "use_cpu")
 """Settings that the card leaves out: places, reporting, secrets."""
 
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _EVALUATION = ("eval_", "metric_for_best_model", "greater_is_better", "load_best_model_at_end", "per_device_eval")
 """Beginnings of the settings that need an `eval_dataset`, which the command line does not take."""
+_NOT_THE_RUN = ("reward_weights", "resume_from_checkpoint")
+"""What is left out: factors that are in the spec's weights already, and where this start went on from."""
 _WRITABLE = re.compile(r"(large_)?string|bool|null|u?int\d+|float\d+")
 """The types of columns that come back from JSON as they were."""
 
@@ -99,8 +101,7 @@ def settings_of(trainer: RDMTrainer) -> tuple[dict[str, Any], list[str]]:
         missing.append(f"the weighting, an object in Python: {type(trainer.weighting).__name__}")
     if trainer.eval_dataset is not None:
         missing.append("the evaluation while it trains: its prompts and the settings of eval_...")
-    # The factors of reward_weights are in the spec's weights already.
-    chosen = {n: v for n, v in chosen_settings(args).items() if n != "reward_weights" and not n.startswith(_EVALUATION)}
+    chosen = {n: v for n, v in chosen_settings(args).items() if n not in _NOT_THE_RUN and not n.startswith(_EVALUATION)}
     secrets = [name for name in chosen if is_secret(name)]
     missing += [f"{name}, a secret" for name in secrets]
     return content | lora | {name: value for name, value in chosen.items() if name not in secrets}, missing

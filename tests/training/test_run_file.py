@@ -172,6 +172,18 @@ def test_training_writes_it_without_secrets(make_trainer: Make, tmp_path: Path) 
     assert not (tmp_path / "prompts.jsonl").exists()
 
 
+def test_the_file_of_a_resumed_run_makes_the_run_from_its_beginning(make_trainer: Make, tmp_path: Path) -> None:
+    """It would go on from the other run's checkpoint otherwise, in another folder too."""
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, max_steps=1, **saving).train()
+    place = str(tmp_path / "checkpoint-1")
+    make_trainer(tmp_path, max_steps=2, resume_from_checkpoint=place, **saving).train()
+    content = yaml.safe_load((tmp_path / "run.yaml").read_text(encoding="utf-8"))
+    assert content["max_steps"] == 2
+    assert "resume_from_checkpoint" not in content
+    assert place not in (tmp_path / "checkpoint-2" / "README.md").read_text(encoding="utf-8")
+
+
 KEPT: dict[str, list[Any]] = {
     **{kind: ["seven", None] for kind in ("string", "large_string")},
     **{kind: [7, None] for kind in ("int8", "int64", "uint8", "uint64")},
