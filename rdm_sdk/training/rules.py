@@ -61,6 +61,9 @@ _RULES = {
         _AT_LEAST_1,
     ),
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), _AT_LEAST_0),
+    # Trainer takes a step for 0, and goes by epochs for all that is below.
+    "max_steps": Rule("at least 1, or -1 to go by num_train_epochs", lambda steps: steps >= 1 or steps == -1),
+    "num_train_epochs": _POSITIVE,
     **dict.fromkeys(("adam_beta1", "adam_beta2"), _BELOW_1),
     "seed": Rule("a whole number from 0 to 2^32 - 1", lambda seed: 0 <= seed < 2**32),
     "reward_batch_size": _or_none(_AT_LEAST_1),

@@ -52,6 +52,9 @@ def test_a_subclass_is_checked_too(settings: dict[str, Any], words: str, tmp_pat
     ("settings", "words"),
     [
         ({"reward_batch_size": 0}, "reward_batch_size=0 .*at least 1, or None"),
+        ({"max_steps": 0}, "max_steps=0 .*at least 1, or -1 to go by num_train_epochs"),
+        ({"max_steps": -7}, "max_steps=-7 .*at least 1, or -1"),
+        ({"num_train_epochs": 0}, "num_train_epochs=0 .*positive"),
         ({"reward_device": "cudda"}, "reward_device='cudda' .*a device such as"),
         ({"log_images": -1}, "log_images=-1 .*0 or more"),
         ({"log_images": 2, "log_images_limit": 1}, "log_images_limit 2 or more"),
