@@ -170,11 +170,12 @@ def clean(output_dir: Path) -> None:
 
 
 def rotate(output_dir: Path, run: str, limit: int | None, keep: Sequence[str | None]) -> None:
-    """Remove a run's oldest checkpoints beyond `limit` (None or 0: none), but for those to `keep` and the newest.
+    """Remove a run's oldest checkpoints beyond `limit`, but for those to `keep` and the newest.
 
-    `keep` holds paths or names. The one just written is to be among them.
+    `keep` holds paths or names. The one just written is to be among them. None, 0 and less are no limit, as for
+    transformers.
     """
-    if not limit:
+    if limit is None or limit <= 0:
         return
     kept = {Path(path).name for path in keep if path}
     mine = [path for path in newest_first(output_dir) if (found := _manifest_or_none(path)) and found.run == run]

@@ -177,6 +177,14 @@ def test_the_oldest_go_and_the_newest_stays(make_trainer: Make, tmp_path: Path) 
     ]
 
 
+@pytest.mark.parametrize("limit", [0, -1])
+def test_no_checkpoint_goes_without_a_limit(copied: Path, limit: int) -> None:
+    """Transformers takes 0 and less for none, and so do its users."""
+    run = checkpoint_folders.read_manifest(copied / "checkpoint-1").run
+    checkpoint_folders.rotate(copied, run, limit, [])
+    assert len(checkpoint_folders.checkpoints_in(copied)) == 2
+
+
 def test_what_was_just_written_stays_when_a_run_was_taken_back(make_trainer: Make, tmp_path: Path) -> None:
     """It is not the newest by its number then, and would be among the oldest of those that are too many."""
     make_trainer(tmp_path, max_steps=4, **SAVING).train()
