@@ -8,6 +8,7 @@ import logging
 import uuid
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,11 @@ class PromptStore:
         return row, json.loads(facts["lengths"])
 
     def write(self, batch: Sequence[str], rows: Sequence[Condition], lengths: dict[str, int]) -> None:
-        """Keep the encodings of a batch, whole or not at all."""
+        """Keep the encodings of a batch, whole or not at all.
+
+        Raises:
+            DataError: they cannot be written, as on a full disk.
+        """
         facts = {
             "prompts": json.dumps(list(batch)),
             "lengths": json.dumps(lengths),
@@ -90,12 +95,19 @@ class PromptStore:
         tensors = {f"{place}.{name}": tensor for place, row in enumerate(rows) for name, tensor in row.items()}
         path = self.path(batch)
         staged = path.with_name(f"{uuid.uuid4().hex}.tmp")  # another run may be writing the same batch
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, staged, facts)
             staged.replace(path)
+        except (SafetensorError, OSError) as error:
+            raise DataError(
+                f"prompt_cache: the encodings of {len(batch)} prompts could not be written to {str(self.folder)!r} "
+                f"({error}). Make room there and start again, which goes on with the prompts that are missing; or name "
+                "another folder"
+            ) from error
         finally:
-            staged.unlink(missing_ok=True)
+            with suppress(OSError):  # the error that is told is the one that came first
+                staged.unlink(missing_ok=True)
         self._sound[path] = True
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import TINY_PIPELINES, tiny_sd, tiny_sd3
 
@@ -174,9 +175,20 @@ def test_values_that_were_changed_are_an_error(tmp_path: Path) -> None:
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the file nor a part of it."""
     monkeypatch.setattr("rdm_sdk.training.prompt_store.Path.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(DataError, match=r"could not be written to .* \(full\)\. Make room there"):
         stored(tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_full_disk_is_an_error_of_this_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What safetensors raises then is no error of the system, so the command line would print a traceback."""
+
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("rdm_sdk.training.prompt_store.save_file", full)
+    with pytest.raises(DataError, match=r"prompt_cache: the encodings of 8 prompts .*No space left"):
+        stored(tmp_path)
 
 
 def test_the_key_is_of_all_that_encodes() -> None:
