@@ -31,6 +31,8 @@ PLACES = frozenset(
     }
 )
 """Settings of the method that change where and when things are computed, not what."""
+START = "start_from"
+"""A folder whose weights a checkpoint has taken over, so that a resumed run may find it elsewhere; it is said."""
 FIXED_BY_TRANSFORMERS = frozenset(
     {"seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "optim"}
 )
@@ -84,7 +86,8 @@ def check_same_run(before: RunIdentity, now: RunIdentity, folder: str) -> list[s
         for name in sorted(before.settings.keys() | now.settings.keys())
         if before.settings.get(name) != now.settings.get(name)
     }
-    refused = [change for name, change in changes.items() if name not in RATES]
+    moved = {START} if before.settings.get(START) and now.settings.get(START) else set()
+    refused = [change for name, change in changes.items() if name not in RATES | moved]
     if before.prompts != now.prompts:
         refused.append("other prompts, or in another order")
     if before.processes != now.processes:

@@ -27,7 +27,8 @@ def starting_lora(folder: str, weights: Weights, given: LoraConfig | None) -> Lo
         ConfigError: the run is to train other weights than the student has, or was given a LoRA beside it.
         ModelError: the folder holds no student.
     """
-    kind = read_base(Path(folder))["weights"]
+    place = Path(folder).expanduser()
+    kind = read_base(place)["weights"]
     if kind != weights:
         raise ConfigError(
             f"start_from={folder!r} holds a {'LoRA' if kind == 'lora' else 'full copy'}, and student_weights="
@@ -41,7 +42,7 @@ def starting_lora(folder: str, weights: Weights, given: LoraConfig | None) -> Lo
     if kind == "full":
         return None
     try:
-        lora: LoraConfig = LoraConfig.from_pretrained(str(Path(folder) / PEFT_FOLDER), local_files_only=True)
+        lora: LoraConfig = LoraConfig.from_pretrained(str(place / PEFT_FOLDER), local_files_only=True)
     except Exception as error:  # PEFT raises whatever a damaged file leads to
         raise ModelError(
             f"the settings of the adapters in {folder!r} ({PEFT_FOLDER}/) cannot be read: {described(error)}. Copy the "
@@ -54,7 +55,8 @@ def starting_lora(folder: str, weights: Weights, given: LoraConfig | None) -> Lo
 
 def check_start(folder: str, family: ModelFamily) -> None:
     """Raise `ModelError` unless a finished student's base is that of a family without roles yet."""
-    check_base(family.pipeline, read_base(Path(folder)), Path(folder), other_base=False)
+    place = Path(folder).expanduser()
+    check_base(family.pipeline, read_base(place), place, other_base=False)
 
 
 def load_start(folder: str, family: ModelFamily) -> None:
@@ -63,7 +65,7 @@ def load_start(folder: str, family: ModelFamily) -> None:
     Raises:
         ModelError: they cannot be read, or do not fit.
     """
-    place = Path(folder)
+    place = Path(folder).expanduser()
     try:
         if STUDENT in family.roles.copies:
             saved = type(family.backbone).from_pretrained(place, subfolder=family.component)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig
 
-from rdm_sdk import ConfigError, ModelError, RDMTrainer, digits, plan_memory
+from rdm_sdk import CheckpointError, ConfigError, ModelError, RDMTrainer, digits, plan_memory
 from rdm_sdk.cli.main import main
 
 Make = Callable[..., RDMTrainer]
@@ -65,6 +66,33 @@ def test_a_full_student_is_started_from(make_trainer: Make, tmp_path: Path) -> N
     assert torch.equal(trainer.sample(PROMPTS, **NOISE), before.sample(PROMPTS, **NOISE))
     with pytest.raises(ConfigError, match="holds a full copy, and student_weights='lora'; set student_weights='full'"):
         make_trainer(tmp_path / "c", start_from=settings["start_from"])
+
+
+def test_a_run_goes_on_though_the_student_was_moved(
+    finished: tuple[RDMTrainer, Path], make_trainer: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on another machine: its weights are in the checkpoint. To go on without any, or from one now, is another."""
+    here, saving = Path(shutil.copytree(finished[1], tmp_path / "here")), {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path / "run", start_from=str(here), max_steps=1, **saving).train()
+    here.rename(tmp_path / "there")
+    with caplog.at_level(logging.WARNING):
+        again = make_trainer(tmp_path / "run", start_from=str(tmp_path / "there"), max_steps=2, **saving)
+        again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+    assert f"resuming with another start_from: {str(here)!r} -> " in caplog.text
+    lora = LoraConfig.from_pretrained(str(tmp_path / "there" / "peft"))
+    lora.inference_mode = False
+    with pytest.raises(CheckpointError, match=r"of another run .*start_from"):
+        make_trainer(tmp_path / "run", peft_config=lora, max_steps=3).train(resume_from_checkpoint=True)
+
+
+def test_the_folder_may_be_in_the_home(
+    finished: tuple[RDMTrainer, Path], make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shells leave "~" alone in a file of settings and behind an equals sign."""
+    monkeypatch.setenv("HOME", str(finished[1].parent))
+    trainer = make_trainer(tmp_path, start_from=f"~/{finished[1].name}")
+    assert torch.equal(trainer.sample(PROMPTS, **NOISE), finished[0].sample(PROMPTS, **NOISE))
 
 
 def test_what_cannot_be_started_from_is_refused(
