@@ -45,6 +45,8 @@ class RunArguments:
     def __post_init__(self) -> None:
         if self.model is None:
             raise ConfigError("--model is missing: give a hub id, the path of a pipeline's folder, or 'digits'")
+        if self.save_to is not None:  # shells leave "~" alone in a file, and behind an equals sign
+            self.save_to = str(Path(self.save_to).expanduser())
         for name in ("lora_r", "lora_alpha"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must be at least 1; got {getattr(self, name)}")

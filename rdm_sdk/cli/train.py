@@ -52,7 +52,7 @@ def _check_checkpoint(config: RDMConfig) -> None:
 
     folder = chosen(config.resume_from_checkpoint)
     if not isinstance(folder, bool):
-        read_manifest(Path(folder))
+        read_manifest(Path(folder).expanduser())
 
 
 def _how_to_go_on(config: RDMConfig) -> str:

@@ -134,18 +134,19 @@ def find(wanted: str | Path | bool | None, output_dir: Path) -> Path | None:
     if wanted is False:
         return None
     if wanted is not True:
-        verify(Path(wanted))
-        return Path(wanted)
-    folder, skipped = newest_whole(output_dir)
-    if folder is None and skipped:
+        folder = Path(wanted).expanduser()
+        verify(folder)
+        return folder
+    newest, skipped = newest_whole(output_dir)
+    if newest is None and skipped:
         raise CheckpointError(f"no checkpoint in {str(output_dir)!r} is whole: {'; '.join(skipped)}")
     for reason in skipped:
         logger.warning(f"skipped a checkpoint: {reason}")
-    if folder is None:
+    if newest is None:
         logger.warning(f"there is no checkpoint in {str(output_dir)!r} yet, so the run starts afresh")
     else:
-        logger.warning(f"going on from {str(folder)!r}")
-    return folder
+        logger.warning(f"going on from {str(newest)!r}")
+    return newest
 
 
 def save_state(

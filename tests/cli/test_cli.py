@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from rdm_sdk.cli.main import main
-from rdm_sdk.training.checkpoint import chosen
+from rdm_sdk.training.checkpoint import chosen, find
 from rdm_sdk.training.checkpoint_folders import MANIFEST, Manifest
 
 
@@ -131,6 +131,18 @@ class Seen:
 @pytest.fixture
 def seen(monkeypatch):
     return Seen(monkeypatch)
+
+
+def test_paths_may_begin_in_the_home(run_file, seen, tmp_path, monkeypatch):
+    """A shell leaves "~" alone in a file and behind an equals sign; a folder of that name was made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    checkpoint = checkpoint_in(tmp_path / "out")
+    flags = ["--save_to=~/student", "--output_dir=~/out", "--resume_from_checkpoint=~/out/checkpoint-3"]
+    assert main(["train", "--config", str(run_file), *flags]) == 0
+    assert (seen.target, seen.args.output_dir) == (str(tmp_path / "student"), str(tmp_path / "out"))
+    assert find(seen.args.resume_from_checkpoint, tmp_path / "out") == Path(checkpoint)
+    assert not (tmp_path / "~").exists()
 
 
 def checkpoint_in(folder):
