@@ -210,12 +210,26 @@ def _one(action: argparse.Action, value: Any) -> Any:
     return made
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses what is there more than once, of which YAML's other readers take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value!r} is there more than once", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: str) -> dict[str, Any]:
     """Return a YAML file's settings; those of `env` go into the environment, as in TRL."""
     if not Path(path).is_file():
         raise ConfigError(f"--config: there is no file {path!r}")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except UnicodeDecodeError as error:
         raise ConfigError(f"--config: {path} is no text in UTF-8: {one_line(error)}") from error
     except yaml.YAMLError as error:
