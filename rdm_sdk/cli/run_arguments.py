@@ -192,8 +192,8 @@ def _one(action: argparse.Action, value: Any) -> Any:
     """Return a single value of YAML as the flag of an action would have it."""
     kind: Any = action.type
     choices: Any = action.choices
-    if isinstance(value, bool) and choices and "no" in choices:
-        value = "yes" if value else "no"  # YAML reads a bare `no` as false
+    if isinstance(value, bool) and choices:  # YAML reads a bare `no` or `off` as false
+        value = next((word for word in (("yes", "on") if value else ("no", "off")) if word in choices), value)
     try:
         made = kind(json.dumps(value) if isinstance(value, (bool, dict)) else str(value))
         fits = value is not None and not isinstance(value, list) and (choices is None or made in choices)

@@ -168,13 +168,21 @@ def test_a_file_and_flags_are_the_same_settings(style, run_file, seen, tmp_path)
 
 
 def test_values_of_a_file_are_what_their_flags_would_be(tmp_path, seen):
-    """Numbers that YAML reads as texts, a bare `no`, words where lists are taken, and mappings."""
-    lines = ["model: digits", "learning_rate: 1e-5", "save_strategy: no", "resolutions: 32x32", "use_cpu: true"]
+    """Numbers that YAML reads as texts, a bare `no` and `off`, words where lists are taken, and mappings."""
+    lines = [
+        "model: digits",
+        "learning_rate: 1e-5",
+        "save_strategy: no",
+        "resolutions: 32x32",
+        "use_cpu: true",
+        "watch: off",
+    ]
     lines += ["lr_scheduler_kwargs: {num_cycles: 2}", "reward_weights: [2]", "report_to: [none]", "prompts: null"]
     (tmp_path / "run.yaml").write_text("\n".join(lines))
     assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 0
     args = seen.args
     assert (args.learning_rate, args.save_strategy.value, args.resolutions) == (1e-5, "no", ["32x32"])
+    assert args.watch == "off"
     assert (args.lr_scheduler_kwargs, args.reward_weights, args.report_to) == ({"num_cycles": 2}, [2.0], [])
 
 
