@@ -49,7 +49,7 @@ def read_prompt_file(path: Path, argument: str) -> Dataset:
         return reader(path)
     except UnicodeDecodeError as error:
         raise DataError(f"{argument}: {str(path)!r} is no text in UTF-8: {error}") from error
-    except (ValueError, pyarrow.ArrowException, RecursionError) as error:
+    except (ValueError, OverflowError, pyarrow.ArrowException, RecursionError) as error:
         raise DataError(f"{argument}: {str(path)!r} cannot be read as {path.suffix[1:]}: {error}") from error
 
 

@@ -113,6 +113,7 @@ def test_a_text_ends_its_lines_where_editors_do(tmp_path: Path) -> None:
         ("p.json", b'[{"prompt": "a"}', "p.json' cannot be read as json"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": 7}\n', "prompt 1 must be a text|cannot be read as jsonl"),
         ("p.jsonl", b'{"prompt": "a"}\nb\n', "p.jsonl' cannot be read as jsonl"),
+        ("p.jsonl", b'{"prompt": "a", "id": 18446744073709551616}\n', "p.jsonl' cannot be read as jsonl: .* too large"),
         ("p.jsonl", b"[" * 100_000, "p.jsonl' cannot be read as jsonl"),
         ("p.jsonl", b"", "no prompts"),
         ("p.parquet", b"prompt\na\n", "p.parquet' cannot be read as parquet"),
