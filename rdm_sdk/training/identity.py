@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, LargeList, List, Value
 from transformers import TrainingArguments
 
 from rdm_sdk.errors import CheckpointError
@@ -50,7 +51,7 @@ class RunIdentity:
     base: str
     """The base model's fingerprint."""
     prompts: str
-    """Hash of the training prompts."""
+    """Hash of the training prompts, and of what rewards read beside them."""
     processes: int
     settings: dict[str, Any]
     """See `run_settings`."""
@@ -67,12 +68,28 @@ def run_settings(args: RDMConfig) -> dict[str, Any]:
     return kept
 
 
-def prompts_digest(dataset: Dataset | None) -> str:
-    """Return a hash of a dataset's prompts, in their order."""
+def prompts_digest(dataset: Dataset | None, columns: Iterable[str] = ()) -> str:
+    """Return a hash of a dataset's prompts, in their order, and of those `columns` of it that hold texts and numbers.
+
+    Pictures would all have to be read for it, and a transform may make other entries each time.
+    """
     digest = hashlib.sha256()
     for prompt in dataset["prompt"] if dataset is not None else ():
         digest.update(json.dumps(prompt).encode())
+    if dataset is not None and dataset.format["type"] != "custom":
+        for name in sorted({*columns} & {*dataset.column_names}):
+            if _is_plain(dataset.features[name]):
+                digest.update(json.dumps(name).encode())
+                for entry in dataset[name]:
+                    digest.update(json.dumps(entry, default=str).encode())
     return digest.hexdigest()[:16]
+
+
+def _is_plain(kind: Any) -> bool:
+    """Return whether a column of this type holds texts, numbers, or lists and mappings of them."""
+    if isinstance(kind, Mapping):
+        return all(map(_is_plain, kind.values()))
+    return isinstance(kind, Value) or (isinstance(kind, (List, LargeList)) and _is_plain(kind.feature))
 
 
 def check_same_run(before: RunIdentity, now: RunIdentity, folder: str) -> list[str]:
@@ -89,7 +106,7 @@ def check_same_run(before: RunIdentity, now: RunIdentity, folder: str) -> list[s
     moved = {START} if before.settings.get(START) and now.settings.get(START) else set()
     refused = [change for name, change in changes.items() if name not in RATES | moved]
     if before.prompts != now.prompts:
-        refused.append("other prompts, or in another order")
+        refused.append("other prompts or entries of columns that rewards read, or in another order")
     if before.processes != now.processes:
         changes["processes"] = f"number of processes: {before.processes} -> {now.processes}"
     if refused:

@@ -48,10 +48,11 @@ class RunKeeper:
         wait: Callable[[], None],
     ) -> None:
         self.args, self.step, self.models, self.wait = args, step, models, wait
+        read = [reward.capabilities for reward in step.judge.rewards]
         self.identity = RunIdentity(
             step.processes.gather(uuid.uuid4().hex)[0],
             models.family.fingerprint(),
-            prompts_digest(dataset),
+            prompts_digest(dataset, (name for each in read for name in (*each.columns, *each.reads))),
             step.processes.count,
             run_settings(args),
         )

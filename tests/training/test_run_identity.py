@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
+from torch import Tensor
 from transformers import TrainingArguments
 
 from rdm_sdk import CheckpointError, RDMConfig, RDMTrainer, digits
@@ -61,6 +63,33 @@ def test_another_run_is_refused(make_trainer: Make, run: Path, changed: dict[str
         make_trainer(run, **(SAVING | {"max_steps": 4} | changed)).train(resume_from_checkpoint=True)
     assert words in str(caught.value) or "do not fit" in str(caught.value)
     assert "esume with the same" in str(caught.value)
+
+
+def wanted(
+    images: Tensor, prompts: list[str], words: list[list[str]], weight: list[float] | None = None
+) -> list[float]:
+    """A score that reads two columns."""
+    return [float(len(each)) for each in words]
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_another"),
+    [({"words": [["a"], ["x"]]}, True), ({"weight": [1, 3]}, True), ({"note": ["c", "d"]}, False)],
+    ids=["needed", "read", "of no reward"],
+)
+def test_other_entries_that_rewards_read_are_another_run(
+    changed: dict[str, Any], is_another: bool, make_trainer: Make, tmp_path: Path
+) -> None:
+    """As other prompts are; what nobody reads may change."""
+    data = {"prompt": ["a", "b"], "words": [["a"], ["b"]], "weight": [1, 2], "note": ["a", "b"]}
+    rewards = ["dm", (wanted, 0.1)]
+    make_trainer(tmp_path, rewards, Dataset.from_dict(data), max_steps=1, **SAVING).train()
+    again = make_trainer(tmp_path, rewards, Dataset.from_dict(data | changed), max_steps=1, **SAVING)
+    if is_another:
+        with pytest.raises(CheckpointError, match="other prompts or entries of columns that rewards read"):
+            again.train(resume_from_checkpoint=True)
+    else:
+        assert again.train(resume_from_checkpoint=True).global_step == 1
 
 
 def test_other_rates_count_and_are_told(make_trainer: Make, run: Path, caplog: pytest.LogCaptureFixture) -> None:
