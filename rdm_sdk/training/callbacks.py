@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,8 @@ from rdm_sdk.training.weighting import STRATEGIES
 if TYPE_CHECKING:
     from rdm_sdk.training.config import RDMConfig
     from rdm_sdk.training.trainer import RDMTrainer
+
+logger = logging.getLogger(__name__)
 
 WHAT_TO_WATCH = (
     "What to watch: 'gap', how far teacher and critic are apart (mean square), falls once the critic has learned; "
@@ -160,12 +163,17 @@ class Bookkeeper(TrainerCallback):
             clear_device_cache()
         due = args.log_images and state.global_step % args.log_images == 0
         if due and (args.should_save or self.trainer.roles.sharded):
-            name = f"step_{state.global_step:06d}.png"
-            path = self.trainer.write_images(self.trainer.keeper.records / "images" / name)
-            if args.should_save:
-                self.trackers.show(path, state.global_step)
-                if args.log_images_limit is not None:
-                    self._thin_out(path.parent, state.global_step, args)
+            try:
+                self._picture(args, state.global_step)
+            except OSError as error:  # as of a full disk: steps since the last checkpoint are worth more
+                logger.warning(f"the pictures of step {state.global_step} could not be written: {error}")
+
+    def _picture(self, args: Any, step: int) -> None:
+        path = self.trainer.write_images(self.trainer.keeper.records / "images" / f"step_{step:06d}.png")
+        if args.should_save:
+            self.trackers.show(path, step)
+            if args.log_images_limit is not None:
+                self._thin_out(path.parent, step, args)
 
     @staticmethod
     def _thin_out(folder: Path, step: int, args: RDMConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +18,8 @@ from rdm_sdk.training.identity import run_settings
 
 if TYPE_CHECKING:
     from rdm_sdk.training.trainer import RDMTrainer
+
+logger = logging.getLogger(__name__)
 
 RECORD = "run.json"
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "torchmetrics")
@@ -56,5 +59,8 @@ class RunRecord(TrainerCallback):
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if args.should_save:
-            with replacing(self.trainer.keeper.records / TRAINER_STATE_NAME) as staged:
-                state.save_to_json(str(staged))
+            try:
+                with replacing(self.trainer.keeper.records / TRAINER_STATE_NAME) as staged:
+                    state.save_to_json(str(staged))
+            except OSError as error:  # the student that was trained is still to be saved, maybe on another disk
+                logger.warning(f"{TRAINER_STATE_NAME} could not be written ({error}); log.jsonl has the same figures")

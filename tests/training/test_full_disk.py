@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -84,3 +85,22 @@ def test_a_full_disk(left: int, disk: Path, tmp_path: Path, make_trainer: Callab
     assert all(bool((ends[0][name] == ends[1][name]).all()) for name in ends[0])
     rows = parsed(read_log(disk / "run" / "log.jsonl"))
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
+
+
+def test_what_is_written_for_people_ends_no_run(
+    disk: Path, make_trainer: Callable[..., RDMTrainer], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Pictures, and Trainer's state at the end: the steps that were taken are worth more, and what failed is told."""
+
+    class Full(TrainerCallback):
+        def on_step_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+            with (disk / "ballast").open("wb", buffering=0) as file, suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+
+    trainer = make_trainer(disk / "run", max_steps=2, log_images=1, logging_strategy="no", callbacks=[Full()])
+    with caplog.at_level(logging.WARNING):
+        assert trainer.train().global_step == 2
+    assert "the pictures of step 1 could not be written: [Errno 28] No space left" in caplog.text
+    assert "trainer_state.json could not be written ([Errno 28]" in caplog.text
+    assert not list((disk / "run" / "images").glob("*.tmp"))
