@@ -271,6 +271,11 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise CheckpointError(f"cannot resume: there is no folder {str(folder)!r}")
     path = folder / MANIFEST
+    if not path.is_file() and (found := newest_first(folder)):
+        raise CheckpointError(
+            f"cannot resume from {str(folder)!r}: it is no checkpoint, and has some in it. Give one of them, such as "
+            f"{str(found[0])!r}, or 'latest' with that folder as output_dir"
+        )
     if not path.is_file():
         raise _damaged(
             folder, f"it has no {MANIFEST}, so its writing was interrupted, or it is no checkpoint of this SDK"

@@ -125,6 +125,14 @@ def test_without_a_whole_checkpoint_nothing_is_begun_anew(make_trainer: Make, co
         make_trainer(copied, **SAVING).train(resume_from_checkpoint=True)
 
 
+def test_an_output_folder_is_no_checkpoint(run: Path) -> None:
+    """Nothing was interrupted in it: the user has named the folder above."""
+    with pytest.raises(
+        CheckpointError, match=r"has some in it\. Give one of them, such as '.*checkpoint-2', or 'latest'"
+    ):
+        checkpoint_folders.verify(run)
+
+
 def test_the_latest_of_none_is_a_new_run(make_trainer: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A job that always asks for the latest can begin; the setting of the config counts as the argument does."""
     trainer = make_trainer(tmp_path / "new", max_steps=1, resume_from_checkpoint="latest", **SAVING)
