@@ -179,7 +179,7 @@ def test_pulls_are_those_of_its_samples() -> None:
 
 def test_statistics_are_over_its_samples() -> None:
     """What the weighting is told is the mean over samples, not over micro-batches or processes."""
-    monitor, judged = Monitor(), SimpleNamespace(label="a", route="gradient")
+    monitor, judged = Monitor(), SimpleNamespace(label="a", route="gradient", weight=1.0)
     for scores, pull in (([1.0, 1.0, 1.0, 4.0], 2.0), ([8.0, NAN, NAN, NAN], 7.0), ([NAN] * 4, 0.0)):
         output = RewardOutput(torch.tensor(scores))
         monitor.reward(judged, output, 2)  # type: ignore[arg-type]
