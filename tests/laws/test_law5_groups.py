@@ -1,13 +1,14 @@
 """Law 5: a constant group gives zero advantage, order inside a group is free, groups do not depend on processes."""
 
 import math
+from statistics import fmean, stdev
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rdm_sdk.method.groups import EPS, group_advantage, group_scale, scale_field
+from rdm_sdk.method.groups import EPS, group_advantage, group_deviation, group_scale, scale_field
 
 NAN = math.nan
 SCALES = ["group", "batch", "none"]
@@ -121,6 +122,19 @@ def test_one_process_equals_two():
             assert torch.equal(torch.cat(halves), scale_field(field, magnitudes, group_size, normalization))
 
 
+def test_the_batch_is_that_of_all_processes():
+    """Law 5: a process that has half of the scores divides them by the deviation, or the mean, of all of them."""
+    mine, theirs = torch.tensor([1.0, 2.0, 6.0, NAN]), torch.tensor([-8.0, 4.0, 16.0, 30.0])
+    every = torch.cat([mine[:3], theirs])
+    # What the other process adds: how many it has and their sum, then their squares about the mean of all.
+    added = iter([torch.tensor([4.0, 42.0]), (theirs - every.mean()).square().sum()])
+    advantage = group_advantage(mine, 4, "batch", total=lambda sums: sums + next(added))
+    expected = torch.tensor([-2.0, -1.0, 3.0]) / (every.std() + EPS)
+    torch.testing.assert_close(advantage, torch.cat([expected, torch.zeros(1)]))
+    divisor = group_scale(mine, 2, "batch", total=lambda sums: sums + torch.tensor([42.0, 4.0]))
+    torch.testing.assert_close(divisor, torch.full([4], 51.0 / 7))
+
+
 @pytest.mark.parametrize("shape", [(), (6, 1), (6, 4), (6, 3, 4, 4)], ids=str)
 def test_fields_cannot_be_centered(shape):
     """Law 5: group_advantage rejects anything but `[N]`, so that a gradient field can never lose its drift."""
@@ -141,3 +155,12 @@ def test_half_precision_scores_are_computed_in_float32():
     advantage = group_advantage(torch.tensor([1.0, 2.0, 6.0], dtype=torch.bfloat16), 3, eps=0.0)
     assert advantage.dtype == torch.float32
     torch.testing.assert_close(advantage, torch.tensor([-2.0, -1.0, 3.0]) / math.sqrt(7))
+
+
+def test_deviation_of_samples_in_their_group():
+    """A value's standard deviation (unbiased) in its group, averaged; what groups have between them is not in it."""
+    samples = torch.randn(6, 2, 2, generator=torch.Generator().manual_seed(4))
+    samples[3:] += 100
+    values = samples.reshape(2, 3, 4).double().tolist()
+    expected = fmean(stdev(sample[place] for sample in group) for group in values for place in range(4))
+    assert group_deviation(samples, 3).item() == pytest.approx(expected, rel=1e-4)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rdm_sdk.method.matching import critic_lag, lag_profile
+from rdm_sdk.method.matching import critic_lag, lag_profile, shared_square
 from rdm_sdk.method.noise import FlowSchedule, VariancePreservingSchedule, add_noise
 
 FLOW, VP = FlowSchedule(), VariancePreservingSchedule()
@@ -158,3 +158,22 @@ def test_profile_is_the_denoiser_s_slope_in_the_mean(schedule):
     denoised = (mean + alpha * x_t / sigma**2) / (1 + alpha**2 / sigma**2)
     (slope,) = torch.autograd.grad(denoised.sum(), mean)
     torch.testing.assert_close(lag_profile(schedule, sigma), slope)
+
+
+def test_what_a_group_has_in_common():
+    """The mean product with the group's other samples, pair by pair; alike samples have their square in common."""
+    values = torch.randn(6, 2, 2, generator=torch.Generator().manual_seed(2))
+    rows = values.flatten(1).double().tolist()
+    expected = []
+    for i in range(6):
+        others = [j for j in range(i - i % 3, i - i % 3 + 3) if j != i]
+        expected.append(sum(a * b for j in others for a, b in zip(rows[i], rows[j], strict=True)) / (4 * len(others)))
+    torch.testing.assert_close(shared_square(values, 3), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+    alike = values[:1].expand(4, 2, 2)
+    torch.testing.assert_close(shared_square(alike, 4), alike.square().flatten(1).mean(1))
+
+
+def test_independent_samples_have_nothing_in_common():
+    """Whatever their scatter, the average over many groups is the square of their mean: an unbiased estimate."""
+    values = 0.5 + torch.randn(40_000, 2, generator=torch.Generator().manual_seed(3))
+    assert shared_square(values, 2).mean().item() == pytest.approx(0.25, abs=0.02)

@@ -123,6 +123,19 @@ def test_a_single_reward_keeps_its_weight(aggregation: Any, scale: Any, weight: 
         torch.testing.assert_close(alone, group_advantage(scores["a"], G, scale))
 
 
+@pytest.mark.parametrize("how", ["normalize_then_sum", "sum_then_normalize"])
+def test_the_batch_is_that_of_all_processes(how: Any) -> None:
+    """A deviation of the batch is that of every process's scores, or sums of advantages, whichever is divided."""
+    mine, theirs = torch.tensor(A), torch.tensor([7.0, 7.5, 9.0, 30.0])
+    rows = (A, theirs.tolist())
+    first, other = map(torch.tensor, map(advantage_by_hand, rows) if how == "normalize_then_sum" else rows)
+    every = torch.cat([first, other])
+    # What the other process adds: how many it has and their sum, then their squares about the mean of all.
+    added = iter([torch.tensor([4.0, other.sum()]), (other - every.mean()).square().sum()])
+    got = aggregate({"a": mine}, {"a": 0.5}, G, "batch", how, lambda sums: sums + next(added))
+    torch.testing.assert_close(got, 0.5 * (first - first.mean()) / every.std(), rtol=1e-3, atol=1e-5)
+
+
 def test_a_single_reward_keeps_its_weight_beside_missing_scores() -> None:
     """Also where some samples have no score: the advantages of the others are not scaled up."""
     scores = {"a": [1.0, 3.0, torch.nan, torch.nan]}
@@ -177,6 +190,7 @@ def test_fields_add_up_by_their_weights() -> None:
     """g = sum_k lambda_k g_k; a weight of 0 leaves a reward out, NaN and all; a weight of 1 changes no bit."""
     one, two = drawn(4, 3), drawn(4, 3, seed=1)
     torch.testing.assert_close(combine({"a": one, "b": two}, {"a": 1.0, "b": -0.5}), one - 0.5 * two)
+    torch.testing.assert_close(combine({"a": one, "b": two}, {"a": 0.3, "b": 4.0}), 0.3 * one + 4 * two)
     broken = torch.full((4, 3), torch.nan)
     assert torch.equal(combine({"a": one, "b": broken}, {"a": 1.0, "b": 0.0}), one)
     assert combine({"a": one}, {"a": 0.0}) is None
