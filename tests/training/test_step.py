@@ -15,6 +15,7 @@ from transformers import Trainer, set_seed
 
 from rdm_sdk import RDMConfig, RDMTrainer, digits
 from rdm_sdk.families.load import load_family
+from rdm_sdk.rewards.dm import DistributionMatching
 from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.training.judge import Judge
 from rdm_sdk.training.models import RunModels
@@ -103,3 +104,31 @@ def test_a_loop_of_ones_own_gives_the_trainers_bits(
     assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
     for role in ("student", "fake"):
         assert any(not torch.equal(before[n], p) for n, p in expected.items() if n.startswith(role))
+
+
+def test_the_critics_loss_is_the_mean_over_micro_batches(
+    make_trainer: Callable[..., RDMTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is back-propagated in one update adds up to the mean, so that accumulation leaves clipping as it is."""
+    said: list[float] = []
+    plain = DistributionMatching.training_loss
+
+    def training_loss(self: DistributionMatching, batch: Any) -> Tensor:
+        loss = plain(self, batch)
+        said.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(DistributionMatching, "training_loss", training_loss)
+    trainer = make_trainer(tmp_path, max_steps=1, gradient_accumulation_steps=2, critic_steps=1)
+    taught: list[float] = []
+    losses = trainer.step.critic_losses
+
+    def critic_losses(turn: int) -> Any:
+        for loss in losses(turn):
+            taught.append(loss.item())
+            yield loss
+
+    monkeypatch.setattr(trainer.step, "critic_losses", critic_losses)
+    trainer.train()
+    assert len(said) == 2
+    assert sum(taught) == pytest.approx(sum(said) / 2, rel=1e-5)
