@@ -65,3 +65,19 @@ def test_what_is_undisturbed_is_as_it_was() -> None:
     assert torch.equal(randomness.draws.generator.get_state(), states[0])  # type: ignore[union-attr]
     assert torch.equal(torch.get_rng_state(), states[1])
     randomness.end()
+
+
+def test_processes_share_the_runs_stream_and_not_what_rewards_draw() -> None:
+    """Each goes on from the first one's state, wherever its own is; a reward draws other numbers on each."""
+    torch.manual_seed(3)
+    first, expected = torch.get_rng_state(), torch.randn(4, 3)
+    own, of_rewards = [], []
+    for index in range(2):
+        torch.manual_seed(10 + index)
+        randomness = Randomness(CPU, Processes(2, gather=lambda value: [first, value], index=index))
+        randomness.begin()
+        of_rewards.append(torch.randn(5))
+        own.append(randomness.draws.normal(2, (3,), CPU))
+        randomness.end()
+    torch.testing.assert_close(torch.cat(own), expected, rtol=0, atol=0)
+    assert not torch.equal(*of_rewards)

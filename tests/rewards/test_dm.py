@@ -1,0 +1,56 @@
+"""What `dm` teaches its critic, and the figures that tell how well the critic follows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rdm_sdk.method.noise import FlowSchedule
+from rdm_sdk.rewards.base import RewardBatch
+from rdm_sdk.rewards.context import DiffusionContext
+from rdm_sdk.rewards.dm import DistributionMatching
+from rdm_sdk.types import Denoiser
+
+X_0 = torch.randn(6, 2, 2, generator=torch.Generator().manual_seed(0))
+OFFSETS = torch.tensor([0.5, -1.0, 2.0, 0.25, -0.5, 1.0])
+
+
+def batch(seen: list[Tensor], weights: Tensor | None = None) -> RewardBatch:
+    """Return samples in groups of three whose critic is off by `OFFSETS`, and whose teacher by 0.1.
+
+    The levels at which the critic is asked are added to `seen`.
+    """
+
+    def denoiser(role: str) -> Denoiser:
+        def denoised(x_t: Tensor, sigma: Tensor) -> Tensor:
+            if role == "teacher":
+                return X_0 + 0.1
+            seen.append(sigma)
+            return X_0 + OFFSETS[:, None, None]
+
+        return denoised
+
+    times = {"min_time": 0.1, "max_time": 0.3, "critic_times": (0.5, 0.9)}
+    context = DiffusionContext(schedule=FlowSchedule(), denoiser=denoiser, **times)
+    prompts = ["a seven"] * 6
+    return RewardBatch(latents=X_0, prompts=prompts, group_size=3, decode=lambda z: z, context=context, weights=weights)
+
+
+def test_the_critic_counts_samples_by_their_weights() -> None:
+    """Its loss is the mean of weight times squared error of the flow, at times of its own."""
+    weights = torch.tensor([1.0, 0.0, 0.2, 3.0, 1.5, 0.5])
+    for given, expected in ((weights, weights), (None, torch.ones(6))):
+        seen: list[Tensor] = []
+        loss = DistributionMatching().training_loss(batch(seen, given))
+        (sigma,) = seen
+        torch.testing.assert_close(loss, (expected * OFFSETS.square() / sigma.square()).sum() / 6)
+        assert bool(((sigma >= 0.5) & (sigma <= 0.9)).all())
+
+
+def test_figures_of_the_critic() -> None:
+    """Squares per value: of teacher minus critic, of sample minus critic, and what a group's errors have in common."""
+    figures = DistributionMatching().field(batch([])).figures
+    torch.testing.assert_close(figures["gap"], (OFFSETS - 0.1).square())
+    torch.testing.assert_close(figures["error"], OFFSETS.square())
+    others = [(-1.0 + 2.0) / 2, (0.5 + 2.0) / 2, (0.5 - 1.0) / 2, (-0.5 + 1.0) / 2, (0.25 + 1.0) / 2, (0.25 - 0.5) / 2]
+    torch.testing.assert_close(figures["lag"], OFFSETS * torch.tensor(others))
