@@ -76,6 +76,13 @@ def test_neighbors_are_counted_as_the_papers_do() -> None:
     assert 0 < recall < 1
 
 
+def test_a_ball_holds_what_lies_on_its_edge() -> None:
+    """Sets of one and the same image, whose balls have no extent, are the same sets."""
+    alike = drawn(0, 1).expand(12, 8)
+    assert precision_recall(alike, alike) == (1.0, 1.0)
+    assert density_coverage(alike, alike) == (12 / 5, 1.0)
+
+
 def test_neighbors_tell_fidelity_from_variety() -> None:
     """One good picture over and over is precise and covers nothing; noise about everything is the other way round."""
     reference = drawn(0, 400)

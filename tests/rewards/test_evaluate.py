@@ -60,6 +60,22 @@ def test_chunked_equals_unchunked(chunk_size: int) -> None:
             assert torch.allclose(parts[name].gradient, whole[name].gradient, atol=1e-6)
 
 
+def test_scores_without_a_gradient_keep_no_graph() -> None:
+    """Also of a reward whose own weights would ask for one."""
+    recorded: list[bool] = []
+
+    class Scorer(Reward):
+        capabilities = Capabilities(space="latent")
+
+        def score(self, batch: RewardBatch) -> Tensor:
+            recorded.append(torch.is_grad_enabled())
+            return batch.latents.mean(dim=(1, 2, 3)) * torch.nn.Parameter(torch.ones(()))
+
+    scores = evaluate_reward(Scorer(), latent_batch()).scores
+    assert recorded == [False]
+    assert not scores.requires_grad
+
+
 def test_gradient_is_that_of_the_whole_chain() -> None:
     """The gradient with respect to the latents equals back-propagation through decoder and reward."""
     batch = latent_batch()

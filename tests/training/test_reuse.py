@@ -173,6 +173,18 @@ def test_both_reductions_pull_alike_at_first(make_trainer: Make, tmp_path: Path,
     assert rows[0][0] > 0 < rows[0][1]
 
 
+def test_scores_alone_train_no_step_without_a_density(
+    make_trainer: Make, tmp_path: Path, policy_calls: list[tuple[Tensor, Tensor]]
+) -> None:
+    """The last step of a trajectory has no ratio, so where only scores teach no sample is spent on it, in no use."""
+    settings = {"num_iterations": 3, "min_effective_sample_size": 0.0}
+    trainer = make_trainer(tmp_path, Judge(), critic_steps=0, max_steps=3, **settings)
+    trainer.train()
+    assert [len(weights) for _, weights in policy_calls] == [8, 8, 8]
+    (experience,) = trainer.step.rollouts.experiences
+    assert experience.plan.sort(0).values.T.tolist() == [[0, 1, 2]] * 8  # of the four steps
+
+
 def test_critics_learn_with_the_same_weights(make_trainer: Make, tmp_path: Path) -> None:
     """Critic and student see the same samples with the same weights in every update."""
     reward = WatchedMatching()
