@@ -15,10 +15,12 @@ X_0 = torch.randn(6, 2, 2, generator=torch.Generator().manual_seed(0))
 OFFSETS = torch.tensor([0.5, -1.0, 2.0, 0.25, -0.5, 1.0])
 
 
-def batch(seen: list[Tensor], weights: Tensor | None = None) -> RewardBatch:
+def batch(
+    seen: list[Tensor], weights: Tensor | None = None, ends: tuple[Tensor | float, Tensor | float] = (0.1, 0.3)
+) -> RewardBatch:
     """Return samples in groups of three whose critic is off by `OFFSETS`, and whose teacher by 0.1.
 
-    The levels at which the critic is asked are added to `seen`.
+    The levels at which the critic is asked are added to `seen`; `ends` are those of the student's update.
     """
 
     def denoiser(role: str) -> Denoiser:
@@ -30,8 +32,9 @@ def batch(seen: list[Tensor], weights: Tensor | None = None) -> RewardBatch:
 
         return denoised
 
-    times = {"min_time": 0.1, "max_time": 0.3, "critic_times": (0.5, 0.9)}
-    context = DiffusionContext(schedule=FlowSchedule(), denoiser=denoiser, **times)
+    context = DiffusionContext(
+        schedule=FlowSchedule(), denoiser=denoiser, min_time=ends[0], max_time=ends[1], critic_times=(0.5, 0.9)
+    )
     prompts = ["a seven"] * 6
     return RewardBatch(latents=X_0, prompts=prompts, group_size=3, decode=lambda z: z, context=context, weights=weights)
 
@@ -54,3 +57,15 @@ def test_figures_of_the_critic() -> None:
     torch.testing.assert_close(figures["error"], OFFSETS.square())
     others = [(-1.0 + 2.0) / 2, (0.5 + 2.0) / 2, (0.5 - 1.0) / 2, (-0.5 + 1.0) / 2, (0.25 + 1.0) / 2, (0.25 - 0.5) / 2]
     torch.testing.assert_close(figures["lag"], OFFSETS * torch.tensor(others))
+
+
+def test_the_score_is_an_integral_over_the_times_of_each_sample() -> None:
+    """Half the error difference at the drawn level, by the slope of the log-SNR and by how long the interval is."""
+    low, high = torch.full((6,), 0.25), torch.tensor([0.5, 0.5, 0.75, 0.3, 0.9, 0.6])
+    for ends, span in (((0.1, 0.3), torch.full((6,), 0.2)), ((low, high), high - low)):
+        seen: list[Tensor] = []
+        scores = DistributionMatching().score(batch(seen, ends=ends))
+        (sigma,) = seen
+        slope = 2 / sigma + 2 / (1 - sigma)  # of log((1 - sigma)^2 / sigma^2)
+        errors = 4 * (OFFSETS.square() - 0.1**2)  # four values per sample
+        torch.testing.assert_close(scores, 0.5 * (1 / sigma - 1).square() * slope * span * errors, rtol=1e-4, atol=0)

@@ -132,3 +132,18 @@ def test_the_critics_loss_is_the_mean_over_micro_batches(
     trainer.train()
     assert len(said) == 2
     assert sum(taught) == pytest.approx(sum(said) / 2, rel=1e-5)
+
+
+def test_no_gradient_of_a_critic_outlives_its_update(make_trainer: Callable[..., RDMTrainer], tmp_path: Path) -> None:
+    """The next update goes by its own gradient alone."""
+    trainer = make_trainer(tmp_path, max_steps=1, critic_steps=2)
+    left: list[bool] = []
+    begin = trainer.step.critic_losses
+
+    def critic_losses(turn: int) -> Any:
+        left.append(any(p.grad is not None and bool(p.grad.any()) for p in trainer.parameters_of("fake")))
+        return begin(turn)
+
+    trainer.step.critic_losses = critic_losses  # type: ignore[method-assign]
+    trainer.train()
+    assert left == [False, False]
