@@ -9,7 +9,7 @@ from scipy.linalg import sqrtm
 
 from rdm_sdk import DataError, digits, diversity, feature_statistics, frechet_distance, legibility
 from rdm_sdk.evaluation.distances import FeatureStatistics, frechet, frechet_interval, kernel_distance
-from rdm_sdk.evaluation.intervals import mean_interval
+from rdm_sdk.evaluation.intervals import mean_interval, mean_variance
 from rdm_sdk.evaluation.neighbors import density_coverage, precision_recall
 
 
@@ -122,6 +122,16 @@ def test_what_differs_between_prompts_is_no_noise() -> None:
     assert found[0].high - found[0].low < 0.3 * (ignorant[0].high - ignorant[0].low)
     middle = float(np.mean([value for *_, value in frechets]))
     assert 0.90 <= covered([(low, high) for low, high, _ in frechets], middle) <= 0.99
+
+
+def test_groups_of_one_are_one_group() -> None:
+    """Nobody knows their spread, so what differs between them counts as noise; the other groups keep their means."""
+    values = torch.tensor([1.0, 2.0, 4.0, 9.0, 50.0, 52.0], dtype=torch.float64)
+    scatter = 4 * np.var(values[:4].numpy(), ddof=1) + 2 * np.var([50, 52], ddof=1)
+    assert mean_variance(values, [0, 1, 2, 3, 7, 7]) == pytest.approx(scatter / 36)
+    assert mean_variance(values[:4], [3, 1, 0, 2]) == pytest.approx(np.var(values[:4].numpy(), ddof=1) / 4)
+    one = mean_interval(values, [0, 1, 2, 3, 7, 7], draws=4000)
+    assert (one.high - one.low) / 2 == pytest.approx(1.96 * (scatter / 36) ** 0.5, rel=0.15)
 
 
 def _exponential(generator: torch.Generator) -> torch.Tensor:

@@ -147,3 +147,20 @@ def test_no_gradient_of_a_critic_outlives_its_update(make_trainer: Callable[...,
     trainer.step.critic_losses = critic_losses  # type: ignore[method-assign]
     trainer.train()
     assert left == [False, False]
+
+
+def test_the_critics_rate_moves_with_the_student(make_trainer: Callable[..., RDMTrainer], tmp_path: Path) -> None:
+    """Once per optimizer step of the student, however often the critics are updated in it."""
+    schedule = {"lr_scheduler_type": "linear", "critic_learning_rate": 1e-3}
+    trainer = make_trainer(tmp_path, max_steps=4, critic_steps=3, **schedule)
+    rates: list[float] = []
+    begin = trainer.step.critic_losses
+
+    def critic_losses(turn: int) -> Any:
+        assert trainer.critic_optimizer is not None
+        rates.append(trainer.critic_optimizer.learning_rate)
+        return begin(turn)
+
+    trainer.step.critic_losses = critic_losses  # type: ignore[method-assign]
+    trainer.train()
+    assert rates == pytest.approx([1e-3 * (1 - step / 4) for step in range(4) for _ in range(3)])
