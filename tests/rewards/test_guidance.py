@@ -232,3 +232,15 @@ def test_the_noise_is_standard_and_the_same_for_every_dtype() -> None:
         assert abs(float(noise.mean())) < 0.05
         assert abs(float(noise.std()) - 1) < 0.05
     assert torch.equal(*noised)
+
+
+def test_the_teacher_without_the_prompt_is_told_none(make_trainer: Make, tmp_path: Path) -> None:
+    """Asked by itself, it says what it says beside its prediction with the prompt, and that is another."""
+    models = (trainer := make_trainer(tmp_path)).models
+    context = trainer.judge.context(models.encode(["a handwritten seven", "a handwritten one"]))
+    x_t, sigma = torch.randn(2, *models.latent_shapes[0]), torch.tensor([0.4, 0.8])
+    assert context.denoiser_pair is not None
+    assert context.unprompted is not None
+    with_prompt, without = context.denoiser_pair(x_t, sigma)
+    torch.testing.assert_close(context.unprompted(x_t, sigma), without, rtol=1e-4, atol=1e-4)
+    assert (with_prompt - without).abs().max() > 1e-2

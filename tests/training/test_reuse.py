@@ -185,6 +185,16 @@ def test_scores_alone_train_no_step_without_a_density(
     assert experience.plan.sort(0).values.T.tolist() == [[0, 1, 2]] * 8  # of the four steps
 
 
+def test_weights_are_of_the_states_of_this_use(make_trainer: Make, tmp_path: Path) -> None:
+    """Whoever is at the first state in the second use has had no transition; all others have, to where they are now."""
+    settings = {"num_iterations": 2, "max_steps": 2, "importance_sampling_cap": 1e9, "min_effective_sample_size": 0.0}
+    trainer = make_trainer(tmp_path, [WatchedMatching(), (Judge(), 0.3)], **settings, **BOLD)
+    trainer.train()
+    (experience,) = trainer.step.rollouts.experiences
+    assert experience.use == 1
+    assert torch.equal(experience.weights == 1, experience.steps == 0)
+
+
 def test_critics_learn_with_the_same_weights(make_trainer: Make, tmp_path: Path) -> None:
     """Critic and student see the same samples with the same weights in every update."""
     reward = WatchedMatching()

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 from transformers import Trainer, set_seed
+from watched_rewards import Judge as Scored
 
 from rdm_sdk import RDMConfig, RDMTrainer, digits
 from rdm_sdk.families.load import load_family
@@ -164,3 +165,41 @@ def test_the_critics_rate_moves_with_the_student(make_trainer: Callable[..., RDM
     trainer.step.critic_losses = critic_losses  # type: ignore[method-assign]
     trainer.train()
     assert rates == pytest.approx([1e-3 * (1 - step / 4) for step in range(4) for _ in range(3)])
+
+
+def test_the_students_loss_is_the_sum_of_both_routes(
+    make_trainer: Callable[..., RDMTrainer], tmp_path: Path, losses_of: Any
+) -> None:
+    """What moves x_0 and what makes transitions likelier stand side by side, neither of them halved by the other."""
+    trainer = make_trainer(tmp_path, ["dm", (Scored(), 0.5)], max_steps=1)
+    losses: list[float] = []
+    plain = trainer.step.student_loss
+
+    def student_loss(position: int) -> Any:
+        result = plain(position)
+        losses.append(result.loss.item())
+        return result
+
+    trainer.step.student_loss = student_loss  # type: ignore[method-assign]
+    trainer.train()
+    (row,) = losses_of(trainer)
+    assert row["loss/policy"] != 0 < row["loss/pathwise"]
+    assert losses == [pytest.approx(row["loss/pathwise"] + row["loss/policy"], rel=1e-5)]
+
+
+def test_scores_count_by_the_weight_of_the_step(
+    make_trainer: Callable[..., RDMTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through cold start and ramp, advantages are as large as the weight at that step, not as the one in the spec."""
+    sizes: list[float] = []
+    plain = DistillationStep._normalize_scores
+
+    def normalized(self: DistillationStep) -> Any:
+        (advantages,) = found = plain(self)
+        sizes.append(0.0 if advantages.together is None else advantages.together.reshape(-1, 4).std(1).mean().item())
+        return found
+
+    monkeypatch.setattr(DistillationStep, "_normalize_scores", normalized)
+    rewards = ["dm", (Scored(), 0.8)]
+    make_trainer(tmp_path, rewards, max_steps=4, critic_steps=1, weighting="fixed[cold_start=1,ramp=1]").train()
+    assert sizes == pytest.approx([0.0, 0.4, 0.8, 0.8], rel=0.1)  # but for eps
