@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Trainer, set_seed
 from watched_rewards import Judge as Scored
 
+import rdm_sdk.training.step
 from rdm_sdk import RDMConfig, RDMTrainer, digits
 from rdm_sdk.families.load import load_family
 from rdm_sdk.rewards.dm import DistributionMatching
@@ -203,3 +204,25 @@ def test_scores_count_by_the_weight_of_the_step(
     rewards = ["dm", (Scored(), 0.8)]
     make_trainer(tmp_path, rewards, max_steps=4, critic_steps=1, weighting="fixed[cold_start=1,ramp=1]").train()
     assert sizes == pytest.approx([0.0, 0.4, 0.8, 0.8], rel=0.1)  # but for eps
+
+
+def test_samples_without_a_density_count_in_the_policy_loss(
+    make_trainer: Callable[..., RDMTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At ratio 1 it is minus the sum of the others' advantages over all samples and values, as a field's average is."""
+    seen: list[tuple[Tensor, float]] = []
+    plain = rdm_sdk.training.step.policy_loss
+
+    def policy_loss(log_ratios: Tensor, advantages: Tensor, *rest: Any) -> Any:
+        result = plain(log_ratios, advantages, *rest)
+        seen.append((advantages, result.loss.item()))
+        return result
+
+    monkeypatch.setattr(rdm_sdk.training.step, "policy_loss", policy_loss)
+    trainer = make_trainer(tmp_path, ["dm", (Scored(), 0.5)], max_steps=1)
+    trainer.train()
+    ((advantages, loss),) = seen
+    assert len(advantages) == 6  # two of eight samples are at the last step
+    values = trainer.step.rollouts.experiences[0].x_0.numel()
+    assert loss == pytest.approx(-float(advantages.sum()) / values, rel=1e-4)
+    assert loss != 0
