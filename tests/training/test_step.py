@@ -226,3 +226,25 @@ def test_samples_without_a_density_count_in_the_policy_loss(
     values = trainer.step.rollouts.experiences[0].x_0.numel()
     assert loss == pytest.approx(-float(advantages.sum()) / values, rel=1e-4)
     assert loss != 0
+
+
+def test_each_micro_batch_has_its_own_advantages(
+    make_trainer: Callable[..., RDMTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is better than its group's mean is made likelier, in the second micro-batch by the second one's scores."""
+    seen: list[Tensor] = []
+    plain = rdm_sdk.training.step.policy_loss
+
+    def policy_loss(log_ratios: Tensor, advantages: Tensor, *rest: Any) -> Any:
+        seen.append(advantages)
+        return plain(log_ratios, advantages, *rest)
+
+    monkeypatch.setattr(rdm_sdk.training.step, "policy_loss", policy_loss)
+    trainer = make_trainer(tmp_path, ["dm", (Scored(), 0.5)], max_steps=1, gradient_accumulation_steps=2)
+    trainer.train()
+    for advantages, experience in zip(seen, trainer.step.rollouts.experiences, strict=True):
+        (output,) = experience.scored.values()
+        scores = output.scores.reshape(2, 4)
+        better = (scores - scores.mean(1, keepdim=True)).flatten()[experience.steps < 3]
+        assert torch.equal(better.sign(), advantages.sign())
+        assert bool(better.any())
