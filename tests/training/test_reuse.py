@@ -195,6 +195,26 @@ def test_weights_are_of_the_states_of_this_use(make_trainer: Make, tmp_path: Pat
     assert torch.equal(experience.weights == 1, experience.steps == 0)
 
 
+def test_a_replay_that_is_off_by_bits_has_ratio_one(
+    make_trainer: Make, tmp_path: Path, policy_calls: list[tuple[Tensor, Tensor]]
+) -> None:
+    """Another batch may round otherwise; the replay's prediction takes the place of the rollout's."""
+    trainer = make_trainer(tmp_path, Judge(), critic_steps=0, max_steps=1)
+    plain, made = trainer.models.denoiser, []
+
+    def denoiser(role: str, *args: Any) -> Any:
+        inner = plain(role, *args)
+        made.append(role)
+        off = 1e-5 * len(made)
+        return lambda x_t, sigma: inner(x_t, sigma) + off
+
+    trainer.models.denoiser = denoiser  # type: ignore[method-assign]
+    trainer.train()
+    assert made.count("student") > 1
+    ((log_ratios, _),) = policy_calls
+    assert log_ratios.tolist() == [0.0] * 8
+
+
 def test_critics_learn_with_the_same_weights(make_trainer: Make, tmp_path: Path) -> None:
     """Critic and student see the same samples with the same weights in every update."""
     reward = WatchedMatching()
