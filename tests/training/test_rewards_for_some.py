@@ -15,7 +15,7 @@ from torch import Tensor
 from rdm_sdk import Capabilities, DataError, RDMError, RDMTrainer, Reward, RewardBatch, RewardError, digits
 from rdm_sdk.method.objective import normalize, policy_pull
 from rdm_sdk.rewards.context import Renoised
-from rdm_sdk.training.monitor import Monitor
+from rdm_sdk.training.monitor import Monitor, mean_where
 from rdm_sdk.training.processes import Processes
 from rdm_sdk.types import RewardOutput
 
@@ -195,6 +195,23 @@ def test_statistics_are_over_its_samples() -> None:
     assert averages["a/pull"] == pytest.approx((4 * 2 + 7) / 5)
     assert averages["rewards/a/applies"] == pytest.approx(5 / 12)
     assert averages["rewards/a/zero_std"] == pytest.approx(2 / 3)  # of three groups that it is for
+
+
+def test_statistics_are_of_one_step() -> None:
+    """What the weighting is told of a step has nothing of the steps before."""
+    monitor, judged = Monitor(), SimpleNamespace(label="a", route="gradient", weight=1.0)
+    for pull, score in ((2.0, 1.0), (7.0, 5.0)):
+        monitor.reward(judged, RewardOutput(torch.full((4,), score)), 2)  # type: ignore[arg-type]
+        monitor.pulls({"a": pull}, {"a": 4})
+        statistics = monitor.step_statistics({"a": 1.0}, Processes(), torch.device("cpu"))
+        assert (statistics["a"].pull, statistics["a"].score) == (pull, score)
+
+
+def test_a_mean_over_chosen_rows_is_over_all_their_values() -> None:
+    """Of a field too, so that a pull is in the field's units; of no row it is 0."""
+    values, chosen = torch.arange(24.0).reshape(4, 3, 2), torch.tensor([True, False, False, True])
+    assert mean_where(values, chosen).item() == torch.cat([values[0], values[3]]).mean().item()
+    assert mean_where(values, torch.zeros(4, dtype=torch.bool)).item() == 0
 
 
 @pytest.mark.parametrize("make", [Bright, Written])
