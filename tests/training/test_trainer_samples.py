@@ -141,3 +141,11 @@ def test_the_best_checkpoint_is_loaded_at_the_end(make_trainer: Make, tmp_path: 
     best = load_file(tmp_path / "checkpoint-1" / "rdm_state.safetensors")
     for name, tensor in trainer.roles.role_state_dict("student").items():
         assert torch.equal(tensor, best[f"student.{name}"]), name
+
+
+def test_the_noise_that_explores_is_in_no_sample(make_trainer: Make, tmp_path: Path) -> None:
+    """A student trained by "cps" is sampled by the deterministic step: its first noise decides its pictures."""
+    trainer = make_trainer(tmp_path, sampler="cps", eta=0.7)
+    noise = torch.randn(2, *trainer.models.latent_shapes[0])
+    one, other = (trainer.sample(["a handwritten seven"] * 2, noise=noise, seed=seed) for seed in (1, 2))
+    assert torch.equal(one, other)
