@@ -46,7 +46,7 @@ class SteppedSchedule(VariancePreservingSchedule):
         From .02 to .98 of a thousand, these are 20 to 980, as DMD2 draws them (arXiv 2405.14867); from 0 to 1, all.
         """
         count = len(self.sigmas)
-        # In double precision: .98 times a thousand is 979.99 in single.
+        # Rounded, because no single-precision share is a timestep exactly: .02 is 19.9999996 thousandths.
         first, last = ((t.double() * count).round().long().clamp_max(count - 1) for t in (low, high))
         chosen = first + (uniform.double() * (last - first + 1)).long()
         return self.sigmas.to(uniform.device)[torch.minimum(chosen, last)]

@@ -124,6 +124,18 @@ def test_what_differs_between_prompts_is_no_noise() -> None:
     assert 0.90 <= covered([(low, high) for low, high, _ in frechets], middle) <= 0.99
 
 
+def test_the_interval_of_a_distance_is_the_same_from_both_sides() -> None:
+    """It is as far from one set to the other as back, with each set's noise, and what is none within its own groups."""
+    one, other = drawn(0, 120, shift=2.0), drawn(1, 160, scale=1.5)
+    of_one, of_other = [row % 3 for row in range(120)], [row // 80 for row in range(160)]
+    one = one + 3 * torch.tensor(of_one)[:, None]
+    there = frechet_interval(one, other, of_one, of_other)
+    back = frechet_interval(other, one, of_other, of_one)
+    assert (there.low, there.high) == pytest.approx((back.low, back.high), rel=1e-6)
+    alone = frechet_interval(one, FeatureStatistics.of(other), of_one)
+    assert there.high - there.low > 1.05 * (alone.high - alone.low)
+
+
 def test_groups_of_one_are_one_group() -> None:
     """Nobody knows their spread, so what differs between them counts as noise; the other groups keep their means."""
     values = torch.tensor([1.0, 2.0, 4.0, 9.0, 50.0, 52.0], dtype=torch.float64)

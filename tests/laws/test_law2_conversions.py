@@ -113,6 +113,12 @@ def test_stepped_time_is_the_share_of_timesteps():
     uniform = torch.arange(6) / 6 + 0.01
     levels = schedule.levels(uniform, torch.full((6,), 0.5), torch.full((6,), 0.505))
     assert torch.equal(levels, schedule.sigmas[500:506])
+    shares = torch.arange(1000) / 1000
+    assert torch.equal(schedule.levels(torch.zeros(1000), shares, shares), schedule.sigmas)
+    ends = torch.tensor([0.0, 1 - 1e-6])
+    for (low, high), timesteps in (((0.02, 0.98), [20, 980]), ((0.0, 1.0), [0, 999])):
+        drawn = schedule.levels(ends, torch.full((2,), low), torch.full((2,), high))
+        assert torch.equal(drawn, schedule.sigmas[timesteps])
 
 
 def test_stepped_log_snr_rate_is_the_derivative_in_time():
