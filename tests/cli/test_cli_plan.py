@@ -34,6 +34,7 @@ VALUES: dict[str, Any] = {
     "reward_device": "cpu",
     "weighting": "fixed[cold_start=3]",
     "report_to": ["tensorboard"],
+    "max_steps": 7,
     "lr_scheduler_kwargs": {"num_cycles": 2},
     **dict.fromkeys(("log_level", "log_level_replica"), "info"),
     "dataloader_multiprocessing_context": "spawn",
