@@ -22,6 +22,7 @@ SETTINGS: dict[str, Any] = {
     "num_generations": 4,
     "learning_rate": 1e-3,
     "critic_learning_rate": 4e-3,
+    "lr_scheduler_type": "linear",
     "critic_steps": 3,
     "guidance_scale": 1.0,
     "max_sequence_length": 4,

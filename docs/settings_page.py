@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rdm_sdk import RDMConfig
-from rdm_sdk.training.rules import rules_of
+from rdm_sdk.training.rules import default_of, rules_of
 
 PAGE = Path(__file__).parent / "settings.md"
 
@@ -81,7 +81,7 @@ def page() -> str:
     for heading, names in groups(source()).items():
         parts += [f"\n## {heading}\n", "\n| setting | values | default | what it does |\n|---|---|---|---|\n"]
         for name in names:
-            cells = (f"`{name}`", values(name), f"`{fields[name].default!r}`", fields[name].metadata["help"])
+            cells = (f"`{name}`", values(name), f"`{default_of(fields[name])!r}`", fields[name].metadata["help"])
             parts.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |\n")
     return "".join(parts)
 

@@ -142,7 +142,7 @@ def run(one: Estimator, seed: int, path: Path, updates: int, num_samples: int) -
     from rdm_sdk import RDMConfig, RDMTrainer, digits
 
     lora = critic = LoraConfig(r=one.rank, lora_alpha=one.rank) if one.rank else None
-    settings = convergence.COMMON | one.settings | {"seed": seed}
+    settings = convergence.LINE | convergence.COMMON | one.settings | {"seed": seed}
     row: dict[str, Any] = {"cell": one.name, "seed": seed, "warm_costs": {}}
     with tempfile.TemporaryDirectory() as folder:
         if one.warm:

@@ -119,7 +119,9 @@ def run(
     """Train a student further and judge it."""
     from rdm_sdk import RDMConfig, RDMTrainer, digits
 
-    settings = point.config() | ({} if max_steps is None else {"max_steps": max_steps})
+    settings = (
+        {"lr_scheduler_type": "linear"} | point.config() | ({} if max_steps is None else {"max_steps": max_steps})
+    )
     with tempfile.TemporaryDirectory() as folder:
         quiet: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 20}
         args = RDMConfig(output_dir=folder, seed=seed, start_from=str(student), **quiet, **settings)

@@ -175,7 +175,7 @@ class _RunParser(Parser, TrlParser):
 
 def _converted(action: argparse.Action, value: Any, hint: str) -> Any:
     """Return a value of YAML as the flag of an action would have it; `hint` is the setting's type."""
-    if value is None and action.default is None:
+    if value is None and (action.default is None or "None" in hint):
         return None
     if isinstance(value, dict) and "dict[" in hint and action.type is not str:
         return value  # where the type is str, the flag reads JSON, and so does the setting

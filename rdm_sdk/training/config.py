@@ -6,14 +6,17 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from transformers import IntervalStrategy, TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from rdm_sdk.errors import ConfigError
 from rdm_sdk.rewards.routes import parse_route
 from rdm_sdk.training.fsdp_settings import sharding_of_ours
 from rdm_sdk.training.inherited import check_inherited, name_checkpointing
-from rdm_sdk.training.rules import check_known, check_rules, parse_resolution, settle_types
+from rdm_sdk.training.rules import check_known, check_rules, check_together, parse_resolution, settle_types
 from rdm_sdk.training.weighting import make_weighting
+
+SQUARE: dict[str, Any] = {"power": 2, "lr_end": 0.0}
+"""Options of the default schedule: rates are those of a line that falls to 0, squared."""
 
 
 class _KnownSettings(TrainingArguments):
@@ -39,9 +42,14 @@ class RDMConfig(_KnownSettings):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "critic_lr_scheduler_kwargs"]  # noqa: RUF012
 
     # ---- Settings of transformers with another default
-    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the student."})
+    learning_rate: float = field(default=2e-4, metadata={"help": "Learning rate of the student."})
     lr_scheduler_type: str = field(
-        default="linear", metadata={"help": "Schedule of the learning rates: they fall to 0 by the end of the run."}
+        default="polynomial",
+        metadata={"help": "Schedule of the learning rates: they fall to 0 by the end of the run, fast at first."},
+    )
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default_factory=lambda: dict(SQUARE),
+        metadata={"help": "Options of the schedule. The default's are for 'polynomial' alone: others begin with none."},
     )
     adam_beta1: float = field(
         default=0.0,
@@ -308,11 +316,7 @@ class RDMConfig(_KnownSettings):
             self.scale_rewards = "group" if given else "none"
         settle_types(self)
         check_rules(self)
-        self._check_resolutions()
-        self._check_quantization()
-        self._check_sampler()
-        self._check_scaling()
-        self._check_batch()
+        check_together(self)
         check_inherited(self)
         make_weighting(self.weighting)  # so that a typo is found here
         parse_route(self.reward_route)
@@ -322,50 +326,8 @@ class RDMConfig(_KnownSettings):
                 super().__post_init__()  # type: ignore[no-untyped-call]
         except (ValueError, ImportError) as error:  # transformers' own checks
             raise ConfigError(" ".join(str(error).split())) from error
-
-    def _check_resolutions(self) -> None:
-        if self.resolutions is not None:
-            _require(len(self.resolutions) > 0, "resolutions", self.resolutions, "a list of sizes, or None")
-            if self.height is not None or self.width is not None:
-                raise ConfigError("resolutions replaces height and width; give one or the other")
-            for resolution in self.resolutions:
-                parse_resolution(resolution)
-
-    def _check_quantization(self) -> None:
-        if self.quantization != "none" and "full" in (self.student_weights, self.critic_weights):
-            raise ConfigError(
-                f"quantization={self.quantization!r} keeps the base in few bits, which cannot be trained in full; use "
-                "student_weights='lora' and critic_weights='lora', or quantization='none'"
-            )
-
-    def _check_sampler(self) -> None:
-        if self.sampler == "cps":
-            _require(0 < self.eta <= 1, "eta", self.eta, "in (0, 1] for sampler='cps'")
-        if self.sampler == "sde":
-            _require(self.eta > 0, "eta", self.eta, "positive for sampler='sde'")
-        if self.num_iterations > 1 and self.num_random_steps == 0:
-            raise ConfigError(
-                f"num_iterations={self.num_iterations} uses a rollout again by how likely its transitions still are, "
-                f"and sampler={self.sampler!r} with num_inference_steps={self.num_inference_steps} has none with a "
-                "density; use a random sampler with two steps or more, or num_iterations=1"
-            )
-
-    def _check_scaling(self) -> None:
-        if self.multi_objective_aggregation == "normalize_then_sum" and self.scale_rewards != "group":
-            raise ConfigError(
-                f"scale_rewards={self.scale_rewards!r} cannot be used with "
-                "multi_objective_aggregation='normalize_then_sum', which divides scores by their group's deviation in "
-                "any case; use scale_rewards='group', or 'sum_then_normalize'"
-            )
-
-    def _check_batch(self) -> None:
-        if self.watch == "stop" and IntervalStrategy(self.logging_strategy) == IntervalStrategy.NO:
-            raise ConfigError("watch='stop' looks at what is logged, and logging_strategy='no' logs nothing")
-        if self.per_device_train_batch_size % self.num_generations:
-            raise ConfigError(
-                f"per_device_train_batch_size={self.per_device_train_batch_size} counts samples and must be a multiple "
-                f"of num_generations={self.num_generations}, so that groups stay whole"
-            )
+        if self.lr_scheduler_type != SchedulerType.POLYNOMIAL and self.lr_scheduler_kwargs == SQUARE:
+            self.lr_scheduler_kwargs = None
 
     @property
     def sizes(self) -> list[tuple[int | None, int | None]]:
@@ -392,8 +354,3 @@ class RDMConfig(_KnownSettings):
 
 CLIP_RANGES = {"sum": 0.2, "mean": 1e-4}
 """PPO's for true ratios (arXiv 1707.06347); Flow-GRPO's (2505.05470) for averaged ones, smaller by the dimension."""
-
-
-def _require(holds: bool, name: str, value: object, wanted: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name}={value!r} cannot be used; it must be {wanted}")

@@ -111,7 +111,7 @@ def test_an_unwritable_output_folder_is_refused(make_trainer: Make, tmp_path: Pa
     ("settings", "words"),
     [
         (
-            {"lr_scheduler_kwargs": {"power": 4}},
+            {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"power": 4}},
             r"lr_scheduler_kwargs=.* cannot be used with lr_scheduler_type='linear'",
         ),
         (

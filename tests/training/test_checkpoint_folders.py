@@ -227,7 +227,7 @@ def test_the_latest_of_a_run_that_was_taken_back_is_what_it_wrote_last(make_trai
     again = make_trainer(tmp_path, max_steps=3, learning_rate=1e-5, **SAVING)
     again.train(resume_from_checkpoint=True)
     assert [row["learning_rate"] for row in again.state.log_history if row["step"] == 3 and "loss" in row] == [
-        pytest.approx(1e-5 / 3)
+        pytest.approx(1e-5 / 3**2)
     ]
 
 

@@ -75,5 +75,6 @@ def test_critics_that_cannot_learn_yet_are_no_error(make_trainer: Make, tmp_path
     """In a warmup's first step their rate is 0, so they are the teacher, and nothing pulls but for the correction."""
     settings = {"critic_correction": "none", "warmup_steps": warmup, "max_steps": 3}
     make_trainer(tmp_path / "ends", "dm", **settings).train()
+    settings |= {"critic_learning_rate": 0.0, "critic_lr_scheduler_type": "constant"}
     with pytest.raises(RDMError, match="no gradient reaches the student"):
-        make_trainer(tmp_path / "idle", "dm", critic_learning_rate=0.0, **settings).train()
+        make_trainer(tmp_path / "idle", "dm", **settings).train()

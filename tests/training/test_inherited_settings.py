@@ -289,6 +289,20 @@ def test_options_that_it_takes_are_not(small_config: Any, tmp_path: Path, optim:
     check_arguments(small_config(tmp_path, optim=optim, optim_args=options), (None, None))
 
 
+def test_the_default_schedules_options_are_its_own(small_config: Any, tmp_path: Path) -> None:
+    """Rates fall as the square of a line by default; another schedule begins with what its library gives it."""
+    for given, expected in (
+        ({}, {"power": 2, "lr_end": 0.0}),
+        ({"lr_scheduler_type": "linear"}, None),
+        ({"lr_scheduler_type": "cosine"}, None),
+        ({"lr_scheduler_type": "inverse_sqrt", "lr_scheduler_kwargs": {"timescale": 10}}, {"timescale": 10}),
+        ({"lr_scheduler_kwargs": None}, None),
+    ):
+        args = small_config(tmp_path, **given)
+        check_schedules(args, critics=True)
+        assert args.lr_scheduler_kwargs == critic_settings(args).lr_scheduler_kwargs == expected
+
+
 def test_schedules_have_options_of_their_own(small_config: Any, tmp_path: Path) -> None:
     """The student's are not given to a schedule of another type."""
     power = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 4}}

@@ -107,10 +107,10 @@ def test_other_rates_count_and_are_told(make_trainer: Make, run: Path, caplog: p
     trainer.training_step = watched
     with caplog.at_level(logging.WARNING):
         trainer.train(resume_from_checkpoint=True)
-    assert rates == pytest.approx([rate * left for left in (0.75, 0.5, 0.25) for rate in (3e-4, 5e-4)])
+    assert rates == pytest.approx([rate * left**2 for left in (0.75, 0.5, 0.25) for rate in (3e-4, 5e-4)])
     group = trainer.optimizer.param_groups[0]
     assert (group["betas"], group["weight_decay"]) == ((0.0, 0.9), 0.01)
-    for change in ("learning_rate: 0.0001 -> 0.0003", "critic_learning_rate: None -> 0.0005", "max_steps: 1 -> 4"):
+    for change in ("learning_rate: 0.0002 -> 0.0003", "critic_learning_rate: None -> 0.0005", "max_steps: 1 -> 4"):
         assert f"resuming with another {change}" in caplog.text
 
 
@@ -138,7 +138,7 @@ def test_a_longer_run_has_its_own_schedule_at_once(make_trainer: Make, run: Path
 
     trainer.training_step = watched
     trainer.train(resume_from_checkpoint=True)
-    assert rates[:2] == pytest.approx([0.75 * 1e-4, 0.75 * 2e-4])
+    assert rates[:2] == pytest.approx([0.75**2 * 2e-4, 0.75**2 * 4e-4])
 
 
 @pytest.mark.parametrize("weighting", ["fixed", "balance"])

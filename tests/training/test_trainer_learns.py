@@ -150,7 +150,13 @@ def test_dm_with_weight_zero_is_plain_reward_tuning(make_trainer: Make, tmp_path
 def test_a_callable_on_brightness_raises_brightness(make_trainer: Make, tmp_path: Path) -> None:
     """The policy route learns: a plain function that likes bright pictures gets brighter ones."""
     trainer = make_trainer(
-        tmp_path, brightness, per_device_train_batch_size=16, num_generations=16, learning_rate=2e-3, max_steps=25
+        tmp_path,
+        brightness,
+        per_device_train_batch_size=16,
+        num_generations=16,
+        learning_rate=2e-3,
+        lr_scheduler_type="linear",
+        max_steps=25,
     )
     prompts = digits.prompts() * 10
     before = trainer.sample(prompts, seed=0).mean()
@@ -166,6 +172,7 @@ def test_distribution_matching_repairs_a_spoiled_student(make_digits_trainer: Ma
         num_generations=8,
         learning_rate=1e-3,
         critic_learning_rate=2e-3,
+        lr_scheduler_type="linear",
         guidance_scale=1.5,
         critic_steps=3,
         max_steps=20,
