@@ -208,7 +208,7 @@ def test_a_replay_that_is_off_by_bits_has_ratio_one(
         off = 1e-5 * len(made)
         return lambda x_t, sigma: inner(x_t, sigma) + off
 
-    trainer.models.denoiser = denoiser  # type: ignore[method-assign]
+    trainer.models.denoiser = denoiser
     trainer.train()
     assert made.count("student") > 1
     ((log_ratios, _),) = policy_calls

@@ -201,7 +201,7 @@ def test_statistics_are_of_one_step() -> None:
     """What the weighting is told of a step has nothing of the steps before."""
     monitor, judged = Monitor(), SimpleNamespace(label="a", route="gradient", weight=1.0)
     for pull, score in ((2.0, 1.0), (7.0, 5.0)):
-        monitor.reward(judged, RewardOutput(torch.full((4,), score)), 2)  # type: ignore[arg-type]
+        monitor.reward(judged, RewardOutput(torch.full((4,), score)), 2)
         monitor.pulls({"a": pull}, {"a": 3})  # of three transitions, and of four scores
         statistics = monitor.step_statistics({"a": 1.0}, Processes(), torch.device("cpu"))
         assert (statistics["a"].pull, statistics["a"].score) == (pull, score)

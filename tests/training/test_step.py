@@ -146,7 +146,7 @@ def test_no_gradient_of_a_critic_outlives_its_update(make_trainer: Callable[...,
         left.append(any(p.grad is not None and bool(p.grad.any()) for p in trainer.parameters_of("fake")))
         return begin(turn)
 
-    trainer.step.critic_losses = critic_losses  # type: ignore[method-assign]
+    trainer.step.critic_losses = critic_losses
     trainer.train()
     assert left == [False, False]
 
@@ -163,7 +163,7 @@ def test_the_critics_rate_moves_with_the_student(make_trainer: Callable[..., RDM
         rates.append(trainer.critic_optimizer.learning_rate)
         return begin(turn)
 
-    trainer.step.critic_losses = critic_losses  # type: ignore[method-assign]
+    trainer.step.critic_losses = critic_losses
     trainer.train()
     assert rates == pytest.approx([1e-3 * (1 - step / 4) for step in range(4) for _ in range(3)])
 
@@ -181,7 +181,7 @@ def test_the_students_loss_is_the_sum_of_both_routes(
         losses.append(result.loss.item())
         return result
 
-    trainer.step.student_loss = student_loss  # type: ignore[method-assign]
+    trainer.step.student_loss = student_loss
     trainer.train()
     (row,) = losses_of(trainer)
     assert row["loss/policy"] != 0 < row["loss/pathwise"]
