@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 HELP = "sample a trained student with plain diffusers, and its teacher beside it"
 STEM_BYTES = 235
-"""Of a name's 255; a number and what is added while it is written come behind."""
+"""How many bytes of the 255 in a file name are the prompt's; a number and what is added on writing follow."""
 _CALL = ("max_sequence_length", "height", "width")
 
 

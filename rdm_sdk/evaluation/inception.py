@@ -21,7 +21,7 @@ from rdm_sdk.vision.preprocess import to_8_bits
 
 ADDRESS = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
-"""Of the file at that address, as k-diffusion and others pin it; 95,607,719 bytes."""
+"""SHA-256 of the file at that address, as k-diffusion and others pin it; 95,607,719 bytes."""
 SIDE = 299
 
 

@@ -53,7 +53,7 @@ class Fault:
     samples: int
     """How many samples of that evaluation have one."""
     count: int
-    """Of how many."""
+    """How many there are in all."""
 
     def __str__(self) -> str:
         subject = f"the {self.role}'s prediction" if self.what == "prediction" else f"what the {self.role} is given"

@@ -42,7 +42,7 @@ class RunLog:
     record: dict[str, Any]
     """base, rewards, settings and versions, as far as they are known."""
     pictures: list[tuple[int, Path]]
-    """Of `log_images`, by step."""
+    """What `log_images` wrote, by step."""
     evaluations: list[Evaluated]
     """Those in its folder, and in folders in it."""
 
