@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import re
 from collections.abc import Mapping, Sequence
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
-from rdm_sdk.errors import ModelError
+from rdm_sdk.errors import ConfigError, ModelError
 
 
 def adapters_of(network: nn.Module) -> list[str]:
@@ -88,11 +90,16 @@ def with_targets(config: LoraConfig, targets: Sequence[str], network: nn.Module)
             lines and YAML make of it.
         targets: names of the layers, or endings of names, for a config that names none.
         network: the backbone.
+
+    Raises:
+        ConfigError: if a name or pattern fits no layer.
     """
     copied = copy.deepcopy(config)
     named = copied.target_modules
     if named and not isinstance(named, str) and [name.lower() for name in named] == ["all-linear"]:
         copied.target_modules = "all-linear"
+    else:
+        _check_names(copied, network)
     if named:
         return copied
     copied.target_modules = list(targets)
@@ -106,3 +113,24 @@ def with_targets(config: LoraConfig, targets: Sequence[str], network: nn.Module)
         ]
         copied.layers_to_transform = copied.layers_pattern = None
     return copied
+
+
+def _check_names(config: LoraConfig, network: nn.Module) -> None:
+    """Raise `ConfigError` for names and patterns that fit no layer: PEFT passes over them."""
+    paths = [path for path, _ in network.named_modules()]
+    named = [] if isinstance(config.target_modules, str) else config.target_modules or ()
+    for option, patterns in (
+        ("target_modules", [re.escape(name) for name in named]),
+        ("rank_pattern", config.rank_pattern),
+        ("alpha_pattern", config.alpha_pattern),
+    ):
+        for pattern in sorted(patterns or ()):
+            if any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths):
+                continue
+            name = pattern.replace("\\", "")
+            endings = {path.split(".", n)[-1] for path in linear_layers(network) for n in range(path.count(".") + 1)}
+            close = " or ".join(map(repr, difflib.get_close_matches(name, sorted(endings))))
+            raise ConfigError(
+                f"{option} of the LoRA config has {name!r}, and no layer of this model has a name that ends so"
+                + (f"; did you mean {close}?" if close else ". Take it out")
+            )

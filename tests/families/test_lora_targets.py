@@ -215,6 +215,22 @@ def test_patterns_say_ranks_and_alphas() -> None:
     assert {rank for name, rank in ranks.items() if not name.endswith(("attn.to_q", "norm_out.linear"))} == {2}
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["attn.to_q", "to_w"]}, "target_modules .* 'to_w', .* did you mean .*'to_v'"),
+        ({"target_modules": ["attn.to_q", "o_q"]}, "target_modules .* 'o_q'"),  # an ending, but no name
+        ({"target_modules": ["attn.to_q", "no such thing at all"]}, "ends so. Take it out"),
+        ({"rank_pattern": {"attn.to_w": 3}}, "rank_pattern .* 'attn.to_w'"),
+        ({"alpha_pattern": {"norm_out.linear": 3, r".*to_w": 3}}, r"alpha_pattern .* '\.\*to_w'"),
+    ],
+)
+def test_names_that_fit_no_layer_are_refused(options: dict[str, Any], message: str) -> None:
+    """Though PEFT finds others: who mistypes one of four would train three."""
+    with pytest.raises(ConfigError, match=message):
+        digits_with(student=LoraConfig(r=2, **options))
+
+
 def test_targets_that_leave_nothing_are_refused() -> None:
     """As those that match nothing are."""
     with pytest.raises(ConfigError, match="cannot add LoRA adapters"):
