@@ -105,7 +105,7 @@ def check_schedules(args: RDMConfig, critics: bool) -> None:
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"{prefix}lr_scheduler_kwargs={options!r} cannot be used with {prefix}lr_scheduler_type={kind!r}: "
-                f"{error}"
+                f"{error}. Set options that fit, or another schedule, such as 'constant'"
             ) from error
 
 

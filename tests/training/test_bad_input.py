@@ -118,6 +118,7 @@ def test_an_unwritable_output_folder_is_refused(make_trainer: Make, tmp_path: Pa
             {"critic_lr_scheduler_type": "polynomial", "critic_lr_scheduler_kwargs": '{"powr": 4}'},
             r"critic_lr_scheduler_kwargs=\{'powr': 4\} cannot be used with critic_lr_scheduler_type='polynomial'",
         ),
+        ({"learning_rate": 0.0, "critic_learning_rate": 1e-4}, "smaller than initial lr.*another schedule"),
         ({"critic_lr_scheduler_type": "reduce_lr_on_plateau"}, "goes by a metric.*critic_lr_scheduler_type to another"),
         ({"optim": "schedule_free_adamw"}, "optim='schedule_free_adamw' cannot be used: it has two sets of weights"),
     ],
