@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,8 @@ from intervals import estimate
 
 from rdm_sdk import Capabilities, Reward, RewardBatch, RewardConfig, RewardOutput, markdown_table
 from rdm_sdk.method.matching import residual_magnitude
-from rdm_sdk.method.noise import per_sample
+from rdm_sdk.method.noise import add_noise, per_sample
+from rdm_sdk.rewards.context import Renoised, contrast
 from rdm_sdk.rewards.dm import DistributionMatching
 
 RESULTS = convergence.RESULTS.with_name("estimators.jsonl")
@@ -74,6 +75,49 @@ class ScoreIdentity(DistributionMatching):
             loss = ((real - fake) * (real - leaf - self.config.alpha * (real - fake))).flatten(1).sum(1)
             (gradient,) = torch.autograd.grad(loss.sum(), leaf)
         return RewardOutput(-loss.detach(), -gradient, residual_magnitude(x_0, real.detach()))
+
+
+def without_component(vectors: Tensor, along: Tensor) -> Tensor:
+    """Return vectors `[N, *x]` without the part of each that lies along another's direction, `[N, *x]`."""
+    flat, line = vectors.flatten(1), along.flatten(1)
+    share = (flat * line).sum(1, keepdim=True) / (line.square().sum(1, keepdim=True) + 1e-8)
+    return (flat - share * line).reshape(vectors.shape)
+
+
+class ProjectedMatching(DistributionMatching):
+    """PDMD (arXiv 2609.35768): D_real - D_fake without its part along the critic's residual, x_0 - D_fake.
+
+    The formula is that of LightX2V's implementation. With `own_path` the networks are not asked at fresh noise but on
+    the way from the state that the student saw to the next, at a level drawn between the two.
+    """
+
+    class Config(RewardConfig):
+        own_path: bool = False
+
+    def field(self, batch: RewardBatch) -> RewardOutput:
+        context, x_0 = batch.require_context(self.name), batch.latents
+        if self.config.own_path:
+            # What any other reward of the batch would see, too.
+            context._drawn[:] = [(x_0, Renoised(replace(context), *self.on_own_path(batch)))]
+        renoised = context.renoise(x_0, batch.group_size)
+        pair = renoised.x_0("teacher"), renoised.x_0("fake")
+        output = contrast(context, x_0, batch.group_size, lambda _: pair)
+        assert output.gradient is not None
+        return replace(output, gradient=without_component(output.gradient, x_0 - pair[1]))
+
+    def on_own_path(self, batch: RewardBatch) -> tuple[Tensor, Tensor]:
+        """Return points between the states that the student saw and their next ones `[N, *x]`, and their levels `[N]`.
+
+        For grids of equal steps: step k of K leads from 1 - k / K.
+        """
+        context, x_0 = batch.require_context(self.name), batch.latents
+        origin = context.origin
+        assert origin is not None, "nothing is known of where the samples come from"
+        following = origin.levels * origin.steps_left / (origin.steps_left + 1)
+        sigma = following + torch.rand_like(following) * (origin.levels - following)
+        signal = per_sample(context.schedule.alpha(origin.levels), x_0)
+        noise = (origin.states - signal * x_0) / per_sample(origin.levels, x_0)
+        return add_noise(context.schedule, x_0, noise, sigma), sigma
 
 
 class ScoresOfMatching(Reward):
@@ -131,6 +175,12 @@ def estimators() -> list[Estimator]:
         Estimator("full weights, critic pulled by .001", settings=FULL, rank=0, pull=0.001),
         Estimator("full weights, critic pulled by .01", settings=FULL, rank=0, pull=0.01),
         Estimator("warm start", warm=True),
+        *(Estimator(f"pdmd, rate {rate:g}", ProjectedMatching, convergence.at_rate(rate, 4)) for rate in (1e-3, 5e-4)),
+        Estimator(
+            "pdmd, on the student's own path, rate 0.0005",
+            partial(ProjectedMatching, own_path=True),
+            convergence.at_rate(5e-4, 4) | {"sampler": "ode"},
+        ),
         Estimator("dm by both ways", lambda: ["dm", ScoresOfMatching()], both),
     ]
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from estimators import PullCritic, ScoreIdentity, evaluations, report
+from estimators import ProjectedMatching, PullCritic, ScoreIdentity, evaluations, report
 from test_scripts import start
 from torch import Tensor, nn
 
 from rdm_sdk.method.noise import FlowSchedule
 from rdm_sdk.rewards.base import RewardBatch
-from rdm_sdk.rewards.context import DiffusionContext
+from rdm_sdk.rewards.context import DiffusionContext, Origin
 from rdm_sdk.types import Denoiser
 
 FACTORS = {"teacher": 0.7, "fake": 0.2}
@@ -55,6 +56,38 @@ def test_of_constant_networks_it_is_distribution_matching() -> None:
     output = ScoreIdentity(alpha=1.2).field(constant)
     assert output.gradient is not None
     torch.testing.assert_close(output.gradient, torch.full_like(constant.latents, FACTORS["teacher"] - FACTORS["fake"]))
+
+
+def test_pdmd_is_distribution_matching_across_the_critics_residual() -> None:
+    """What is left is orthogonal to x_0 - D_fake, what was taken away is parallel to it; the divisor is DMD's."""
+    batch = batch_of(0.3, 1.0)
+    output = ProjectedMatching().field(batch)
+    renoised = batch.require_context("here").renoise(batch.latents, 2)
+    real, fake = (FACTORS[role] * (0.3 + renoised.x_t) for role in ("teacher", "fake"))
+    residual = (batch.latents - fake).flatten(1)
+    assert output.gradient is not None
+    assert output.magnitude is not None
+    taken = (real - fake - output.gradient).flatten(1)
+    torch.testing.assert_close((output.gradient.flatten(1) * residual).sum(1), torch.zeros(6), atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cosine_similarity(taken, residual).abs(), torch.ones(6))
+    torch.testing.assert_close(output.magnitude, (batch.latents - real).abs().flatten(1).mean(1))
+
+
+def test_pdmd_on_its_own_path_asks_between_two_states() -> None:
+    """At a level between them, with the noise that leads from the student's state to its sample."""
+    batch, noise = batch_of(0.3, 1.0), torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    levels, left = torch.tensor([1.0, 0.75, 0.5, 0.25, 1.0, 0.25]), torch.tensor([3, 2, 1, 0, 3, 0])
+    states = (1 - levels).reshape(-1, 1, 1, 1) * batch.latents + levels.reshape(-1, 1, 1, 1) * noise
+    context = replace(
+        batch.require_context("here"),
+        origin=Origin(states, levels, left, teacher_of=lambda rows: lambda x_t, sigma: x_t),
+    )
+    batch = replace(batch, context=context)
+    ProjectedMatching(own_path=True).field(batch)
+    asked = context.renoise(batch.latents, 2)
+    sigma = asked.sigma.reshape(-1, 1, 1, 1)
+    assert ((levels - 0.25 < asked.sigma) & (asked.sigma < levels)).all()
+    torch.testing.assert_close(asked.x_t, (1 - sigma) * batch.latents + sigma * noise)
 
 
 def test_a_critic_is_pulled_by_its_share() -> None:
