@@ -13,7 +13,6 @@ from pathlib import Path
 import pyarrow
 from datasets import Dataset, disable_progress_bars, enable_progress_bars
 from datasets.utils import are_progress_bars_disabled
-from pyarrow.csv import ConvertOptions, ParseOptions, open_csv, read_csv
 
 from rdm_sdk.errors import DataError, shown
 
@@ -66,34 +65,31 @@ def _read_text(path: Path) -> Dataset:
 
 
 def _read_table(path: Path) -> Dataset:
-    options = ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
-    # Names the byte that is not UTF-8, which Arrow would keep as bytes.
-    _check_quotes(path.read_bytes().decode("utf-8-sig"), options.delimiter)
-    with open_csv(path, parse_options=options) as opened:
-        names = opened.schema.names
-    # "NA" and "null" are words, and only an empty cell is none.
-    convert = ConvertOptions(
-        column_types=dict.fromkeys(names, pyarrow.string()), null_values=[""], strings_can_be_null=True
-    )
-    table = read_csv(path, parse_options=options, convert_options=convert)
-    twice = [name for name, count in Counter(table.column_names).items() if count > 1]
+    rows = _rows(path.read_bytes().decode("utf-8-sig"), "\t" if path.suffix.lower() == ".tsv" else ",")
+    twice = [name for name, count in Counter(rows[0]).items() if count > 1]
     if twice:
         raise ValueError(f"the column {twice[0]!r} is there more than once")
-    columns = table.to_pydict()
+    # "NA" and "null" are words, and only an empty cell is none.
+    columns = {name: [cell or None for cell in cells] for name, *cells in zip(*rows, strict=True)}
     return Dataset.from_dict({n: cells if n == "prompt" else _numbers_or_texts(cells) for n, cells in columns.items()})
 
 
-def _check_quotes(text: str, delimiter: str) -> None:
-    """Raise `ValueError` for quotes that do not close, or that text follows: Arrow reads on as if nothing were wrong.
+def _rows(text: str, delimiter: str) -> list[list[str]]:
+    """Return the rows of a table, each with as many cells as the first, which names the columns.
 
-    The first would make one cell of all lines up to the next quote.
+    Raises:
+        ValueError: there is none, one has another number of cells, or quotes do not close, or text follows them.
     """
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows: list[list[str]] = []
     start = 1
     limit = csv.field_size_limit(max(len(text), 1))  # the module's own would refuse cells of 131,073 letters and more
     try:
-        for _ in rows:
-            start = rows.line_num + 1
+        for row in filter(None, reader):  # without empty lines
+            rows.append(row)
+            if len(row) != len(rows[0]):
+                raise ValueError(f"the row of line {reader.line_num}: Expected {len(rows[0])} columns, got {len(row)}")
+            start = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(
             f"the row that begins in line {start}: {error}. A cell that begins with a quote must end with one, and "
@@ -101,12 +97,15 @@ def _check_quotes(text: str, delimiter: str) -> None:
         ) from error
     finally:
         csv.field_size_limit(limit)
+    if not rows:
+        raise ValueError("it is empty; its first line must name the columns")
+    return rows
 
 
 def _numbers_or_texts(cells: list[str | None]) -> Sequence[float | str | None]:
     """Return a column as numbers if each of its cells is one, whole ones if all are, and else as the texts it holds.
 
-    Arrow would read "007" as 7, "12:30" as a time and "true" as a truth value, which are words to a reward.
+    "007" and "true" are words to a reward.
     """
     numbers = [None if cell is None else _number(cell) for cell in cells]
     if any(number is None for number, cell in zip(numbers, cells, strict=True) if cell is not None):
