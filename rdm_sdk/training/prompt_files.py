@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pyarrow
-from datasets import Dataset, disable_progress_bars, enable_progress_bars
-from datasets.utils import are_progress_bars_disabled
+from datasets import Dataset
+from pyarrow.parquet import ParquetFile
 
 from rdm_sdk.errors import DataError, shown
 
@@ -149,17 +148,11 @@ def _from_objects(rows: Iterable[object]) -> Dataset:
 
 
 def _read_parquet(path: Path) -> Dataset:
-    shows = not are_progress_bars_disabled()
-    disable_progress_bars()
     try:
-        with tempfile.TemporaryDirectory() as cache:  # in memory: nothing is left behind, nothing stale is found
-            made: Dataset = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
-    except Exception as error:  # the library wraps what went wrong in a class for each format
-        raise ValueError(str(error.__cause__ or error)) from error
-    finally:
-        if shows:
-            enable_progress_bars()
-    return made
+        with ParquetFile(path) as file:
+            return Dataset(file.read())
+    except Exception as error:  # whatever Arrow raises of what is no table, or a damaged one
+        raise ValueError(str(error)) from error
 
 
 _READERS: dict[str, Callable[[Path], Dataset]] = {
