@@ -5,26 +5,50 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
-from rdm_sdk.errors import DataError, RDMError
+from rdm_sdk.errors import ConfigError, DataError, RDMError
 from rdm_sdk.families.roles import STUDENT, TEACHER
 from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.evaluate import evaluate_rewards
+from rdm_sdk.training.data import collate
 from rdm_sdk.training.judge import Judge
 from rdm_sdk.training.models import RunModels
 from rdm_sdk.training.monitor import warn_of_skipped
 from rdm_sdk.training.picture_filter import PictureFilter
 from rdm_sdk.types import RewardOutput
 
+NO_EVALUATION = (
+    "evaluate() needs eval_dataset and a reward that judges images, beside or instead of 'dm'; name one in "
+    "eval_rewards to hold it out, or add one with weight 0 to watch it in training as well, such as 'dm + 0*legibility'"
+)
 
-def score_finished(
+
+def evaluated(
+    models: RunModels, judge: Judge, dataset: Dataset | None, size: int, prefix: str, targets: Mapping[str, float]
+) -> dict[str, float]:
+    """Return the figures of what the student makes of a dataset's prompts, always with the same noise.
+
+    `targets` maps the names of the run's rewards to their weights; `size` samples are made and judged at a time.
+
+    Raises:
+        ConfigError: no reward judges finished samples, or there is no dataset.
+    """
+    if not judge.of_images or dataset is None:
+        raise ConfigError(NO_EVALUATION)
+    inputs = collate(list(dataset))
+    with models.seeded(judge.settings.seed), models.exported_weights():
+        outputs = _scored(models, judge, inputs["prompts"], inputs["columns"], size)
+    return judge.agreed(_figures(outputs, prefix, {name: targets.get(name, 0.0) for name in judge.of_images}))
+
+
+def _scored(
     models: RunModels, judge: Judge, prompts: Sequence[str], columns: Mapping[str, list[object]], size: int
 ) -> dict[str, RewardOutput]:
     """Sample the student for prompts, one each, and score the samples by every reward that needs no models.
 
-    Where a reward compares within groups, every prompt (and its columns) is repeated for a group. `size` samples
-    are made and judged at a time.
+    Where a reward compares within groups, every prompt (and its columns) is repeated for a group.
 
     Raises:
         DataError: there is no column that a reward needs.
@@ -71,7 +95,7 @@ def look(
     return list(zip(labels, pictures, strict=True))
 
 
-def figures(outputs: Mapping[str, RewardOutput], prefix: str, asked: Mapping[str, float]) -> dict[str, float]:
+def _figures(outputs: Mapping[str, RewardOutput], prefix: str, asked: Mapping[str, float]) -> dict[str, float]:
     """Return mean and deviation of every reward, over the samples it is for: `<prefix>_rewards/<name>/mean` and `/std`.
 
     What a reward logged itself is `<prefix>_rewards/<name>/<figure>`. The mean of the first that was `asked`, and is

@@ -24,10 +24,9 @@ from rdm_sdk.training.accelerated import processes_of
 from rdm_sdk.training.callbacks import run_callbacks, speak_plainly
 from rdm_sdk.training.config import RDMConfig
 from rdm_sdk.training.data import GroupSampler, collate, group_sampler, load_prompts
-from rdm_sdk.training.evaluating import evaluated
 from rdm_sdk.training.export import save_student, student_info
 from rdm_sdk.training.faults import explained
-from rdm_sdk.training.finished import look
+from rdm_sdk.training.finished import evaluated, look
 from rdm_sdk.training.interrupt import SaveOnSignal
 from rdm_sdk.training.judge import Judge, add_run_roles
 from rdm_sdk.training.models import RunModels
@@ -262,7 +261,8 @@ class RDMTrainer(Trainer):
             ConfigError: no reward judges finished samples, or there are no evaluation prompts.
         """
         dataset = self.eval_dataset if eval_dataset is None else load_prompts(eval_dataset, "eval_dataset")
-        metrics = evaluated(self.models, self.judge, dataset, self.args, metric_key_prefix, self.step.targets)
+        size = self.args.per_device_eval_batch_size
+        metrics = evaluated(self.models, self.judge, dataset, size, metric_key_prefix, self.step.targets)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -24,6 +24,7 @@ from rdm_sdk.plugins.registry import registry
 from rdm_sdk.rewards.base import Reward
 from rdm_sdk.rewards.resolve import RewardFuncs, RunReward, WeightedReward, resolve_rewards, split_held_out
 from rdm_sdk.training.config import RDMConfig
+from rdm_sdk.training.finished import NO_EVALUATION
 from rdm_sdk.training.models import check_fits
 from rdm_sdk.training.optimizers import check_optimizer, check_schedules
 from rdm_sdk.training.start import starting_lora
@@ -271,12 +272,6 @@ def _applies_somewhere(reward: Reward, dataset: Dataset) -> bool:
         if any(reward.applies(columns.pop("prompt"), columns)):
             return True
     return False
-
-
-NO_EVALUATION = (
-    "evaluate() needs eval_dataset and a reward that judges images, beside or instead of 'dm'; name one in "
-    "eval_rewards to hold it out, or add one with weight 0 to watch it in training as well, such as 'dm + 0*legibility'"
-)
 
 
 def _check_evaluation(args: RDMConfig, rewards: Sequence[RunReward], dataset: Dataset | None) -> None:
