@@ -18,8 +18,6 @@ from transformers.trainer_utils import IntervalStrategy
 from rdm_sdk.families.compiled import compile_networks, compiling_seconds
 from rdm_sdk.training.accelerated import leave_unwrapped
 from rdm_sdk.training.pictures import logged_pictures, too_many
-from rdm_sdk.training.run_file import RunFile
-from rdm_sdk.training.run_log import KeepLog
 from rdm_sdk.training.run_record import RunRecord
 from rdm_sdk.training.trackers import TellTrackers
 from rdm_sdk.training.watch import Watch
@@ -187,5 +185,4 @@ def run_callbacks(trainer: RDMTrainer) -> list[TrainerCallback]:
     """Return the callbacks of every run, in their order."""
     trackers = TellTrackers(trainer)
     # The log's file is the last: what the watch finds is a row of it.
-    parts = [Compiling(), Bookkeeper(trainer, trackers), RunRecord(trainer), RunFile(trainer), trackers]
-    return [*parts, Watch(trainer), KeepLog(trainer)]
+    return [Compiling(), Bookkeeper(trainer, trackers), trackers, Watch(trainer), RunRecord(trainer)]

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from datasets import Dataset, Value
 from peft import LoraConfig
-from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from rdm_sdk.errors import RDMError
 from rdm_sdk.families.roles import STUDENT
@@ -36,17 +35,6 @@ _NOT_THE_RUN = ("reward_weights", "resume_from_checkpoint")
 """What is left out: factors that are in the spec's weights already, and where this start went on from."""
 _WRITABLE = re.compile(r"(large_)?string|bool|null|u?int\d+|float\d+")
 """The types of columns that come back from JSON as they were."""
-
-
-class RunFile(TrainerCallback):
-    """Writes `run.yaml` and `prompts.jsonl` beside the run's log when training begins."""
-
-    def __init__(self, trainer: RDMTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if args.should_save:
-            write_run_file(self.trainer, self.trainer.keeper.records)
 
 
 def write_run_file(trainer: RDMTrainer, folder: Path) -> Path:

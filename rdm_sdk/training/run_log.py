@@ -12,16 +12,13 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerState
 
 from rdm_sdk.errors import CheckpointError
 from rdm_sdk.files import replacing
 from rdm_sdk.training.watch_rules import LEVELS
-
-if TYPE_CHECKING:
-    from rdm_sdk.training.trainer import RDMTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -147,19 +144,3 @@ class LogFile:
             yield
         finally:
             state.log_history = whole
-
-
-class KeepLog(TrainerCallback):
-    """Writes every log of a run into its file, and puts the whole past into the state of a run that goes on."""
-
-    def __init__(self, trainer: RDMTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.trainer.keeper.begin_log(state)
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        try:
-            self.trainer.keeper.log.append(state.log_history)
-        except OSError as error:  # nothing is lost: it is in memory, and a checkpoint is not written without it
-            logger.warning(f"{LOG} could not be written ({error}); the next log tries again")

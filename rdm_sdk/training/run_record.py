@@ -1,4 +1,4 @@
-"""What a run leaves beside its checkpoints, for `rdm-sdk report`: its settings and versions, and all that it logged."""
+"""What a run leaves beside its checkpoints: its settings and versions, and all that it logged."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import platform
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -15,13 +16,17 @@ from transformers.trainer import TRAINER_STATE_NAME
 from rdm_sdk._version import __version__
 from rdm_sdk.files import replacing
 from rdm_sdk.training.identity import run_settings
+from rdm_sdk.training.run_file import write_run_file
+from rdm_sdk.training.run_log import LOG
 
 if TYPE_CHECKING:
+    from rdm_sdk.training.config import RDMConfig
     from rdm_sdk.training.trainer import RDMTrainer
 
 logger = logging.getLogger(__name__)
 
 RECORD = "run.json"
+"""What `rdm-sdk report` reads of a run, beside its log."""
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "torchmetrics")
 
 
@@ -37,25 +42,40 @@ def versions() -> dict[str, str]:
 
 
 class RunRecord(TrainerCallback):
-    """Writes `run.json` beside the run's log when training begins, and `trainer_state.json` when it ends."""
+    """Writes a run's settings when training begins, every log into the run's file, and `trainer_state.json` at the end.
+
+    The logs of a run that goes on begin with its past.
+    """
 
     def __init__(self, trainer: RDMTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        keeper = self.trainer.keeper
         if args.should_save:
-            content = {
-                "base": self.trainer.family.base_name,
-                "rewards": [
-                    {"reward": reward.term.reference, "weight": reward.weight, "route": reward.route}
-                    for reward in self.trainer.rewards
-                ],
-                "settings": run_settings(args),
-                "versions": versions(),
-                "begun": datetime.now(UTC).isoformat(timespec="seconds"),
-            }
-            with replacing(self.trainer.keeper.records / RECORD) as staged:
-                staged.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            self._write(keeper.records / RECORD, args)
+            write_run_file(self.trainer, keeper.records)
+        keeper.begin_log(state)
+
+    def _write(self, path: Path, args: RDMConfig) -> None:
+        content = {
+            "base": self.trainer.family.base_name,
+            "rewards": [
+                {"reward": reward.term.reference, "weight": reward.weight, "route": reward.route}
+                for reward in self.trainer.rewards
+            ],
+            "settings": run_settings(args),
+            "versions": versions(),
+            "begun": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        with replacing(path) as staged:
+            staged.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        try:
+            self.trainer.keeper.log.append(state.log_history)
+        except OSError as error:  # nothing is lost: it is in memory, and a checkpoint is not written without it
+            logger.warning(f"{LOG} could not be written ({error}); the next log tries again")
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if args.should_save:
@@ -63,4 +83,4 @@ class RunRecord(TrainerCallback):
                 with replacing(self.trainer.keeper.records / TRAINER_STATE_NAME) as staged:
                     state.save_to_json(str(staged))
             except OSError as error:  # the student that was trained is still to be saved, maybe on another disk
-                logger.warning(f"{TRAINER_STATE_NAME} could not be written ({error}); log.jsonl has the same figures")
+                logger.warning(f"{TRAINER_STATE_NAME} could not be written ({error}); {LOG} has the same figures")
