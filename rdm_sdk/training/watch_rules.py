@@ -76,11 +76,6 @@ class Course:
         levels = [float(np.median([value for _, value in part])) for part in parts]
         return cls(np.array([part[-1][0] for part in parts]), np.array(levels))
 
-    @property
-    def long_enough(self) -> bool:
-        """Whether there is a past to compare with."""
-        return len(self.levels) >= 2 * LASTING
-
     @cached_property
     def noise(self) -> float:
         """The robust standard deviation of a level, from the differences of neighbors."""
@@ -108,14 +103,6 @@ class Course:
         at = int(self.before.argmin() if lowest else self.before.argmax())
         return int(self.steps[at + self.remembered - 1]), float(self.before[at])
 
-    def is_below(self, bound: float) -> bool:
-        """Whether all of now is below."""
-        return bool((self.now < bound).all())
-
-    def is_above(self, bound: float) -> bool:
-        """Whether all of now is above."""
-        return bool((self.now > bound).all())
-
     @property
     def latest(self) -> float:
         """The level of now."""
@@ -137,11 +124,8 @@ class _Run:
 
     def course(self, name: str) -> Course | None:
         """Return the course of a figure; None where there is too little of it."""
-        points = self._points.get(name, [])
-        if len(points) < 2 * LASTING:
-            return None
-        found = Course.of(points)
-        return found if found.long_enough else None
+        found = Course.of(self._points.get(name, []))
+        return found if len(found.levels) >= 2 * LASTING else None
 
     def names(self, pattern: str) -> list[tuple[str, str]]:
         """Return the figures whose whole name matches, each with the part in parentheses."""
@@ -165,7 +149,7 @@ class _Run:
             if course is None:
                 continue
             step, first = int(course.steps[course.remembered - 1]), float(course.before[0])
-            if course.is_above(first + max(self.unit(figure, course, step), NOISES * course.noise)):
+            if course.now.min() > first + max(self.unit(figure, course, step), NOISES * course.noise):
                 found.append(f"{name!r} rose from {first:.3g} to {course.latest:.3g}")
         return found
 
@@ -196,7 +180,7 @@ def _held_out(run: _Run, minimized: Collection[str]) -> Iterable[Finding]:
             continue
         step, best = course.best()
         matters = run.unit(figure, course, step)
-        if matters and course.is_below(best - max(matters, NOISES * course.noise)):
+        if matters and course.now.max() < best - max(matters, NOISES * course.noise):
             where = "on the evaluation prompts" if figure.startswith("eval_") else "which is watched only"
             what = (
                 f"{name!r}, {where}, fell from {best:.3g} (step {step}) to {course.latest:.3g}, by more than a standard"
@@ -211,7 +195,7 @@ def _collapsed(run: _Run) -> Iterable[Finding]:
         if course is None:
             continue
         step, best = course.best()
-        if course.is_below(best - max((1 - LEFT) * best, NOISES * course.noise)):
+        if course.now.max() < best - max((1 - LEFT) * best, NOISES * course.noise):
             what = f"{of} are alike: they differ by {course.latest:.3g}, {course.latest / best:.0%} of what it was"
             yield _finding(run, "collapse", figure, f"{what} at step {step}", step)
             return  # where all samples are alike, those of a prompt are
@@ -223,7 +207,7 @@ def _drifted(run: _Run) -> Iterable[Finding]:
         if course is None or error is None:
             continue
         step, least = course.best(lowest=True)
-        beyond = course.is_above(least + max((FARTHER - 1) * least, NOISES * course.noise))
+        beyond = course.now.min() > least + max((FARTHER - 1) * least, NOISES * course.noise)
         share = course.latest / (course.latest + error.latest)
         if beyond and share > MOSTLY:
             what = f"the student drifts away from the teacher: {name!r} sees {course.latest / least:.1f} times the"
