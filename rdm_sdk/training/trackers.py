@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,63 +36,40 @@ def description(trainer: RDMTrainer) -> dict[str, Any]:
     }
 
 
-def _describe_to_tensorboard(tracker: Any, content: Mapping[str, Any]) -> None:
-    rows = "\n".join(f"| {name} | {value} |" for name, value in content.items())
-    tracker.tb_writer.add_text("run", f"| | |\n|---|---|\n{rows}")
-    tracker.tb_writer.flush()
-
-
-def _picture_to_tensorboard(tracker: Any, path: Path, step: int) -> None:
-    with Image.open(path) as picture:
-        tracker.tb_writer.add_image(PICTURES, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
-    tracker.tb_writer.flush()
-
-
-def _describe_to_wandb(tracker: Any, content: Mapping[str, Any]) -> None:
-    _client(tracker).config.update({"run": dict(content)}, allow_val_change=True)
-
-
-def _picture_to_wandb(tracker: Any, path: Path, step: int) -> None:
-    # By the step that transformers' callback has chosen for the axis: W&B's counter is that of its calls.
-    client = _client(tracker)
-    client.log({PICTURES: client.Image(str(path)), "train/global_step": step})
-
-
-def _client(tracker: Any) -> Any:
-    """Return the library of W&B, or Trackio's, which has W&B's interface."""
-    return tracker._wandb if isinstance(tracker, WandbCallback) else tracker._trackio
-
-
-_Describe = Callable[[Any, Mapping[str, Any]], None]
-_Show = Callable[[Any, Path, int], None]
-TRACKERS: dict[type[TrainerCallback], tuple[_Describe, _Show]] = {
-    TensorBoardCallback: (_describe_to_tensorboard, _picture_to_tensorboard),
-    WandbCallback: (_describe_to_wandb, _picture_to_wandb),
-    TrackioCallback: (_describe_to_wandb, _picture_to_wandb),
-}
-"""Transformers' callback to what tells its tracker what the run is, and what shows it a picture."""
-
-
-def trackers_of(callbacks: Sequence[object]) -> list[tuple[object, _Describe, _Show]]:
-    """Return the trackers among a trainer's callbacks, with how they are told and shown things."""
-    return [
-        (callback, *ways) for callback in callbacks for kind, ways in TRACKERS.items() if isinstance(callback, kind)
-    ]
-
-
 class TellTrackers(TrainerCallback):
     """Tells the trackers what the run is when training begins; transformers' callbacks, which come first, are ready."""
 
     def __init__(self, trainer: RDMTrainer) -> None:
         self.trainer = trainer
 
+    def _writers(self) -> list[Any]:
+        """Return TensorBoard's writers, one if it is asked for."""
+        callbacks = self.trainer.callback_handler.callbacks
+        return [callback.tb_writer for callback in callbacks if isinstance(callback, TensorBoardCallback)]
+
+    def _clients(self) -> list[Any]:
+        """Return the libraries of W&B and Trackio, which has W&B's interface, as far as they are asked for."""
+        callbacks = self.trainer.callback_handler.callbacks
+        wandb = [callback._wandb for callback in callbacks if isinstance(callback, WandbCallback)]
+        return wandb + [callback._trackio for callback in callbacks if isinstance(callback, TrackioCallback)]
+
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero:
-            content = description(self.trainer)
-            for tracker, describe, _show in trackers_of(self.trainer.callback_handler.callbacks):
-                describe(tracker, content)
+        if not state.is_world_process_zero:
+            return
+        content = description(self.trainer)
+        for writer in self._writers():
+            rows = "\n".join(f"| {name} | {value} |" for name, value in content.items())
+            writer.add_text("run", f"| | |\n|---|---|\n{rows}")
+            writer.flush()
+        for client in self._clients():
+            client.config.update({"run": content}, allow_val_change=True)
 
     def show(self, path: Path, step: int) -> None:
         """Show a picture of a step to every tracker."""
-        for tracker, _describe, show in trackers_of(self.trainer.callback_handler.callbacks):
-            show(tracker, path, step)
+        for writer in self._writers():
+            with Image.open(path) as picture:
+                writer.add_image(PICTURES, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+            writer.flush()
+        for client in self._clients():
+            # By the step that transformers' callback has chosen for the axis: W&B's counter is that of its calls.
+            client.log({PICTURES: client.Image(str(path)), "train/global_step": step})
