@@ -172,31 +172,17 @@ def check_together(config: Any) -> None:
     Raises:
         ConfigError: two of them do not; says which, and what to do.
     """
-    _check_resolutions(config)
-    _check_quantization(config)
-    _check_sampler(config)
-    _check_scaling(config)
-    _check_batch(config)
-
-
-def _check_resolutions(config: Any) -> None:
     if config.resolutions is not None:
         _require(len(config.resolutions) > 0, "resolutions", config.resolutions, "a list of sizes, or None")
         if config.height is not None or config.width is not None:
             raise ConfigError("resolutions replaces height and width; give one or the other")
         for resolution in config.resolutions:
             parse_resolution(resolution)
-
-
-def _check_quantization(config: Any) -> None:
     if config.quantization != "none" and "full" in (config.student_weights, config.critic_weights):
         raise ConfigError(
             f"quantization={config.quantization!r} keeps the base in few bits, which cannot be trained in full; use "
             "student_weights='lora' and critic_weights='lora', or quantization='none'"
         )
-
-
-def _check_sampler(config: Any) -> None:
     if config.sampler == "cps":
         _require(0 < config.eta <= 1, "eta", config.eta, "in (0, 1] for sampler='cps'")
     if config.sampler == "sde":
@@ -207,18 +193,12 @@ def _check_sampler(config: Any) -> None:
             f"and sampler={config.sampler!r} with num_inference_steps={config.num_inference_steps} has none with a "
             "density; use a random sampler with two steps or more, or num_iterations=1"
         )
-
-
-def _check_scaling(config: Any) -> None:
     if config.multi_objective_aggregation == "normalize_then_sum" and config.scale_rewards != "group":
         raise ConfigError(
             f"scale_rewards={config.scale_rewards!r} cannot be used with "
             "multi_objective_aggregation='normalize_then_sum', which divides scores by their group's deviation in "
             "any case; use scale_rewards='group', or 'sum_then_normalize'"
         )
-
-
-def _check_batch(config: Any) -> None:
     if config.watch == "stop" and IntervalStrategy(config.logging_strategy) == IntervalStrategy.NO:
         raise ConfigError("watch='stop' looks at what is logged, and logging_strategy='no' logs nothing")
     if config.per_device_train_batch_size % config.num_generations:
