@@ -12,11 +12,10 @@ import logging
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
@@ -178,7 +177,9 @@ def check(directory: str | Path, mine: RunState, index: int) -> RunState:
         state = _read(folder, index, mine.identity.processes)
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             has_ema = any(name.startswith(f"{AVERAGE}.") for name in file.keys())  # noqa: SIM118 - it is no mapping
-    except DAMAGED as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever reading a damaged file leads to
         raise CheckpointError(
             f"cannot resume from {str(folder)!r}: it is damaged ({type(error).__name__}: {error}). Use an earlier "
             "checkpoint."
@@ -196,30 +197,11 @@ def check(directory: str | Path, mine: RunState, index: int) -> RunState:
     return state
 
 
-def save_critic_optimizer(directory: Path, state: dict[str, Any]) -> None:
-    """Write the state of the critics' optimizer and schedule."""
-    torch.save(state, directory / CRITIC_OPTIMIZER)
-
-
 def load_critic_optimizer(directory: Path, device: torch.device) -> dict[str, Any]:
-    """Return what `save_critic_optimizer` wrote, on a device."""
+    """Return the state of the critics' optimizer and schedule, on a device."""
     place = "cpu" if device.type == "cpu" else device  # "cpu:0", as accelerate has it, is none that PyTorch knows
     state: dict[str, Any] = torch.load(directory / CRITIC_OPTIMIZER, map_location=place, weights_only=True)
     return state
-
-
-DAMAGED = (
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    EOFError,
-    RuntimeError,
-    UnpicklingError,
-    SafetensorError,
-)
-"""What reading a damaged file can raise."""
 
 
 def _check_complete(folder: Path, mine: RunState) -> None:

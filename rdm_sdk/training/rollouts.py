@@ -209,10 +209,6 @@ class Rollouts:
         if self.experiences and self.experiences[-1].use + 1 < self.settings.num_iterations:
             self.stored = self.experiences
 
-    def save(self, path: Path) -> None:
-        """Write the stored rollouts; none, no file."""
-        write_rollouts(path, self.stored)
-
 
 def rollouts_path(checkpoint: str | Path, process_index: int) -> Path:
     """Return where a checkpoint keeps a process's rollouts."""

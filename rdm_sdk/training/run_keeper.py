@@ -21,7 +21,7 @@ from rdm_sdk.training.config import RDMConfig
 from rdm_sdk.training.export import move_into
 from rdm_sdk.training.identity import RunIdentity, prompts_digest, run_settings
 from rdm_sdk.training.models import RunModels
-from rdm_sdk.training.rollouts import rollouts_path
+from rdm_sdk.training.rollouts import rollouts_path, write_rollouts
 from rdm_sdk.training.run_log import LOG, LogFile, check_own, whole_history
 from rdm_sdk.training.step import DistillationStep
 
@@ -200,4 +200,4 @@ class RunKeeper:
                 state = checkpoint.capture(self.step, self.models, self.identity)
                 checkpoint.save_state(Path(scratch), self.models.family, shadow, state, self.models.device)
                 move_into(Path(scratch), target)
-        self.step.rollouts.save(rollouts_path(target, self.args.process_index))
+        write_rollouts(rollouts_path(target, self.args.process_index), self.step.rollouts.stored)

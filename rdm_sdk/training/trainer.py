@@ -374,7 +374,7 @@ class RDMTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.critic_optimizer is not None and self.args.should_save:
-            checkpoint.save_critic_optimizer(Path(output_dir), self.critic_optimizer.state_dict())
+            torch.save(self.critic_optimizer.state_dict(), Path(output_dir) / checkpoint.CRITIC_OPTIMIZER)
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint_folder)
