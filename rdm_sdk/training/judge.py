@@ -57,6 +57,7 @@ class Judge:
         self.models, self.rewards, self.settings, self.held_out = models, rewards, settings, held_out
         self.monitor = Monitor() if monitor is None else monitor
         self.processes = Processes() if processes is None else processes
+        self.uses_fields, self.uses_advantages = uses_fields(rewards), uses_advantages(rewards)
         self.randomness = Randomness(models.device, self.processes)
         """Where the random numbers of the run's steps come from."""
         self.step: int | None = None
@@ -70,16 +71,6 @@ class Judge:
     def critics(self) -> list[tuple[WeightedReward, str]]:
         """The rewards that train a role, with the role."""
         return [(reward, role) for reward in self.rewards if (role := reward.capabilities.trains)]
-
-    @property
-    def uses_fields(self) -> bool:
-        """Whether a reward that counts moves x_0, by its gradient or by tilting the teacher."""
-        return uses_fields(self.rewards)
-
-    @property
-    def uses_advantages(self) -> bool:
-        """Whether a reward that counts acts by advantages of its scores."""
-        return uses_advantages(self.rewards)
 
     # ---- What rewards see ---------------------------------------------------------------------------------------
 
@@ -165,7 +156,7 @@ class Judge:
         tilting = {reward.label: reward for reward in left if reward.route == "tilt" and reward.weight}
         if tilting:  # before a reward that is only watched asks for it, whose random numbers are put back
             batch.require_context("a tilt").renoise(batch.latents, batch.group_size)
-        outputs = self.score(left, batch)
+        outputs = self.start(left, batch)()
         here = [label for label in tilting if label in outputs and not bool(outputs[label].scores.isnan().all())]
         scale, total = self.settings.scale_rewards, self.processes.total
         for label in self.processes.anywhere(here):
@@ -182,12 +173,11 @@ class Judge:
             rewards = self.asked(rewards)
         return Answers([reward.label for reward in rewards], self.start(rewards, self.batch(endpoints)))
 
-    def score(self, rewards: Sequence[WeightedReward], batch: RewardBatch) -> dict[str, RewardOutput]:
-        """Evaluate rewards on a batch; those without weight are watched, and leave no trace in the random state."""
-        return self.start(rewards, batch)()
-
     def start(self, rewards: Sequence[WeightedReward], batch: RewardBatch) -> Callable[[], dict[str, RewardOutput]]:
-        """Evaluate rewards as `score` does, but for waiting; the function that is returned waits and returns."""
+        """Evaluate rewards on a batch; the function that is returned waits for their outputs and returns them.
+
+        Those without weight are watched, and leave no trace in the random state.
+        """
         started, names = [], ", ".join(reward.label for reward in rewards)
         before = self.processes.note(f"asking the rewards {names}")
         for counts in (True, False):
