@@ -148,17 +148,17 @@ def find(wanted: str | Path | bool | None, output_dir: Path) -> Path | None:
     return newest
 
 
-def save_state(
-    directory: Path, family: ModelFamily, ema: list[Tensor] | None, state: RunState, device: torch.device
-) -> None:
+def save_state(directory: Path, step: DistillationStep, models: RunModels, identity: RunIdentity) -> None:
     """Write every role's raw weights, the moving average, the run state and the random state of the run's device."""
+    roles, average = models.roles, [] if models.ema is None else models.ema.shadow_params
     tensors = {
         f"{role}.{name}": tensor
-        for role in family.roles.trainable_roles
-        for name, tensor in family.roles.role_state_dict(role).items()
+        for role in roles.trainable_roles
+        for name, tensor in roles.role_state_dict(role).items()
     }
-    tensors |= {f"{AVERAGE}.{i}": tensor.detach().cpu().contiguous() for i, tensor in enumerate(ema or [])}
-    save_file(tensors | {RANDOM: global_state(device)}, directory / WEIGHTS)
+    tensors |= {f"{AVERAGE}.{i}": tensor.detach().cpu().contiguous() for i, tensor in enumerate(average)}
+    save_file(tensors | {RANDOM: global_state(models.device)}, directory / WEIGHTS)
+    state = capture(step, models, identity)
     (directory / STATE).write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
 
 

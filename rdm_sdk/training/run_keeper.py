@@ -195,9 +195,7 @@ class RunKeeper:
     def write_state(self, target: Path) -> None:
         """Write what a checkpoint keeps beside the export and Trainer's own files; each process its own rollouts."""
         if self.args.should_save:
-            shadow = None if self.models.ema is None else self.models.ema.shadow_params
             with tempfile.TemporaryDirectory(dir=target, prefix=".state-") as scratch:
-                state = checkpoint.capture(self.step, self.models, self.identity)
-                checkpoint.save_state(Path(scratch), self.models.family, shadow, state, self.models.device)
+                checkpoint.save_state(Path(scratch), self.step, self.models, self.identity)
                 move_into(Path(scratch), target)
         write_rollouts(rollouts_path(target, self.args.process_index), self.step.rollouts.stored)
