@@ -70,12 +70,10 @@ def _options(given: Any) -> dict[str, Any]:
 def _check_together(config: Any) -> None:
     """Raise `ConfigError` if a setting does not go with a base that is shared out."""
     apart = "processes would run its blocks another number of times, and wait for each other for ever"
+    copied = "a full copy of the base is trained, which is not shared"
     cases = {
-        "student_weights": (
-            config.student_weights == "full",
-            "a full copy of the base is trained, which is not shared",
-        ),
-        "critic_weights": (config.critic_weights == "full", "a full copy of the base is trained, which is not shared"),
+        "student_weights": (config.student_weights == "full", copied),
+        "critic_weights": (config.critic_weights == "full", copied),
         "quantization": (config.quantization != "none", "layers in few bits cannot be taken apart"),
         # Transformers takes a backend or a mode for torch_compile=True, but later.
         **{

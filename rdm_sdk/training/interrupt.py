@@ -74,7 +74,6 @@ class SaveOnSignal(TrainerCallback):
 
     def leave(self, args: Any, state: TrainerState) -> None:
         """End the program as the signal asks, if one has come: with `KeyboardInterrupt`, or `SystemExit` 143."""
-        self.restore()
         if self.caught is None:
             return
         name = f"checkpoint-{state.global_step}"

@@ -46,10 +46,9 @@ def check_own(path: Path) -> None:
 
 def _is_log(line: str) -> bool:
     try:
-        figures = json.loads(line)
-    except ValueError:  # damaged
+        return bool(parsed([line]))
+    except ValueError:
         return False
-    return isinstance(figures, dict) and "step" in figures
 
 
 def parsed(lines: Sequence[str]) -> History:
