@@ -43,13 +43,7 @@ _TRACKED = re.compile(
 
 
 def log_line(logs: Mapping[str, Any], step: int, max_steps: int) -> str:
-    """Return what a person reads of a log at a glance, on one line; what a user's callback logs is kept.
-
-    Args:
-        logs: figures by the names that trackers get.
-        step: the optimizer step that they belong to.
-        max_steps: of the run.
-    """
+    """Return what a person reads of a log at a glance, on one line; what a user's callback logs is kept."""
     if "train_runtime" in logs:
         return f"trained to step {step} in {logs['train_runtime']:.0f} s"
 

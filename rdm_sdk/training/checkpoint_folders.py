@@ -84,12 +84,8 @@ def newest_first(output_dir: Path) -> list[Path]:
 def writing(output_dir: Path, step: int, run: str, writer: bool, wait: Callable[[], None]) -> Iterator[Path]:
     """Give the folder to write `checkpoint-N` into; it takes its place in the output folder when the block has ended.
 
-    Args:
-        output_dir: the run's output folder.
-        step: N.
-        run: the run's id.
-        writer: whether this process seals and names the folder; all of them write into it.
-        wait: returns when all processes have called it.
+    All processes write into it; the `writer` alone seals and names it. `step` is N, and `wait` returns when all
+    processes have called it.
 
     Raises:
         CheckpointError: something could not be written; what stood in the output folder stands.

@@ -115,9 +115,7 @@ class FiniteWatch:
     def first(self, prompts: Sequence[str], encode: Callable[[Sequence[str | None]], Condition]) -> Fault | None:
         """Return the first fault since `begin`, None if every value was finite; waits for the device.
 
-        Args:
-            prompts: those of the step, one of which is named.
-            encode: what the networks are told of prompts.
+        It names one of the step's prompts, by what the networks are told of each.
         """
         for call in self._calls or ():
             for what, finite in (("input", call.finite_before), ("prediction", call.finite_after)):

@@ -18,9 +18,6 @@ DONE = {"version": 2, "reshard_after_forward": True}
 def sharding_of_ours(config: Any) -> Iterator[None]:
     """Hide `fsdp` from transformers, which would have accelerate share out all networks, and let it be True after.
 
-    Args:
-        config: an `RDMConfig` before transformers has rewritten what was given.
-
     Raises:
         ConfigError: another form of FSDP is asked for, or a setting does not go with it.
     """

@@ -52,16 +52,9 @@ def push(
 
     Weights of another kind of student, which somebody may have put there, are left out: they would be loaded for it.
 
-    Args:
-        args: the run's settings.
-        repository: its full name; None on processes that do not push.
-        component: the name of the folder of a full copy's weights.
-        message: of the commit.
-        blocking: wait for the end of the upload.
-        token: in place of the settings'.
-        revision: in place of the settings'.
-        folder: `args.output_dir` by default.
-        card: what Trainer would put into another card.
+    Processes that do not push have no repository (None). `component` names the folder of a full copy's weights; `token`
+    and `revision` take the place of the settings'; `folder` is `args.output_dir` by default; `card` is what Trainer
+    would put into another card.
 
     Raises:
         ConfigError: something is to be put into a card.

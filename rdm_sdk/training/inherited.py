@@ -55,8 +55,7 @@ UNSUPPORTED = {
 def check_inherited(config: Any) -> None:
     """Raise `ConfigError` for the first setting of `UNSUPPORTED` that is not as the class has it.
 
-    Args:
-        config: an `RDMConfig` before transformers has rewritten what was given.
+    Transformers must not have rewritten yet what was given.
     """
     for spec in fields(config):
         if spec.name not in UNSUPPORTED:
@@ -96,10 +95,7 @@ def chosen_settings(config: Any) -> dict[str, Any]:
 def name_checkpointing(config: Any) -> None:
     """Give activation checkpointing its older name, the only one that earlier versions of transformers know.
 
-    There, either of the two names turns it on.
-
-    Args:
-        config: an `RDMConfig` before transformers has rewritten what was given.
+    There, either of the two names turns it on. Transformers must not have rewritten yet what was given.
     """
     if not hasattr(TrainingArguments, "activation_checkpointing"):
         config.gradient_checkpointing = bool(config.activation_checkpointing or config.gradient_checkpointing)

@@ -26,10 +26,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class SaveOnSignal(TrainerCallback):
     """Ends training after the current optimizer step when a signal has come, with a checkpoint if the run saves any.
 
-    A second Ctrl-C ends it at once. Signals are caught in the main thread alone, which is the only one that gets them.
-
-    Args:
-        processes: all of which must stop after the same step.
+    All processes stop after the same step. A second Ctrl-C ends the run at once. Signals are caught in the main thread
+    alone, which is the only one that gets them.
     """
 
     def __init__(self, processes: Processes) -> None:

@@ -34,15 +34,10 @@ logger = logging.getLogger(__name__)
 
 
 class Judge:
-    """Evaluates rewards on samples of the run's student.
+    """Evaluates rewards, with and without weight, on samples of the run's student.
 
-    Args:
-        models: what model-aware rewards ask.
-        rewards: all of the run's, with and without weight.
-        settings: an `RDMConfig`, or any object with the same fields.
-        monitor: takes every figure of the run down; a new one by default.
-        processes: of a run on several devices.
-        held_out: rewards that judge finished samples alone, in an evaluation.
+    The `monitor` takes every figure of the run down. Rewards that are `held_out` judge finished samples alone, in an
+    evaluation.
     """
 
     def __init__(
@@ -298,11 +293,8 @@ def add_run_roles(
 ) -> None:
     """Add to a family the roles of a run, those that are modules of rewards among them, and warn of full copies.
 
-    Args:
-        configs: role to its LoRA, or to None for a full copy of the base.
-        rewards: some of which may bring a module to train.
-        steps_told: K, if critics are told the student's step, and 0 if not.
-        start_from: the folder of a finished student whose weights the student gets.
+    `configs` maps a role to its LoRA, or to None for a full copy of the base; `steps_told` is K, if critics are told
+    the student's step, and 0 if not; `start_from` is the folder of a finished student whose weights the student gets.
 
     Raises:
         ModelError: the student's adapters could not be exported, or the finished student is another base's.

@@ -123,12 +123,7 @@ def critic_groups(roles: Roles, learning_rate: float) -> list[dict[str, Any]]:
 
 
 class CriticOptimizer:
-    """Optimizer and schedule of all critics.
-
-    Args:
-        args: the run's settings.
-        roles: of the run; it must have critics.
-    """
+    """Optimizer and schedule of all critics of a run that has some."""
 
     schedule: torch.optim.lr_scheduler.LRScheduler
 

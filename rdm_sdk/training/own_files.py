@@ -41,11 +41,9 @@ def places(folder: Path) -> tuple[Path, Path]:
 
 
 def sealed(text: str, prompts: str) -> str:
-    """Return the content of a file of settings with the line that tells whether it was changed.
+    """Return the content of a file of settings, all whole lines, with one that tells whether it was changed.
 
-    Args:
-        text: the content, up to the end of its last line.
-        prompts: the hash of the file of prompts, or `NO_PROMPTS`.
+    `prompts` is the hash of the file of prompts, or `NO_PROMPTS`.
     """
     return f"{text}{_SEAL}{_hash(text)} and {prompts}\n"
 

@@ -56,15 +56,10 @@ def logged_pictures(folder: Path) -> list[tuple[int, Path]]:
 
 
 def too_many(steps: Sequence[int], every: int, most: int) -> list[int]:
-    """Return which of some ascending steps to leave out, so that at most `most` are left, at even distances.
+    """Return which of one or more ascending steps to leave out, so that at most `most` (2 or more) are left, evenly.
 
-    The first and the last stay, and those at multiples of `every`, or of twice, four times, ... as much: what is left
-    out once would be left out later as well.
-
-    Args:
-        steps: ascending, at least one.
-        every: the distance at which pictures are written.
-        most: 2 or more.
+    The first and the last stay, and those at multiples of `every`, at which pictures are written, or of twice, four
+    times, ... as much: what is left out once would be left out later as well.
     """
     first, last, stride = steps[0], steps[-1], every
     while len({first, last, *range(stride, last + 1, stride)}) > most:

@@ -30,11 +30,8 @@ logger = logging.getLogger(__name__)
 class PromptStore:
     """A folder of files, one per batch of prompts, each under a hash of its prompts and of what encodes them.
 
-    Files are mapped into memory, so that what is read takes no memory that the system could not have back.
-
-    Args:
-        folder: made where it is missing; several runs, bases and processes may share it.
-        encoder: a hash of what encodes, as `encoder_key` returns it.
+    Files are mapped into memory, so that what is read takes no memory that the system could not have back. Several
+    runs, bases and processes may share a folder, because `encoder` is a hash of what encodes (`encoder_key`).
     """
 
     def __init__(self, folder: str | Path, encoder: str) -> None:

@@ -40,11 +40,7 @@ class Randomness:
     Between steps, the run's random state is PyTorch's global one: Trainer saves and restores it, and data loaders draw
     from it. `begin` moves it into the generator and `end` moves it back. Between the two the global generators are
     in another state, a function of the run's and of the process: a reward may draw from them, or reseed them, and
-    changes nothing about the run.
-
-    Args:
-        device: where samples are made.
-        processes: of the run; the first one's state counts.
+    changes nothing about the run. Of several processes, the first one's state counts.
     """
 
     def __init__(self, device: torch.device, processes: Processes) -> None:

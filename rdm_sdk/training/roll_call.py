@@ -55,13 +55,8 @@ class RollCall:
 
     Every `BEAT` seconds, what the process is doing goes to the store that it shares with the others, from a thread.
     When a collective operation fails, here or there, the message says who did not come, and why; and a process that
-    goes on though another has failed is ended.
-
-    Args:
-        index: of this process, from 0.
-        count: of processes; with one, there is nobody to call.
-        limit: seconds that a process waits for the others, as the message has them.
-        store: that all processes see; None where there is but one.
+    goes on though another has failed is ended. The message names `limit`, the seconds that a process waits for the
+    others. All of them see the store, which is None where there is but one process.
     """
 
     def __init__(self, index: int, count: int, limit: float, store: Store | None) -> None:

@@ -29,14 +29,9 @@ logger = logging.getLogger(__name__)
 
 
 class RunKeeper:
-    """Keeps a run's state on disk.
+    """Keeps a run's state on disk: a step's rollouts, weighting and counters, and the networks.
 
-    Args:
-        args: the run's settings.
-        step: what is kept: its rollouts, weighting and counters.
-        models: and its networks.
-        dataset: the run's prompts.
-        wait: returns when all processes have called it.
+    `wait` returns when all processes have called it.
     """
 
     def __init__(

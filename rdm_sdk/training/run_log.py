@@ -65,11 +65,9 @@ def parsed(lines: Sequence[str]) -> History:
 
 
 def whole_history(kept: History, path: Path) -> History:
-    """Return all that a run had logged when a checkpoint of it was written.
+    """Return all that a run had logged when a checkpoint of it was written, of which that has `kept` the end.
 
-    Args:
-        kept: the logs that the checkpoint keeps.
-        path: the run's log; where it does not have them, a warning tells so, and `kept` is returned.
+    Where the run's log does not have it, a warning tells so, and `kept` is returned.
     """
     if len(kept) != KEPT:  # all there were; or more, of a version that kept all
         return kept

@@ -16,12 +16,8 @@ from rdm_sdk.training.student_base import PEFT_FOLDER, PEFT_PREFIX, PEFT_WEIGHTS
 def starting_lora(folder: str, weights: Weights, given: LoraConfig | None) -> LoraConfig | None:
     """Return the LoRA of a finished student that a run starts from, None where it is a full copy.
 
-    Nothing but two small files is read, so that a wrong folder is found before a base is loaded.
-
-    Args:
-        folder: what training saved.
-        weights: what of the student the run trains.
-        given: the LoRA that the user gave.
+    Nothing but two small files is read, so that a wrong folder is found before a base is loaded. `weights` is what of
+    the student the run trains, and `given` the LoRA that the user gave.
 
     Raises:
         ConfigError: the run is to train other weights than the student has, or was given a LoRA beside it.

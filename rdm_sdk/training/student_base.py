@@ -100,10 +100,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 def describe_base(pipeline: Any, component: str, weights: Weights) -> dict[str, Any]:
     """Return what is kept of a student's base, as JSON: classes, kind of prediction, config and sampled weights.
 
-    Args:
-        pipeline: the base; adapters on it are left out.
-        component: what of it was trained, such as "transformer".
-        weights: what of the student is exported.
+    Adapters on the pipeline are left out; `component` is what of it was trained, such as "transformer".
     """
     network = getattr(pipeline, component)
     return {
@@ -120,11 +117,8 @@ def describe_base(pipeline: Any, component: str, weights: Weights) -> dict[str, 
 def check_base(pipeline: Any, base: Mapping[str, Any], folder: Path, other_base: bool) -> None:
     """Raise `ModelError` unless a pipeline is the base that `describe_base` described.
 
-    Args:
-        pipeline: the pipeline that a student is to be loaded into.
-        base: what was kept of the student's.
-        folder: the student's, for messages.
-        other_base: take another config and other weights too, but not another kind of network or of prediction.
+    `folder` is the student's, for messages; `other_base` takes another config and other weights too, but not another
+    kind of network or of prediction.
     """
     network = network_of(pipeline, base["component"])
     names = adapters_of(network) if isinstance(network, nn.Module) else []
@@ -162,10 +156,7 @@ def network_of(pipeline: Any, component: str) -> Any:
 def check_adapters_fit(network: nn.Module, file: Path, component: str) -> None:
     """Raise `ModelError` unless every tensor of a LoRA file has a layer of its shape in a network.
 
-    Args:
-        network: what it is to be loaded into.
-        file: in PEFT's or diffusers' format; only names and shapes are read.
-        component: what diffusers' format calls the network.
+    The file is in PEFT's format or in diffusers', which calls the network `component`; only names and shapes are read.
     """
     layers = dict(network.named_modules())
     odd = []

@@ -24,9 +24,6 @@ class Watch(TrainerCallback):
     What it knows is the log alone, and what it finds becomes a row of it: a sentence under `watch`, with `watch_kind`
     and `watch_figure`. So it is in `trainer_state.json` and in every checkpoint, and a resumed run finds what the
     uninterrupted one does. A kind of finding is told once.
-
-    Args:
-        trainer: whose rewards are looked at; its processes stop together.
     """
 
     def __init__(self, trainer: RDMTrainer) -> None:
