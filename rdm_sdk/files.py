@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,6 +12,12 @@ def looks_local(source: str) -> bool:
     """Whether a source of weights must be a path: it exists, or no hub id is written like it (`owner/name`)."""
     exists = Path(source).expanduser().exists()
     return exists or source.startswith((".", "/", "~")) or source.count("/") != 1 or "\\" in source
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -7,7 +7,6 @@ compare with no published FID, and TorchScript is code.
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rdm_sdk.errors import ConfigError, described
+from rdm_sdk.files import sha256_of
 from rdm_sdk.vision.preprocess import to_8_bits
 
 ADDRESS = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
@@ -86,8 +86,7 @@ def _downloaded() -> Path:
 def _check(file: Path) -> None:
     if not file.is_file():
         raise ConfigError(f"there is no file {str(file)!r}; give the path of inception-2015-12-05.pt ({ADDRESS})")
-    with file.open("rb") as opened:
-        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    found = sha256_of(file)
     if found != SHA256:
         raise ConfigError(
             f"{str(file)!r} is not the InceptionV3 of published FIDs: its sha256 is {found}, not {SHA256}. Fetch "

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from transformers import TrainingArguments
 
 from rdm_sdk.errors import CheckpointError
+from rdm_sdk.files import sha256_of
 
 MANIFEST = "rdm_manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -121,7 +122,7 @@ def _seal(folder: Path, run: str, step: int, written: int) -> None:
     """Write the manifest of a finished folder, and make sure that every file of it has reached the disk."""
     files = {}
     for path in _files(folder):
-        files[path.relative_to(folder).as_posix()] = _hash(path)
+        files[path.relative_to(folder).as_posix()] = sha256_of(path)
         _flush(path)
     (folder / MANIFEST).write_text(Manifest(run, step, files, written).text(), encoding="utf-8")
     _flush(folder / MANIFEST)
@@ -201,7 +202,7 @@ def verify(folder: Path) -> Manifest:
     if missing:
         raise _damaged(folder, f"{', '.join(missing)} missing")
     try:
-        changed = [name for name, digest in manifest.files.items() if _hash(found[name]) != digest]
+        changed = [name for name, digest in manifest.files.items() if sha256_of(found[name]) != digest]
     except OSError as error:
         raise _damaged(folder, f"it cannot be read ({error})") from error
     if changed:
@@ -295,11 +296,6 @@ def _damaged(folder: Path, what: str) -> CheckpointError:
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST)
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

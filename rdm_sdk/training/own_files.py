@@ -13,6 +13,8 @@ import os
 import re
 from pathlib import Path
 
+from rdm_sdk.files import sha256_of
+
 logger = logging.getLogger(__name__)
 
 FILE, PROMPTS = "run.yaml", "prompts.jsonl"
@@ -73,7 +75,6 @@ def _hash(text: str) -> str:
 def _hash_of(path: Path) -> str | None:
     """Return the hash of a file's bytes, None where it cannot be read."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError:
         return None

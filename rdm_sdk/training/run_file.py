@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from contextlib import ExitStack
@@ -16,7 +15,7 @@ from peft import LoraConfig
 from rdm_sdk.errors import RDMError
 from rdm_sdk.families.roles import STUDENT
 from rdm_sdk.families.targets import names_of_adapted
-from rdm_sdk.files import replacing
+from rdm_sdk.files import replacing, sha256_of
 from rdm_sdk.rewards.callables import CallableReward
 from rdm_sdk.rewards.resolve import target_of
 from rdm_sdk.rewards.spec import is_secret, show_spec
@@ -153,10 +152,7 @@ def _unwritable(dataset: Dataset | None) -> str:
 
 def _write_prompts(dataset: Dataset, path: Path) -> str:
     """Write a dataset's rows as lines of JSON; return the hash of the file."""
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
         for row in dataset.with_format(None, columns=dataset.format["columns"]):  # no tensors
-            line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-            digest.update(line)
-            file.write(line)
-    return digest.hexdigest()
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return sha256_of(path)
