@@ -60,14 +60,11 @@ class MethodSettings(Protocol):
     @property
     def sizes(self) -> list[tuple[int | None, int | None]]:
         """Height and width of every resolution, None where the model's own is taken."""
-        ...
 
     @property
     def steps_told(self) -> int:
         """K, if critics are told which of the student's steps made a sample; 0 if they are not."""
-        ...
 
     @property
     def clip_range(self) -> float:
         """The clip range of the policy ratio."""
-        ...

@@ -38,44 +38,35 @@ class Models(Protocol):
     @property
     def policy(self) -> FewStepPolicy:
         """The student's sampler; its noise schedule is that of all denoisers."""
-        ...
 
     @property
     def device(self) -> torch.device:
         """Where samples are made."""
-        ...
 
     @property
     def encode(self) -> Callable[[Sequence[str | None]], Condition]:
         """Prompts to what denoisers are told of them; None is the prompt that says nothing."""
-        ...
 
     def parameters_of(self, role: str) -> list[nn.Parameter]:
         """Return the trained parameters of a role."""
-        ...
 
     def denoiser(self, role: str, condition: Condition, steps: Tensor | None = None) -> Denoiser:
         """Return the denoiser of a role ("teacher", "student", "fake", ...) for a condition.
 
         `steps` (int64 `[N]`) are the student's that made the samples, for critics that are told them.
         """
-        ...
 
     def step_shape(self, step: int) -> tuple[int, ...]:
         """Return the shape of the latents of an optimizer step (from 0), the same on all processes."""
-        ...
 
     def to_images(self, latents: Tensor) -> Tensor:
         """Return what rewards of images see of latents `[N, *x]`, differentiable in them."""
-        ...
 
     def vae_at_hand(self) -> AbstractContextManager[None]:
         """Return a context inside which `to_images` is called and differentiated."""
-        ...
 
     def complete(self, context: DiffusionContext, condition: Condition) -> DiffusionContext:
         """Return a context with all that model-aware rewards can ask beside the denoisers, as far as it exists."""
-        ...
 
 
 class RunModels:

@@ -54,15 +54,12 @@ class Weighting(Protocol):
                 is missing.
             step: the coming optimizer step.
         """
-        ...
 
     def state_dict(self) -> dict[str, float]:
         """Return what a checkpoint must keep. All of it is logged as `weighting/<key>` too: the weights' cause."""
-        ...
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Go on from a checkpoint."""
-        ...
 
 
 class FixedConfig(RewardConfig):
