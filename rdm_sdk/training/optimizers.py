@@ -172,11 +172,6 @@ class CriticOptimizer:
         restart_rates(self.settings, self.optimizer, self.schedule, [1.0, EMBEDDING_RATE])
 
 
-def critic_optimizer(args: RDMConfig, roles: Roles) -> CriticOptimizer | None:
-    """Return the optimizer of a run's critics, None where it has none."""
-    return CriticOptimizer(args, roles) if set(roles.trainable_roles) - {STUDENT} else None
-
-
 def restart_rates(args: RDMConfig, optimizer: Any, schedule: Any, factors: Sequence[float] = (1.0,)) -> None:
     """Let the rate, decay and betas of the settings count in the place of those that a checkpoint has restored.
 

@@ -51,6 +51,7 @@ class RunKeeper:
             step.processes.count,
             run_settings(args),
         )
+        self.output_dir = Path(str(args.output_dir))
         self.records = self.output_dir
         """Where the run's log, settings and pictures go."""
         self.log = LogFile(self.records / LOG)
@@ -58,10 +59,6 @@ class RunKeeper:
         self._folder: Path | None = None
         self._best: str | None = None
         """The best checkpoint so far of a run that goes on."""
-
-    @property
-    def output_dir(self) -> Path:
-        return Path(str(self.args.output_dir))
 
     def begin(self, wanted: str | bool | None) -> Path | None:
         """Return the checkpoint that the run goes on from, whole and of this run; None where it starts afresh.

@@ -30,7 +30,7 @@ from rdm_sdk.training.finished import evaluated, look
 from rdm_sdk.training.interrupt import SaveOnSignal
 from rdm_sdk.training.judge import Judge, add_run_roles
 from rdm_sdk.training.models import RunModels
-from rdm_sdk.training.optimizers import CriticOptimizer, critic_optimizer, restart_rates
+from rdm_sdk.training.optimizers import CriticOptimizer, restart_rates
 from rdm_sdk.training.picture_filter import PictureFilter
 from rdm_sdk.training.pictures import image_grid
 from rdm_sdk.training.prompt_encoding import prepare_prompts
@@ -199,8 +199,8 @@ class RDMTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
         """Create the schedules: the student's, and the critics' with their optimizer."""
-        if self.critic_optimizer is None:
-            self.critic_optimizer = critic_optimizer(self.args, self.roles)
+        if self.judge.critics and self.critic_optimizer is None:
+            self.critic_optimizer = CriticOptimizer(self.args, self.roles)
         if self.critic_optimizer is not None:
             self.critic_optimizer.begin(num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)

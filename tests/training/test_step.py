@@ -21,7 +21,7 @@ from rdm_sdk.rewards.dm import DistributionMatching
 from rdm_sdk.rewards.resolve import resolve_rewards
 from rdm_sdk.training.judge import Judge
 from rdm_sdk.training.models import RunModels
-from rdm_sdk.training.optimizers import critic_optimizer
+from rdm_sdk.training.optimizers import CriticOptimizer
 from rdm_sdk.training.step import DistillationStep
 
 PAGE = Path(__file__).parents[2] / "docs" / "step.md"
@@ -69,7 +69,7 @@ def step_alone(args: RDMConfig, first: FirstStep) -> dict[str, Tensor]:
     step = DistillationStep(Judge(models, resolve_rewards(SPEC), args), args)
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
     student = kind([{"params": models.parameters_of("student"), "weight_decay": args.weight_decay}], **options)
-    critic = critic_optimizer(args, family.roles)
+    critic = CriticOptimizer(args, family.roles)
     assert critic is not None
     torch.set_rng_state(first.random)
     step.begin(first.window, 0)
