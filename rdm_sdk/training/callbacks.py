@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.state import AcceleratorState
@@ -24,7 +23,6 @@ from rdm_sdk.training.watch import Watch
 from rdm_sdk.training.weighting import STRATEGIES
 
 if TYPE_CHECKING:
-    from rdm_sdk.training.config import RDMConfig
     from rdm_sdk.training.trainer import RDMTrainer
 
 logger = logging.getLogger(__name__)
@@ -162,17 +160,14 @@ class Bookkeeper(TrainerCallback):
 
     def _picture(self, args: Any, step: int) -> None:
         path = self.trainer.write_images(self.trainer.keeper.records / "images" / f"step_{step:06d}.png")
-        if args.should_save:
-            self.trackers.show(path, step)
-            if args.log_images_limit is not None:
-                self._thin_out(path.parent, step, args)
-
-    @staticmethod
-    def _thin_out(folder: Path, step: int, args: RDMConfig) -> None:
-        """Remove the pictures that are too many; those of later steps are of a run that was taken back."""
-        until = {at: path for at, path in logged_pictures(folder) if at <= step}
-        for at in too_many(list(until), args.log_images, args.log_images_limit or len(until)):
-            until[at].unlink()
+        if not args.should_save:
+            return
+        self.trackers.show(path, step)
+        if args.log_images_limit is not None:
+            # Those of later steps are of a run that was taken back.
+            until = {at: picture for at, picture in logged_pictures(path.parent) if at <= step}
+            for at in too_many(list(until), args.log_images, args.log_images_limit):
+                until[at].unlink()
 
 
 def run_callbacks(trainer: RDMTrainer) -> list[TrainerCallback]:

@@ -86,7 +86,7 @@ def capture(step: DistillationStep, models: RunModels, identity: RunIdentity) ->
         weights=step.weights,
         strategy=type(step.weighting).__name__,
         weighting=state_of(step.weighting),
-        ema_steps=models.ema_steps,
+        ema_steps=None if models.ema is None else models.ema.optimization_step,
     )
 
 
@@ -175,8 +175,6 @@ def check(directory: str | Path, mine: RunState, index: int) -> RunState:
     _check_complete(folder, mine)
     try:
         state = _read(folder, index, mine.identity.processes)
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            has_ema = any(name.startswith(f"{AVERAGE}.") for name in file.keys())  # noqa: SIM118 - it is no mapping
     except CheckpointError:
         raise
     except Exception as error:  # whatever reading a damaged file leads to
@@ -184,7 +182,7 @@ def check(directory: str | Path, mine: RunState, index: int) -> RunState:
             f"cannot resume from {str(folder)!r}: it is damaged ({type(error).__name__}: {error}). Use an earlier "
             "checkpoint."
         ) from error
-    _check_same_networks(folder, state, mine, has_ema)
+    _check_same_networks(folder, state, mine)
     weighed = zip(mine.rewards, state.targets, mine.targets, strict=True)
     weights = [f"weight of {reward!r}: {before:g} -> {now:g}" for reward, before, now in weighed if before != now]
     for change in [*check_same_run(state.identity, mine.identity, str(folder)), *weights]:
@@ -227,6 +225,8 @@ def _read(folder: Path, index: int, count: int) -> RunState:
         )
     state = RunState(**saved | {"identity": RunIdentity(**saved["identity"])})
     json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    with safe_open(folder / WEIGHTS, framework="pt"):
+        pass
     for name in ("optimizer.pt", "scheduler.pt", CRITIC_OPTIMIZER):
         if (folder / name).is_file():
             torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
@@ -235,7 +235,7 @@ def _read(folder: Path, index: int, count: int) -> RunState:
     return state
 
 
-def _check_same_networks(folder: Path, state: RunState, mine: RunState, has_ema: bool) -> None:
+def _check_same_networks(folder: Path, state: RunState, mine: RunState) -> None:
     """Raise `CheckpointError` if the checkpoint has other networks or rewards than `mine`."""
     if state.identity.base != mine.identity.base:
         raise CheckpointError(f"checkpoint {str(folder)!r} was made with another base model; pass the same one")
@@ -251,6 +251,7 @@ def _check_same_networks(folder: Path, state: RunState, mine: RunState, has_ema:
             f"{mine.adapters[role]}; resume with the same ones (weights trained with another LoRA rank or alpha mean "
             "something else)"
         )
+    has_ema = state.ema_steps is not None
     if has_ema != (mine.ema_steps is not None):
         raise CheckpointError(
             f"checkpoint {str(folder)!r} was made {'with' if has_ema else 'without'} a moving average of the "

@@ -246,11 +246,6 @@ class RunModels:
         if self.ema is not None:
             self.ema.step(self.parameters_of(STUDENT))
 
-    @property
-    def ema_steps(self) -> int | None:
-        """Updates of the moving average so far, None if the run has none."""
-        return None if self.ema is None else self.ema.optimization_step
-
     def load_average(self, shadow: Mapping[int, Tensor], directory: str) -> None:
         """Take up a checkpoint's moving average, by position.
 

@@ -50,14 +50,11 @@ class Watch(TrainerCallback):
             history.append({**row, "epoch": state.epoch, "step": state.global_step})
             if state.is_world_process_zero:
                 logger.warning(f"step {state.global_step}: {finding.text}")
-        if args.watch == "stop" and self._first_process_found(bool(found)):
+        # By what the first process has found: each logs its share of the samples, and all must stop together.
+        if args.watch == "stop" and self.trainer.step.processes.gather(bool(found))[0]:
             control.should_training_stop = True
             if state.is_world_process_zero:
                 logger.warning(
                     f"watch='stop': this run ends at step {state.global_step}. To go on in spite of it, resume with "
                     "watch='warn'"
                 )
-
-    def _first_process_found(self, found: bool) -> bool:
-        """Return what the first process has found: each logs its share of the samples, and all must stop together."""
-        return bool(self.trainer.step.processes.gather(found)[0])
