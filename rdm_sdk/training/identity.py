@@ -13,14 +13,14 @@ from transformers import TrainingArguments
 
 from rdm_sdk.errors import CheckpointError
 from rdm_sdk.training.config import RDMConfig
+from rdm_sdk.training.optimizers import OF_CRITICS
 
 RATES = frozenset(
     {
         *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs"),
         *("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "weight_decay", "max_grad_norm"),
-        *("critic_learning_rate", "critic_lr_scheduler_type", "critic_lr_scheduler_kwargs"),
-        *("critic_adam_beta1", "critic_adam_beta2"),
-        *("critic_weight_decay", "critic_max_grad_norm", "reward_weights"),
+        *(f"critic_{name}" for name in OF_CRITICS),
+        *("critic_max_grad_norm", "reward_weights"),
     }
 )
 """Settings that a resumed run may change; what it had before is said, and the new ones count."""

@@ -24,6 +24,10 @@ CRITIC_RATE = 2.0
 """The critics' learning rate where none is set, in student's: the faster they follow, the less `dm` is off."""
 
 
+OF_CRITICS = ("learning_rate", "adam_beta1", "adam_beta2", "weight_decay", "lr_scheduler_type", "lr_scheduler_kwargs")
+"""Settings that critics have of their own, with `critic_` before each; one that is None follows the student's."""
+
+
 BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 """Schedules that are told a metric with each step."""
 
@@ -34,14 +38,7 @@ def critic_settings(args: RDMConfig) -> RDMConfig:
     settings.learning_rate = CRITIC_RATE * args.learning_rate
     if args.critic_lr_scheduler_type not in (None, SchedulerType(args.lr_scheduler_type).value):
         settings.lr_scheduler_kwargs = None  # options of another schedule
-    for name in (
-        "learning_rate",
-        "adam_beta1",
-        "adam_beta2",
-        "weight_decay",
-        "lr_scheduler_type",
-        "lr_scheduler_kwargs",
-    ):
+    for name in OF_CRITICS:
         value = getattr(args, f"critic_{name}")
         if value is not None:
             setattr(settings, name, value)
@@ -175,11 +172,8 @@ class CriticOptimizer:
 def restart_rates(args: RDMConfig, optimizer: Any, schedule: Any, factors: Sequence[float] = (1.0,)) -> None:
     """Let the rate, decay and betas of the settings count in the place of those that a checkpoint has restored.
 
-    Args:
-        args: the run's settings, as the optimizer sees them.
-        optimizer: with its state restored.
-        schedule: of the settings too, restored as far as where it stands: it may have another length or shape now.
-        factors: of the learning rate, per group of parameters.
+    The settings are as the optimizer sees them, whose state is restored. The schedule is theirs too, restored as far as
+    where it stands: it may have another length or shape now. `factors` are of the rate, per group of parameters.
 
     Raises:
         CheckpointError: the rate has changed, and this kind of schedule keeps it to itself.
