@@ -162,14 +162,14 @@ class RDMTrainer(Trainer):
 
     def _train_critics(self) -> None:
         """Take the critics' optimizer steps that come before one of the student."""
+        if self.critic_optimizer is None:
+            return
         for turn in range(self.args.critic_steps):
             for loss in self.step.critic_losses(turn):
                 loss.backward()
             self.step.end_critics()
-            if self.critic_optimizer is not None:
-                self.critic_optimizer.step()
-        if self.critic_optimizer is not None:
-            self.critic_optimizer.next_rate()
+            self.critic_optimizer.step()
+        self.critic_optimizer.next_rate()
 
     # ---- The networks -------------------------------------------------------------------------------------------
 
