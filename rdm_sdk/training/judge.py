@@ -257,9 +257,7 @@ class Judge:
 class Answers(Mapping[str, RewardOutput]):
     """What rewards returned, by label, waited for when it is first read: until then asynchronous ones are at work.
 
-    Args:
-        asked: the labels of the rewards; one that is skipped is missing in the end.
-        collect: waits for the rewards and returns their outputs.
+    Those that were `asked` and skipped are missing in the end.
     """
 
     def __init__(self, asked: Collection[str], collect: Callable[[], dict[str, RewardOutput]]) -> None:

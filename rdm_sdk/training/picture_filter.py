@@ -15,10 +15,7 @@ GRAY = 0.5
 
 
 class PictureFilter:
-    """Puts gray in the place of pictures that a reward scores below a bound, or not at all.
-
-    Args:
-        text: a reward and its least score, such as "safety >= 0.9".
+    """Puts gray in the place of pictures that a reward scores below a bound ("safety >= 0.9"), or not at all.
 
     Raises:
         ConfigError: the text is something else, or the reward cannot judge single pictures.

@@ -203,9 +203,7 @@ def absence(
 def roll_call(seconds: float, cpu: bool) -> RollCall:
     """Return this process's place in the roll call of the run that it is one of, and let nobody wait longer.
 
-    Args:
-        seconds: `ddp_timeout`.
-        cpu: whether the run is on CPUs, where transformers makes the process group without that limit.
+    On CPUs, transformers makes the process group without that limit.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return RollCall(0, 1, seconds, None)
