@@ -29,7 +29,11 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(path.name + ".tmp")
     try:
+        staged.touch()
+        usual = staged.stat().st_mode
         yield staged
+        if staged.stat().st_mode != usual:  # safetensors makes files that nobody else can read
+            staged.chmod(usual)
         staged.replace(path)
     except BaseException:
         with suppress(OSError):  # the error that is told is the one that came first

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from rdm_sdk.files import replacing
 
@@ -46,3 +48,11 @@ def test_a_file_that_cannot_take_its_place_is_removed(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"scores\.csv"), replacing(tmp_path / "scores.csv") as staged:
         staged.write_text("whole", encoding="utf-8")
     assert [path.name for path in tmp_path.iterdir()] == ["scores.csv"]
+
+
+def test_tensors_can_be_read_by_whom_other_files_can(tmp_path: Path) -> None:
+    """What safetensors writes is private to its owner, and a cache of prompts may be several people's."""
+    with replacing(tmp_path / "tensors") as staged:
+        save_file({"x": torch.zeros(2)}, staged)
+    (tmp_path / "text").write_text("as usual", encoding="utf-8")
+    assert (tmp_path / "tensors").stat().st_mode == (tmp_path / "text").stat().st_mode

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rdm_sdk.errors import ConfigError, ModelError
+from rdm_sdk.families.targets import last_names
 from rdm_sdk.types import Condition
 
 TEACHER = "teacher"
@@ -161,10 +162,8 @@ class Roles(nn.Module):
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")
                 inject_adapter_in_model(config, self.backbone, adapter_name=name)
         except ValueError as error:
-            linear = sorted({n.split(".")[-1] for n, m in self.backbone.named_modules() if isinstance(m, nn.Linear)})
-            raise ConfigError(
-                f"cannot add LoRA adapters: {error} Linear layers of this model: {', '.join(linear)}"
-            ) from error
+            linear = ", ".join(last_names(self.backbone))
+            raise ConfigError(f"cannot add LoRA adapters: {error} Linear layers of this model: {linear}") from error
         self._names.append(name)
         self._layers = [module for module in self.backbone.modules() if isinstance(module, BaseTunerLayer)]
         self._places[name] = [

@@ -66,6 +66,12 @@ def linear_layers(network: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def last_names(network: nn.Module) -> list[str]:
+    """Return the last parts of linear layers' names, each once, sorted: what a LoRA config may name."""
+    named = linear_layers(network).items()
+    return sorted({name.split(".")[-1] for name, layer in named if isinstance(layer, nn.Linear)})
+
+
 def target_names(network: nn.Module, excluded: Sequence[str] = ()) -> tuple[str, ...]:
     """Return the names of the layers of `linear_layers` that can have adapters.
 
@@ -132,5 +138,6 @@ def _check_names(config: LoraConfig, network: nn.Module) -> None:
             close = " or ".join(map(repr, difflib.get_close_matches(name, sorted(endings))))
             raise ConfigError(
                 f"{option} of the LoRA config has {name!r}, and no layer of this model has a name that ends so"
-                + (f"; did you mean {close}?" if close else ". Take it out")
+                + (f"; did you mean {close}?" if close else ".")
+                + f" Linear layers of this model: {', '.join(last_names(network))}"
             )

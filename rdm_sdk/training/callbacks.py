@@ -162,7 +162,8 @@ class Bookkeeper(TrainerCallback):
         path = self.trainer.write_images(self.trainer.keeper.records / "images" / f"step_{step:06d}.png")
         if not args.should_save:
             return
-        self.trackers.show(path, step)
+        if self.trainer.is_world_process_zero():  # nobody else has trackers; `save_on_each_node` lets more write
+            self.trackers.show(path, step)
         if args.log_images_limit is not None:
             # Those of later steps are of a run that was taken back.
             until = {at: picture for at, picture in logged_pictures(path.parent) if at <= step}

@@ -302,7 +302,7 @@ def move_into(staged: Path, target: Path) -> None:
     for source in sorted(path for path in staged.rglob("*") if path.is_file()):
         destination = target / source.relative_to(staged)
         destination.parent.mkdir(parents=True, exist_ok=True)
-        # Files of a temporary folder are private to their owner; an export is to be shared like any other file.
+        # What safetensors writes is private to its owner; an export is to be shared like any other file.
         shutil.copymode(target, source)
         source.chmod(source.stat().st_mode & 0o666)
         source.replace(destination)

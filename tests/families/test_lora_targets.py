@@ -220,7 +220,7 @@ def test_patterns_say_ranks_and_alphas() -> None:
     [
         ({"target_modules": ["attn.to_q", "to_w"]}, "target_modules .* 'to_w', .* did you mean .*'to_v'"),
         ({"target_modules": ["attn.to_q", "o_q"]}, "target_modules .* 'o_q'"),  # an ending, but no name
-        ({"target_modules": ["attn.to_q", "no such thing at all"]}, "ends so. Take it out"),
+        ({"target_modules": ["attn.to_q", "no such thing at all"]}, r"ends so\. Linear layers of this model: .*to_q"),
         ({"rank_pattern": {"attn.to_w": 3}}, "rank_pattern .* 'attn.to_w'"),
         ({"alpha_pattern": {"norm_out.linear": 3, r".*to_w": 3}}, r"alpha_pattern .* '\.\*to_w'"),
     ],

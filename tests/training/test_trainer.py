@@ -21,6 +21,7 @@ from rdm_sdk import (
     digits,
 )
 from rdm_sdk.training.pictures import logged_pictures, too_many
+from rdm_sdk.training.trackers import TellTrackers
 
 Make = Callable[..., Any]
 Losses = Callable[[Any], list[dict[str, float]]]
@@ -172,6 +173,18 @@ def test_pictures_can_be_bounded(make_trainer: Make, tmp_path: Path) -> None:
     later.touch()
     make_trainer(tmp_path, log_images=1, log_images_limit=4, max_steps=5, critic_steps=1).train()
     assert [step for step, _ in logged_pictures(later.parent)] == [1, 2, 4, 5, 900]
+
+
+def test_one_process_shows_them(make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `save_on_each_node` others write pictures too, but trackers are those of the first."""
+    shown: list[Path] = []
+    monkeypatch.setattr(TellTrackers, "show", lambda self, path, step: shown.append(path))
+    for first in (True, False):
+        trainer = make_trainer(tmp_path / str(first), log_images=1, max_steps=1, critic_steps=1)
+        monkeypatch.setattr(trainer, "is_world_process_zero", lambda first=first: first)
+        trainer.train()
+        assert [step for step, _ in logged_pictures(tmp_path / str(first) / "images")] == [1]
+    assert [path.parents[1].name for path in shown] == ["True"]
 
 
 def test_pictures_are_left_out_evenly() -> None:
