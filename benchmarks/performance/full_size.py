@@ -34,7 +34,8 @@ from transformers import TrainerCallback
 from true_shapes import random_family, write_configs
 
 from rdm_sdk import Capabilities, RDMConfig, RDMTrainer, Reward, RewardBatch, markdown_table
-from rdm_sdk.planning.plan import GB, Planner
+from rdm_sdk.planning.plan import GB, PlannedRun
+from rdm_sdk.planning.rehearsal import Rehearsal
 
 STEPS = 3
 PROMPTS = [f"prompt {i}" for i in range(8)]
@@ -132,16 +133,16 @@ def shapes_of(folder: Path, family: str, tiny: bool = False) -> str:
 
 
 @cache
-def planner_of(configs: str) -> Planner:
-    """Return a planner that measures each kind of pass once."""
-    return Planner(configs)
+def measured_of(configs: str) -> dict[str, Rehearsal]:
+    """Return what is kept of a model's plans, so that each kind of pass is measured once."""
+    return {}
 
 
 def measure(run: Run, configs: str, device: str = "cuda") -> dict[str, Any]:
     """Plan a run of the model in the folder `configs`, do it, and time the bare passes of its steps."""
     with tempfile.TemporaryDirectory() as folder:
         args = run.config(folder, device)
-        plan = planner_of(configs).plan(args, run.rewards())
+        plan = PlannedRun(configs, args, run.rewards(), rehearsals=measured_of(configs)).plan()
         base = random_family(configs, device)
         _start_counting()
         trainer = RDMTrainer(base, run.rewards(), args, PROMPTS)

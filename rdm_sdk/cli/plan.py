@@ -26,13 +26,13 @@ class PlanArguments:
 def run(arguments: Sequence[str]) -> int:
     """Print the plan, and what would help where it does not fit; return the exit status."""
     from rdm_sdk.cli.run_arguments import parse_run
-    from rdm_sdk.planning.advice import Run, advise, show_advice
-    from rdm_sdk.planning.plan import GB, Planner
+    from rdm_sdk.planning.advice import advise, show_advice
+    from rdm_sdk.planning.plan import GB, PlannedRun
 
     # A run on a GPU is planned, and there need be none here: the settings are checked as those of a CPU.
     given, (options,) = parse_run("plan", HELP, arguments, [PlanArguments], {"use_cpu": True})
     given.check()
-    run = Run(Planner(given.model), given.config, given.arguments.rewards, *given.loras)
+    run = PlannedRun(given.model, given.config, given.arguments.rewards, *given.loras)
     plan = run.plan()
     print(plan)
     if plan.unknown:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from peft import LoraConfig
 from transformers.training_args import OptimizerNames
 
 from rdm_sdk.errors import RDMError
-from rdm_sdk.planning.plan import GB, MemoryPlan, Planner
-from rdm_sdk.rewards.resolve import RewardFuncs
-from rdm_sdk.training.config import RDMConfig
+from rdm_sdk.planning.plan import GB, PlannedRun
 
 WORTH_SAYING = 0.005
 """Share of the total that a switch must save."""
@@ -37,69 +35,56 @@ class Saving(NamedTuple):
     fits: bool
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run to be planned with a switch on: the arguments of `plan_memory`, the model in its planner."""
-
-    planner: Planner
-    args: RDMConfig
-    reward_funcs: RewardFuncs = None
-    peft_config: LoraConfig | None = None
-    fake_peft_config: LoraConfig | None = None
-
-    def plan(self) -> MemoryPlan:
-        """Return the plan; raises as `plan_memory`."""
-        return self.planner.plan(self.args, self.reward_funcs, self.peft_config, self.fake_peft_config)
-
-    def switched(self, switch: Switch) -> Run:
-        """Return the run with a switch on."""
-        if switch.name != "lora_r":
-            args = copy.copy(self.args)
-            setattr(args, *switch)
-            return replace(self, args=args)
-        student, critic = copy.deepcopy((self.peft_config, self.fake_peft_config))
-        if student is None and critic is None:
-            student = LoraConfig(lora_alpha=16)
-        for lora in filter(None, (student, critic)):
-            lora.r = switch.value
-        return replace(self, peft_config=student, fake_peft_config=critic)
-
-    def switches(self) -> list[Switch]:
-        """Return all that can be changed about the run; some of it may not be possible with this model."""
-        args = self.args
-        weights = args.student_weights, args.critic_weights
-        rank = next((int(lora.r) for lora in (self.peft_config, self.fake_peft_config) if lora), 16)
-        # About half the batch, while its groups stay whole.
-        batch = args.per_device_train_batch_size // args.num_generations // 2 * args.num_generations
-        table = [
-            ("activation_checkpointing", True, not args.activation_checkpointing),
-            ("text_encoders", "offload", args.text_encoders == "keep"),
-            ("text_encoders", "drop", args.text_encoders != "drop"),
-            ("vae_offload", True, not args.vae_offload),
-            ("vae_slicing", True, not args.vae_slicing),
-            ("reward_offload", True, not args.reward_offload),
-            ("student_weights", "lora", args.student_weights == "full"),
-            ("critic_weights", "lora", args.critic_weights == "full"),
-            ("quantization", "8bit", args.quantization == "none" and "full" not in weights),
-            ("quantization", "4bit", args.quantization == "none" and "full" not in weights),
-            ("optim", "adamw_8bit", "8bit" not in OptimizerNames(args.optim).value),
-            ("lora_r", rank // 2, rank >= 8 and "lora" in weights),
-            ("reward_batch_size", 1, args.reward_batch_size != 1),
-            ("reward_route", "advantage", args.reward_route == "gradient"),  # no gradient through the VAE
-            ("per_device_train_batch_size", batch, batch > 0),
-        ]
-        return [Switch(name, value) for name, value, changes in table if changes]
+def switched(run: PlannedRun, switch: Switch) -> PlannedRun:
+    """Return a run with a switch on."""
+    if switch.name != "lora_r":
+        args = copy.copy(run.args)
+        setattr(args, *switch)
+        return replace(run, args=args)
+    student, critic = copy.deepcopy((run.peft_config, run.fake_peft_config))
+    if student is None and critic is None:
+        student = LoraConfig(lora_alpha=16)
+    for lora in filter(None, (student, critic)):
+        lora.r = switch.value
+    return replace(run, peft_config=student, fake_peft_config=critic)
 
 
-def advise(run: Run, memory: int) -> list[Saving]:
+def switches(run: PlannedRun) -> list[Switch]:
+    """Return all that can be changed about a run; some of it may not be possible with its model."""
+    args = run.args
+    weights = args.student_weights, args.critic_weights
+    rank = next((int(lora.r) for lora in (run.peft_config, run.fake_peft_config) if lora), 16)
+    # About half the batch, while its groups stay whole.
+    batch = args.per_device_train_batch_size // args.num_generations // 2 * args.num_generations
+    table = [
+        ("activation_checkpointing", True, not args.activation_checkpointing),
+        ("text_encoders", "offload", args.text_encoders == "keep"),
+        ("text_encoders", "drop", args.text_encoders != "drop"),
+        ("vae_offload", True, not args.vae_offload),
+        ("vae_slicing", True, not args.vae_slicing),
+        ("reward_offload", True, not args.reward_offload),
+        ("student_weights", "lora", args.student_weights == "full"),
+        ("critic_weights", "lora", args.critic_weights == "full"),
+        ("quantization", "8bit", args.quantization == "none" and "full" not in weights),
+        ("quantization", "4bit", args.quantization == "none" and "full" not in weights),
+        ("optim", "adamw_8bit", "8bit" not in OptimizerNames(args.optim).value),
+        ("lora_r", rank // 2, rank >= 8 and "lora" in weights),
+        ("reward_batch_size", 1, args.reward_batch_size != 1),
+        ("reward_route", "advantage", args.reward_route == "gradient"),  # no gradient through the VAE
+        ("per_device_train_batch_size", batch, batch > 0),
+    ]
+    return [Switch(name, value) for name, value, changes in table if changes]
+
+
+def advise(run: PlannedRun, memory: int) -> list[Saving]:
     """Return what each switch of a run would save, those that save anything, the largest first.
 
     `memory` is what it must fit into, in bytes.
     """
     before, savings = run.plan().total, []
-    for switch in run.switches():
+    for switch in switches(run):
         try:
-            total = run.switched(switch).plan().total
+            total = switched(run, switch).plan().total
         except RDMError:  # the model or another setting does not allow it
             continue
         savings.append(Saving(switch, before - total, total <= memory))

@@ -10,8 +10,8 @@ what the models of external rewards save while they are differentiated.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -111,55 +111,55 @@ def plan_memory(
     Raises:
         ConfigError, RewardError, ModelError: something cannot work, as in `RDMTrainer`.
     """
-    return Planner(model).plan(args, reward_funcs, peft_config, fake_peft_config)
+    return PlannedRun(model, args, reward_funcs, peft_config, fake_peft_config).plan()
 
 
-class Planner:
-    """Plans runs of one model (a hub id or a local path); what was measured for one is not measured for the next."""
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run that can be planned: the arguments of `plan_memory`, and what has been measured of its model."""
 
-    def __init__(self, model: object) -> None:
-        self.model = model
-        self._rehearsals: dict[str, Rehearsal] = {}
+    model: object
+    args: RDMConfig
+    reward_funcs: RewardFuncs = None
+    peft_config: LoraConfig | None = None
+    fake_peft_config: LoraConfig | None = None
+    rehearsals: dict[str, Rehearsal] = field(default_factory=dict, repr=False)
+    """For equal settings, shared with the runs that `dataclasses.replace` makes of this one."""
 
-    def plan(
-        self,
-        args: RDMConfig,
-        reward_funcs: RewardFuncs = None,
-        peft_config: LoraConfig | None = None,
-        fake_peft_config: LoraConfig | None = None,
-    ) -> MemoryPlan:
-        """Return what a run takes; see `plan_memory`."""
+    def plan(self) -> MemoryPlan:
+        """Return what the run takes; see `plan_memory`."""
+        args = self.args
         if args.fsdp:
             raise ConfigError(
                 "a plan is of a process that holds the base whole; leave fsdp out, and divide the base's row by the "
                 "number of processes"
             )
-        found = plan_rewards(reward_funcs, args.reward_weights, args.reward_route, args.eval_rewards)
+        found = plan_rewards(self.reward_funcs, args.reward_weights, args.reward_route, args.eval_rewards)
         rewards, held_out = split_held_out(found, args.eval_rewards)
         check_run(args, rewards, {}, held_out=held_out)
-        rehearsal = self._rehearsal(args, role_configs(args, rewards, peft_config, fake_peft_config), rewards)
+        rehearsal = self._rehearsal(rewards)
         check_fits(rehearsal.family, args)
         phases = Step(rehearsal, args, rewards).phases()
         plans = (MemoryPlan(tuple(_rows(rehearsal.family, args, found, phase)), phase.name) for phase in phases)
         return max(plans, key=lambda plan: plan.total)
 
-    def _rehearsal(
-        self, args: RDMConfig, configs: Mapping[str, LoraConfig | None], rewards: Sequence[PlannedReward]
-    ) -> Rehearsal:
-        """Return what measures the passes of a run's roles at the largest of its sizes, made once for equal runs."""
+    def _rehearsal(self, rewards: Sequence[PlannedReward]) -> Rehearsal:
+        """Return what measures the passes of the run's roles at the largest of its sizes, made once for equal runs."""
+        args = self.args
+        configs = role_configs(args, rewards, self.peft_config, self.fake_peft_config)
         heads = [reward for reward in rewards if reward.capabilities.head]
         loras = {role: lora and describe_lora(lora) + str(lora.target_modules) for role, lora in configs.items()}
         named = [str(reward.term) for reward in heads]
         key = str((args.bf16, args.max_sequence_length, args.sizes, loras, named, args.steps_told))
-        if key not in self._rehearsals:
+        if key not in self.rehearsals:
             half = torch.bfloat16 if args.bf16 else None
             family = blueprint(self.model, half or torch.float32, max_sequence_length=args.max_sequence_length)
             with torch.device("meta"):
                 modules = reward_heads([reward.make() for reward in heads], family, args.steps_told)
                 family.add_roles(configs, dict(modules), args.steps_told)
             shape = max((family.latent_shape(*size) for size in args.sizes), key=math.prod)
-            self._rehearsals[key] = Rehearsal(family, shape, half)
-        return self._rehearsals[key]
+            self.rehearsals[key] = Rehearsal(family, shape, half)
+        return self.rehearsals[key]
 
 
 def _rows(family: ModelFamily, args: RDMConfig, rewards: Sequence[PlannedReward], phase: Phase) -> Iterator[Row]:

@@ -12,7 +12,7 @@ import yaml
 from rdm_sdk import RDMConfig, digits
 from rdm_sdk.cli.main import main
 from rdm_sdk.cli.run_arguments import RunArguments, parse_run
-from rdm_sdk.planning.plan import MemoryPlan, Planner
+from rdm_sdk.planning.plan import MemoryPlan, PlannedRun
 from rdm_sdk.training.inherited import UNSUPPORTED
 
 FIELDS = {s.name: s for kind in (RunArguments, RDMConfig) for s in dataclasses.fields(kind) if s.init}
@@ -93,14 +93,14 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """Return what the planner is asked, field by field; nothing is planned."""
     found: dict[str, Any] = {}
 
-    def plan(planner: Planner, args: RDMConfig, rewards: str, student: Any, critic: Any) -> MemoryPlan:
-        found.update(dataclasses.asdict(RunArguments(model=str(planner.model), rewards=rewards)))
-        found.update({name: getattr(args, name) for name in FIELDS if hasattr(args, name)})
-        if lora := student or critic:  # there is none where the run starts from a student
+    def plan(run: PlannedRun) -> MemoryPlan:
+        found.update(dataclasses.asdict(RunArguments(model=str(run.model), rewards=run.reward_funcs)))
+        found.update({name: getattr(run.args, name) for name in FIELDS if hasattr(run.args, name)})
+        if lora := run.peft_config or run.fake_peft_config:  # there is none where the run starts from a student
             found.update(lora_r=lora.r, lora_alpha=lora.lora_alpha, lora_target_modules=lora.target_modules)
         return MemoryPlan((), "nothing")
 
-    monkeypatch.setattr(Planner, "plan", plan)
+    monkeypatch.setattr(PlannedRun, "plan", plan)
     monkeypatch.setattr("rdm_sdk.training.validation.check_compiler", lambda *_: None)  # it wants a C++ compiler
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a seven\n")

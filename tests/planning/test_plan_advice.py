@@ -18,17 +18,17 @@ from rdm_sdk.cli.main import main
 from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.load import load_family
 from rdm_sdk.planning import blueprint as blueprints
-from rdm_sdk.planning.advice import Run, Switch, advise, show_advice
+from rdm_sdk.planning.advice import Switch, advise, show_advice, switched, switches
 from rdm_sdk.planning.blueprint import CONFIGS, blueprint
-from rdm_sdk.planning.plan import Planner
+from rdm_sdk.planning.plan import PlannedRun
 
 # ---- Advice -----------------------------------------------------------------------------------------------------
 
 
-def advised_run(folders: Path, tmp_path: Path, **changed: Any) -> Run:
+def advised_run(folders: Path, tmp_path: Path, **changed: Any) -> PlannedRun:
     configs = folders / "configs" / SMALL
     args = settings(SMALL, blueprint(configs, torch.float32), tmp_path, **changed)
-    return Run(Planner(configs), args, "dm + 0.5*legibility", LoraConfig(r=16, lora_alpha=16))
+    return PlannedRun(configs, args, "dm + 0.5*legibility", LoraConfig(r=16, lora_alpha=16))
 
 
 @pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 4])
@@ -43,7 +43,7 @@ def test_advice_is_what_the_switched_run_takes(folders: Path, tmp_path: Path, ev
     for one in savings:
         assert one.fits == (before - one.saved <= memory)
     for one in savings[::every]:
-        fresh = advised_run(folders, tmp_path).switched(one.switch).plan()
+        fresh = switched(advised_run(folders, tmp_path), one.switch).plan()
         assert before - fresh.total == one.saved > 0
     assert run.plan().total == before  # the run itself is as it was
     lines = show_advice(savings).splitlines()[1:]
@@ -67,7 +67,7 @@ def test_a_batch_is_halved_in_whole_groups(folders: Path, tmp_path: Path) -> Non
     """Of three groups of two, one is left; one group is not halved."""
     for size, half in ((6, 2), (8, 4), (2, None)):
         run = advised_run(folders, tmp_path, per_device_train_batch_size=size)
-        sizes = [switch.value for switch in run.switches() if switch.name == "per_device_train_batch_size"]
+        sizes = [switch.value for switch in switches(run) if switch.name == "per_device_train_batch_size"]
         assert sizes == ([] if half is None else [half])
 
 
@@ -77,14 +77,14 @@ def test_switches_that_are_on_are_not_offered(folders: Path, tmp_path: Path) -> 
     on |= {"optim": "adamw_8bit", "reward_offload": True, "reward_batch_size": 1, "per_device_train_batch_size": 2}
     on |= {"reward_route": "advantage"}
     run = advised_run(folders, tmp_path, **on)
-    assert [str(switch) for switch in run.switches()] == [
+    assert [str(switch) for switch in switches(run)] == [
         "--text_encoders drop",
         "--quantization 8bit",
         "--quantization 4bit",
         "--lora_r 8",
     ]
-    full = Run(run.planner, RDMConfig(output_dir=str(tmp_path), use_cpu=True, student_weights="full", report_to="none"))
-    offered = [str(switch) for switch in full.switches()]
+    args = RDMConfig(output_dir=str(tmp_path), use_cpu=True, student_weights="full", report_to="none")
+    offered = [str(switch) for switch in switches(PlannedRun(run.model, args))]
     assert "--student_weights lora" in offered
     assert not any("quantization" in switch for switch in offered)
 

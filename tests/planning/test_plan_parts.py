@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from rdm_sdk.digits.classifier import DigitClassifier
 from rdm_sdk.digits.reward import Legibility
 from rdm_sdk.planning.blueprint import blueprint
 from rdm_sdk.planning.footprint import bytes_of, count_of
-from rdm_sdk.planning.plan import GB, MemoryPlan, Planner, Row, optimizer_bytes, quantized_bytes
+from rdm_sdk.planning.plan import GB, MemoryPlan, PlannedRun, Row, optimizer_bytes, quantized_bytes
 from rdm_sdk.plugins.registry import registry
 from rdm_sdk.rewards.resolve import PlannedReward, plan_rewards, resolve_rewards
 from rdm_sdk.vision.clip import CLIP_VIT_H
@@ -343,10 +344,12 @@ def test_true_shapes_have_their_published_size(kind: str, billions: float, tmp_p
 @pytest.mark.slow
 def test_a_plan_of_stable_diffusion_3_medium(tmp_path: Path) -> None:
     """A run at 1,024 pixels: T5 is the largest weight, activations the largest part, and checkpointing most of them."""
-    planner = Planner(write_configs(tmp_path / "sd3", "StableDiffusion3Pipeline"))
+    configs = write_configs(tmp_path / "sd3", "StableDiffusion3Pipeline")
     common = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": True, "report_to": "none", "guidance_scale": 7.0}
     common |= {"per_device_train_batch_size": 2, "num_generations": 2}
-    plans = [planner.plan(RDMConfig(**common, activation_checkpointing=again)) for again in (False, True)]
+    settings = [RDMConfig(**common, activation_checkpointing=again) for again in (False, True)]
+    run = PlannedRun(configs, settings[0])
+    plans = [replace(run, args=args).plan() for args in settings]
     assert plans[0].bytes_of("base") == 2 * 2_028_328_000 + 2 * 192**2 * 1536
     assert plans[0].bytes_of("text encoders") == pytest.approx(10.4 * GB, rel=0.01)
     activations = [plan.bytes_of("activations") or 0 for plan in plans]
