@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import huggingface_hub
 import torch
+from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
 from torch import nn
 from transformers.modeling_utils import local_torch_dtype
 
@@ -72,27 +72,14 @@ class NoTokenizer:
     model_max_length = 77  # pipelines copy it when they are made; nothing is ever tokenized
 
 
-def _class(library: str, kind: str) -> Any:
-    """Return the class that `model_index.json` names."""
-    try:
-        return getattr(import_module(library), kind)
-    except ImportError:  # classes that came with a pipeline are named by the pipeline's folder
-        return getattr(import_module(f"diffusers.pipelines.{library}"), kind)
-
-
 def _part(folder: Path, name: str, named: Sequence[str | None], dtype: torch.dtype) -> Any:
     """Return one component of a pipeline; `named` is what `model_index.json` has for it, a library and a class."""
     library, kind = named
     if library is None or kind is None:
         return None
-    is_scheduler = (folder / name / "scheduler_config.json").is_file()
-    try:
-        cls: Any = _class(library, kind)
-    except AttributeError:  # older repositories have names that are gone, such as CLIPFeatureExtractor
-        if is_scheduler or (folder / name / "config.json").is_file():
-            raise
-        return NoTokenizer()
+    cls: Any = simple_get_class_obj(library, kind)
     if not issubclass(cls, nn.Module):
+        is_scheduler = (folder / name / "scheduler_config.json").is_file()
         return cls.from_config(cls.load_config(folder / name)) if is_scheduler else NoTokenizer()
     if not (folder / name / "config.json").is_file():  # transformers would take its defaults
         raise FileNotFoundError(f"there is no {name}/config.json")
