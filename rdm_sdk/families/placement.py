@@ -36,19 +36,16 @@ def drop_text_encoders(family: ModelFamily) -> None:
         torch.cuda.empty_cache()
 
 
-def slice_vae(family: ModelFamily) -> None:
-    """Let the VAE work on one image at a time."""
-    _enable(family, "slicing")
+def part_vae(family: ModelFamily, slicing: bool, tiling: bool) -> None:
+    """Let the VAE work on one image at a time (`slicing`), and on overlapping tiles of large ones (`tiling`).
 
-
-def tile_vae(family: ModelFamily) -> None:
-    """Let the VAE work on overlapping tiles of large images."""
-    _enable(family, "tiling")
-
-
-def _enable(family: ModelFamily, what: str) -> None:
+    Raises:
+        ConfigError: it cannot.
+    """
     vae = family.pipeline.vae
-    try:
-        getattr(vae, f"enable_{what}")()
-    except (AttributeError, NotImplementedError) as error:
-        raise ConfigError(f"vae_{what}=True: {type(vae).__name__} has no {what}; leave it off") from error
+    for what, wanted in (("slicing", slicing), ("tiling", tiling)):
+        try:
+            if wanted:
+                getattr(vae, f"enable_{what}")()
+        except (AttributeError, NotImplementedError) as error:
+            raise ConfigError(f"vae_{what}=True: {type(vae).__name__} has no {what}; leave it off") from error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rdm_sdk.families.base import ModelFamily
-from rdm_sdk.families.placement import slice_vae, tile_vae
+from rdm_sdk.families.placement import part_vae
 from rdm_sdk.families.roles import TEACHER, Roles
 from rdm_sdk.planning.footprint import LikeCuda, Meter
 from rdm_sdk.types import Condition, Denoiser
@@ -187,10 +187,7 @@ class Rehearsal:
         """Let the VAE work in slices, in tiles or on the whole; raises `ConfigError` if it cannot."""
         vae = self.family.pipeline.vae
         vae.use_slicing = vae.use_tiling = False
-        if slicing:
-            slice_vae(self.family)
-        if tiling:
-            tile_vae(self.family)
+        part_vae(self.family, slicing, tiling)
 
 
 def _peak(mode: LikeCuda, run: Callable[[], object]) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rdm_sdk.errors import CheckpointError, ConfigError, DataError, check_texts
 from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.finite import check_encoding
-from rdm_sdk.families.placement import Offload, slice_vae, tile_vae
+from rdm_sdk.families.placement import Offload, part_vae
 from rdm_sdk.families.roles import STUDENT, TEACHER
 from rdm_sdk.method.noise import FlowSchedule
 from rdm_sdk.method.sampling import FewStepPolicy, sample, sample_each_step
@@ -96,10 +96,7 @@ class RunModels:
     def _place(self) -> None:
         """Bring the model to the device, VAE and text encoders as the settings say."""
         settings, family = self.settings, self.family
-        if settings.vae_slicing:
-            slice_vae(family)
-        if settings.vae_tiling:
-            tile_vae(family)
+        part_vae(family, settings.vae_slicing, settings.vae_tiling)
         self._vae = Offload([family.pipeline.vae] if settings.vae_offload else [], self.device)
         offload = settings.text_encoders == "offload"
         encoders = Offload(family.text_encoders().values() if offload else [], self.device)
