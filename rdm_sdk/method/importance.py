@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rdm_sdk.method.transitions import Reduction, Transition, check_random, density_of_random
+from rdm_sdk.method.transitions import Reduction, Transition, log_density
 
 
 def log_ratio(new: Transition, old: Transition, x_next: Tensor, reduction: Reduction = "sum") -> Tensor:
@@ -14,18 +14,9 @@ def log_ratio(new: Transition, old: Transition, x_next: Tensor, reduction: Reduc
     The two densities are subtracted coordinate by coordinate, before their large common terms are summed, so that equal
     transitions give exactly 0 at any dimension. `reduction="sum"` is the true joint ratio; `"mean"` averages over the
     coordinates instead: a trust-region surrogate, whose exponential is no importance weight.
-
-    Raises:
-        ValueError: a transition is deterministic and has no density.
+    Both must be random (std > 0), as `log_density` says.
     """
-    for transition in (new, old):
-        check_random(transition)
-    return log_ratio_of_random(new, old, x_next, reduction)
-
-
-def log_ratio_of_random(new: Transition, old: Transition, x_next: Tensor, reduction: Reduction = "sum") -> Tensor:
-    """Return what `log_ratio` does for transitions that are known to be random: std > 0, which nobody checks."""
-    difference = (density_of_random(new, x_next) - density_of_random(old, x_next).detach()).flatten(1)
+    difference = (log_density(new, x_next) - log_density(old, x_next).detach()).flatten(1)
     return difference.sum(1) if reduction == "sum" else difference.mean(1)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rdm_sdk.method.draws import Draws
-from rdm_sdk.method.importance import log_ratio_of_random
+from rdm_sdk.method.importance import log_ratio
 from rdm_sdk.method.noise import NoiseSchedule
 from rdm_sdk.method.transitions import TRANSITIONS, Reduction, Transition, TransitionKind, ode_transition, step
 from rdm_sdk.types import Denoiser, Rollout, select_steps, sent
@@ -180,7 +180,7 @@ def state_log_ratio(
         state = done.states[k, rows]
         now = policy.transition(state, student_of(rows)(state, policy.levels(at)), at)
         then = policy.transition(state, done.x_0[k, rows], at)
-        total[rows] += log_ratio_of_random(now, then, done.states[k + 1, rows], reduction)
+        total[rows] += log_ratio(now, then, done.states[k + 1, rows], reduction)
     return total
 
 
@@ -198,7 +198,7 @@ def replay_log_ratio(
         _check_density(policy, int(steps.max()) + 1)
     state, then = select_steps(done.states, steps, rows), select_steps(done.x_0, steps, rows)
     new, old = (policy.transition(state, prediction, steps) for prediction in (x_0, then))
-    return log_ratio_of_random(new, old, select_steps(done.states, steps + 1, rows), reduction)
+    return log_ratio(new, old, select_steps(done.states, steps + 1, rows), reduction)
 
 
 def _check_density(policy: FewStepPolicy, count: int) -> None:

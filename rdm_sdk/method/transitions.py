@@ -108,38 +108,8 @@ def step(transition: Transition, eps: Tensor) -> Tensor:
 def log_density(transition: Transition, x_next: Tensor) -> Tensor:
     """Return the log-density of every coordinate of `x_next`, float32 `[N, *x]`; their sum is the joint one.
 
-    Raises:
-        ValueError: a transition is deterministic (std = 0) and so has no density. The last step of a few-step
-            sampler is one; train it pathwise.
+    The transition must be random, std > 0, which is not looked at: to ask the device would be to wait for it.
     """
-    check_random(transition)
-    return density_of_random(transition, x_next)
-
-
-def check_random(transition: Transition) -> None:
-    """Raise `ValueError` if a transition is deterministic; waits for the device."""
-    if not bool((transition.std > 0).all()):
-        raise ValueError(
-            "a transition with std = 0 has no density, so it has no log-probability and no ratio; the last sampling "
-            "step (sigma_next = 0) is such a one: leave it out here and train it pathwise"
-        )
-
-
-def density_of_random(transition: Transition, x_next: Tensor) -> Tensor:
-    """Return what `log_density` does for transitions that are known to be random: std > 0, which nobody checks."""
     std = per_sample(transition.std.float(), x_next)
     residual = (x_next.float() - transition.mean.float()) / std
     return -0.5 * residual.square() - std.log() - 0.5 * math.log(2 * math.pi)
-
-
-def log_probability(transition: Transition, x_next: Tensor, reduction: Reduction = "sum") -> Tensor:
-    """Return the log-density `[N]` (float32) of `x_next` `[N, *x]`.
-
-    `reduction="sum"` is the true joint log-density; `"mean"` divides it by the number of dimensions, which makes
-    ratios of it a trust-region surrogate and no importance weights.
-
-    Raises:
-        ValueError: a transition is deterministic, as in `log_density`.
-    """
-    flat = log_density(transition, x_next).flatten(1)
-    return flat.sum(1) if reduction == "sum" else flat.mean(1)

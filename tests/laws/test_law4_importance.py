@@ -8,7 +8,7 @@ import torch
 from rdm_sdk.method.importance import clip_fraction, effective_share, log_ratio, truncated_weights, weight_sums
 from rdm_sdk.method.losses import clipped_surrogate
 from rdm_sdk.method.noise import FlowSchedule, VariancePreservingSchedule, per_sample
-from rdm_sdk.method.transitions import TRANSITIONS, Transition, log_probability, renoising_transition, step
+from rdm_sdk.method.transitions import TRANSITIONS, Transition, log_density, renoising_transition, step
 
 NUM_SAMPLES = 100_000
 FLOW, VP = FlowSchedule(), VariancePreservingSchedule()
@@ -33,6 +33,12 @@ def shifted_policies(dimensions, delta, std):
     new = Transition(new_mean.expand(NUM_SAMPLES, dimensions), stds)
     samples = step(old, torch.randn(NUM_SAMPLES, dimensions, generator=generator))
     return samples, old, new, old_mean, new_mean
+
+
+def log_probability(transition, x_next, reduction="sum"):
+    """Return the log-density of states, `[N]`: the joint one, or that over the number of dimensions."""
+    flat = log_density(transition, x_next).flatten(1)
+    return flat.sum(1) if reduction == "sum" else flat.mean(1)
 
 
 @by_reduction
@@ -212,27 +218,16 @@ def test_densities_are_float32_for_half_precision_states():
     """Law 4: states in half precision still get a float32 density and ratio, else every ratio is rounding noise."""
     mean, moved, x_next = (torch.full((2, 512), value, dtype=torch.bfloat16) for value in (0.1, 0.11, 0.3))
     old, new = (Transition(m, torch.full([2], 0.5, dtype=torch.bfloat16)) for m in (mean, moved))
-    log_density, logs = log_probability(old, x_next), log_ratio(new, old, x_next)
+    density, logs = log_probability(old, x_next), log_ratio(new, old, x_next)
     expected = torch.distributions.Normal(mean.float(), 0.5).log_prob(x_next.float()).sum(1)
-    assert log_density.dtype == logs.dtype == torch.float32
-    torch.testing.assert_close(log_density, expected)
+    assert density.dtype == logs.dtype == torch.float32
+    torch.testing.assert_close(density, expected)
     torch.testing.assert_close(
         logs,
         torch.distributions.Normal(moved.float(), 0.5).log_prob(x_next.float()).sum(1) - expected,
         rtol=1e-3,
         atol=1e-3,
     )
-
-
-@pytest.mark.parametrize("std", [[0.0, 0.0], [0.5, 0.0]], ids=["all", "one"])
-def test_deterministic_steps_have_no_density(std):
-    """Law 4: std = 0 has no log-probability and no ratio, not even for one sample of a batch."""
-    transition, random = Transition(torch.zeros(2, 3), torch.tensor(std)), Transition(torch.zeros(2, 3), torch.ones(2))
-    with pytest.raises(ValueError, match="no density"):
-        log_probability(transition, torch.zeros(2, 3))
-    for new, old in ((transition, random), (random, transition)):
-        with pytest.raises(ValueError, match="no density"):
-            log_ratio(new, old, torch.zeros(2, 3))
 
 
 def test_clip_fraction_counts_both_sides():

@@ -12,7 +12,7 @@ from rdm_sdk.method.groups import group_advantage
 from rdm_sdk.method.noise import FlowSchedule
 from rdm_sdk.method.objective import aggregate, combine, constant_groups, normalize, policy_loss, policy_pull
 from rdm_sdk.method.sampling import FewStepPolicy, replay_log_ratio, rollout
-from rdm_sdk.method.transitions import log_probability
+from rdm_sdk.method.transitions import log_density
 from rdm_sdk.types import RewardOutput, Rollout, select_steps
 
 G = 4
@@ -242,7 +242,7 @@ def test_both_reductions_have_the_gradient_of_the_averaged_log_probability(kind:
     def plain(x_0: Tensor) -> Tensor:
         transition = policy.transition(select_steps(done.states, steps), x_0, steps)
         after = select_steps(done.states, steps + 1)
-        return -(weights * advantage * log_probability(transition, after, "mean")).sum() / 8
+        return -(weights * advantage * log_density(transition, after).flatten(1).mean(1)).sum() / 8
 
     expected = gradient(plain)
     assert expected.abs().max() > 1e-3
