@@ -30,9 +30,25 @@ def _grouped(values: Tensor, group_size: int) -> Tensor:
             f"expected one value per sample, shape [N], got {list(values.shape)}; "
             "a gradient field must never be centered: that erases the drift its samples share"
         )
-    if group_size < 1 or values.shape[0] % group_size:
-        raise ValueError(f"{values.shape[0]} samples do not divide into groups of {group_size}")
-    return values.reshape(-1, group_size)
+    return in_groups(values, group_size)
+
+
+def in_groups(samples: Tensor, group_size: int, least: int = 1) -> Tensor:
+    """Return samples `[N, *x]`, group-major, as `[P, G, *x]`.
+
+    Raises:
+        ValueError: N is not a multiple of `group_size`, or that is below `least`.
+    """
+    if group_size < least or len(samples) % group_size:
+        raise ValueError(f"{len(samples)} samples do not divide into groups of {group_size} ({least} or more)")
+    return samples.reshape(-1, group_size, *samples.shape[1:])
+
+
+def constant_groups(scores: Tensor, group_size: int) -> Tensor:
+    """Return of each group whether its scores (of `[N]`) are all equal or NaN, so that none has an advantage; `[P]`."""
+    groups = in_groups(scores, group_size)
+    missing = groups.isnan()
+    return groups.masked_fill(missing, -torch.inf).amax(1) <= groups.masked_fill(missing, torch.inf).amin(1)
 
 
 def group_advantage(
@@ -64,8 +80,7 @@ def group_advantage(
     count = valid.sum(1, keepdim=True).clamp_min(1)
     mean = grouped.masked_fill(~valid, 0.0).sum(1, keepdim=True) / count
     # A constant group can leave a rounding residue of the mean's size behind; that is no advantage.
-    highest, lowest = grouped.masked_fill(~valid, -torch.inf).amax(1), grouped.masked_fill(~valid, torch.inf).amin(1)
-    counts = valid & (highest > lowest)[:, None]
+    counts = valid & ~constant_groups(scores, group_size)[:, None]
     centered = (grouped - mean).masked_fill(~counts, 0.0)
     if scale == "group":
         deviation = (centered.square().sum(1, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
@@ -97,9 +112,7 @@ def group_deviation(samples: Tensor, group_size: int) -> Tensor:
     Raises:
         ValueError: N is not a multiple of `group_size`, or a group has one sample.
     """
-    if group_size < 2 or len(samples) % group_size:
-        raise ValueError(f"{len(samples)} samples do not divide into groups of two or more: {group_size}")
-    return samples.float().reshape(-1, group_size, *samples.shape[1:]).std(1).mean()
+    return in_groups(samples.float(), group_size, least=2).std(1).mean()
 
 
 def group_scale(

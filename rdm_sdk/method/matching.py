@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rdm_sdk.method.groups import in_groups
 from rdm_sdk.method.noise import NoiseSchedule, per_sample
 
 
@@ -52,8 +53,7 @@ def critic_lag(residual: Tensor, profile: Tensor, group_size: int) -> Tensor:
     Raises:
         ValueError: N is not a multiple of `group_size`.
     """
-    if group_size < 1 or len(residual) % group_size:
-        raise ValueError(f"{len(residual)} samples do not divide into groups of {group_size}")
+    grouped = in_groups(residual, group_size).flatten(2)  # [P, G, D]
     counted = group_size - 1
     if counted < 2:
         return torch.zeros_like(residual)
@@ -62,7 +62,6 @@ def critic_lag(residual: Tensor, profile: Tensor, group_size: int) -> Tensor:
         """Return each sample's sum over the others of its group."""
         return values.sum(1, keepdim=True) - values
 
-    grouped = residual.reshape(-1, group_size, residual[0].numel())  # [P, G, D]
     shape = profile.reshape(-1, group_size, 1)
     weight = total(shape)  # [P, G, 1]
     lag = total(grouped) / weight  # [P, G, D]
@@ -92,9 +91,7 @@ def shared_square(values: Tensor, group_size: int) -> Tensor:
     Raises:
         ValueError: N is not a multiple of `group_size`, or there is no other sample in a group.
     """
-    if group_size < 2 or len(values) % group_size:
-        raise ValueError(f"{len(values)} samples do not divide into groups of two or more: {group_size}")
-    grouped = values.float().reshape(-1, group_size, values[0].numel())
+    grouped = in_groups(values.float(), group_size, least=2).flatten(2)
     others = (grouped.sum(1, keepdim=True) - grouped) / (group_size - 1)
     return (grouped * others).mean(2).flatten()
 

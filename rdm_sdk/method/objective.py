@@ -149,11 +149,3 @@ def policy_pull(log_ratios: Tensor, x_0: Tensor, advantages: Mapping[str, Tensor
     values = read_all([(a.abs() * sizes).nanmean() for a in given] + [a.isnan().all() for a in given])
     found = zip(advantages, values[: len(advantages)], values[len(advantages) :], strict=True)
     return {name: pull for name, pull, absent in found if not absent}
-
-
-def constant_groups(scores: Tensor, group_size: int) -> Tensor:
-    """Return of each group whether its scores (of `[N]`) are all equal or NaN, so that none has an advantage; `[P]`."""
-    groups = scores.reshape(-1, group_size)
-    missing = groups.isnan()
-    highest, lowest = groups.masked_fill(missing, -torch.inf).amax(1), groups.masked_fill(missing, torch.inf).amin(1)
-    return highest <= lowest

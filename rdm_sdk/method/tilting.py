@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rdm_sdk.method.groups import in_groups
 from rdm_sdk.method.noise import NoiseSchedule, per_sample
 
 
@@ -49,10 +50,8 @@ def group_covariance(
     Raises:
         ValueError: N is not a multiple of `group_size`.
     """
-    if group_size < 1 or len(x_0) % group_size:
-        raise ValueError(f"{len(x_0)} samples do not divide into groups of {group_size}")
+    points = in_groups(x_0, group_size).flatten(2)  # [P, G, D]
     alpha = schedule.alpha(sigma)
-    points = x_0.reshape(-1, group_size, x_0[0].numel())  # [P, G, D]
     seen = per_sample(1 / alpha, x_t) * x_t
     distances = torch.cdist(seen.reshape_as(points), points).square()  # [P, G of x_t, G of x_0]
     width = 2 * (sigma / alpha).square().reshape(-1, group_size, 1)

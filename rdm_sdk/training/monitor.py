@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rdm_sdk.method.groups import group_deviation, moments
-from rdm_sdk.method.objective import constant_groups
+from rdm_sdk.method.groups import constant_groups, group_deviation, moments
 from rdm_sdk.rewards.evaluate import Evaluation
 from rdm_sdk.rewards.resolve import WeightedReward
 from rdm_sdk.training.processes import Processes

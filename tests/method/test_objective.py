@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rdm_sdk.method.groups import group_advantage
+from rdm_sdk.method.groups import constant_groups, group_advantage
 from rdm_sdk.method.noise import FlowSchedule
-from rdm_sdk.method.objective import aggregate, combine, constant_groups, normalize, policy_loss, policy_pull
+from rdm_sdk.method.objective import aggregate, combine, normalize, policy_loss, policy_pull
 from rdm_sdk.method.sampling import FewStepPolicy, replay_log_ratio, rollout
 from rdm_sdk.method.transitions import log_density
 from rdm_sdk.types import RewardOutput, Rollout, select_steps

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from rdm_sdk import Capabilities, CheckpointError, Reward, RewardError, RewardOutput
-from rdm_sdk.method.objective import combine, constant_groups, normalize
+from rdm_sdk.method.groups import constant_groups
+from rdm_sdk.method.objective import combine, normalize
 from rdm_sdk.rewards.base import RewardBatch
 from rdm_sdk.rewards.callables import CallableReward
 from rdm_sdk.rewards.evaluate import evaluate_reward
