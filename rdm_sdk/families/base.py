@@ -151,9 +151,8 @@ class ModelFamily(ABC):
         for role, config in configs.items():
             if config is None:
                 self.roles.add_copy(role, copies[role])
-                continue
-            self.roles.add_role(role, with_targets(config, self.lora_targets, self.backbone))
-        for role in configs:
+            else:
+                self.roles.add_role(role, with_targets(config, self.lora_targets, self.backbone))
             if steps_told and role != STUDENT:
                 self.roles.add_step_embedding(role, StepEmbedding(steps_told, self.example_encoding(1)))
         for role, head in (heads or {}).items():

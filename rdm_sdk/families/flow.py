@@ -9,7 +9,7 @@ from typing import Any
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from rdm_sdk.errors import ModelError
+from rdm_sdk.errors import ConfigError, ModelError
 from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.features import middle
 from rdm_sdk.method.noise import FlowSchedule
@@ -36,6 +36,19 @@ class FlowFamily(ModelFamily):
                 f"{type(pipeline.scheduler).__name__}. Load the pipeline with its own scheduler; the student gets one "
                 "that suits it."
             )
+
+    def check_length(self, least: int, most: int) -> None:
+        """Raise `ConfigError` unless the run's tokens per prompt (`max_sequence_length`) are from `least` to `most`."""
+        if not least <= self.max_sequence_length <= most:
+            raise ConfigError(
+                f"max_sequence_length={self.max_sequence_length} is not between {least} and {most}, which "
+                f"{type(self.pipeline).__name__} takes; None means {self.call_length}"
+            )
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        size = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+        return size, size
 
     def timesteps(self, sigma: Tensor) -> Tensor:
         """Return the noise levels `[N]` on the scheduler's scale, 0 to 1000."""
@@ -88,11 +101,6 @@ class PackedFlowFamily(FlowFamily):
     @property
     def size_unit(self) -> int:
         return 2 * int(self.pipeline.vae_scale_factor)
-
-    @property
-    def default_size(self) -> tuple[int, int]:
-        size = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
-        return size, size
 
     def base_shift(self, shape: Sequence[int]) -> float | None:
         config = self.pipeline.scheduler.config

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rdm_sdk.errors import ConfigError
 from rdm_sdk.families.base import Network
 from rdm_sdk.families.features import middle
 from rdm_sdk.families.flow import PackedFlowFamily, unpack
@@ -16,30 +15,9 @@ from rdm_sdk.types import Condition
 
 
 class TwoStreamFamily(PackedFlowFamily):
-    """A flow whose text and image tokens go through blocks of two streams first, and of one stream then.
-
-    Args:
-        pipeline: the loaded pipeline.
-        max_sequence_length: tokens per prompt, as in the pipeline's call; None means the call's default, 512.
-
-    Raises:
-        ConfigError: `max_sequence_length` is not one that the family takes.
-    """
+    """A flow whose text and image tokens go through blocks of two streams first, and of one stream then."""
 
     call_length = 512
-
-    def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
-        super().__init__(pipeline, max_sequence_length)
-        if not 1 <= self.max_sequence_length <= self.longest_text:
-            raise ConfigError(
-                f"max_sequence_length={max_sequence_length} is not between 1 and {self.longest_text}, which "
-                f"{type(pipeline).__name__} takes; None means {self.call_length}"
-            )
-
-    @property
-    @abstractmethod
-    def longest_text(self) -> int:
-        """The most tokens per prompt that the family takes."""
 
     @abstractmethod
     def inputs(self, x_t: Tensor, condition: Condition) -> dict[str, Any]:
@@ -61,8 +39,7 @@ class TwoStreamFamily(PackedFlowFamily):
         return unpack(flow, *x_t.shape[-2:])
 
     def feature_block(self) -> nn.Module:
-        blocks = [*self.backbone.transformer_blocks, *self.backbone.single_transformer_blocks]
-        return middle(blocks)
+        return middle([*self.backbone.transformer_blocks, *self.backbone.single_transformer_blocks])
 
 
 class FluxFamily(TwoStreamFamily):
@@ -83,11 +60,8 @@ class FluxFamily(TwoStreamFamily):
 
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
         super().__init__(pipeline, max_sequence_length)
+        self.check_length(1, 512)
         self.guidance = "embedded" if self.backbone.config.guidance_embeds else "none"
-
-    @property
-    def longest_text(self) -> int:
-        return 512
 
     def encode_prompts(self, prompts: list[str]) -> Condition:
         with torch.no_grad():

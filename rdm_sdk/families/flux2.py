@@ -38,11 +38,8 @@ class Flux2Family(TwoStreamFamily):
 
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
         super().__init__(pipeline, max_sequence_length)
+        self.check_length(1, int(pipeline.text_encoder.config.max_position_embeddings))
         self.guidance = "none" if pipeline.config.is_distilled else "classifier-free"
-
-    @property
-    def longest_text(self) -> int:
-        return int(self.pipeline.text_encoder.config.max_position_embeddings)
 
     def encode_prompts(self, prompts: list[str]) -> Condition:
         with torch.no_grad():

@@ -137,5 +137,4 @@ class PixArtFamily(MaskedTextFamily, DDPMFamily):
         return 'from peft import PeftModel\n\nPeftModel.from_pretrained(pipe.transformer, f"{folder}/peft")  # in place'
 
     def feature_block(self) -> nn.Module:
-        blocks: Any = self.backbone.transformer_blocks
-        return middle(blocks)
+        return middle(self.backbone.transformer_blocks)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rdm_sdk.errors import ConfigError, ModelError
+from rdm_sdk.errors import ModelError
 from rdm_sdk.families.base import Network
 from rdm_sdk.families.flow import PackedFlowFamily, unpack
 from rdm_sdk.method.matching import classifier_free_guidance
@@ -36,8 +36,7 @@ class QwenImageFamily(PackedFlowFamily):
 
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
         super().__init__(pipeline, max_sequence_length)
-        if not 1 <= self.max_sequence_length <= 1024:
-            raise ConfigError(f"max_sequence_length={max_sequence_length} must be 1 to 1024 for {self.base_name!r}")
+        self.check_length(1, 1024)
         if self.backbone.config.guidance_embeds:
             raise ModelError(
                 f"the transformer of {self.base_name!r} has guidance_embeds, which QwenImagePipeline cannot run; load "

@@ -30,11 +30,7 @@ class SD3Family(FlowFamily):
 
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
         super().__init__(pipeline, max_sequence_length)
-        if not 0 <= self.max_sequence_length <= 512:
-            raise ConfigError(
-                f"max_sequence_length={max_sequence_length} is not between 0 and 512, which {type(pipeline).__name__} "
-                f"takes; None means {self.call_length}"
-            )
+        self.check_length(0, 512)
         # The last block returns the image alone, so nothing asks what its text tokens attend to.
         self.lora_excluded = (f"transformer_blocks.{len(self.backbone.transformer_blocks) - 1}.attn.add_q_proj",)
 
@@ -58,11 +54,6 @@ class SD3Family(FlowFamily):
             "encoder_hidden_states": embeds,
             "pooled_projections": embeds.new_zeros(count, config.pooled_projection_dim),
         }
-
-    @property
-    def default_size(self) -> tuple[int, int]:
-        size = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
-        return size, size
 
     @property
     def size_unit(self) -> int:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rdm_sdk.errors import ConfigError
 from rdm_sdk.families.base import Network
 from rdm_sdk.families.features import middle
 from rdm_sdk.families.flow import PackedFlowFamily
@@ -35,9 +34,7 @@ class ZImageFamily(PackedFlowFamily):
     def __init__(self, pipeline: Any, max_sequence_length: int | None = None) -> None:
         super().__init__(pipeline, max_sequence_length)
         # Texts are padded to multiples of 32, take the places from 1 on, and the image stands at the next.
-        most = (self.backbone.axes_lens[0] - 2) // 32 * 32
-        if not 1 <= self.max_sequence_length <= most:
-            raise ConfigError(f"max_sequence_length={max_sequence_length} must be 1 to {most} for {self.base_name!r}")
+        self.check_length(1, (self.backbone.axes_lens[0] - 2) // 32 * 32)
 
     def encode_prompts(self, prompts: list[str]) -> Condition:
         with torch.no_grad():
@@ -95,8 +92,7 @@ class ZImageFamily(PackedFlowFamily):
         return extract_image
 
     def feature_block(self) -> nn.Module:
-        blocks: Any = self.backbone.layers
-        return middle(blocks)
+        return middle(self.backbone.layers)
 
     @property
     def feature_width(self) -> int:

@@ -141,7 +141,7 @@ def test_images_have_gradients_through_the_video_vae(pipeline: Any) -> None:
 
 @pytest.mark.parametrize("length", [0, 1025])
 def test_lengths_that_the_pipeline_does_not_take(pipeline: Any, length: int) -> None:
-    with pytest.raises(ConfigError, match=f"max_sequence_length={length} must be 1 to 1024"):
+    with pytest.raises(ConfigError, match=f"max_sequence_length={length} is not between 1 and 1024"):
         load_family(pipeline, torch.float32, max_sequence_length=length)
 
 

@@ -101,7 +101,7 @@ def test_gradients_flow_through_lists_and_recomputed_blocks(other: str) -> None:
 @pytest.mark.parametrize("length", [0, 993])
 def test_lengths_that_the_transformer_has_no_places_for(pipeline: Any, length: int) -> None:
     """992 tokens of text and the image behind them are the most for 1,024 places."""
-    with pytest.raises(ConfigError, match=f"max_sequence_length={length} must be 1 to 992"):
+    with pytest.raises(ConfigError, match=f"max_sequence_length={length} is not between 1 and 992"):
         load_family(pipeline, torch.float32, max_sequence_length=length)
 
 
