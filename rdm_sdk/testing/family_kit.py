@@ -8,15 +8,7 @@ from typing import Any
 from rdm_sdk.testing.family_checks import TEACHER_CHECKS
 from rdm_sdk.testing.family_subject import ModelSubject
 from rdm_sdk.testing.family_training_checks import TRAINING_CHECKS
-from rdm_sdk.testing.kit import (
-    Check,
-    CheckResult,
-    ContractError,
-    ContractWarning,
-    parametrize_checks,
-    raise_problems,
-    run_checks,
-)
+from rdm_sdk.testing.kit import Check, CheckResult, ContractError, ContractWarning, Kit
 
 MODEL_CHECKS: list[Check] = [*TEACHER_CHECKS, *TRAINING_CHECKS]
 """The contract of model families, in the order in which the checks run."""
@@ -28,6 +20,9 @@ class ModelCheckError(ContractError):
 
 class ModelCheckWarning(ContractWarning):
     """A family keeps its contract, and something about it is odd."""
+
+
+KIT = Kit("family", MODEL_CHECKS, ModelCheckError, ModelCheckWarning)
 
 
 def check_model(make: Callable[[], Any], *, expected_failures: Mapping[str, str] | None = None) -> list[CheckResult]:
@@ -49,14 +44,8 @@ def check_model(make: Callable[[], Any], *, expected_failures: Mapping[str, str]
         ModelError: there is no family for what `make` makes.
     """
     subject = ModelSubject(make)
-    return raise_problems(
-        MODEL_CHECKS,
-        run_checks(MODEL_CHECKS, subject, "family"),
-        expected_failures,
-        f"{type(subject.family).__name__} does not keep the contract of model families",
-        ModelCheckError,
-        ModelCheckWarning,
-    )
+    who = f"{type(subject.family).__name__} does not keep the contract of model families"
+    return KIT.check(subject, expected_failures, who)
 
 
 def parametrize_model_checks(make: Callable[[], Any], *, expected_failures: Mapping[str, str] | None = None) -> Any:
@@ -71,10 +60,4 @@ def parametrize_model_checks(make: Callable[[], Any], *, expected_failures: Mapp
         def test_contract(check):
             check()
     """
-    return parametrize_checks(
-        MODEL_CHECKS,
-        lambda: run_checks(MODEL_CHECKS, ModelSubject(make), "family"),
-        expected_failures,
-        ModelCheckError,
-        ModelCheckWarning,
-    )
+    return KIT.parametrize(lambda: ModelSubject(make), expected_failures)

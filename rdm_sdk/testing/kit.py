@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from rdm_sdk.errors import RDMError, described
@@ -105,93 +107,89 @@ def _outcome(check: Check, subject: object, noun: str) -> CheckResult:
     return CheckResult(check.name, "warning" if remark.kind == "warning" else "skipped", remark.text)
 
 
-def raise_problems(
-    checks: Sequence[Check],
-    results: list[CheckResult],
-    expected_failures: Mapping[str, str] | None,
-    who: str,
-    error: type[ContractError],
-    warning: type[ContractWarning],
-) -> list[CheckResult]:
-    """Return the results, warn of what is odd, or raise `error` with a line for every problem."""
-    problems = problems_of(checks, results, expected_failures or {})
-    for result in results:
-        if result.status == "warning":
-            warnings.warn(f"{result.name}: {result.message}", warning, stacklevel=3)
-    if problems:
-        lines = "\n".join(f"- {problem}" for problem in problems)
-        cause = next((result.cause for result in results if result.cause is not None), None)
-        raise error(f"{who}:\n{lines}") from cause
-    return results
+@dataclass(frozen=True)
+class Kit:
+    """The contract of one kind of subject: its checks, and the errors and warnings by which authors hear of it."""
 
+    noun: str
+    """What a subject is called in messages, such as "reward"."""
+    checks: Sequence[Check]
+    """In the order in which they run."""
+    error: type[ContractError]
+    warning: type[ContractWarning]
 
-def parametrize_checks(
-    checks: Sequence[Check],
-    run_all: Callable[[], list[CheckResult]],
-    expected_failures: Mapping[str, str] | None,
-    error: type[ContractError],
-    warning: type[ContractWarning],
-) -> Any:
-    """Return a pytest decorator that runs a test once per check, as its argument `check`; call it: `check()`."""
-    import pytest  # only authors' tests need it
+    def run(self, subject: object) -> list[CheckResult]:
+        """Run every check on a subject and return the results."""
+        return run_checks(self.checks, subject, self.noun)
 
-    expected = expected_failures or {}
-    problems_of(checks, [], {name: reason for name, reason in expected.items() if name not in [c.name for c in checks]})
-    cache: dict[str, CheckResult] = {}
-
-    def run(name: str) -> None:
-        if not cache:
-            cache.update({result.name: result for result in run_all()})
-        result = cache[name]
-        if result.status == "skipped":
-            pytest.skip(result.message)
-        if result.status == "warning":
-            warnings.warn(f"{name}: {result.message}", warning, stacklevel=2)
-        problems = problems_of(checks, [result], {name: expected[name]} if name in expected else {})
+    def check(self, subject: object, expected_failures: Mapping[str, str] | None, who: str) -> list[CheckResult]:
+        """Return the results, warn of what is odd, or raise `error` with a line for every problem; `who` heads them."""
+        results = self.run(subject)
+        problems = self._problems(results, expected_failures or {})
+        for result in results:
+            if result.status == "warning":
+                warnings.warn(f"{result.name}: {result.message}", self.warning, stacklevel=3)
         if problems:
-            raise error(problems[0]) from result.cause
+            lines = "\n".join(f"- {problem}" for problem in problems)
+            cause = next((result.cause for result in results if result.cause is not None), None)
+            raise self.error(f"{who}:\n{lines}") from cause
+        return results
 
-    return pytest.mark.parametrize("check", [pytest.param(_bound(run, c.name), id=c.name) for c in checks])
+    def parametrize(self, make: Callable[[], object], expected_failures: Mapping[str, str] | None) -> Any:
+        """Return a pytest decorator that runs a test once per check, as its argument `check`; call it: `check()`.
+
+        `make` makes the subject, when the first check runs.
+        """
+        import pytest  # only authors' tests need it
+
+        expected = expected_failures or {}
+        self._check_names(expected)
+        cache: dict[str, CheckResult] = {}
+
+        def run(name: str) -> None:
+            if not cache:
+                cache.update({result.name: result for result in self.run(make())})
+            result = cache[name]
+            if result.status == "skipped":
+                pytest.skip(result.message)
+            if result.status == "warning":
+                warnings.warn(f"{name}: {result.message}", self.warning, stacklevel=2)
+            for problem in self._problems([result], expected):
+                raise self.error(problem) from result.cause
+
+        return pytest.mark.parametrize("check", [pytest.param(partial(run, c.name), id=c.name) for c in self.checks])
+
+    def _check_names(self, expected: Mapping[str, str]) -> None:
+        """Raise `ValueError` for a check that is expected to fail and does not exist."""
+        known = [check.name for check in self.checks]
+        for name in expected:
+            if name not in known:
+                raise ValueError(
+                    f"expected_failures names {name!r}, which is no check; the checks are {', '.join(known)}"
+                )
+
+    def _problems(self, results: Sequence[CheckResult], expected: Mapping[str, str]) -> list[str]:
+        """Return a line for each check that failed, or was expected to and did not."""
+        self._check_names(expected)
+        problems = [f"{r.name}: {r.message}" for r in results if r.status == "failed" and r.name not in expected]
+        problems += [
+            f"{r.name}: was expected to fail ({expected[r.name]}), but {r.status}; remove it from expected_failures"
+            for r in results
+            if r.name in expected and r.status != "failed"
+        ]
+        return problems
 
 
-def _bound(run: Callable[[str], None], name: str) -> Callable[[], None]:
-    return lambda: run(name)
-
-
-def problems_of(checks: Sequence[Check], results: list[CheckResult], expected: Mapping[str, str]) -> list[str]:
-    """Return a line for each check that failed, or was expected to and did not.
-
-    Raises:
-        ValueError: a check is expected to fail that does not exist.
-    """
-    known = [check.name for check in checks]
-    unknown = [name for name in expected if name not in known]
-    if unknown:
-        raise ValueError(
-            f"expected_failures names {unknown[0]!r}, which is no check; the checks are {', '.join(known)}"
-        )
-    problems = [f"{r.name}: {r.message}" for r in results if r.status == "failed" and r.name not in expected]
-    problems += [
-        f"{r.name}: was expected to fail ({expected[r.name]}), but {r.status}; remove it from expected_failures"
-        for r in results
-        if r.name in expected and r.status != "failed"
-    ]
-    return problems
-
-
-class advising:  # noqa: N801 - reads as a statement
+@contextmanager
+def advising(advice: str) -> Iterator[None]:
     """Turn an exception inside the block into a failure of the check that says what to do."""
-
-    def __init__(self, advice: str) -> None:
-        self.advice = advice
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, AssertionError):
-            text = str(error) if isinstance(error, RDMError) else described(error)
-            raise AssertionError(f"{text.rstrip('. ')}. {self.advice}") from error
+    try:
+        yield
+    except AssertionError:
+        raise
+    except Exception as error:
+        text = str(error) if isinstance(error, RDMError) else described(error)
+        raise AssertionError(f"{text.rstrip('. ')}. {advice}") from error
 
 
 def require(condition: object, message: str) -> None:

@@ -10,14 +10,7 @@ from rdm_sdk.errors import RewardError
 from rdm_sdk.rewards.base import Reward, RewardBatch
 from rdm_sdk.rewards.resolve import RewardFuncs, resolve_rewards
 from rdm_sdk.testing.batches import LATENT_CHANNELS, example_batch
-from rdm_sdk.testing.kit import (
-    CheckResult,
-    ContractError,
-    ContractWarning,
-    parametrize_checks,
-    raise_problems,
-    run_checks,
-)
+from rdm_sdk.testing.kit import CheckResult, ContractError, ContractWarning, Kit
 from rdm_sdk.testing.reward_checks import CHECKS
 from rdm_sdk.testing.reward_subject import Subject
 
@@ -28,6 +21,9 @@ class RewardCheckError(ContractError):
 
 class RewardCheckWarning(ContractWarning):
     """A reward keeps its contract, and something about it is odd."""
+
+
+KIT = Kit("reward", CHECKS, RewardCheckError, RewardCheckWarning)
 
 
 def check_reward(
@@ -51,19 +47,12 @@ def check_reward(
         RewardCheckError: a check failed, or one that was expected to fail did not.
     """
     made = _only(reward)
-    return raise_problems(
-        CHECKS,
-        _results(made, batch),
-        expected_failures,
-        f"{made.name!r} does not keep the reward contract",
-        RewardCheckError,
-        RewardCheckWarning,
-    )
+    return KIT.check(_subject(made, batch), expected_failures, f"{made.name!r} does not keep the reward contract")
 
 
 def run_reward_checks(reward: RewardFuncs, batch: RewardBatch | None = None) -> list[CheckResult]:
     """Run every check and return the results; a check whose prerequisite failed is skipped."""
-    return _results(_only(reward), batch)
+    return KIT.run(_subject(_only(reward), batch))
 
 
 def parametrize_reward_checks(
@@ -84,16 +73,10 @@ def parametrize_reward_checks(
         def test_contract(check):
             check()
     """
-    return parametrize_checks(
-        CHECKS,
-        lambda: run_reward_checks(make(), None if batch is None else batch()),
-        expected_failures,
-        RewardCheckError,
-        RewardCheckWarning,
-    )
+    return KIT.parametrize(lambda: _subject(_only(make()), None if batch is None else batch()), expected_failures)
 
 
-def _results(made: Reward, batch: RewardBatch | None) -> list[CheckResult]:
+def _subject(made: Reward, batch: RewardBatch | None) -> Subject:
     tried = batch or made.example() or example_batch(made)
     if made.capabilities.head and tried.context is not None:  # as the host does
         head = made.make_head(LATENT_CHANNELS, 0)
@@ -104,7 +87,7 @@ def _results(made: Reward, batch: RewardBatch | None) -> list[CheckResult]:
             f"and shuffled batches show nothing; got {len(tried)} in groups of {tried.group_size}. Let example() (or "
             "batch=) return four or more: RewardBatch.from_images(images, prompts, 2, columns)"
         )
-    return run_checks(CHECKS, Subject(made, tried), "reward")
+    return Subject(made, tried)
 
 
 def _only(reward: RewardFuncs) -> Reward:
