@@ -32,11 +32,9 @@ from rdm_sdk.rewards.judging import (
     copied,
     differentiated,
     judged_with_models,
-    logged_by,
     nothing,
+    of_all,
     pulled_back,
-    spread,
-    was_for,
 )
 from rdm_sdk.rewards.logged import together
 from rdm_sdk.rewards.time_limit import limited
@@ -296,10 +294,8 @@ class Started:
         told = checked_applies(reward, scores, output.applies)
         self.shown[name] -= 0 if told is None else int((~told).sum())
         if chunk is None:
-            where = asked.rows, asked.count, self.batch.latents.device
-            kept, logged = spread(scores, *where, torch.nan), logged_by(asked.given, *where)
-            applies = was_for(asked.rows, asked.count, told)
-            self.outputs[name][asked.place] = RewardOutput(kept, logged=logged, applies=applies)
+            device = self.batch.latents.device
+            self.outputs[name][asked.place] = of_all(asked.given, asked.rows, asked.count, device, scores, told)
         else:
             answer = RewardOutput(scores, output.gradient, applies=told)
             self.outputs[name][asked.place] = pulled_back(reward, asked.given, chunk, asked.rows, answer)
@@ -322,10 +318,8 @@ class Started:
                     given = as_declared(reward, chunk, self.device, rows[name])
                     with torch.no_grad(), unchanged(reward, given):
                         scores = reward.score(given)
-                    where = rows[name], len(chunk), chunk.latents.device
-                    checked = spread(checked_scores(reward, given, scores), *where, torch.nan)
-                    applies = was_for(rows[name], len(chunk))
-                    output = RewardOutput(checked, logged=logged_by(given, *where), applies=applies)
+                    checked = checked_scores(reward, given, scores)
+                    output = of_all(given, rows[name], len(chunk), chunk.latents.device, checked)
                 self.outputs[name].append(output)
 
     def _remaining(self, rewards: Mapping[str, Reward]) -> list[tuple[str, Reward]]:

@@ -40,11 +40,6 @@ def as_declared(
     return chunk.with_latents(chunk.latents.detach().to(device, dtype))
 
 
-def logged_by(given: RewardBatch, rows: Sequence[int], count: int, device: torch.device) -> dict[str, Tensor]:
-    """Return what a reward logged of the rows that it was shown, as figures of all `count`, NaN for the others."""
-    return {name: spread(values, rows, count, device, torch.nan) for name, values in (given.logged or {}).items()}
-
-
 def nothing(latents: Tensor, graded: bool) -> RewardOutput:
     """Return the output of a reward that is for none of some samples `[N, *x]`."""
     scores = torch.full((len(latents),), torch.nan, device=latents.device)
@@ -52,14 +47,23 @@ def nothing(latents: Tensor, graded: bool) -> RewardOutput:
     return RewardOutput(scores, torch.zeros_like(latents) if graded else None, applies=applies)
 
 
-def was_for(rows: Sequence[int], count: int, told: Tensor | None = None) -> Tensor:
-    """Return which of `count` samples a reward was for, bool `[N]`: the rows that it was shown.
+def of_all(
+    given: RewardBatch,
+    rows: Sequence[int],
+    count: int,
+    device: torch.device,
+    scores: Tensor,
+    told: Tensor | None = None,
+) -> RewardOutput:
+    """Return the scores `[n]` of the rows that a reward was shown, and what it logged of them, as those of all `count`.
 
-    `told`, bool `[n]`, is which of these it says it was for itself.
+    The others have NaN. `given` is the batch of the rows; `told`, bool `[n]`, is which of them the reward says it was
+    for itself, None is all of them.
     """
+    logged = {name: spread(values, rows, count, device, torch.nan) for name, values in (given.logged or {}).items()}
     applies = torch.zeros(count, dtype=torch.bool)
     applies[list(rows)] = torch.ones(len(rows), dtype=torch.bool) if told is None else told
-    return applies
+    return RewardOutput(spread(scores, rows, count, device, torch.nan), logged=logged, applies=applies)
 
 
 def spread(values: Tensor, rows: Sequence[int], count: int, device: torch.device, fill: float) -> Tensor:
@@ -112,11 +116,10 @@ def pulled_back(
     if reward.capabilities.scope == "sample":
         # A sample that the reward does not apply to has no gradient, however its NaN came about.
         gradient = gradient.masked_fill(per_sample(scores.isnan().to(gradient.device), gradient), 0)
-    gradient = spread(gradient, rows, len(chunk), chunk.latents.device, 0.0)
-    scores = spread(scores, rows, len(chunk), chunk.latents.device, torch.nan)
-    logged = logged_by(given, rows, len(chunk), chunk.latents.device)
+    device = chunk.latents.device
+    gradient = spread(gradient, rows, len(chunk), device, 0.0)
     gradient = chunk.pull_back(gradient).float() if pixels else gradient
-    return RewardOutput(scores, gradient, logged=logged, applies=was_for(rows, len(chunk), output.applies))
+    return replace(of_all(given, rows, len(chunk), device, scores, output.applies), gradient=gradient)
 
 
 def judged_with_models(reward: Reward, batch: RewardBatch, differentiate: bool) -> RewardOutput:
@@ -145,7 +148,7 @@ def judged_with_models(reward: Reward, batch: RewardBatch, differentiate: bool) 
                 f"reward {reward.name!r} must return one value per sample for its figure {name!r}, shape "
                 f"[{len(batch)}]; got {list(values.shape)}"
             )
-    logged = logged_by(batch, range(len(batch)), len(batch), batch.latents.device)
+    logged = {name: values.to(batch.latents.device) for name, values in (batch.logged or {}).items()}
     scores, gradient = checked_scores(reward, batch, output.scores), output.gradient
     if gradient is not None and gradient.shape == batch.latents.shape:
         # Without a score, a sample is in no statistic, so what is left of its gradient would be divided by nothing.
