@@ -72,8 +72,20 @@ class MaskedTextFamily(ModelFamily):
     def size_unit(self) -> int:
         return lcm(self.pipeline_unit, self.pipeline.vae_scale_factor * self.backbone.config.patch_size)
 
-    def without_variance(self, output: Tensor) -> Tensor:
-        """Return the first of an output's two halves `[N, 2 C, h, w]`, or one that has no second: `[N, C, h, w]`."""
+    def predict_at(
+        self, network: Network, role: str, x_t: Tensor, timesteps: Tensor, condition: Condition, **more: Any
+    ) -> Tensor:
+        """Run the backbone as `predict` does, at its own timesteps `[N]` and told `more`."""
+        dtype = self.dtype
+        output = network(
+            role,
+            hidden_states=x_t.to(dtype),
+            timestep=timesteps,
+            encoder_hidden_states=condition["encoder_hidden_states"].to(dtype),
+            encoder_attention_mask=condition["encoder_attention_mask"],
+            **more,
+        )
+        # The second half of 2 C channels is a variance.
         return output.chunk(2, dim=1)[0] if output.shape[1] == 2 * self.latent_channels else output
 
     def inference_call(self, num_steps: int, guidance_scale: float = 1.0) -> dict[str, Any]:
@@ -115,16 +127,8 @@ class PixArtFamily(MaskedTextFamily, DDPMFamily):
             )
 
     def predict(self, network: Network, role: str, x_t: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        dtype = self.dtype
-        output = network(
-            role,
-            hidden_states=x_t.to(dtype),
-            timestep=self.timesteps(sigma),
-            encoder_hidden_states=condition["encoder_hidden_states"].to(dtype),
-            encoder_attention_mask=condition["encoder_attention_mask"],
-            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-        )
-        return self.without_variance(output)
+        sizes = {"resolution": None, "aspect_ratio": None}
+        return self.predict_at(network, role, x_t, self.timesteps(sigma), condition, added_cond_kwargs=sizes)
 
     def inference_call(self, num_steps: int, guidance_scale: float = 1.0) -> dict[str, Any]:
         return super().inference_call(num_steps, guidance_scale) | {"clean_caption": False}

@@ -70,15 +70,7 @@ class SanaFamily(MaskedTextFamily, FlowFamily):
         return super().timesteps(sigma) * scale
 
     def predict(self, network: Network, role: str, x_t: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        dtype = self.dtype
-        output = network(
-            role,
-            hidden_states=x_t.to(dtype),
-            timestep=self.timesteps(sigma),
-            encoder_hidden_states=condition["encoder_hidden_states"].to(dtype),
-            encoder_attention_mask=condition["encoder_attention_mask"],
-        )
-        return self.without_variance(output)
+        return self.predict_at(network, role, x_t, self.timesteps(sigma), condition)
 
     def encode_images(self, images: Tensor) -> Tensor:
         vae = self.pipeline.vae

@@ -69,7 +69,12 @@ class SDFamily(DDPMFamily):
             sample=x_t.to(dtype),
             timestep=self.timesteps(sigma),
             encoder_hidden_states=condition["encoder_hidden_states"].to(dtype),
+            **self.inputs(x_t, condition),
         )
+
+    def inputs(self, x_t: Tensor, condition: Condition) -> dict[str, Any]:
+        """Return what the UNet takes besides state, time and text."""
+        return {}
 
     def feature_block(self) -> nn.Module:
         block: nn.Module = self.backbone.mid_block

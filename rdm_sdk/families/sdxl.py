@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rdm_sdk.families.base import Network
 from rdm_sdk.families.sd import SDFamily
 from rdm_sdk.types import Condition
 
@@ -41,20 +40,12 @@ class SDXLFamily(SDFamily):
             return {name: torch.zeros_like(tensor) for name, tensor in blank.items()}
         return blank
 
-    def predict(self, network: Network, role: str, x_t: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+    def inputs(self, x_t: Tensor, condition: Condition) -> dict[str, Any]:
         dtype, factor = self.dtype, self.pipeline.vae_scale_factor
         size = (x_t.shape[-2] * factor, x_t.shape[-1] * factor)
         sizes = torch.tensor([*size, 0, 0, *size], device=x_t.device, dtype=dtype)  # original, crop's corner, target
-        return network(
-            role,
-            sample=x_t.to(dtype),
-            timestep=self.timesteps(sigma),
-            encoder_hidden_states=condition["encoder_hidden_states"].to(dtype),
-            added_cond_kwargs={
-                "text_embeds": condition["text_embeds"].to(dtype),
-                "time_ids": sizes.expand(len(x_t), -1),
-            },
-        )
+        told = {"text_embeds": condition["text_embeds"].to(dtype), "time_ids": sizes.expand(len(x_t), -1)}
+        return {"added_cond_kwargs": told}
 
     def to_vae(self, latents: Tensor) -> Tensor:
         mean, std = self._statistics(latents)
