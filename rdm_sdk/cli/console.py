@@ -61,6 +61,13 @@ def check_folder(option: str, path: Path) -> None:
             return
 
 
+def check_file(option: str, path: Path, kind: str) -> None:
+    """Raise `ConfigError` if a file, of a kind such as "picture", cannot be written to `path`, a folder being there."""
+    if path.is_dir():
+        raise ConfigError(f"{option}: {path} is a folder; give the name of a {kind}")
+    check_folder(option, path.parent)
+
+
 def add_place(parser: Parser, dtype: bool = True) -> None:
     """Add `--device`, which `find_device` reads, and `--dtype`."""
     if dtype:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rdm_sdk.cli.console import Parser, check_folder
-from rdm_sdk.errors import ConfigError
+from rdm_sdk.cli.console import Parser, check_file
 
 HELP = "one HTML page about a run, or several: curves, pictures, evaluation, settings"
 
@@ -17,9 +16,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("runs", nargs="+", metavar="run", help="the output_dir of a run; several are overlaid")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page that is written")
     options = parser.parse_args(arguments)
-    if options.output.is_dir():
-        raise ConfigError(f"--output: {options.output} is a folder; give the name of a page")
-    check_folder("--output", options.output.parent)
+    check_file("--output", options.output, "page")
     from rdm_sdk.evaluation.report.page import write_report
 
     page = write_report(options.runs, options.output)

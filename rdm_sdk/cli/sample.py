@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rdm_sdk.cli.console import SEED, Parser, add_place, check_folder, find_device, whole_number
+from rdm_sdk.cli.console import SEED, Parser, add_place, check_file, check_folder, find_device, whole_number
 from rdm_sdk.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,19 +30,23 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--student: there is no folder {options.student}; give the one that training saved")
     if options.student is None and options.teacher is None:
         raise ConfigError("there is nothing to sample: give --student, or --teacher with its number of steps, or both")
-    if options.output is not None and options.output.is_dir():
-        raise ConfigError(f"--output: {options.output} is a folder; give the name of a picture")
     if options.output is None and options.files is None:
         options.output = Path("sample.png")
-    targets = {"--output": options.output and options.output.parent, "--files": options.files}
-    folders = {option: place for option, place in targets.items() if place is not None}
-    for option, place in folders.items():
-        check_folder(option, place)
+    folders: dict[str, Path] = {}
+    if options.output is not None:
+        check_file("--output", options.output, "picture")
+        folders["--output"] = options.output.parent
+    if options.files is not None:
+        check_folder("--files", options.files)
+        folders["--files"] = options.files
     prompts, candidates = _prompts(options), _candidates(options)
     names = [candidate.name for candidate in candidates]
     for place in [] if options.files is None else _places(names, options.files).values():
         _check_pictures(place, _file_names(prompts, options.samples))
-    _check_writable(folders)
+    from rdm_sdk.training.validation import check_writable
+
+    for option, folder in folders.items():
+        check_writable(str(folder), option)
     rows = _sampled(options, candidates, prompts)
     if options.files is not None:
         print(f"wrote {_write_files(rows, prompts, options.samples, options.files)} pictures into {options.files}")
@@ -145,14 +149,6 @@ def _write_grid(rows: dict[str, Tensor], prompts: Sequence[str], samples: int, o
 
 def _short(prompt: str) -> str:
     return prompt if len(prompt) <= 30 else f"{prompt[:29]}…"
-
-
-def _check_writable(folders: Mapping[str, Path]) -> None:
-    """Raise `ConfigError` for the folder of an option that cannot be written to."""
-    from rdm_sdk.training.validation import check_writable
-
-    for option, place in folders.items():
-        check_writable(str(place), option)
 
 
 def _places(names: Sequence[str], folder: Path) -> dict[str, Path]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rdm_sdk.cli.console import Parser, add_place, check_folder, find_device
-from rdm_sdk.errors import ConfigError
+from rdm_sdk.cli.console import Parser, add_place, check_file, find_device
 
 HELP = "score the pictures in a folder by any rewards"
 
@@ -23,9 +22,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("scores.json"), help="ends in .json or .csv")
     add_place(parser, dtype=False)
     options = parser.parse_args(arguments)
-    if options.output.is_dir():
-        raise ConfigError(f"--output: {options.output} is a folder; give the name of a file")
-    check_folder("--output", options.output.parent)
+    check_file("--output", options.output, "file")
     from rdm_sdk.evaluation.folder import check_target, score_folder
     from rdm_sdk.training.pictures import markdown_table
     from rdm_sdk.training.validation import check_writable
