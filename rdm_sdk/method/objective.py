@@ -30,17 +30,16 @@ def normalize(outputs: Mapping[str, RewardOutput], group_size: int, normalizatio
     that applies to none of the samples has no field.
     """
     fields = {}
-    graded = {name: output for name, output in outputs.items() if output.gradient is not None}
-    absent = read_all([output.scores.isnan().all() for output in graded.values()])
-    for (name, output), missing in zip(graded.items(), absent, strict=True):
-        if output.gradient is not None:  # for mypy
-            magnitude, statistic = output.magnitude, normalization
-            if magnitude is None:
-                magnitude = output.gradient.abs().flatten(1).mean(1)
-                statistic = "group"
-            magnitude = magnitude.masked_fill(output.scores.isnan(), torch.nan)  # not applicable: in no statistic
-            if not missing:
-                fields[name] = scale_field(output.gradient, magnitude, group_size, statistic)
+    graded = [(name, output, output.gradient) for name, output in outputs.items() if output.gradient is not None]
+    absent = read_all([output.scores.isnan().all() for _, output, _ in graded])
+    for (name, output, gradient), missing in zip(graded, absent, strict=True):
+        if missing:
+            continue
+        magnitude, statistic = output.magnitude, normalization
+        if magnitude is None:
+            magnitude, statistic = gradient.abs().flatten(1).mean(1), "group"
+        magnitude = magnitude.masked_fill(output.scores.isnan(), torch.nan)  # not applicable: in no statistic
+        fields[name] = scale_field(gradient, magnitude, group_size, statistic)
     return fields
 
 

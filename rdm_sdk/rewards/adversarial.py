@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rdm_sdk.errors import DataError
+from rdm_sdk.method.noise import per_sample
 from rdm_sdk.rewards.base import Capabilities, Reward, RewardBatch, RewardConfig
 from rdm_sdk.rewards.images import read_images
 from rdm_sdk.types import RewardOutput
@@ -79,7 +80,7 @@ class Adversarial(Reward):
         with torch.enable_grad():
             scores = F.logsigmoid(self._logits(batch, x_t, renoised.sigma))
             (gradient,) = torch.autograd.grad(scores.sum(), x_t)
-        signal = context.schedule.alpha(renoised.sigma).reshape(-1, *[1] * (x_t.ndim - 1))  # d x_t / d x_0
+        signal = per_sample(context.schedule.alpha(renoised.sigma), x_t)  # d x_t / d x_0
         return RewardOutput(scores.detach(), signal * gradient)
 
     def score(self, batch: RewardBatch) -> Tensor:

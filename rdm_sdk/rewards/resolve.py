@@ -186,7 +186,7 @@ _Found: TypeAlias = tuple[RewardTerm, Reward | None]
 
 def _config_of(target: type[Reward], term: RewardTerm) -> RewardConfig:
     """Return a reward's options as a term sets them; raises `RewardError` for one that it does not take."""
-    return checked_model(target.Config, _options_of(term), f"reward {_full_name(term)!r}", RewardError)
+    return checked_model(target.Config, options_of(term), f"reward {_full_name(term)!r}", RewardError)
 
 
 def _full_name(term: RewardTerm) -> str:
@@ -194,7 +194,8 @@ def _full_name(term: RewardTerm) -> str:
     return f"{term.name}:{term.variant}" if is_by_place(term) else term.name
 
 
-def _options_of(term: RewardTerm) -> dict[str, Any]:
+def options_of(term: RewardTerm) -> dict[str, Any]:
+    """Return what a term sets of its reward's `Config`, variant and revision included."""
     options: dict[str, Any] = dict(term.options)
     options |= {"variant": term.variant} if term.variant is not None and not is_by_place(term) else {}
     options |= {"revision": term.revision} if term.revision is not None else {}
@@ -310,7 +311,7 @@ def load_reward(term: RewardTerm) -> Reward:
             f"the reward {term.reference!r} names neither a Reward class nor a function but {target!r}; this is a "
             f"mistake in {owner}"
         )
-    options = _options_of(term)
+    options = options_of(term)
     if options:
         raise RewardError(
             f"reward {name!r} is a plain function and takes no options; got {', '.join(options)}. A Reward class "

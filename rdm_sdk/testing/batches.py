@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rdm_sdk.errors import RewardError
-from rdm_sdk.method.noise import FlowSchedule
+from rdm_sdk.method.noise import FlowSchedule, per_sample
 from rdm_sdk.rewards.base import Reward, RewardBatch
 from rdm_sdk.rewards.context import DiffusionContext, Origin
 from rdm_sdk.types import Denoiser
@@ -71,7 +71,7 @@ def gaussian_context(latents: Tensor) -> DiffusionContext:
 
     def denoiser(role: str) -> Denoiser:
         def posterior_mean(x_t: Tensor, sigma: Tensor) -> Tensor:
-            sigma = sigma.reshape(-1, *[1] * (x_t.ndim - 1))
+            sigma = per_sample(sigma, x_t)
             alpha = 1 - sigma
             return means[role] + alpha / (alpha**2 + sigma**2) * (x_t - alpha * means[role])
 

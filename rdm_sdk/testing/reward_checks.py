@@ -9,15 +9,17 @@ import gc
 import random
 import weakref
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rdm_sdk.method.noise import per_sample
 from rdm_sdk.rewards.base import RewardConfig
 from rdm_sdk.rewards.evaluate import evaluate_reward
 from rdm_sdk.rewards.judging import as_declared
-from rdm_sdk.rewards.resolve import resolve_rewards
+from rdm_sdk.rewards.resolve import options_of, resolve_rewards
 from rdm_sdk.rewards.spec import checked_model, parse_spec
 from rdm_sdk.testing.batches import copied, resized
 from rdm_sdk.testing.fresh_import import import_problem
@@ -251,9 +253,7 @@ def gradient_not_zero(subject: Subject) -> None:
     advice = "compute the score in torch from batch.images, without PIL, NumPy, no_grad, detach, round or argmax"
     with advising("field(batch) must return a RewardOutput with a gradient" if field else advice):
         output = subject.judge(differentiate=True)
-    if output.gradient is None:
-        raise AssertionError("field() returned no gradient; return RewardOutput(scores, gradient)")
-    flat = output.gradient.flatten(1).abs().amax(1) == 0
+    flat = cast("Tensor", output.gradient).flatten(1).abs().amax(1) == 0
     require(
         not (flat & ~output.scores.isnan()).any(),
         f"{int(flat.sum())} of {len(flat)} samples have a gradient of zero; is something rounded, clamped or detached?",
@@ -263,10 +263,9 @@ def gradient_not_zero(subject: Subject) -> None:
 @check("chunk_invariant", "gradient_not_zero", unless=lambda subject: no_gradient(subject) or stochastic(subject))
 def gradient_chunk_invariant(subject: Subject) -> None:
     """Gradients, too, are the same in chunks as at once."""
-    whole, parts = (subject.judge(differentiate=True, chunk_size=size).gradient for size in (None, subject.chunk))
-    if whole is not None and parts is not None:
-        advice = "a sample's gradient must not depend on the others in the batch"
-        assert_close(parts, whole, f"in chunks of {subject.chunk}, gradients", advice, 1e-3)
+    advice = "a sample's gradient must not depend on the others in the batch"
+    parts, what = subject.gradient(subject.chunk), f"in chunks of {subject.chunk}, gradients"
+    assert_close(parts, subject.gradient(), what, advice, 1e-3)
 
 
 @check("gradient_not_zero", "deterministic", unless=lambda subject: no_gradient(subject) or stochastic(subject))
@@ -339,11 +338,10 @@ def device_round_trip(subject: Subject) -> None:
 @check("gradient_not_zero", unless=no_gradient)
 def ascent_raises_score(subject: Subject) -> None:
     """A small step along the gradient raises the score."""
-    gradient = subject.judge(differentiate=True).gradient
-    gradient = gradient if gradient is not None else torch.zeros(())
+    gradient = subject.gradient()
     before = subject.judge().scores
     largest = gradient.abs().flatten(1).amax(1).clamp_min(torch.finfo(torch.float32).tiny)
-    direction = gradient / largest.reshape(-1, *[1] * (gradient.ndim - 1))
+    direction = gradient / per_sample(largest, gradient)
     pixels = subject.reward.capabilities.space == "pixel"
     gains = []
     for step in STEPS:
@@ -370,12 +368,7 @@ def config_round_trip(subject: Subject) -> None:
         term = resolve_rewards(subject.reward)[0].term
         (parsed,) = parse_spec(str(term))
         require(parsed == term, f"the spec {str(term)!r} parses to {parsed!r}")
-        given = parsed.options | {
-            key: value
-            for key, value in (("variant", parsed.variant), ("revision", parsed.revision))
-            if value is not None
-        }
-        written: RewardConfig = checked_model(type(config), given, f"reward {subject.reward.name!r}")
+        written: RewardConfig = checked_model(type(config), options_of(parsed), f"reward {subject.reward.name!r}")
         require(written == config, f"the options {config!r} came back from the spec {str(term)!r} as {written!r}")
 
 

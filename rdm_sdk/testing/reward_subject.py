@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -55,6 +55,10 @@ class Subject:
             batch = copied(self.batch) if batch is None else batch
             wanted = None if differentiate else ()
             return evaluate_reward(self.reward, batch, gradients_of=wanted, chunk_size=chunk_size, device=device)
+
+    def gradient(self, chunk_size: int | None = None) -> Tensor:
+        """Return the gradient that the host makes of the reward; that there is one, it has checked."""
+        return cast("Tensor", self.judge(differentiate=True, chunk_size=chunk_size).gradient)
 
 
 def assert_close(found: Tensor, wanted: Tensor, what: str, advice: str, tolerance: float = TOLERANCE) -> None:
