@@ -6,7 +6,8 @@ import asyncio
 import os
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -18,31 +19,25 @@ from rdm_sdk.rewards.time_limit import GRACE, too_slow
 from rdm_sdk.types import RewardOutput
 
 
+@dataclass(eq=False)
 class Call:
-    """A call of an asynchronous reward that is under way from the moment that this object is made.
+    """A call of an asynchronous reward that is under way from the moment that this object is made."""
 
-    Args:
-        name: what messages call the reward.
-        reward: is awaited.
-        given: nobody else's, because the reward runs at the same time as the others.
-        graded: whether the gradient is wanted, too.
-        device: that of the caller.
-        time_limit: seconds after which the call is cancelled; None is never.
-    """
+    name: str
+    """What messages call the reward."""
+    reward: Reward
+    given: RewardBatch
+    """Nobody else's, because the reward runs at the same time as the others."""
+    graded: bool
+    """Whether the gradient is wanted, too."""
+    device: torch.device
+    """That of the caller."""
+    time_limit: float | None = None
+    """Seconds after which the call is cancelled; None is never."""
 
-    def __init__(
-        self,
-        name: str,
-        reward: Reward,
-        given: RewardBatch,
-        graded: bool,
-        device: torch.device,
-        time_limit: float | None = None,
-    ) -> None:
-        self.name, self.time_limit = name, time_limit
+    def __post_init__(self) -> None:
         self._asked = time.monotonic()
-        awaited = _timed(name, reward, given, graded, device, time_limit)
-        self._future: Future[tuple[RewardOutput, float]] = asyncio.run_coroutine_threadsafe(awaited, event_loop())
+        self._future = asyncio.run_coroutine_threadsafe(self._timed(), event_loop())
 
     def answer(self) -> tuple[RewardOutput, float]:
         """Wait for what the reward returns, unchecked, and the seconds that it took; or raise what it raised.
@@ -65,27 +60,25 @@ class Call:
         """Let the answer go, if there is none yet."""
         self._future.cancel()
 
-
-async def _timed(
-    name: str, reward: Reward, given: RewardBatch, graded: bool, device: torch.device, time_limit: float | None
-) -> tuple[RewardOutput, float]:
-    torch.set_grad_enabled(False)  # of this thread, which does nothing else
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    started = time.perf_counter()
-    limit = asyncio.timeout(time_limit)
-    try:
-        async with limit:
-            output: Any = await reward.gradient_async(given) if graded else await reward.score_async(given)
-    except TimeoutError as error:
-        if limit.expired():
-            raise TimeoutError(too_slow(time_limit)) from error
-        raise
-    if graded and not isinstance(output, RewardOutput):
-        raise RewardError(
-            f"reward {name!r}: gradient_async(batch) must return a RewardOutput; got {type(output).__name__}"
-        )
-    return output if isinstance(output, RewardOutput) else RewardOutput(output), time.perf_counter() - started
+    async def _timed(self) -> tuple[RewardOutput, float]:
+        torch.set_grad_enabled(False)  # of this thread, which does nothing else
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        started = time.perf_counter()
+        limit = asyncio.timeout(self.time_limit)
+        try:
+            async with limit:
+                ask = self.reward.gradient_async if self.graded else self.reward.score_async
+                output: Any = await ask(self.given)
+        except TimeoutError as error:
+            if limit.expired():
+                raise TimeoutError(too_slow(self.time_limit)) from error
+            raise
+        if self.graded and not isinstance(output, RewardOutput):
+            raise RewardError(
+                f"reward {self.name!r}: gradient_async(batch) must return a RewardOutput; got {type(output).__name__}"
+            )
+        return output if isinstance(output, RewardOutput) else RewardOutput(output), time.perf_counter() - started
 
 
 @cache

@@ -173,25 +173,24 @@ class _Asked:
     """Where the answer belongs among the reward's outputs."""
 
 
+@dataclass(eq=False)
 class Started:
     """An evaluation on its way: asynchronous rewards may be at work, the others have judged what they were given.
 
-    The arguments are those of `evaluate_rewards`, settled; `graded` names the rewards whose gradient is wanted, each of
-    which has one.
+    The fields are the arguments of `evaluate_rewards`, settled; `graded` names the rewards whose gradient is wanted,
+    each of which has one.
     """
 
-    def __init__(
-        self,
-        rewards: Mapping[str, Reward],
-        batch: RewardBatch,
-        device: torch.device,
-        on_error: OnError,
-        graded: Collection[str],
-        may_sit_out: Collection[str],
-        time_limit: float | None,
-    ) -> None:
-        self.rewards, self.batch, self.device, self.on_error, self.graded = rewards, batch, device, on_error, graded
-        self.may_sit_out, self.time_limit = may_sit_out, time_limit
+    rewards: Mapping[str, Reward]
+    batch: RewardBatch
+    device: torch.device
+    on_error: OnError
+    graded: Collection[str]
+    may_sit_out: Collection[str]
+    time_limit: float | None
+
+    def __post_init__(self) -> None:
+        rewards = self.rewards
         self.whole = {n: r for n, r in rewards.items() if r.capabilities.needs_models}
         self.awaited = {n: r for n, r in rewards.items() if r.capabilities.asynchronous and n not in self.whole}
         self.plain = {n: r for n, r in rewards.items() if n not in self.whole and n not in self.awaited}

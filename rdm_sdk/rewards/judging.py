@@ -136,17 +136,13 @@ def judged_with_models(reward: Reward, batch: RewardBatch, differentiate: bool) 
             f"reward {reward.name!r} declares gradient='field', and its field(batch) returned no gradient; return "
             "RewardOutput(scores, gradient)"
         )
-    magnitude = output.magnitude
-    if magnitude is not None and magnitude.shape != (len(batch),):
-        raise RewardError(
-            f"reward {reward.name!r} must return one magnitude per sample, shape [{len(batch)}], or None; got "
-            f"{list(magnitude.shape)}"
-        )
-    for name, values in output.figures.items():
+    measured = {f"figure {name!r}": values for name, values in output.figures.items()}
+    measured |= {} if output.magnitude is None else {"magnitude": output.magnitude}
+    for what, values in measured.items():
         if values.shape != (len(batch),):
             raise RewardError(
-                f"reward {reward.name!r} must return one value per sample for its figure {name!r}, shape "
-                f"[{len(batch)}]; got {list(values.shape)}"
+                f"reward {reward.name!r} must return one value per sample for its {what}, shape [{len(batch)}]; got "
+                f"{list(values.shape)}"
             )
     logged = {name: values.to(batch.latents.device) for name, values in (batch.logged or {}).items()}
     scores, gradient = checked_scores(reward, batch, output.scores), output.gradient

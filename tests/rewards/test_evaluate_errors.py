@@ -175,7 +175,7 @@ class OwnField(Reward):
         (RewardOutput(torch.ones(6)), "its field.batch. returned no gradient"),
         (
             RewardOutput(torch.ones(6), torch.ones(6, 3, 4, 4), torch.ones(1)),
-            r"one magnitude per sample, shape \[6\], or None; got \[1\]",
+            r"one value per sample for its magnitude, shape \[6\]; got \[1\]",
         ),
     ],
 )
