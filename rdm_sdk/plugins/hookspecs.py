@@ -53,10 +53,6 @@ class RegisterModel(Protocol):
         ...
 
 
-ARGUMENTS = {"rdm_register_rewards": ("register",), "rdm_register_models": ("register",)}
-"""What each hook is given, for messages."""
-
-
 @hookspec
 def rdm_register_rewards(register: RegisterReward) -> None:
     """Register rewards by dotted strings; import nothing heavy."""

@@ -6,6 +6,7 @@ of one name. So entry points are loaded one at a time here, each into a plugin m
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -98,9 +99,10 @@ def _explain(error: pluggy.PluginValidationError, known: list[str]) -> str:
         )
     future = re.search(r"hook '(\w+)'.*?hookimpl definition: (.*?) Argument\(s\) (\{.*?\})", text)
     if future:
+        given = inspect.signature(getattr(hookspecs, future[1])).parameters
         return (
             f"its hook {future[1]!r} asks for {future[3]}, which rdm-sdk {__version__} does not give (it "
-            f"gives: {', '.join(hookspecs.ARGUMENTS[future[1]])}); it is misspelt, or the plugin needs a newer rdm-sdk"
+            f"gives: {', '.join(given)}); it is misspelt, or the plugin needs a newer rdm-sdk"
         )
     return f"pluggy refuses it: {text}"
 

@@ -5,6 +5,7 @@ A check takes a `ModelSubject`; see `kit.Check`.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import get_args
 
 import torch
@@ -37,14 +38,9 @@ check = collector(TEACHER_CHECKS)
 def declarations(subject: ModelSubject) -> None:
     """What the class declares exists: component, LoRA targets and exclusions, kinds of prediction and guidance."""
     family = subject.family
-    require(
-        family.prediction in get_args(Prediction),
-        f"prediction is {family.prediction!r}; it must be one of {', '.join(get_args(Prediction))}",
-    )
-    require(
-        family.guidance in get_args(Guidance),
-        f"guidance is {family.guidance!r}; it must be one of {', '.join(get_args(Guidance))}",
-    )
+    for attribute, kinds in (("prediction", get_args(Prediction)), ("guidance", get_args(Guidance))):
+        kind = getattr(family, attribute)
+        require(kind in kinds, f"{attribute} is {kind!r}; it must be one of {', '.join(kinds)}")
     layers = linear_layers(family.backbone)
     require(family.lora_targets, "lora_targets is empty, so a student would have nothing to learn with")
     for attribute in ("lora_targets", "lora_excluded"):
@@ -194,8 +190,7 @@ def grid(subject: ModelSubject) -> None:
         sigmas = family.student_sigmas(num_steps, None)
         require(len(sigmas) == num_steps, f"student_sigmas({num_steps}, None) has {len(sigmas)} levels")
         require(
-            all(1 >= a > b > 0 for a, b in zip(sigmas, [*sigmas[1:], 0.0][: len(sigmas)], strict=True) if b)
-            and 0 < sigmas[-1] <= 1,
+            all(a > b for a, b in pairwise([*sigmas, 0.0])) and sigmas[0] <= 1,
             f"student_sigmas({num_steps}, None) is {sigmas}; it must fall within (0, 1]",
         )
         times = []

@@ -116,22 +116,20 @@ def deterministic(subject: Subject) -> None:
     )
 
 
+def random_states() -> dict[str, object]:
+    """Return the states of the global random generators, by the name of their library."""
+    numpy = repr(np.random.get_state())  # noqa: NPY002 - theirs is watched
+    return {"torch": torch.get_rng_state().tolist(), "NumPy": numpy, "Python": random.getstate()}
+
+
 @check("leaves_inputs_alone", unless=stochastic)
 def rng_untouched(subject: Subject) -> None:
     """`score` leaves the random states of torch, NumPy and Python alone, unless it is declared stochastic."""
     with torch.random.fork_rng(devices=[]):
-        before = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()  # noqa: NPY002 - theirs is watched
+        before = random_states()
         evaluate_reward(subject.reward, copied(subject.batch), gradients_of=())
-        after = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()  # noqa: NPY002
-    moved = [
-        name
-        for name, same in (
-            ("torch", torch.equal(before[0], after[0])),
-            ("NumPy", before[1] == after[1]),
-            ("Python", before[2] == after[2]),
-        )
-        if not same
-    ]
+        after = random_states()
+    moved = [name for name in before if before[name] != after[name]]
     require(
         not moved,
         f"score() moved the random state of {', '.join(moved)}, which changes the training run; use a "
