@@ -24,8 +24,8 @@ class ContractWarning(UserWarning):
 class Remark:
     """What a check returns if it neither passes nor fails."""
 
-    kind: str
-    """"skipped" (it does not apply) or "warning"."""
+    kind: Literal["skipped", "warning"]
+    """"skipped" is a check that does not apply."""
     text: str
 
 
@@ -104,7 +104,7 @@ def _outcome(check: Check, subject: object, noun: str) -> CheckResult:
         return CheckResult(check.name, "failed", message, error)
     if remark is None:
         return CheckResult(check.name, "passed", "")
-    return CheckResult(check.name, "warning" if remark.kind == "warning" else "skipped", remark.text)
+    return CheckResult(check.name, remark.kind, remark.text)
 
 
 @dataclass(frozen=True)
