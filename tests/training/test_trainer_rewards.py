@@ -134,6 +134,18 @@ def test_skip_goes_on_and_counts(make_trainer: Make, tmp_path: Path, losses_of: 
     assert "loss/policy" not in rows[1]
 
 
+def test_a_skipped_score_makes_the_others_no_larger(make_trainer: Make, tmp_path: Path, losses_of: Any) -> None:
+    """Advantages of a step without a reward are those of a run without it, whatever its weight."""
+    rows = []
+    for name, more in (("alone", []), ("beside", [(failing_after(0), 2.0)])):
+        trainer = make_trainer(tmp_path / name, ["dm", (ink, 0.2), *more], max_steps=1, reward_on_error="skip")
+        trainer.train()
+        rows += losses_of(trainer)
+    assert rows[1]["rewards/flaky/skipped"] == 1
+    assert rows[1]["loss/policy"] == rows[0]["loss/policy"]
+    assert rows[1]["grad_norm"] == rows[0]["grad_norm"]
+
+
 def test_skipping_everything_is_an_error(make_trainer: Make, tmp_path: Path) -> None:
     """A run with nothing left to learn from stops."""
     trainer = make_trainer(tmp_path, [failing_after(0)], reward_on_error="skip")
