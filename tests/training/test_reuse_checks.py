@@ -62,6 +62,18 @@ def test_a_stale_rollout_is_made_anew(
     assert trainer.state.global_step == 4
 
 
+def test_an_infinite_ratio_makes_a_rollout_anew(
+    make_trainer: Make, tmp_path: Path, losses_of: Losses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The share of samples is NaN then, which is above no bound."""
+    infinite = torch.full((8,), 100.0)  # its exponential is, in float32
+    monkeypatch.setattr("rdm_sdk.training.rollouts.state_log_ratio", lambda *_: infinite)
+    trainer = make_trainer(tmp_path, num_iterations=2, max_steps=2)
+    trainer.train()
+    assert losses_of(trainer)[1]["ratio/stopped"] == 1.0
+    assert losses_of(trainer)[1]["cost/rollouts"] == 2 * 8
+
+
 # ---- The check of the first use ---------------------------------------------------------------------------------
 
 
