@@ -44,11 +44,19 @@ class Networks:
 
     def pair(self, x_t: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         self.asked["pair"].append(x_t)
-        return gaussian(MEANS["with"], x_t, sigma), gaussian(MEANS["without"], x_t, sigma)
+        return gaussian(MEANS["with"], x_t, sigma), self.unprompted(x_t, sigma)
+
+    def unprompted(self, x_t: Tensor, sigma: Tensor) -> Tensor:
+        return gaussian(MEANS["without"], x_t, sigma)
 
 
-def judged(rewards: dict[str, object], scale: float, networks: Networks, correct: str = "others") -> Evaluation:
-    """Evaluate rewards on fixed samples with fixed noise, the teacher guided by `scale`."""
+def judged(
+    rewards: dict[str, object], scale: float, networks: Networks, correct: str = "others", apart: bool = False
+) -> Evaluation:
+    """Evaluate rewards on fixed samples with fixed noise, the teacher guided by `scale`.
+
+    `apart` lets the teacher be asked without the prompt by itself.
+    """
     latents = torch.randn(8, 2, 3, generator=torch.Generator().manual_seed(0))
 
     def guide(x_t: Tensor, sigma: Tensor, with_prompt: Tensor, without: Tensor) -> Tensor:
@@ -62,6 +70,7 @@ def judged(rewards: dict[str, object], scale: float, networks: Networks, correct
         critic_correction=correct,
         guide=None if scale == 1.0 else guide,
         denoiser_pair=networks.pair,
+        unprompted=networks.unprompted if apart else None,
     )
     torch.manual_seed(7)
     batch = RewardBatch(
@@ -162,6 +171,15 @@ def test_noise_is_shared(order: tuple[str, str]) -> None:
     again = Networks()
     judged({"dm": made["dm"]}, 3.0, again)
     assert all(torch.equal(a, b) for a, b in zip(again.asked["fake"], networks.asked["fake"], strict=True))
+
+
+def test_the_other_half_of_a_pair_is_of_the_same_noise() -> None:
+    """After `dm` has asked the teacher, guidance asks it without the prompt alone, and is what it is by the pair."""
+    made = {"dm": DistributionMatching(), "guidance": Guidance()}
+    networks = Networks()
+    apart = judged(made, 1.0, networks, apart=True).outputs["guidance"]
+    assert not networks.asked["pair"]
+    assert torch.equal(apart.gradient, judged(made, 1.0, Networks()).outputs["guidance"].gradient)
 
 
 def test_a_second_batch_gets_noise_of_its_own() -> None:
