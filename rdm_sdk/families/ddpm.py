@@ -38,7 +38,7 @@ class SteppedSchedule(VariancePreservingSchedule):
         return torch.where(known, self.alphas.to(sigma)[at], super().alpha(sigma))
 
     def time(self, sigma: Tensor) -> Tensor:
-        return (self._timestep(sigma) / len(self.sigmas)).masked_fill(sigma == 0, 0.0)
+        return self._timestep(sigma) / len(self.sigmas)
 
     def levels(self, uniform: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Return the levels of training timesteps, each equally likely, the first and the last of the range included.
