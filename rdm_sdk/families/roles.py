@@ -181,7 +181,7 @@ class Roles(nn.Module):
     def add_copy(self, name: str, module: nn.Module) -> None:
         """Add a copy of the backbone, made before it got any adapters, as a role; it is trained whole, in float32."""
         self._check_new(name)
-        self.copies[name] = module.float().eval().requires_grad_(True)
+        self.copies[name] = module.float().requires_grad_(True)
         self._names.append(name)
 
     def add_head(self, name: str, module: nn.Module) -> None:
@@ -298,11 +298,10 @@ class Roles(nn.Module):
     def _switch(self, role: str) -> None:
         if role not in (TEACHER, *self._names):
             raise ConfigError(f"no role {role!r}; there are {', '.join([TEACHER, *self._names])}")
-        adapter = role != TEACHER and role not in self.copies
-        active = [role] if adapter else []
+        active = [] if role == TEACHER else [role]  # a copy has no adapter in any layer
         for layer in self._layers:
             # Past nn.Module's __setattr__: SDXL has 560 of these layers, and switches twice per recomputed block.
-            object.__setattr__(layer, "_disable_adapters", not adapter)
+            object.__setattr__(layer, "_disable_adapters", not active)
             object.__setattr__(layer, "_active_adapter", active)
         self._role = role
 
