@@ -303,6 +303,29 @@ def test_a_roles_parameters_are_the_models_own_in_its_order() -> None:
     assert any(p is layer.lora_A["student"].weight for p in roles.parameters_of("student").values())
 
 
+def test_what_is_trained_is_float32_whatever_it_comes_in() -> None:
+    """In fewer bits, small updates would be lost; a later role leaves the earlier ones so."""
+    family = load_family(digits.teacher_path(), torch.bfloat16, max_sequence_length=4)
+    family.add_roles({"student": LoraConfig(r=4), "fake": LoraConfig(r=4)})
+    family.roles.add_head("head", nn.Linear(2, 2, dtype=torch.bfloat16))
+    parameters = [p for role in ("student", "fake", "head") for p in family.roles.parameters_of(role).values()]
+    assert {parameter.dtype for parameter in parameters} == {torch.float32}
+    assert {p.dtype for n, p in family.backbone.named_parameters() if "lora_" not in n} == {torch.bfloat16}
+
+
+def test_a_role_that_is_taken_up_again_gives_back_the_one_in_use() -> None:
+    """As when a graph is walked twice, from within two roles."""
+    roles = two_roles().roles
+    again = roles.use("fake")
+    with again:
+        pass
+    with roles.use("student"):
+        with again, roles.use("teacher"), again:
+            assert roles._role == "fake"
+        assert roles._role == "student"
+    assert roles._role == "teacher"
+
+
 def test_switching_never_touches_requires_grad() -> None:
     """Every role's parameters stay trainable, and the base stays frozen, through any switch."""
     family = two_roles()
