@@ -185,6 +185,30 @@ def test_the_oldest_go_and_the_newest_stays(make_trainer: Make, tmp_path: Path) 
     ]
 
 
+def written(output_dir: Path, **orders: int) -> None:
+    """Write manifests alone, of a run "one": of which step, and as the how manieth; 0 is none."""
+    for name, order in orders.items():
+        step = int(name.removeprefix("step"))
+        folder = output_dir / f"checkpoint-{step}"
+        folder.mkdir()
+        if order:
+            text = checkpoint_folders.Manifest("one", step, {}, order).text()
+            (folder / checkpoint_folders.MANIFEST).write_text(text)
+
+
+def test_all_that_is_too_many_goes_though_more_is_kept(tmp_path: Path) -> None:
+    """The best and the newest are two where one may stay, and no other stays for that."""
+    written(tmp_path, step1=1, step2=2, step3=3, step4=4, step5=5)
+    checkpoint_folders.rotate(tmp_path, "one", 1, ["checkpoint-1"])
+    assert [path.name for path in checkpoint_folders.newest_first(tmp_path)] == ["checkpoint-5", "checkpoint-1"]
+
+
+def test_a_damaged_one_counts_as_written_after_all_of_lower_steps(tmp_path: Path) -> None:
+    """Among them one that a run which was taken back wrote after those of higher steps."""
+    written(tmp_path, step1=1, step2=4, step3=3, step10=0)
+    assert list(map(checkpoint_folders.step_of, checkpoint_folders.newest_first(tmp_path))) == [10, 2, 3, 1]
+
+
 @pytest.mark.parametrize("limit", [0, -1])
 def test_no_checkpoint_goes_without_a_limit(copied: Path, limit: int) -> None:
     """Transformers takes 0 and less for none, and so do its users."""
