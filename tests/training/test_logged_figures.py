@@ -17,6 +17,7 @@ from rdm_sdk.rewards.dm import DistributionMatching
 from rdm_sdk.training.monitor import Monitor
 from rdm_sdk.training.redistribution import read_share
 from rdm_sdk.training.rollouts import rollouts_path, write_rollouts
+from rdm_sdk.types import select_steps
 
 Make = Callable[..., RDMTrainer]
 
@@ -116,6 +117,26 @@ def test_stored_figures_are_shared_out_anew(tmp_path: Path) -> None:
     assert ink[4:].isnan().all()
     (quarter,) = read_share(tmp_path, 2, 0, 4, torch.device("cpu"))
     assert bits(quarter.scored["first"].logged["ink"]) == bits(ink[:2])
+
+
+def test_another_number_of_processes_shares_every_sample_out_as_it_is(tmp_path: Path) -> None:
+    """Each at its own step; scores of a reward that a process has skipped are NaN for its samples."""
+    plan = torch.randint(3, (2, 8), generator=torch.Generator().manual_seed(0))
+    scored = ("first",), ("second", "first")
+    shares = [replace(experience(i, scored=scored[i]), plan=plan, start=4 * i) for i in (0, 1)]
+    for index, share in enumerate(shares):
+        write_rollouts(rollouts_path(tmp_path, index), [share])
+    for index in range(4):
+        (part,) = read_share(tmp_path, 2, index, 4, torch.device("cpu"))
+        source, rows = shares[index // 2], slice(index % 2 * 2, index % 2 * 2 + 2)
+        assert part.prompts == source.prompts[rows]
+        x_0 = select_steps(source.rollout.x_0, source.steps)
+        found = (part.steps, part.states, part.x_0, part.weights, part.scored["first"].scores)
+        wanted = (source.steps, source.states, x_0, source.weights, source.scored["first"].scores)
+        for one, other in zip(found, wanted, strict=True):
+            assert bits(one) == bits(other[rows])
+        second = part.scored["second"].scores
+        assert second.isnan().all() if index < 2 else bits(second) == bits(source.scored["second"].scores[rows])
 
 
 def test_a_micro_batch_without_random_steps_has_no_clipped_share(make_trainer: Make, tmp_path: Path) -> None:
