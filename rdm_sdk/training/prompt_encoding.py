@@ -56,13 +56,12 @@ def _encode_all(models: RunModels, quiet: bool) -> None:
     """Encode every known prompt into memory."""
     cache, batches = models.encode, models.encode.batches
     cache.capacity = None
-    count, done = sum(map(len, batches)), 0
+    count = sum(map(len, batches))
     for batch in tqdm(batches, desc="encoding prompts", unit="batch", disable=quiet):
         cache.prepare(batch)
-        done += len(batch)
         kept, free = cache.bytes_kept, psutil.virtual_memory().available
         needed = kept / cache.kept * count
-        if needed - kept * done / count > free:
+        if needed - kept > free:  # what is kept is no longer among what is free
             raise ConfigError(
                 f"text_encoders='drop' keeps the encodings of all {count} prompts in memory, {needed / 1e9:.1f} "
                 f"GB, and {free / 1e9:.1f} GB are free; give prompt_cache a folder, or use text_encoders='offload'"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import TINY_PIPELINES, tiny_sd, tiny_sd3
 
@@ -65,6 +66,15 @@ def test_a_prompt_that_was_forgotten_is_encoded_in_the_same_batch_again() -> Non
     cache([PROMPTS[0]])
     assert encoder.batches == [PROMPTS[:TOGETHER], ["one"], ["another"], PROMPTS[:TOGETHER]]
     assert cache.kept == 2
+
+
+def test_what_was_used_last_is_kept() -> None:
+    """Not what was encoded last."""
+    encoder = Encoder()
+    cache = PromptCache(encoder, CPU, capacity=2)
+    for prompt in ("a", "b", "a", "c", "a"):
+        cache([prompt])
+    assert encoder.batches == [["a"], ["b"], ["c"]]
 
 
 def test_real_encodings_do_not_depend_on_what_was_asked_for_before() -> None:
@@ -172,6 +182,19 @@ def test_values_that_were_changed_are_an_error(tmp_path: Path) -> None:
         again([again.batches[0][-1]])
 
 
+@pytest.mark.parametrize("changed", ["first", "second"])
+def test_every_tensor_is_checked(tmp_path: Path, changed: str) -> None:
+    """A prompt may have several."""
+    store = PromptStore(tmp_path, "key")
+    store.write(["a"], [{"first": torch.zeros(2), "second": torch.zeros(2)}], {})
+    path = store.path(["a"])
+    with safe_open(path, framework="pt") as file:
+        facts = file.metadata()
+    save_file(load_file(path) | {f"0.{changed}": torch.ones(2)}, path, facts)
+    with pytest.raises(DataError, match="its checksum is another"):
+        store.row(["a"], 0)
+
+
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the file nor a part of it."""
     monkeypatch.setattr("rdm_sdk.training.prompt_store.Path.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
@@ -206,7 +229,10 @@ def test_the_key_is_of_all_that_encodes() -> None:
     family.pipeline.tokenizer.padding_side = "left"
     assert encoder_key(family, 1.0) != changed
     family.pipeline.text_encoder.to(torch.bfloat16)
-    assert len({key, changed, encoder_key(family, 1.0)}) == 3
+    half = encoder_key(family, 1.0)
+    assert len({key, changed, half}) == 3
+    family.pipeline.text_encoder.to(torch.float32)
+    assert encoder_key(family, 1.0) != half  # of the same values
 
 
 def test_a_backbone_that_is_told_its_guidance_has_a_key_for_each() -> None:
@@ -241,6 +267,20 @@ def test_more_prompts_than_are_kept_are_told(
         caplog.clear()
         prompt_encoding.prepare_prompts(trainer.models, trainer.args, Processes(), prompts)
         assert ("a folder as prompt_cache keeps all of them" in caplog.text) is told
+
+
+def test_prompts_that_just_fit_into_memory_are_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept of them already has been taken from what is free."""
+    cache = PromptCache(Encoder(), CPU)
+    cache.know(f"prompt {i}" for i in range(4 * TOGETHER))
+    total = 4 * TOGETHER * 2 * 4
+    monkeypatch.setattr(
+        "rdm_sdk.training.prompt_encoding.psutil.virtual_memory",
+        lambda: SimpleNamespace(available=total - cache.bytes_kept),
+    )
+    models: Any = SimpleNamespace(encode=cache)
+    prompt_encoding._encode_all(models, quiet=True)
+    assert cache.kept == 4 * TOGETHER
 
 
 def test_processes_share_the_work(make_trainer: Make, tmp_path: Path) -> None:
