@@ -84,7 +84,12 @@ def test_a_body_is_what_the_library_for_such_files_reads() -> None:
     assert all(torch.equal(got[name], tensor) for name, tensor in sent.items())
     length = int.from_bytes(body[:8], "little")
     assert json.loads(json.loads(body[8 : 8 + length])["__metadata__"]["rdm"]) == {"version": 1, "x": 1}
-    assert length % 8 == 0
+
+
+def test_arrays_begin_where_arrays_may() -> None:
+    """At a multiple of eight bytes, however long the message is."""
+    bodies = [pack({"x": "." * count}, {}) for count in range(8)]
+    assert {int.from_bytes(body[:8], "little") % 8 for body in bodies} == {0}
 
 
 ONE_OF = {
