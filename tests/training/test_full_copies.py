@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from digit_runs import same_bits, weights_of_roles
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rdm_sdk import ConfigError, RDMTrainer, digits
@@ -59,7 +60,7 @@ def test_full_copies_train_beside_the_teacher(make_trainer: Make, tmp_path: Path
 def test_a_full_copy_of_a_bf16_base_is_trained_in_float32(
     make_trainer: Make, tmp_path: Path, checkpointing: bool
 ) -> None:
-    """Its weights and gradients are float32, whatever the base is loaded in."""
+    """Its weights and gradients are float32, whatever the base is loaded in; its export is as the base."""
     settings = {
         "student_weights": "full",
         "bf16": True,
@@ -73,6 +74,9 @@ def test_a_full_copy_of_a_bf16_base_is_trained_in_float32(
     trainer.train()
     assert {p.dtype for p in trainer.parameters_of("student")} == {torch.float32}
     assert not same_bits(before, weights_of_roles(trainer, "student"))
+    trainer.save_model(str(tmp_path / "student"))
+    exported = load_file(tmp_path / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in exported.values()} == {torch.bfloat16}
 
 
 def test_a_full_student_runs_in_plain_diffusers(make_digits_trainer: Make, tmp_path: Path) -> None:
