@@ -52,6 +52,16 @@ def test_the_folder_is_as_if_there_had_been_no_other(
     load_student(TINY_PIPELINES[second[0]](), tmp_path / "both")
 
 
+def test_files_can_be_read_by_whoever_can_read_the_folder(tmp_path: Path) -> None:
+    """A student is written in a folder of its owner's alone first; no file of it is a program."""
+    export(tmp_path / "all", PIXART, "lora")
+    (tmp_path / "group").mkdir(mode=0o750)
+    export(tmp_path / "group", PIXART, "lora")
+    for folder in (tmp_path / "all", tmp_path / "group"):
+        modes = {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+        assert modes == {folder.stat().st_mode & 0o666}
+
+
 def test_plain_diffusers_finds_no_lora_beside_a_full_copy(tmp_path: Path) -> None:
     """It looks for no `base.json`: it would take the old weights for the student."""
     export(tmp_path, SD3, "lora")
