@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import builtins
 import json
 import math
@@ -17,11 +18,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from rdm_sdk import DataError, write_report
 from rdm_sdk.cli.main import main
 from rdm_sdk.evaluation.report.curves import NOT_CURVES, Curve, curves_of, thinned
-from rdm_sdk.evaluation.report.plots import plot
+from rdm_sdk.evaluation.report.page import embedded
+from rdm_sdk.evaluation.report.plots import COLORS, plot
 from rdm_sdk.evaluation.report.reading import read_run
 from rdm_sdk.evaluation.report.remarks import remarks
 from rdm_sdk.evaluation.result import EvaluationResult, Row
@@ -244,6 +247,14 @@ def test_a_checkpoint_alone_will_do(make_trainer: Callable[..., Any], tmp_path: 
     assert "Not known: run.json" in write_report([run], tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_log_goes_on_beyond_the_newest_checkpoint(tmp_path: Path) -> None:
+    """Of a run that was killed, or is still going on: it has come as far as its log."""
+    write_run(tmp_path / "run", 3)
+    lines = [json.dumps(logged(step)) + "\n" for step in range(1, 6)]
+    (tmp_path / "run" / "log.jsonl").write_text("".join(lines), encoding="utf-8")
+    assert read_run(tmp_path / "run").step == 5
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """One line each: no folder, no log, a damaged one, Matplotlib missing."""
     with pytest.raises(DataError, match=r"holds no log of a run: log.jsonl is written from the first log on"):
@@ -298,6 +309,23 @@ def test_a_critic_that_learns_nothing_is_told(gap: float, told: bool) -> None:
     found = remarks(curves, 0)
     assert len(found) == told
     assert not told or "dm/gap ended at 1e-07, next to nothing: the critic still equals the teacher" in found[0]
+
+
+def test_pictures_are_packed_where_that_makes_them_smaller(tmp_path: Path) -> None:
+    """A photograph's, not a drawing's."""
+    Image.effect_noise((64, 64), 50).save(tmp_path / "noise.png")
+    Image.new("1", (256, 256)).save(tmp_path / "black.png")
+    assert embedded(tmp_path / "noise.png").startswith("data:image/webp;base64,")
+    black = base64.b64encode((tmp_path / "black.png").read_bytes()).decode()
+    assert embedded(tmp_path / "black.png") == f"data:image/png;base64,{black}"
+
+
+def test_runs_beyond_the_colors_are_dashed() -> None:
+    """They take the colors again."""
+    count = COLORS + 1
+    svg = plot(Curve("loss", "", "", "", [[(1, 0.0), (2, float(run))] for run in range(count)], 0), 0)
+    lines = [svg.split(f'id="plot0-run{run}"')[1].split("</g>")[0] for run in range(count)]
+    assert ["dasharray" in line for line in lines] == [False] * COLORS + [True]
 
 
 def test_labels_of_small_values_are_whole() -> None:
