@@ -50,6 +50,14 @@ def test_it_equals_the_local_reward(server: Faulty, transport: str, near_scores:
     assert (local.gradient - distant.gradient).norm() <= near_gradient * local.gradient.norm()
 
 
+def test_a_gradient_may_be_longer_than_a_header(server: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer is bounded by what was asked: a number for each of the images."""
+    monkeypatch.setattr("rdm_sdk.serving.client.HEADER_LIMIT", 2**12)
+    batch = Legibility().example()
+    assert batch.images.numel() > 2**12
+    assert evaluate_reward(remote(server), batch).gradient is not None
+
+
 class Logging(Reward):
     """Logs the step that it is told, and the light of every image; differentiable."""
 
