@@ -17,6 +17,15 @@ from rdm_sdk.families.load import load_family
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
+@pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
+def test_sizes(kind: str) -> None:
+    """Multiples of what the VAE and the UNet's levels shrink; the default is the UNet's."""
+    pipeline = TINY_PIPELINES[kind]()
+    family, factor = load_family(pipeline, torch.float32), pipeline.vae_scale_factor
+    assert family.size_unit == 2 * factor  # of two levels, the second is half as large
+    assert family.default_size == (pipeline.unet.config.sample_size * factor,) * 2
+
+
 def test_v_prediction_is_recognized() -> None:
     """Stable Diffusion 2's prediction is read from its scheduler."""
     assert load_family(TINY_PIPELINES["StableDiffusionPipeline"](), torch.float32).prediction == "eps"
