@@ -31,6 +31,17 @@ def test_sizes_that_do_not_divide_are_refused(kind: str, pipelines: dict[str, An
             family.latent_shape(height, width)
 
 
+def test_sizes_beyond_the_position_embedding_are_refused(pipelines: dict[str, Any]) -> None:
+    """Of Stable Diffusion 3, whose largest height and width go."""
+    family = load_family(pipelines["StableDiffusion3Pipeline"], torch.float32)
+    unit = family.size_unit
+    largest = unit * family.backbone.config.pos_embed_max_size
+    family.latent_shape(largest, largest)
+    for height, width in ((largest + unit, unit), (unit, largest + unit)):
+        with pytest.raises(ConfigError, match=rf"{height} x {width} pixels are too large .* ends at {largest};"):
+            family.latent_shape(height, width)
+
+
 @by_family
 def test_a_missing_part_is_named(kind: str) -> None:
     """A pipeline that was loaded without its text encoder or VAE cannot be trained."""
