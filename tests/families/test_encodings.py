@@ -76,3 +76,10 @@ def test_a_text_that_is_hidden_whole_is_kept_whole() -> None:
     assert torch.equal(again["text"][1, :3], condition["text"][1, :3])
     assert torch.equal(again["mask"], condition["mask"])
     assert not again["text"][1, 3:].any()
+
+
+def test_a_row_holds_no_memory_of_others() -> None:
+    """One that is let go of gives its memory back."""
+    rows = rows_without_padding({"text": torch.randn(3, 5, 2), "pooled": torch.randn(3, 4)}, ())
+    tensors = [tensor for row in rows for tensor in row.values()]
+    assert [tensor.untyped_storage().nbytes() for tensor in tensors] == [tensor.nbytes for tensor in tensors]
