@@ -90,7 +90,7 @@ def test_the_middle_is_where_the_original_has_it(
         assert top == (round if middle == "round" else int)((fitted.shape[-2] - 224) / 2)
 
 
-@pytest.mark.parametrize("size", [(300, 400), (401, 300), (40, 100)], ids=str)
+@pytest.mark.parametrize("size", [(300, 400), (401, 300), (40, 100), (224, 221)], ids=str)
 def test_padding_equals_pil(size: tuple[int, int]) -> None:
     """The longer side fits, the picture is in the middle, and the rest is black before normalization."""
     picture = photograph(*size)
@@ -120,6 +120,13 @@ def test_every_pixel_gets_a_gradient() -> None:
     ImageTransform(100, antialias=False)(images).square().sum().backward()
     assert images.grad is not None
     assert float((images.grad != 0).float().mean()) < 0.5
+
+
+def test_black_and_white_get_a_gradient_and_what_is_beyond_gets_none() -> None:
+    """Pixels at the ends of the range can still come back from there."""
+    pixels = torch.tensor([-0.1, 0.0, 0.5, 1.0, 1.1], requires_grad=True)
+    (gradient,) = torch.autograd.grad(to_8_bits(pixels).sum(), pixels)
+    assert gradient.tolist() == [0, 1, 1, 1, 0]
 
 
 def test_the_gradient_is_that_of_the_unrounded_resize() -> None:
