@@ -101,13 +101,17 @@ def test_a_turned_picture_is_read_as_it_is_shown(tmp_path: Path) -> None:
 
 
 def test_the_middle_of_a_picture_that_covers(files: list[str]) -> None:
-    """A wide picture is cut at its sides, not squeezed; equal sizes are left alone."""
+    """A wide picture is cut at its sides and a tall one above and below, not squeezed; equal sizes are left alone."""
     (square,) = PictureColumn("reference")(files[1:], (20, 20))
     assert square[0, :, :8].min() > 0.95
     assert square[2, :, -8:].min() > 0.95
     (same,) = PictureColumn("reference")(files[1:], torch.Size((20, 40)))
     assert torch.equal(same[0, :, :20], torch.ones(20, 20))
     assert torch.equal(same[2, :, :20], torch.zeros(20, 20))
+    Image.open(files[1]).rotate(-90, expand=True).save(files[0])  # red above blue
+    (tall,) = PictureColumn("reference")(files[:1], (20, 20))
+    assert tall[0, :8].min() > 0.95
+    assert tall[2, -8:].min() > 0.95
 
 
 def test_a_file_is_decoded_once(files: list[str], opened: list[object]) -> None:
@@ -119,6 +123,10 @@ def test_a_file_is_decoded_once(files: list[str], opened: list[object]) -> None:
     column([files[1]], (8, 8))
     column([files[0]], (8, 8))
     assert len(opened) == 3
+    more = PictureColumn("reference", keep=2)
+    for size in (8, 9, 8, 10, 8):  # what was used last is kept, not what was read last
+        more(files[:1], (size, size))
+    assert len(opened) == 6
 
 
 @pytest.mark.parametrize(
