@@ -1,14 +1,17 @@
 """The command line, as a user types it."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
+from rdm_sdk.cli import sample
 from rdm_sdk.cli.main import main
 from rdm_sdk.training.checkpoint import chosen, find
 from rdm_sdk.training.checkpoint_folders import MANIFEST, Manifest
@@ -57,7 +60,8 @@ def test_train_then_sample(run_file, tmp_path, capsys):
     names = ["a_handwritten_two_0000.png", "a_handwritten_two_0001.png", "five_0002.png", "five_0003.png"]
     for place in ("s_4_steps", "teacher_2_steps"):
         assert sorted(path.name for path in (tmp_path / "files" / place).glob("*.png")) == names
-        assert '"prompt": "five"' in (tmp_path / "files" / place / "metadata.jsonl").read_text(encoding="utf-8")
+        lines = (tmp_path / "files" / place / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line)["prompt"] for line in lines] == ["a handwritten two"] * 2 + ["five"] * 2
     (tmp_path / "s").rename(tmp_path / "teacher")
     beside_its_namesake = ["--student", str(tmp_path / "teacher"), "--teacher", "4", "--files", str(tmp_path / "both")]
     assert main(["sample", "--model", "digits", "--prompt", "five", *beside_its_namesake]) == 0
@@ -84,6 +88,20 @@ def test_train_then_sample(run_file, tmp_path, capsys):
         )
         == 0
     )
+
+
+def test_a_row_of_the_picture_is_of_one_prompt(monkeypatch, tmp_path):
+    """And of one candidate; those of a prompt are below each other."""
+    rows = []
+    monkeypatch.setattr("rdm_sdk.training.pictures.image_grid", lambda parts, output: rows.extend(parts))
+    images = {name: start + torch.arange(4) for name, start in (("teacher", 0), ("student", 10))}
+    sample._write_grid(images, ["a zero", "a one"], 2, tmp_path / "sample.png")
+    assert [(label.replace("\n", ", "), row.tolist()) for label, row in rows] == [
+        ("a zero, teacher", [0, 1]),
+        ("a zero, student", [10, 11]),
+        ("a one, teacher", [2, 3]),
+        ("a one, student", [12, 13]),
+    ]
 
 
 def test_a_prompt_of_long_letters_names_a_file(tmp_path):
