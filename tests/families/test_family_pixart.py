@@ -238,6 +238,15 @@ def test_the_card_names_the_bases_size_where_the_run_has_none(kind: str, tmp_pat
 
 
 @both
+def test_the_variance_is_the_second_half(kind: str) -> None:
+    """It is left out; a network that predicts none is heard whole."""
+    family = load_family(TINY_PIPELINES[kind](), torch.float32)
+    mean = torch.randn(2, family.latent_channels, 4, 4)
+    assert torch.equal(family.without_variance(torch.cat([mean, mean + 1], dim=1)), mean)
+    assert torch.equal(family.without_variance(mean), mean)
+
+
+@both
 def test_sizes(kind: str) -> None:
     """Multiples of what the call takes, the VAE shrinks and the patches need; the default is the transformer's."""
     pipeline = TINY_PIPELINES[kind]()
