@@ -34,10 +34,15 @@ logger = logging.getLogger(__name__)
 
 
 class Judge:
-    """Evaluates rewards, with and without weight, on samples of the run's student.
+    """Evaluates rewards on samples of the run's student.
 
-    The `monitor` takes every figure of the run down. Rewards that are `held_out` judge finished samples alone, in an
-    evaluation.
+    Args:
+        models: what model-aware rewards ask.
+        rewards: all of the run's, with and without weight.
+        settings: an `RDMConfig`, or any object with the same fields.
+        monitor: takes every figure of the run down; a new one by default.
+        processes: of a run on several devices.
+        held_out: rewards that judge finished samples alone, in an evaluation.
     """
 
     def __init__(

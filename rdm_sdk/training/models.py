@@ -72,7 +72,10 @@ class Models(Protocol):
 class RunModels:
     """A family with its roles on a device, the student's sampler, prompts, guidance and moving average: `Models`.
 
-    The family has the roles that are trained. Networks run on the device; VAE and text encoders may wait on the CPU.
+    Args:
+        family: with the roles added that are trained.
+        settings: an `RDMConfig`, or any object with the same fields.
+        device: where networks run; VAE and text encoders may wait on the CPU.
 
     Raises:
         ConfigError: the family is in float16, or guidance or sampler do not fit it.

@@ -32,7 +32,12 @@ _TRAJECTORY = ("states", "x_0", "depths")
 
 
 class Rollouts:
-    """What the student is trained on, an experience per micro-batch; holds all tensors that a step changes in place."""
+    """What the student is trained on, an experience per micro-batch; holds every tensor that a step changes in place.
+
+    Args:
+        judge: scores the endpoints, where a reward acts by its scores; its models' student is rolled out.
+        settings: an `RDMConfig`, or any object with the same fields.
+    """
 
     def __init__(self, judge: Judge, settings: MethodSettings) -> None:
         self.judge, self.settings, self.processes = judge, settings, judge.processes

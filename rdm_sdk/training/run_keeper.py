@@ -11,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from datasets import Dataset
+from filelock import FileLock, Timeout
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
-from rdm_sdk.errors import CheckpointError
+from rdm_sdk.errors import CheckpointError, ConfigError
 from rdm_sdk.training import checkpoint, checkpoint_folders
 from rdm_sdk.training.config import RDMConfig
 from rdm_sdk.training.export import move_into
@@ -26,6 +27,9 @@ from rdm_sdk.training.run_log import LOG, LogFile, check_own, whole_history
 from rdm_sdk.training.step import DistillationStep
 
 logger = logging.getLogger(__name__)
+
+LOCK = ".rdm-sdk.lock"
+"""A file in the output folder that is locked by the run that trains in it; the system frees it if that run dies."""
 
 
 class RunKeeper:
@@ -51,7 +55,6 @@ class RunKeeper:
             step.processes.count,
             run_settings(args),
         )
-        self.output_dir = Path(str(args.output_dir))
         self.records = self.output_dir
         """Where the run's log, settings and pictures go."""
         self.log = LogFile(self.records / LOG)
@@ -59,6 +62,36 @@ class RunKeeper:
         self._folder: Path | None = None
         self._best: str | None = None
         """The best checkpoint so far of a run that goes on."""
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the output folder for the block: another run would remove what this one is about to name a checkpoint.
+
+        Raises:
+            ConfigError: another run trains in it.
+        """
+        processes, lock, taken = self.step.processes, FileLock(self.output_dir / LOCK, blocking=False), False
+        if processes.index == 0:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire()
+            except Timeout:
+                taken = True
+        try:
+            if any(processes.gather(taken)):
+                raise ConfigError(
+                    f"another run is training in output_dir={str(self.output_dir)!r}: wait for its end or stop it, or "
+                    "give this one a folder of its own"
+                )
+            yield
+        finally:
+            if lock.is_locked:
+                (self.output_dir / LOCK).unlink(missing_ok=True)  # held to the last, so it is this run's
+                lock.release()
 
     def begin(self, wanted: str | bool | None) -> Path | None:
         """Return the checkpoint that the run goes on from, whole and of this run; None where it starts afresh.

@@ -333,13 +333,14 @@ class RDMTrainer(Trainer):
         Raises:
             CheckpointError: the checkpoint is missing, incomplete, damaged or of another run; or `output_dir` holds
                 checkpoints of another run, which this one would mix with its own.
+            ConfigError: another run is training in `output_dir`.
             DataError: there is no train_dataset.
             KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, when the run has been saved.
         """
         if self.train_dataset is None:
             raise DataError("train() needs prompts: pass train_dataset to the trainer")
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        with self.interrupt.watching(), self.roll_call.attended():
+        with self.interrupt.watching(), self.roll_call.attended(), self.keeper.alone():
             folder = self.keeper.begin(wanted)
             state = None if folder is None else self.keeper.finished(folder)
             if state is None:

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from rdm_sdk import CheckpointError, RDMTrainer
+from rdm_sdk import CheckpointError, ConfigError, RDMTrainer
 from rdm_sdk.training import checkpoint_folders
+from rdm_sdk.training.run_keeper import LOCK
 
 Make = Callable[..., RDMTrainer]
 SAVING = {"save_strategy": "steps", "save_steps": 1, "ema_decay": 0.9}
@@ -54,6 +56,26 @@ DAMAGES: dict[str, Callable[[Path, Path], object]] = {
     "deleted": lambda path, other: path.unlink(),
     "of another step": lambda path, other: shutil.copyfile(other, path),
 }
+
+
+def test_one_run_at_a_time_trains_in_a_folder(make_trainer: Make, tmp_path: Path) -> None:
+    """Another is refused before it clears away what the first is writing, until that has ended or failed."""
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *_: object, **__: object) -> None:
+            with pytest.raises(Timeout):
+                FileLock(tmp_path / LOCK, blocking=False).acquire()
+            raise InterruptedError
+
+    writing = tmp_path / ".writing-1"
+    writing.mkdir()
+    with FileLock(tmp_path / LOCK), pytest.raises(ConfigError, match=r"another run is training.*folder of its own"):
+        make_trainer(tmp_path, max_steps=1).train()
+    assert writing.exists()
+    with pytest.raises(InterruptedError):
+        make_trainer(tmp_path, max_steps=1, callbacks=[Look()]).train()
+    make_trainer(tmp_path, max_steps=1).train()
+    assert not writing.exists()
 
 
 def test_every_damage_to_every_file_is_seen(copied: Path) -> None:
