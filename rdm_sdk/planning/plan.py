@@ -207,7 +207,7 @@ def _frozen(family: ModelFamily, args: RDMConfig, phase: Phase) -> Iterator[Row]
 def _judges(args: RDMConfig, rewards: Sequence[PlannedReward], phase: Phase) -> Iterator[Row]:
     """Yield the rewards that have models, or may have: counted if they are made, by what they declare otherwise."""
     for reward in rewards:
-        made = [value for value in vars(reward.given).values() if isinstance(value, nn.Module)] if reward.given else []
+        made = reward.given.modules() if reward.given else []
         count = count_of(*made) if made else reward.capabilities.parameters
         if count == 0:
             continue

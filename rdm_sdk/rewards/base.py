@@ -299,11 +299,9 @@ class Reward(ABC):
             )
         if config is not None and options:
             raise RewardError(f"reward {self.name!r} takes a config or options, not both; got {', '.join(options)} too")
-        self.config: Any = (
-            config
-            if config is not None
-            else checked_model(type(self).Config, options, f"reward {self.name!r}", RewardError)
-        )
+        if config is None:
+            config = checked_model(type(self).Config, options, f"reward {self.name!r}", RewardError)
+        self.config: Any = config
 
     def applies(self, prompts: Sequence[str], columns: Mapping[str, Sequence[object]]) -> list[bool]:
         """Return which samples the reward is for, by their N prompts and the N entries of each column alone.
@@ -355,15 +353,19 @@ class Reward(ABC):
         """
         raise RewardError(f"reward {self.name!r} declares trains={self.capabilities.trains!r} but no training_loss")
 
-    def to(self, device: torch.device | str) -> None:
-        """Move the reward's modules; by default all attributes that are an `nn.Module`, or a list or dict of them."""
+    def modules(self) -> list[nn.Module]:
+        """Return the reward's modules: all attributes that are an `nn.Module`, or a list, tuple or dict with some."""
+        parts: list[object] = []
         for value in vars(self).values():
-            parts = (
+            parts += (
                 value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
             )
-            for part in parts:
-                if isinstance(part, nn.Module):
-                    part.to(device)
+        return [part for part in parts if isinstance(part, nn.Module)]
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the reward's modules."""
+        for module in self.modules():
+            module.to(device)
 
     def example(self) -> RewardBatch | None:
         """Return samples for the contract kit, if random images and prompts will not do: two groups of two or more."""

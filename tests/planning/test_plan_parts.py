@@ -47,7 +47,18 @@ def test_rewards_are_counted_and_not_made(folders: Path, tmp_path: Path) -> None
     def unsaid(images: Any, prompts: Any) -> list[float]:
         return [0.0] * len(prompts)
 
-    plan = plan_of(folders, tmp_path, ["dm + clip[dtype=bfloat16] + 0.1*jpeg", Legibility(), unsaid])
+    class Ensemble(Legibility):
+        """Judges by models in a dict, of whose size it says nothing."""
+
+        name = "ensemble"
+        capabilities = replace(Legibility.capabilities, parameters=None)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.others = {"first": nn.Linear(3, 4), "second": nn.Linear(3, 4)}
+
+    plan = plan_of(folders, tmp_path, ["dm + clip[dtype=bfloat16] + 0.1*jpeg", Legibility(), Ensemble(), unsaid])
+    assert plan.bytes_of("reward ensemble") == 4 * (104_618 + 2 * 16)
     assert plan.bytes_of("reward clip") == 2 * 427_616_513
     assert plan.bytes_of("reward legibility") == 4 * 104_618
     assert plan.bytes_of("reward unsaid") is None
