@@ -87,7 +87,7 @@ def _rows(text: str, delimiter: str) -> list[list[str]]:
         for row in filter(None, reader):  # without empty lines
             rows.append(row)
             if len(row) != len(rows[0]):
-                raise ValueError(f"the row of line {reader.line_num}: Expected {len(rows[0])} columns, got {len(row)}")
+                raise ValueError(f"the row of line {reader.line_num}: expected {len(rows[0])} cells, got {len(row)}")
             start = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(

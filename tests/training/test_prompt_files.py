@@ -97,7 +97,7 @@ def test_a_text_ends_its_lines_where_editors_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("p.csv", b"prompt\na cat, sitting\n", r"p.csv' cannot be read as csv: .*Expected 1 columns, got 2"),
+        ("p.csv", b"prompt\na cat, sitting\n", r"p.csv' cannot be read as csv: .*line 2: expected 1 cells, got 2"),
         ("p.csv", b"prompt,prompt\na,b\n", "the column 'prompt' is there more than once"),
         ("p.csv", b"promt\na\n", "no column 'prompt'.*Did you mean 'promt'"),
         ("p.csv", b"prompt;text\na;b\n", r"no column 'prompt' \(it has: prompt;text\)"),
