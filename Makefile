@@ -1,6 +1,7 @@
 # `make demo` and `make test` work from a bare checkout with nothing but Python 3.11 or newer.
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 PLUGINS := $(wildcard plugins/*)
 # Small tensors: a second thread per process costs more than it brings, and many times more on busy cores.
@@ -10,7 +11,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 # names: by default files with few tests come last, among them some of the longest, and cores wait for each other.
 PARALLEL := -n logical --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all lint types docs wheels teacher clean
+.PHONY: demo test test-all lowest lint types docs wheels teacher clean
 
 demo: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/rdm-sdk demo --output demo
@@ -20,6 +21,12 @@ test: $(VENV)/.quantization
 
 test-all: $(VENV)/.quantization
 	$(TEST_ENV) $(BIN)/python -m pytest $(PARALLEL)
+
+# With the least versions that pyproject.toml asks for, in an environment of their own.
+lowest:
+	@mkdir -p build
+	$(PYTHON) .ci/lowest.py > build/lowest.txt
+	$(MAKE) --no-print-directory test VENV=build/lowest CONSTRAINTS=build/lowest.txt
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -46,22 +53,22 @@ teacher: $(VENV)/.installed
 	$(BIN)/python benchmarks/digits_teacher.py --out build/digits
 
 # Torch first and by its exact version, so that a local or CPU build of it is taken where there is one.
-$(VENV)/.installed: pyproject.toml constraints.txt $(addsuffix /pyproject.toml,$(PLUGINS))
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) $(addsuffix /pyproject.toml,$(PLUGINS))
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' || \
 	  { echo "Python's venv module is missing; on Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing the tested versions into $(VENV); this takes a few minutes."
-	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)" -c constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' $(CONSTRAINTS))" -c $(CONSTRAINTS)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dev]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps $(addprefix -e ,$(PLUGINS))
 	@touch $@
 
 # Adapters are trained on quantized layers in the tests. On its own, because bitsandbytes has something to say at every
 # start of a program on some CPUs.
 $(VENV)/.quantization: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quantization]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[quantization]"
 	@touch $@
 
 clean:

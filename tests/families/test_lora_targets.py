@@ -192,7 +192,8 @@ def matching(family: ModelFamily, pattern: str) -> set[str]:
         ({"exclude_modules": r".*attn\..*"}, r"(?!.*attn\.).*"),
         ({"target_modules": "all-linear", "exclude_modules": ["attn.to_q"]}, r"(?!.*attn\.to_q$|pos_embed).*"),
         ({"layers_to_transform": [1]}, r"transformer_blocks\.1\..*"),
-        ({"layers_to_transform": 0, "layers_pattern": "transformer_blocks"}, r"transformer_blocks\.0\..*"),
+        ({"layers_to_transform": 1, "layers_pattern": "transformer_blocks"}, r"transformer_blocks\.1\..*"),
+        ({"layers_to_transform": [0], "layers_pattern": ["transformer_blocks"]}, r"transformer_blocks\.0\..*"),
     ],
 )
 def test_a_config_narrows_them(options: dict[str, Any], pattern: str) -> None:
