@@ -172,8 +172,10 @@ def estimators() -> list[Estimator]:
             for alpha in (1.0, 1.2)
             for rate in (1e-3, 5e-4)
         ),
-        Estimator("full weights, critic pulled by .001", settings=FULL, rank=0, pull=0.001),
-        Estimator("full weights, critic pulled by .01", settings=FULL, rank=0, pull=0.01),
+        *(
+            Estimator(f"full weights, critic pulled by {share}", settings=FULL, rank=0, pull=float(share))
+            for share in (".001", ".01", ".03", ".1")
+        ),
         Estimator("warm start", warm=True),
         *(Estimator(f"pdmd, rate {rate:g}", ProjectedMatching, convergence.at_rate(rate, 4)) for rate in (1e-3, 5e-4)),
         Estimator(
