@@ -342,9 +342,7 @@ class Reward(ABC):
             feature_width: of the teacher's features (`DiffusionContext.features`).
             num_steps: K if critics are told the step that made a sample (`DiffusionContext.steps`), 0 if they are not.
         """
-        raise RewardError(
-            f"reward {self.name!r} declares head=True but does not implement make_head(feature_width, num_steps)"
-        )
+        raise RewardError(f"reward {self.name!r} declares head=True but does not implement make_head")
 
     def training_loss(self, batch: RewardBatch) -> Tensor:
         """Return the scalar loss of the reward's trainable role on the batch; for rewards that `trains` one.
@@ -357,9 +355,8 @@ class Reward(ABC):
         """Return the reward's modules: all attributes that are an `nn.Module`, or a list, tuple or dict with some."""
         parts: list[object] = []
         for value in vars(self).values():
-            parts += (
-                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
-            )
+            held = value.values() if isinstance(value, dict) else value
+            parts += held if isinstance(value, (dict, list, tuple)) else [value]
         return [part for part in parts if isinstance(part, nn.Module)]
 
     def to(self, device: torch.device | str) -> None:
