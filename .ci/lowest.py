@@ -1,7 +1,8 @@
 """Print constraints that hold every package at the least version that `pyproject.toml` asks for.
 
-PyTorch is at its tested version all the same: of others only builds for CUDA can be had. So are development tools, and
-what our packages bring themselves is as new as they allow.
+PyTorch is at its tested version all the same: of others only builds for CUDA can be had. What reports are drawn
+with, development tools, and what packages bring themselves are as new as these allow: old Matplotlib warns of new
+pyparsing, and warnings are errors in tests.
 """
 
 from __future__ import annotations
@@ -11,13 +12,11 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("serve", "report")
 
 
 def main() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    asked = [*project["dependencies"], *(one for extra in EXTRAS for one in project["optional-dependencies"][extra])]
-    for requirement in asked:
+    for requirement in (*project["dependencies"], *project["optional-dependencies"]["serve"]):
         bounded = re.fullmatch(r"([\w-]+)>=([\d.]+)", requirement)
         if bounded and bounded[1] != "torch":
             print("==".join(bounded.groups()))
