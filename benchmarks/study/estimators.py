@@ -155,12 +155,17 @@ class Estimator:
     rank: int = convergence.RANK
     pull: float = 0.0
     """By which share the critic moves to the student after each step."""
+    updates: int = UPDATES
     warm: bool = False
     """Whether the student learns the ends of the teacher's flow first, for a third of the updates."""
 
 
 def estimators() -> list[Estimator]:
     """Return all of them; none changes what it names."""
+    own_path, deterministic = (
+        partial(ProjectedMatching, own_path=True),
+        convergence.at_rate(5e-4, 4) | {"sampler": "ode"},
+    )
     both = convergence.at_rate(5e-4, 4) | {"reward_route": "gradient[scores=advantage]"}
     return [
         *(
@@ -178,10 +183,15 @@ def estimators() -> list[Estimator]:
         ),
         Estimator("warm start", warm=True),
         *(Estimator(f"pdmd, rate {rate:g}", ProjectedMatching, convergence.at_rate(rate, 4)) for rate in (1e-3, 5e-4)),
-        Estimator(
-            "pdmd, on the student's own path, rate 0.0005",
-            partial(ProjectedMatching, own_path=True),
-            convergence.at_rate(5e-4, 4) | {"sampler": "ode"},
+        Estimator("pdmd, on the student's own path, rate 0.0005", own_path, deterministic),
+        *(
+            Estimator(
+                f"pdmd, on the student's own path, {updates} updates that fall fast to 0",
+                own_path,
+                convergence.FALLING | deterministic,
+                updates=updates,
+            )
+            for updates in (100, 400)
         ),
         Estimator("dm by both ways", lambda: ["dm", ScoresOfMatching()], both),
     ]
@@ -279,10 +289,12 @@ def main() -> None:
     done = {(row["cell"], row["seed"]) for row in read_rows(options.out)}
     chosen = [one for one in estimators() if any(fnmatchcase(one.name, pattern) for pattern in options.only)]
     tasks = [(one, seed) for seed in options.seeds for one in chosen if (one.name, seed) not in done]
-    size = (3, 250) if options.smoke else (UPDATES, 1000)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, context, convergence.start_worker) as pool:
-        pending = [pool.submit(run_named, one.name, seed, options.out, *size) for one, seed in tasks]
+        pending = [
+            pool.submit(run_named, one.name, seed, options.out, *((3, 250) if options.smoke else (one.updates, 1000)))
+            for one, seed in tasks
+        ]
         for future in tqdm(as_completed(pending), total=len(pending), unit="run"):
             future.result()
 
