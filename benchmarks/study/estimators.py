@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -35,9 +35,9 @@ import convergence
 from intervals import estimate
 
 from rdm_sdk import Capabilities, Reward, RewardBatch, RewardConfig, RewardOutput, markdown_table
-from rdm_sdk.method.matching import residual_magnitude
+from rdm_sdk.method.matching import matching_gradient, residual_magnitude
 from rdm_sdk.method.noise import add_noise, per_sample
-from rdm_sdk.rewards.context import Renoised, contrast
+from rdm_sdk.rewards.context import Renoised
 from rdm_sdk.rewards.dm import DistributionMatching
 
 RESULTS = convergence.RESULTS.with_name("estimators.jsonl")
@@ -84,26 +84,31 @@ def without_component(vectors: Tensor, along: Tensor) -> Tensor:
     return (flat - share * line).reshape(vectors.shape)
 
 
-class ProjectedMatching(DistributionMatching):
+class Pdmd(DistributionMatching):
     """PDMD (arXiv 2609.35768): D_real - D_fake without its part along the critic's residual, x_0 - D_fake.
 
-    The formula is that of LightX2V's implementation. With `own_path` the networks are not asked at fresh noise but on
-    the way from the state that the student saw to the next, at a level drawn between the two.
+    The formulas are those of LightX2V's implementation.
     """
 
     class Config(RewardConfig):
+        projected: bool = True
         own_path: bool = False
+        """Whether the networks are asked on the way from the state that the student saw to the next, at a level drawn
+        between the two, and not at fresh noise."""
 
     def field(self, batch: RewardBatch) -> RewardOutput:
         context, x_0 = batch.require_context(self.name), batch.latents
         if self.config.own_path:
-            # What any other reward of the batch would see, too.
-            context._drawn[:] = [(x_0, Renoised(replace(context), *self.on_own_path(batch)))]
-        renoised = context.renoise(x_0, batch.group_size)
-        pair = renoised.x_0("teacher"), renoised.x_0("fake")
-        output = contrast(context, x_0, batch.group_size, lambda _: pair)
-        assert output.gradient is not None
-        return replace(output, gradient=without_component(output.gradient, x_0 - pair[1]))
+            renoised = Renoised(context, *self.on_own_path(batch))
+        else:
+            renoised = context.renoise(x_0, batch.group_size)
+        real, fake = renoised.x_0("teacher"), renoised.x_0("fake")
+        gradient = matching_gradient(real, fake)
+        if self.config.projected:
+            gradient = without_component(gradient, x_0 - fake)
+        # By how much the teacher explains the samples better than the critic does, for logs alone.
+        scores = ((x_0 - fake).square() - (x_0 - real).square()).flatten(1).mean(1)
+        return RewardOutput(scores, gradient, residual_magnitude(x_0, real))
 
     def on_own_path(self, batch: RewardBatch) -> tuple[Tensor, Tensor]:
         """Return points between the states that the student saw and their next ones `[N, *x]`, and their levels `[N]`.
@@ -162,10 +167,8 @@ class Estimator:
 
 def estimators() -> list[Estimator]:
     """Return all of them; none changes what it names."""
-    own_path, deterministic = (
-        partial(ProjectedMatching, own_path=True),
-        convergence.at_rate(5e-4, 4) | {"sampler": "ode"},
-    )
+    own_path, deterministic = partial(Pdmd, own_path=True), {"sampler": "ode"}
+    fast = convergence.FALLING | convergence.at_rate(5e-4, 4)
     both = convergence.at_rate(5e-4, 4) | {"reward_route": "gradient[scores=advantage]"}
     return [
         *(
@@ -182,16 +185,26 @@ def estimators() -> list[Estimator]:
             for share in (".001", ".01", ".03", ".1")
         ),
         Estimator("warm start", warm=True),
-        *(Estimator(f"pdmd, rate {rate:g}", ProjectedMatching, convergence.at_rate(rate, 4)) for rate in (1e-3, 5e-4)),
-        Estimator("pdmd, on the student's own path, rate 0.0005", own_path, deterministic),
+        *(Estimator(f"pdmd, rate {rate:g}", Pdmd, convergence.at_rate(rate, 4)) for rate in (1e-3, 5e-4)),
+        Estimator(
+            "pdmd, on the student's own path, rate 0.0005", own_path, convergence.at_rate(5e-4, 4) | deterministic
+        ),
+        Estimator(
+            "pdmd, on the student's own path, 400 updates that fall fast to 0",
+            own_path,
+            fast | deterministic,
+            updates=400,
+        ),
+        # As long, at the same rates and with the same average, so that they can be compared.
         *(
-            Estimator(
-                f"pdmd, on the student's own path, {updates} updates that fall fast to 0",
-                own_path,
-                convergence.FALLING | deterministic,
-                updates=updates,
+            Estimator(f"{name}, 100 updates that fall fast to 0", rewards, fast | settings, updates=100)
+            for name, rewards, settings in (
+                ("pdmd, on the student's own path", own_path, deterministic),
+                ("dm, on the student's own path", partial(Pdmd, projected=False, own_path=True), deterministic),
+                ("dm, deterministic student", lambda: "dm", deterministic),
+                ("dm", lambda: "dm", {}),
+                ("dm + 3*flow", lambda: "dm + 3*flow", {}),
             )
-            for updates in (100, 400)
         ),
         Estimator("dm by both ways", lambda: ["dm", ScoresOfMatching()], both),
     ]

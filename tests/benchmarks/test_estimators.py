@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from estimators import ProjectedMatching, PullCritic, ScoreIdentity, evaluations, report
+from estimators import Pdmd, PullCritic, ScoreIdentity, evaluations, report
 from test_scripts import start
 from torch import Tensor, nn
 
@@ -61,7 +61,7 @@ def test_of_constant_networks_it_is_distribution_matching() -> None:
 def test_pdmd_is_distribution_matching_across_the_critics_residual() -> None:
     """What is left is orthogonal to x_0 - D_fake, what was taken away is parallel to it; the divisor is DMD's."""
     batch = batch_of(0.3, 1.0)
-    output = ProjectedMatching().field(batch)
+    output = Pdmd().field(batch)
     renoised = batch.require_context("here").renoise(batch.latents, 2)
     real, fake = (FACTORS[role] * (0.3 + renoised.x_t) for role in ("teacher", "fake"))
     residual = (batch.latents - fake).flatten(1)
@@ -71,6 +71,9 @@ def test_pdmd_is_distribution_matching_across_the_critics_residual() -> None:
     torch.testing.assert_close((output.gradient.flatten(1) * residual).sum(1), torch.zeros(6), atol=1e-5, rtol=0)
     torch.testing.assert_close(torch.cosine_similarity(taken, residual).abs(), torch.ones(6))
     torch.testing.assert_close(output.magnitude, (batch.latents - real).abs().flatten(1).mean(1))
+    whole = Pdmd(projected=False).field(batch)
+    assert whole.gradient is not None
+    torch.testing.assert_close(whole.gradient, real - fake)
 
 
 def test_pdmd_on_its_own_path_asks_between_two_states() -> None:
@@ -78,16 +81,18 @@ def test_pdmd_on_its_own_path_asks_between_two_states() -> None:
     batch, noise = batch_of(0.3, 1.0), torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     levels, left = torch.tensor([1.0, 0.75, 0.5, 0.25, 1.0, 0.25]), torch.tensor([3, 2, 1, 0, 3, 0])
     states = (1 - levels).reshape(-1, 1, 1, 1) * batch.latents + levels.reshape(-1, 1, 1, 1) * noise
-    context = replace(
-        batch.require_context("here"),
-        origin=Origin(states, levels, left, teacher_of=lambda rows: lambda x_t, sigma: x_t),
-    )
-    batch = replace(batch, context=context)
-    ProjectedMatching(own_path=True).field(batch)
-    asked = context.renoise(batch.latents, 2)
-    sigma = asked.sigma.reshape(-1, 1, 1, 1)
-    assert ((levels - 0.25 < asked.sigma) & (asked.sigma < levels)).all()
-    torch.testing.assert_close(asked.x_t, (1 - sigma) * batch.latents + sigma * noise)
+    origin = Origin(states, levels, left, teacher_of=lambda rows: lambda x_t, sigma: x_t)
+    batch = replace(batch, context=replace(batch.require_context("here"), origin=origin))
+    reward = Pdmd(projected=False, own_path=True)
+    torch.manual_seed(0)
+    x_t, sigma = reward.on_own_path(batch)
+    assert ((levels - 0.25 < sigma) & (sigma < levels)).all()
+    at = sigma.reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(x_t, (1 - at) * batch.latents + at * noise)
+    torch.manual_seed(0)
+    gradient = reward.field(batch).gradient
+    assert gradient is not None
+    torch.testing.assert_close(gradient, (FACTORS["teacher"] - FACTORS["fake"]) * (0.3 + x_t))
 
 
 def test_a_critic_is_pulled_by_its_share() -> None:
