@@ -6,12 +6,10 @@ A check takes a `Subject`; see `kit.Check`.
 from __future__ import annotations
 
 import gc
-import random
 import weakref
 from dataclasses import replace
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +22,7 @@ from rdm_sdk.rewards.spec import checked_model, parse_spec
 from rdm_sdk.testing.batches import copied, resized
 from rdm_sdk.testing.fresh_import import import_problem
 from rdm_sdk.testing.kit import Check, Remark, advising, collector, require
+from rdm_sdk.testing.random_states import drawn_from, random_states
 from rdm_sdk.testing.reward_subject import Subject, assert_close, same, shown
 
 STEPS = (0.003, 0.01, 0.03)
@@ -116,16 +115,10 @@ def deterministic(subject: Subject) -> None:
     )
 
 
-def random_states() -> dict[str, object]:
-    """Return the states of the global random generators, by the name of their library."""
-    numpy = repr(np.random.get_state())  # noqa: NPY002 - theirs is watched
-    return {"torch": torch.get_rng_state().tolist(), "NumPy": numpy, "Python": random.getstate()}
-
-
 @check("leaves_inputs_alone", unless=stochastic)
 def rng_untouched(subject: Subject) -> None:
     """`score` leaves the random states of torch, NumPy and Python alone, unless it is declared stochastic."""
-    with torch.random.fork_rng(devices=[]):
+    with drawn_from():
         before = random_states()
         evaluate_reward(subject.reward, copied(subject.batch), gradients_of=())
         after = random_states()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import random
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import odd_rewards
 import pytest
 import torch
@@ -36,6 +38,23 @@ def test_a_sign_is_told_whatever_the_units():
     """Scores that come with the gradient in other units do not hide that it points downhill."""
     failed = [result.name for result in run_reward_checks(OtherUnitsDownhill()) if result.status == "failed"]
     assert failed == ["gradient_keeps_scores", "ascent_raises_score"]
+
+
+@pytest.mark.parametrize(
+    ("draw", "library"),
+    [(lambda: np.random.seed(5), "NumPy"), (lambda: random.seed(5), "Python")],  # noqa: NPY002 - the global one is meant
+)
+def test_every_random_state_is_watched(draw, library):
+    """Not torch's alone, and though a seed that every call sets leaves the state that the call before has left."""
+
+    class Drawing(Sound):
+        def score(self, batch: RewardBatch) -> torch.Tensor:
+            draw()
+            return super().score(batch)
+
+    (failed,) = [result for result in run_reward_checks(Drawing()) if result.status == "failed"]
+    assert failed.name == "rng_untouched"
+    assert library in failed.message
 
 
 def test_every_check_has_its_mistake():
