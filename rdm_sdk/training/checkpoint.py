@@ -175,7 +175,7 @@ def check(directory: str | Path, mine: RunState, index: int) -> RunState:
     _check_complete(folder, mine)
     try:
         state = _read(folder, index, mine.identity.processes)
-    except CheckpointError:
+    except (CheckpointError, MemoryError):  # a whole one may be too large for this machine
         raise
     except Exception as error:  # whatever reading a damaged file leads to
         raise CheckpointError(

@@ -21,6 +21,7 @@ from rdm_sdk import (
     RDMTrainer,
     digits,
 )
+from rdm_sdk.training import checkpoint
 
 Make = Callable[..., RDMTrainer]
 
@@ -72,6 +73,20 @@ def test_a_truncated_checkpoint_is_refused(
         resume(make_trainer, tmp_path, damaged)
     seal(damaged)  # and where no manifest tells it
     with pytest.raises(CheckpointError, match="damaged"):
+        resume(make_trainer, tmp_path, damaged)
+
+
+@pytest.mark.usefixtures("no_training")
+def test_too_little_memory_is_no_damage(
+    make_trainer: Make, tmp_path: Path, damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole checkpoint must not be thrown away for the machine that could not read it."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(checkpoint, "_read", fail)
+    with pytest.raises(MemoryError, match="no room"):
         resume(make_trainer, tmp_path, damaged)
 
 
