@@ -124,20 +124,17 @@ def with_targets(config: LoraConfig, targets: Sequence[str], network: nn.Module)
 def _check_names(config: LoraConfig, network: nn.Module) -> None:
     """Raise `ConfigError` for names and patterns that fit no layer: PEFT passes over them."""
     paths = [path for path, _ in network.named_modules()]
-    named = [] if isinstance(config.target_modules, str) else config.target_modules or ()
-    for option, patterns in (
-        ("target_modules", [re.escape(name) for name in named]),
-        ("rank_pattern", config.rank_pattern),
-        ("alpha_pattern", config.alpha_pattern),
-    ):
-        for pattern in sorted(patterns or ()):
-            if any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths):
-                continue
-            name = pattern.replace("\\", "")
-            endings = {path.split(".", n)[-1] for path in linear_layers(network) for n in range(path.count(".") + 1)}
-            close = " or ".join(map(repr, difflib.get_close_matches(name, sorted(endings))))
-            raise ConfigError(
-                f"{option} of the LoRA config has {name!r}, and no layer of this model has a name that ends so"
-                + (f"; did you mean {close}?" if close else ".")
-                + f" Linear layers of this model: {', '.join(last_names(network))}"
-            )
+    endings = {path.split(".", depth)[-1] for path in paths for depth in range(path.count(".") + 1)}
+    named = () if isinstance(config.target_modules, str) else config.target_modules or ()
+    unknown = {name: "target_modules" for name in named if name not in endings}
+    for option in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, option):
+            if not any(re.fullmatch(pattern, ending) for ending in endings):
+                unknown[pattern] = option
+    for name, option in sorted(unknown.items()):
+        close = " or ".join(map(repr, difflib.get_close_matches(name, sorted(endings))))
+        raise ConfigError(
+            f"{option} of the LoRA config has {name!r}, and no layer of this model has a name that ends so"
+            + (f"; did you mean {close}?" if close else ".")
+            + f" Linear layers of this model: {', '.join(last_names(network))}"
+        )

@@ -27,6 +27,7 @@ from rdm_sdk.planning.blueprint import blueprint
 from rdm_sdk.planning.footprint import bytes_of, bytes_of_all, count_of
 from rdm_sdk.planning.phases import Phase, Step
 from rdm_sdk.planning.rehearsal import Rehearsal
+from rdm_sdk.rewards.base import modules_of
 from rdm_sdk.rewards.resolve import PlannedReward, RewardFuncs, plan_rewards, split_held_out
 from rdm_sdk.training.config import RDMConfig
 from rdm_sdk.training.judge import reward_heads
@@ -207,7 +208,7 @@ def _frozen(family: ModelFamily, args: RDMConfig, phase: Phase) -> Iterator[Row]
 def _judges(args: RDMConfig, rewards: Sequence[PlannedReward], phase: Phase) -> Iterator[Row]:
     """Yield the rewards that have models, or may have: counted if they are made, by what they declare otherwise."""
     for reward in rewards:
-        made = reward.given.modules() if reward.given else []
+        made = modules_of(reward.given) if reward.given else []
         count = count_of(*made) if made else reward.capabilities.parameters
         if count == 0:
             continue

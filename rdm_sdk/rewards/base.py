@@ -351,17 +351,9 @@ class Reward(ABC):
         """
         raise RewardError(f"reward {self.name!r} declares trains={self.capabilities.trains!r} but no training_loss")
 
-    def modules(self) -> list[nn.Module]:
-        """Return the reward's modules: all attributes that are an `nn.Module`, or a list, tuple or dict with some."""
-        parts: list[object] = []
-        for value in vars(self).values():
-            held = value.values() if isinstance(value, dict) else value
-            parts += held if isinstance(value, (dict, list, tuple)) else [value]
-        return [part for part in parts if isinstance(part, nn.Module)]
-
     def to(self, device: torch.device | str) -> None:
-        """Move the reward's modules."""
-        for module in self.modules():
+        """Move the reward's modules; by default all that `modules_of` finds."""
+        for module in modules_of(self):
             module.to(device)
 
     def example(self) -> RewardBatch | None:
@@ -381,6 +373,15 @@ class Reward(ABC):
     def defined_in(self) -> str:
         """Return the module that the reward's code is in."""
         return type(self).__module__
+
+
+def modules_of(reward: Reward) -> list[nn.Module]:
+    """Return a reward's modules: all attributes that are an `nn.Module`, or a list, tuple or dict with some."""
+    parts: list[object] = []
+    for value in vars(reward).values():
+        held = value.values() if isinstance(value, dict) else value
+        parts += held if isinstance(value, (dict, list, tuple)) else [value]
+    return [part for part in parts if isinstance(part, nn.Module)]
 
 
 def check_class(cls: type[Reward]) -> None:
