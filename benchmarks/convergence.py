@@ -90,6 +90,7 @@ FLOW = "dm + 3*flow"
 
 LONG = 1000
 SHORT = 150
+SHORTEST = 60
 GENTLE: dict[str, Any] = {"learning_rate": 5e-4, "critic_learning_rate": 2e-3, "ema_decay": 0.99}
 """Of long runs: half the rates of short ones, and the moving average that is the default."""
 LOW_RATES = ((2e-4, 2), (1e-4, 2), (1e-4, 4))
@@ -111,6 +112,10 @@ SQUARE: dict[str, Any] = {
     "lr_scheduler_kwargs": {"power": 2},
 }
 """With rates of 2e-4 and 4e-4 the package's defaults."""
+PATH: dict[str, Any] = {"matching": "path", "sampler": "ode"}
+"""PDMD: a deterministic student, matched on its own path; the package's preset `pdmd`."""
+QUICK: dict[str, Any] = SQUARE | {"learning_rate": 1e-3, "critic_learning_rate": 4e-3}
+"""Of the shortest runs: the rates of short ones, and a moving average."""
 TWO_STEPS: dict[str, Any] = {"num_inference_steps": 2, "shift": 3.0}
 
 ALONE = "dm alone"
@@ -173,7 +178,19 @@ def all_cells() -> list[Cell]:
             for name, (method, rate, times) in swept().items()
             if name != ALONE
         ),
+        *shortest_cells(),
         *long_cells(),
+    ]
+
+
+def shortest_cells() -> list[Cell]:
+    """Return the cells of PDMD and of what it is compared with, all as short."""
+    return [
+        Cell("60 updates, pdmd", SHORTEST, 20, QUICK | PATH),
+        Cell("60 updates, dm", SHORTEST, 20, QUICK),
+        Cell("60 updates, dm + 3*flow", SHORTEST, 20, QUICK, rewards=FLOW),
+        Cell("60 updates, dm + 3*flow, falling as a root", SHORTEST, 20, ROOT, rewards=FLOW),
+        Cell("60 updates, dm, deterministic student", SHORTEST, 20, QUICK | {"sampler": "ode"}),
     ]
 
 
@@ -211,6 +228,12 @@ def long_cells() -> list[Cell]:
             50,
             SQUARE | at_rate(2e-4, 2),
             rewards=FLOW,
+        ),
+        Cell(
+            "long, 4 steps, rate 0.0002, critics 2 times, falling to the second power, pdmd",
+            LONG,
+            50,
+            SQUARE | at_rate(2e-4, 2) | PATH,
         ),
         *(Cell(f"long, 4 steps, {rewards}", LONG, 50, GENTLE, rewards=rewards) for rewards in (FLOW, "dm")),
         Cell("long, 2 steps, dm, shift 3", LONG, 50, GENTLE | TWO_STEPS),

@@ -35,9 +35,9 @@ import convergence
 from intervals import estimate
 
 from rdm_sdk import Capabilities, Reward, RewardBatch, RewardConfig, RewardOutput, markdown_table
-from rdm_sdk.method.matching import matching_gradient, residual_magnitude
-from rdm_sdk.method.noise import add_noise, per_sample
-from rdm_sdk.rewards.context import Renoised
+from rdm_sdk.method.matching import residual_magnitude
+from rdm_sdk.method.noise import per_sample
+from rdm_sdk.rewards.context import Renoised, contrast
 from rdm_sdk.rewards.dm import DistributionMatching
 
 RESULTS = convergence.RESULTS.with_name("estimators.jsonl")
@@ -77,52 +77,19 @@ class ScoreIdentity(DistributionMatching):
         return RewardOutput(-loss.detach(), -gradient, residual_magnitude(x_0, real.detach()))
 
 
-def without_component(vectors: Tensor, along: Tensor) -> Tensor:
-    """Return vectors `[N, *x]` without the part of each that lies along another's direction, `[N, *x]`."""
-    flat, line = vectors.flatten(1), along.flatten(1)
-    share = (flat * line).sum(1, keepdim=True) / (line.square().sum(1, keepdim=True) + 1e-8)
-    return (flat - share * line).reshape(vectors.shape)
-
-
-class Pdmd(DistributionMatching):
-    """PDMD (arXiv 2609.35768): D_real - D_fake without its part along the critic's residual, x_0 - D_fake.
-
-    The formulas are those of LightX2V's implementation.
-    """
+class Projected(DistributionMatching):
+    """`dm` whose gradient is projected, or is not, wherever it is asked: PDMD's two parts, each without the other."""
 
     class Config(RewardConfig):
         projected: bool = True
-        own_path: bool = False
-        """Whether the networks are asked on the way from the state that the student saw to the next, at a level drawn
-        between the two, and not at fresh noise."""
 
     def field(self, batch: RewardBatch) -> RewardOutput:
-        context, x_0 = batch.require_context(self.name), batch.latents
-        if self.config.own_path:
-            renoised = Renoised(context, *self.on_own_path(batch))
-        else:
-            renoised = context.renoise(x_0, batch.group_size)
-        real, fake = renoised.x_0("teacher"), renoised.x_0("fake")
-        gradient = matching_gradient(real, fake)
-        if self.config.projected:
-            gradient = without_component(gradient, x_0 - fake)
-        # By how much the teacher explains the samples better than the critic does, for logs alone.
-        scores = ((x_0 - fake).square() - (x_0 - real).square()).flatten(1).mean(1)
-        return RewardOutput(scores, gradient, residual_magnitude(x_0, real))
+        context = batch.require_context(self.name)
 
-    def on_own_path(self, batch: RewardBatch) -> tuple[Tensor, Tensor]:
-        """Return points between the states that the student saw and their next ones `[N, *x]`, and their levels `[N]`.
+        def pair(renoised: Renoised) -> tuple[Tensor, Tensor]:
+            return renoised.x_0("teacher"), renoised.x_0("fake")
 
-        For grids of equal steps: step k of K leads from 1 - k / K.
-        """
-        context, x_0 = batch.require_context(self.name), batch.latents
-        origin = context.origin
-        assert origin is not None, "nothing is known of where the samples come from"
-        following = origin.levels * origin.steps_left / (origin.steps_left + 1)
-        sigma = following + torch.rand_like(following) * (origin.levels - following)
-        signal = per_sample(context.schedule.alpha(origin.levels), x_0)
-        noise = (origin.states - signal * x_0) / per_sample(origin.levels, x_0)
-        return add_noise(context.schedule, x_0, noise, sigma), sigma
+        return contrast(context, batch.latents, batch.group_size, pair, projected=self.config.projected)
 
 
 class ScoresOfMatching(Reward):
@@ -167,8 +134,6 @@ class Estimator:
 
 def estimators() -> list[Estimator]:
     """Return all of them; none changes what it names."""
-    own_path, deterministic = partial(Pdmd, own_path=True), {"sampler": "ode"}
-    fast = convergence.FALLING | convergence.at_rate(5e-4, 4)
     both = convergence.at_rate(5e-4, 4) | {"reward_route": "gradient[scores=advantage]"}
     return [
         *(
@@ -185,25 +150,15 @@ def estimators() -> list[Estimator]:
             for share in (".001", ".01", ".03", ".1")
         ),
         Estimator("warm start", warm=True),
-        *(Estimator(f"pdmd, rate {rate:g}", Pdmd, convergence.at_rate(rate, 4)) for rate in (1e-3, 5e-4)),
-        Estimator(
-            "pdmd, on the student's own path, rate 0.0005", own_path, convergence.at_rate(5e-4, 4) | deterministic
-        ),
-        Estimator(
-            "pdmd, on the student's own path, 400 updates that fall fast to 0",
-            own_path,
-            fast | deterministic,
-            updates=400,
-        ),
-        # As long, at the same rates and with the same average, so that they can be compared.
         *(
-            Estimator(f"{name}, 100 updates that fall fast to 0", rewards, fast | settings, updates=100)
+            Estimator(f"pdmd at fresh noise, rate {rate:g}", Projected, convergence.at_rate(rate, 4))
+            for rate in (1e-3, 5e-4)
+        ),
+        *(
+            Estimator(f"60 updates, {name}", rewards, convergence.QUICK | settings, updates=convergence.SHORTEST)
             for name, rewards, settings in (
-                ("pdmd, on the student's own path", own_path, deterministic),
-                ("dm, on the student's own path", partial(Pdmd, projected=False, own_path=True), deterministic),
-                ("dm, deterministic student", lambda: "dm", deterministic),
-                ("dm", lambda: "dm", {}),
-                ("dm + 3*flow", lambda: "dm + 3*flow", {}),
+                ("pdmd at fresh noise, deterministic student", Projected, {"sampler": "ode"}),
+                ("pdmd, not projected", partial(Projected, projected=False), convergence.PATH),
             )
         ),
         Estimator("dm by both ways", lambda: ["dm", ScoresOfMatching()], both),

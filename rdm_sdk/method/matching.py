@@ -22,6 +22,18 @@ def matching_gradient(d_real: Tensor, d_fake: Tensor) -> Tensor:
     return d_real - d_fake
 
 
+def across(vectors: Tensor, direction: Tensor) -> Tensor:
+    """Return vectors `[N, *x]` without the part of each that lies along the direction `[N, *x]` of its own sample.
+
+    Of D_real - D_fake and the critic's residual x_0 - D_fake it is PDMD's gradient (arXiv 2609.35768; the formula is
+    that of a public implementation). A direction of zero takes nothing away.
+    """
+    flat, line = vectors.flatten(1), direction.flatten(1)
+    square = line.square().sum(1, keepdim=True)
+    share = (flat * line).sum(1, keepdim=True) / square.clamp_min(torch.finfo(square.dtype).tiny)
+    return (flat - share * line).reshape(vectors.shape)
+
+
 def classifier_free_guidance(with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
     """Return without + scale (with_prompt - without), `[N, *x]`; a scale of 1 is none (arXiv 2207.12598).
 

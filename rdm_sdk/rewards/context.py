@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from rdm_sdk.errors import RewardError
 from rdm_sdk.method.draws import Draws, Spread, draw_uniform
 from rdm_sdk.method.matching import (
+    across,
     critic_lag,
     lag_profile,
     matching_gradient,
     matching_score,
     residual_magnitude,
 )
-from rdm_sdk.method.noise import NoiseSchedule, add_noise
+from rdm_sdk.method.noise import NoiseSchedule, add_noise, per_sample
 from rdm_sdk.method.tilting import posterior_covariance
 from rdm_sdk.types import Denoiser, RewardOutput
 
@@ -64,6 +65,9 @@ class DiffusionContext:
     """And up to which."""
     spread: Spread = "stratified"
     """How times are spread over a group."""
+    on_path: bool = False
+    """Whether samples get the noise that the student's state had, in the place of fresh noise. A deterministic step
+    leads straight to the next state, so with levels between the two they lie on its way."""
     critic_correction: Literal["others", "none"] = "none"
     """Whether the critic's lag, as the others of a sample's group show it, is taken out of `dm`'s gradient."""
     guide: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
@@ -116,12 +120,23 @@ class DiffusionContext:
         """Return the batch re-noised at a level of its own per sample; the same to every reward that asks.
 
         Rewards of one batch thus see the same noise, and what a network says of it is computed once for all of them.
+
+        Raises:
+            RewardError: the noise shall be that of the student's states (`on_path`), and none are known.
         """
         if not self._drawn or self._drawn[0][0] is not x_0:
             sigma = self.draw_sigma(len(x_0), group_size, x_0.device)
             # A copy, which keeps nothing drawn: a cycle would keep the teacher's graph until some garbage collection.
-            self._drawn[:] = [(x_0, Renoised(replace(self), self.add_noise(x_0, sigma), sigma))]
+            x_t = add_noise(self.schedule, x_0, self._kept(x_0), sigma) if self.on_path else self.add_noise(x_0, sigma)
+            self._drawn[:] = [(x_0, Renoised(replace(self), x_t, sigma))]
         return self._drawn[0][1]
+
+    def _kept(self, x_0: Tensor) -> Tensor:
+        """Return the noise `[N, *x]` of the states that samples `[N, *x]` were predicted from, as these see it."""
+        if self.origin is None:
+            raise RewardError("no state is known that the student predicted these samples from; only a run's have one")
+        signal = per_sample(self.schedule.alpha(self.origin.levels), x_0)
+        return (self.origin.states - signal * x_0) / per_sample(self.origin.levels, x_0)
 
 
 class Renoised:
@@ -195,19 +210,22 @@ def contrast(
     group_size: int,
     pair: Callable[[Renoised], tuple[Tensor, Tensor]],
     correction: Literal["others", "none"] = "none",
+    projected: bool = False,
 ) -> RewardOutput:
     """Return the reward log p(x_0) - log q(x_0) of two denoisers, as the re-noised batch shows it.
 
     `pair` gives the two predictions of x_0. The gradient is their difference, the score the half log-SNR
     integral of the difference of their squared errors, and the magnitude mean |x_0 - D_p|. Unless `correction` is
     "none", the lag of q behind the samples (`critic_lag`) is added to its prediction before the gradient
-    is taken.
+    is taken. Of a `projected` gradient the part along x_0 - D_q is taken away (`across`).
     """
     renoised = context.renoise(x_0, group_size)
     toward, away = pair(renoised)
     span = context.max_time - context.min_time
     scores = matching_score(context.schedule, x_0, toward, away, renoised.sigma, span)
+    residual = x_0 - away
     if correction != "none":
         profile = lag_profile(context.schedule, renoised.sigma)
-        away = away + critic_lag(x_0 - away, profile, group_size)
-    return RewardOutput(scores, matching_gradient(toward, away), residual_magnitude(x_0, toward))
+        away = away + critic_lag(residual, profile, group_size)
+    gradient = matching_gradient(toward, away)
+    return RewardOutput(scores, across(gradient, residual) if projected else gradient, residual_magnitude(x_0, toward))

@@ -19,6 +19,8 @@ class DistributionMatching(Reward):
     run says so (`critic_correction`); score by the denoising-error difference; the critic is a LoRA
     adapter, role "fake", trained on the student's samples (arXiv 2405.14867 for the estimator, arXiv 2603.28460 for its
     reading as a reward). It is told which of the student's steps made a sample where the run says so (`matching`).
+    On the student's own path (PDMD, arXiv 2609.35768) the gradient is what of D_real - D_fake is across the critic's
+    residual x_0 - D_fake, and the score, whose noise is no fresh draw, is for logs alone.
     """
 
     name = "dm"
@@ -30,7 +32,9 @@ class DistributionMatching(Reward):
         def pair(renoised: Renoised) -> tuple[Tensor, Tensor]:
             return renoised.x_0(TEACHER), renoised.x_0("fake")
 
-        output = contrast(context, batch.latents, batch.group_size, pair, context.critic_correction)
+        output = contrast(
+            context, batch.latents, batch.group_size, pair, context.critic_correction, projected=context.on_path
+        )
         return replace(output, figures=self._figures(context, batch))
 
     @staticmethod

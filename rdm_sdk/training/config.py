@@ -113,11 +113,11 @@ class RDMConfig(_KnownSettings):
     )
 
     # ---- Critics
-    matching: Literal["step", "range", "mixture"] = _setting(
+    matching: Literal["step", "path", "range", "mixture"] = _setting(
         "step",
         "What critics learn, and so what of the student is matched to the teacher: each step's samples by themselves, "
-        "because critics are told the step; each step's within its own range of noise levels; or the mixture of all "
-        "steps' samples (DMD2).",
+        "because critics are told the step; the same on the student's own path, for sampler='ode' (PDMD); each step's "
+        "within its own range of noise levels; or the mixture of all steps' samples (DMD2).",
     )
     critic_steps: int = _setting(5, "Critic updates per student update.")
     critic_rollouts: Literal["shared", "fresh"] = _setting(
@@ -280,7 +280,7 @@ class RDMConfig(_KnownSettings):
     @property
     def steps_told(self) -> int:
         """K, if critics are told which of the student's K steps made a sample; 0 if not, or if there is but one."""
-        return self.num_inference_steps if self.matching == "step" and self.num_inference_steps > 1 else 0
+        return self.num_inference_steps if self.matching in ("step", "path") and self.num_inference_steps > 1 else 0
 
     @property
     def num_random_steps(self) -> int:

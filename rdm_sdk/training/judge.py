@@ -99,6 +99,7 @@ class Judge:
             min_time=min_time,
             max_time=max_time,
             spread=settings.spread,
+            on_path=settings.matching == "path",
             critic_correction=settings.critic_correction,
             critic_times=critic_times,
             steps=steps if settings.steps_told else None,
@@ -111,17 +112,18 @@ class Judge:
     def times(self, steps: Tensor | None) -> tuple[Times, Times]:
         """Return between which times samples are re-noised for the student's update, and for the critics'.
 
-        Where each step is matched in a separate range, samples of step k (int64 `[N]`) are re-noised to levels
-        between the one that it leads to and its own: to no other do the steps behind it ever re-noise them (arXiv
-        2503.06674). Otherwise the critics learn at all times, as in DMD2 (arXiv 2405.14867).
+        Where each step is matched in a separate range or on its path, samples of step k (int64 `[N]`) are re-noised to
+        levels between the one that it leads to and its own: to no other do the steps behind it ever re-noise them
+        (arXiv 2503.06674), and between the two the student's path lies. But for ranges the critics learn at all times,
+        as in DMD2 (arXiv 2405.14867).
         """
         settings = self.settings
-        if settings.matching != "range" or steps is None:
+        if settings.matching not in ("range", "path") or steps is None:
             return (settings.min_time, settings.max_time), (0.0, 1.0)
         low, high = self.models.policy.times(steps)
         low = low.clamp_min(settings.min_time)
         high = torch.maximum(high.clamp_max(settings.max_time), low)
-        return (low, high), (low, high)
+        return (low, high), (low, high) if settings.matching == "range" else (0.0, 1.0)
 
     def batch(self, samples: Samples, trained: str | None = None) -> RewardBatch:
         """Return samples as rewards see them, with fresh noise; `trained` as in `context`."""

@@ -32,7 +32,7 @@ class MethodSettings(Protocol):
 
     # Rewards.
     num_generations: int
-    matching: Literal["step", "range", "mixture"]
+    matching: Literal["step", "path", "range", "mixture"]
     min_time: float
     max_time: float
     spread: Spread

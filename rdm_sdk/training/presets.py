@@ -57,6 +57,11 @@ PRESETS = {
         "dm",
         _GNDM | {"weighting": "fixed"},
     ),
+    "pdmd": Preset(
+        "distribution matching on the path of a deterministic student, across the critic's residual (arXiv 2609.35768)",
+        "dm",
+        _GNDM | {"matching": "path", "sampler": "ode", "weighting": "fixed"},
+    ),
     "dmdr": Preset(
         "DMD2 plus rewards at a fixed weight after a cold start (arXiv 2511.13649): the baseline of GNDMR",
         "dm + 0.05*legibility",

@@ -187,6 +187,11 @@ def check_together(config: Any) -> None:
         _require(0 < config.eta <= 1, "eta", config.eta, "in (0, 1] for sampler='cps'")
     if config.sampler == "sde":
         _require(config.eta > 0, "eta", config.eta, "positive for sampler='sde'")
+    if config.matching == "path" and config.num_random_steps:
+        raise ConfigError(
+            f"matching='path' asks the networks where the student goes from one state straight to the next, and "
+            f"sampler={config.sampler!r} goes there by fresh noise; use sampler='ode', or matching='step'"
+        )
     if config.num_iterations > 1 and config.num_random_steps == 0:
         raise ConfigError(
             f"num_iterations={config.num_iterations} uses a rollout again by how likely its transitions still are, "

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from estimators import Pdmd, PullCritic, ScoreIdentity, evaluations, report
+from estimators import Projected, PullCritic, ScoreIdentity, evaluations, report
 from test_scripts import start
 from torch import Tensor, nn
 
 from rdm_sdk.method.noise import FlowSchedule
 from rdm_sdk.rewards.base import RewardBatch
-from rdm_sdk.rewards.context import DiffusionContext, Origin
+from rdm_sdk.rewards.context import DiffusionContext
 from rdm_sdk.types import Denoiser
 
 FACTORS = {"teacher": 0.7, "fake": 0.2}
@@ -58,41 +57,18 @@ def test_of_constant_networks_it_is_distribution_matching() -> None:
     torch.testing.assert_close(output.gradient, torch.full_like(constant.latents, FACTORS["teacher"] - FACTORS["fake"]))
 
 
-def test_pdmd_is_distribution_matching_across_the_critics_residual() -> None:
-    """What is left is orthogonal to x_0 - D_fake, what was taken away is parallel to it; the divisor is DMD's."""
+def test_both_parts_of_pdmd_can_be_had_alone() -> None:
+    """At fresh noise what is left is orthogonal to x_0 - D_fake; not projected, all of D_real - D_fake is left."""
     batch = batch_of(0.3, 1.0)
-    output = Pdmd().field(batch)
+    output = Projected().field(batch)
     renoised = batch.require_context("here").renoise(batch.latents, 2)
     real, fake = (FACTORS[role] * (0.3 + renoised.x_t) for role in ("teacher", "fake"))
     residual = (batch.latents - fake).flatten(1)
     assert output.gradient is not None
-    assert output.magnitude is not None
-    taken = (real - fake - output.gradient).flatten(1)
     torch.testing.assert_close((output.gradient.flatten(1) * residual).sum(1), torch.zeros(6), atol=1e-5, rtol=0)
-    torch.testing.assert_close(torch.cosine_similarity(taken, residual).abs(), torch.ones(6))
-    torch.testing.assert_close(output.magnitude, (batch.latents - real).abs().flatten(1).mean(1))
-    whole = Pdmd(projected=False).field(batch)
+    whole = Projected(projected=False).field(batch)
     assert whole.gradient is not None
     torch.testing.assert_close(whole.gradient, real - fake)
-
-
-def test_pdmd_on_its_own_path_asks_between_two_states() -> None:
-    """At a level between them, with the noise that leads from the student's state to its sample."""
-    batch, noise = batch_of(0.3, 1.0), torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(1))
-    levels, left = torch.tensor([1.0, 0.75, 0.5, 0.25, 1.0, 0.25]), torch.tensor([3, 2, 1, 0, 3, 0])
-    states = (1 - levels).reshape(-1, 1, 1, 1) * batch.latents + levels.reshape(-1, 1, 1, 1) * noise
-    origin = Origin(states, levels, left, teacher_of=lambda rows: lambda x_t, sigma: x_t)
-    batch = replace(batch, context=replace(batch.require_context("here"), origin=origin))
-    reward = Pdmd(projected=False, own_path=True)
-    torch.manual_seed(0)
-    x_t, sigma = reward.on_own_path(batch)
-    assert ((levels - 0.25 < sigma) & (sigma < levels)).all()
-    at = sigma.reshape(-1, 1, 1, 1)
-    torch.testing.assert_close(x_t, (1 - at) * batch.latents + at * noise)
-    torch.manual_seed(0)
-    gradient = reward.field(batch).gradient
-    assert gradient is not None
-    torch.testing.assert_close(gradient, (FACTORS["teacher"] - FACTORS["fake"]) * (0.3 + x_t))
 
 
 def test_a_critic_is_pulled_by_its_share() -> None:

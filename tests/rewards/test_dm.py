@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 from torch import Tensor
 
-from rdm_sdk.method.noise import FlowSchedule
+from rdm_sdk.errors import RewardError
+from rdm_sdk.method.matching import across
+from rdm_sdk.method.noise import FlowSchedule, NoiseSchedule, VariancePreservingSchedule, add_noise
 from rdm_sdk.rewards.base import RewardBatch
-from rdm_sdk.rewards.context import DiffusionContext
+from rdm_sdk.rewards.context import DiffusionContext, Origin
 from rdm_sdk.rewards.dm import DistributionMatching
 from rdm_sdk.types import Denoiser
 
@@ -69,3 +74,47 @@ def test_the_score_is_an_integral_over_the_times_of_each_sample() -> None:
         slope = 2 / sigma + 2 / (1 - sigma)  # of log((1 - sigma)^2 / sigma^2)
         errors = 4 * (OFFSETS.square() - 0.1**2)  # four values per sample
         torch.testing.assert_close(scores, 0.5 * (1 / sigma - 1).square() * slope * span * errors, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("schedule", [FlowSchedule(), VariancePreservingSchedule()])
+def test_on_the_path_samples_have_the_noise_of_their_states(schedule: NoiseSchedule) -> None:
+    """In the place of fresh noise, at the same levels; whose states are not known cannot be asked."""
+    levels = torch.tensor([1.0, 0.75, 0.5, 0.25, 1.0, 0.5])
+    noise = torch.randn(X_0.shape, generator=torch.Generator().manual_seed(1))
+    states = add_noise(schedule, X_0, noise, levels)
+    origin = Origin(states, levels, torch.zeros(6, dtype=torch.long), teacher_of=lambda rows: lambda x_t, sigma: x_t)
+    context = replace(batch([]).require_context("here"), schedule=schedule, on_path=True)
+    with pytest.raises(RewardError, match="no state is known"):
+        context.renoise(X_0, 3)
+    renoised = replace(context, origin=origin).renoise(X_0, 3)
+    torch.testing.assert_close(renoised.x_t, add_noise(schedule, X_0, noise, renoised.sigma), rtol=1e-4, atol=1e-5)
+    assert ((renoised.sigma > 0.1) & (renoised.sigma < 0.3)).all()
+
+
+def test_on_the_path_the_gradient_is_across_the_critic_s_residual() -> None:
+    """PDMD's: orthogonal to x_0 - D_fake, and what was taken away is parallel to it; the divisor is that of `dm`."""
+    real, fake = (torch.randn(X_0.shape, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    level = torch.full((6,), 0.5)
+    origin = Origin(X_0, level, level.long(), teacher_of=lambda rows: lambda x_t, sigma: x_t)
+    told = batch([])
+    context = replace(
+        told.require_context("here"),
+        denoiser=lambda role: lambda x_t, sigma: real if role == "teacher" else fake,
+        on_path=True,
+        origin=origin,
+    )
+    output = DistributionMatching().field(replace(told, context=context))
+    assert output.gradient is not None
+    assert output.magnitude is not None
+    residual, taken = (X_0 - fake).flatten(1), (real - fake - output.gradient).flatten(1)
+    torch.testing.assert_close((output.gradient.flatten(1) * residual).sum(1), torch.zeros(6), atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cosine_similarity(taken, residual).abs(), torch.ones(6))
+    torch.testing.assert_close(output.magnitude, (X_0 - real).abs().flatten(1).mean(1))
+
+
+def test_a_critic_without_an_error_leaves_the_gradient_as_it_is() -> None:
+    """Nothing lies along a direction of zero."""
+    vectors = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    along = torch.tensor([[0.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
+    expected = torch.stack([vectors[0], vectors[1] * torch.tensor([1.0, 0.0, 1.0])])
+    torch.testing.assert_close(across(vectors, along), expected)

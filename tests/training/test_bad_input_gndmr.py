@@ -22,6 +22,8 @@ Make = Callable[..., RDMTrainer]
         ({"num_iterations": 0}, "num_iterations=0 .*at least 1"),
         ({"num_iterations": -2}, "num_iterations=-2 .*at least 1"),
         ({"num_iterations": 2, "sampler": "ode"}, "num_iterations=2 .*sampler='ode'.*random sampler"),
+        ({"matching": "path"}, "matching='path' .*sampler='renoise' .*use sampler='ode'"),
+        ({"matching": "path", "sampler": "cps"}, "matching='path' .*sampler='cps'"),
         ({"num_iterations": 2, "num_inference_steps": 1}, "num_iterations=2 .*num_inference_steps=1 .*two steps"),
         ({"epsilon": 0.0}, r"epsilon=0\.0 .*positive"),
         ({"epsilon": -0.2}, r"epsilon=-0\.2 .*positive"),

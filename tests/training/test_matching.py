@@ -36,7 +36,7 @@ class Watched(DistributionMatching):
 
     def field(self, batch: Any) -> Any:
         draw = batch.context.renoise(batch.latents, batch.group_size)
-        self.judged.append({"x_0": batch.latents, "sigma": draw.sigma})
+        self.judged.append({"x_0": batch.latents, "x_t": draw.x_t, "sigma": draw.sigma})
         return super().field(batch)
 
     def training_loss(self, batch: Any) -> Tensor:
@@ -208,6 +208,29 @@ def test_ranges(make_trainer: Make, tmp_path: Path) -> None:
         assert (seen["sigma"] <= levels[steps].clamp_max(0.98)).all()
 
 
+def test_on_the_path(make_trainer: Make, tmp_path: Path) -> None:
+    """A sample is judged between the states that it leads from and to, on the line; critics learn at all times."""
+    watched = Watched()
+    trainer = make_trainer(tmp_path, watched, matching="path", sampler="ode", max_steps=1, critic_steps=4)
+    trainer.train()
+    (experience,) = trainer.step.rollouts.experiences
+    (judged,) = watched.judged
+    levels, steps = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]), experience.steps
+    start, end = levels[steps], levels[steps + 1]
+    assert (judged["sigma"] >= end.clamp_min(0.02)).all()
+    assert (judged["sigma"] <= start.clamp_max(0.98)).all()
+    states = torch.cat([experience.rollout.states, experience.rollout.x_0[-1:]])
+    share = ((start - judged["sigma"]) / (start - end)).reshape(-1, 1, 1, 1)
+    expected = torch.lerp(select_steps(states, steps), select_steps(states, steps + 1), share)
+    torch.testing.assert_close(judged["x_t"], expected, rtol=0, atol=1e-4)
+    outside = []
+    for turn, update in enumerate(watched.trained):
+        taken = (steps + 1 + turn) % 4
+        outside.append((update["sigma"] < levels[taken + 1]) | (update["sigma"] > levels[taken]))
+    assert torch.cat(outside).float().mean() > 0.5
+    assert {vectors.shape[0] for vectors in told_vectors(trainer).values()} == {4}
+
+
 @pytest.mark.parametrize("matching", ["step", "mixture"])
 def test_full_range(make_trainer: Make, tmp_path: Path, matching: str) -> None:
     """Otherwise the student's samples are re-noised from min_time to max_time, and critics learn at all times."""
@@ -309,7 +332,7 @@ def test_step_weights_make_all_steps_pull_alike() -> None:
     assert (weights[1] / weights[0]).item() == pytest.approx((0.8 / 0.6) / (0.6 / 0.8))
 
 
-@pytest.mark.parametrize("matching", ["step", "range", "mixture"])
+@pytest.mark.parametrize("matching", ["step", "path", "range", "mixture"])
 def test_steps_are_weighted_where_each_is_matched_by_itself(
     make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, matching: str
 ) -> None:
@@ -326,7 +349,8 @@ def test_steps_are_weighted_where_each_is_matched_by_itself(
 
     monkeypatch.setattr(rdm_sdk.training.step, "pathwise_loss", watching)
     monkeypatch.setattr(rdm_sdk.training.step, "combine", ones)
-    trainer = make_trainer(tmp_path, matching=matching, max_steps=1)
+    sampler = "ode" if matching == "path" else "renoise"
+    trainer = make_trainer(tmp_path, matching=matching, sampler=sampler, max_steps=1)
     trainer.train()
     (experience,) = trainer.step.rollouts.experiences
     weights = trainer.models.policy.step_weights(experience.steps)

@@ -26,8 +26,8 @@ def test_a_preset_is_a_valid_config(name: str, tmp_path: Path) -> None:
     settings = preset(name)
     config = RDMConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
     assert {key: getattr(config, key) for key in settings} == settings
-    changed = RDMConfig(output_dir=str(tmp_path), use_cpu=True, **(settings | {"num_iterations": 2}))
-    assert changed.num_iterations == 2
+    changed = RDMConfig(output_dir=str(tmp_path), use_cpu=True, **(settings | {"critic_steps": 7}))
+    assert changed.critic_steps == 7
     settings["num_generations"] = 99
     assert preset(name) != settings  # a copy, so that a user's changes stay the user's
 
@@ -54,8 +54,8 @@ def test_an_unknown_preset_names_its_nearest(capsys: pytest.CaptureFixture[str])
     """In Python and on the command line."""
     with pytest.raises(ConfigError, match=r"no preset 'gdnm'\. Did you mean 'gndm'\? There are: dmd2, gndm"):
         preset("gdnm")
-    assert main(["presets", "show", "dmdd"]) == 2
-    assert "there is no preset 'dmdd'. Did you mean 'dmd" in capsys.readouterr().err
+    assert main(["presets", "show", "dmdrr"]) == 2
+    assert "there is no preset 'dmdrr'. Did you mean 'dmdr'" in capsys.readouterr().err
 
 
 def test_list_names_all_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
