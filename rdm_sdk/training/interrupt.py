@@ -71,8 +71,11 @@ class SaveOnSignal(TrainerCallback):
         self._before = {}
 
     def leave(self, args: Any, state: TrainerState) -> None:
-        """End the program as the signal asks, if one has come: with `KeyboardInterrupt`, or `SystemExit` 143."""
-        if self.caught is None:
+        """End the program as the signal asks, if one has come: with `KeyboardInterrupt`, or `SystemExit` 143.
+
+        One that came in the last step asks for no more than has happened: the run is over, and its student whole.
+        """
+        if self.caught is None or state.global_step >= state.max_steps:
             return
         name = f"checkpoint-{state.global_step}"
         saved = (Path(str(args.output_dir)) / name / MANIFEST).is_file() and not args.save_only_model

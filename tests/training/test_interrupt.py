@@ -45,15 +45,23 @@ def test_every_process_stops_when_one_is_told_to(tmp_path: Path) -> None:
 def test_the_line_tells_what_is_there(tmp_path: Path, caplog: pytest.LogCaptureFixture, saved: bool) -> None:
     """It names a checkpoint only where there is one: a signal may come when the last step is past."""
     interrupt = SaveOnSignal(Processes())
-    interrupt.leave(config(tmp_path), TrainerState(global_step=3))  # nothing was caught
+    interrupt.leave(config(tmp_path), TrainerState(global_step=3, max_steps=9))  # nothing was caught
     if saved:
         (tmp_path / "checkpoint-3").mkdir()
         (tmp_path / "checkpoint-3" / MANIFEST).touch()
     interrupt.caught = signal.SIGINT
     with pytest.raises(KeyboardInterrupt, match="checkpoint-3 is in" if saved else "no checkpoint to go on from"):
-        interrupt.leave(config(tmp_path), TrainerState(global_step=3))
+        interrupt.leave(config(tmp_path), TrainerState(global_step=3, max_steps=9))
     interrupt.caught = signal.SIGTERM
     with caplog.at_level(logging.WARNING), pytest.raises(SystemExit) as left:
-        interrupt.leave(config(tmp_path), TrainerState(global_step=3))
+        interrupt.leave(config(tmp_path), TrainerState(global_step=3, max_steps=9))
     assert left.value.code == 143
     assert ("checkpoint-3 is in" in caplog.text) == saved
+
+
+def test_a_signal_in_the_last_step_changes_nothing(tmp_path: Path) -> None:
+    """The run ends after that step in any case, and whoever trains saves the student."""
+    interrupt = SaveOnSignal(Processes())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        interrupt.caught = number
+        interrupt.leave(config(tmp_path), TrainerState(global_step=9, max_steps=9))
