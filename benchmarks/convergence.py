@@ -187,6 +187,7 @@ def shortest_cells() -> list[Cell]:
     """Return the cells of PDMD and of what it is compared with, all as short."""
     return [
         Cell("60 updates, pdmd", SHORTEST, 20, QUICK | PATH),
+        Cell("60 updates, pdmd + flow", SHORTEST, 20, QUICK | PATH, rewards="dm + flow"),
         Cell("60 updates, dm", SHORTEST, 20, QUICK),
         Cell("60 updates, dm + 3*flow", SHORTEST, 20, QUICK, rewards=FLOW),
         Cell("60 updates, dm + 3*flow, falling as a root", SHORTEST, 20, ROOT, rewards=FLOW),
