@@ -22,6 +22,7 @@ from rdm_sdk.errors import ConfigError, ModelError, described, shown
 from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.lora_files import kohya_names
 from rdm_sdk.families.roles import STUDENT
+from rdm_sdk.files import replacing
 from rdm_sdk.rewards.resolve import WeightedReward
 from rdm_sdk.rewards.spec import show_spec, without_places
 from rdm_sdk.training.config import RDMConfig
@@ -276,8 +277,7 @@ def _read_base(pipeline: Any, folder: Path) -> dict[str, Any]:
 def save_kohya_lora(directory: str | Path, file: str | Path) -> Path:
     """Write a student of Stable Diffusion 1, 2 or XL as one file that ComfyUI reads (kohya's names), and return it.
 
-    Its steps, scheduler and guidance are to be set there as `inference.json` and the model card say. The LoRAs of other
-    families need no such file: what ComfyUI reads of them has diffusers' names already.
+    Set steps, scheduler and guidance there as `inference.json` says. LoRAs of other families are read as they are.
 
     Args:
         directory: the folder that training saved.
@@ -293,7 +293,8 @@ def save_kohya_lora(directory: str | Path, file: str | Path) -> Path:
             f"kohya's names are those of a UNet's LoRA, and {str(directory)!r} holds none (no {WEIGHTS} with a {BASE} "
             "that says so); give the folder of a student of Stable Diffusion 1, 2 or XL"
         )
-    save_file(kohya_names(load_file(folder / WEIGHTS), base["component"]), target, metadata={"format": "pt"})
+    with replacing(target) as staged:
+        save_file(kohya_names(load_file(folder / WEIGHTS), base["component"]), staged, metadata={"format": "pt"})
     return target
 
 

@@ -101,6 +101,7 @@ def test_kohyas_names_are_what_diffusers_makes_and_reads(tmp_path: Path, kind: s
     wanted = changes_of(family.backbone)
     assert wanted.keys() == set(family.lora_targets)
     file = save_kohya_lora(tmp_path / "student", tmp_path / "kohya.safetensors")
+    assert file.stat().st_mode == (tmp_path / "student" / "base.json").stat().st_mode  # for whom other files are, too
     ours, theirs = load_file(file), convert_state_dict_to_kohya(load_file(tmp_path / "student" / WEIGHTS))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name].float()) for name in ours if not name.endswith(".alpha"))
