@@ -45,6 +45,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "dataloader_prefetch_factor": {"dataloader_num_workers": 1},
     "log_images_limit": {"log_images": 5},
     "log_images_filter": {"log_images": 5},
+    "matching": {"sampler": "ode"},
 }
 """What a setting wants beside it."""
 REFUSED = {
