@@ -93,6 +93,7 @@ SHORT = 150
 SHORTEST = 60
 GENTLE: dict[str, Any] = {"learning_rate": 5e-4, "critic_learning_rate": 2e-3, "ema_decay": 0.99}
 """Of long runs: half the rates of short ones, and the moving average that is the default."""
+DEFAULT = "long, 4 steps, rate 0.0002, critics 2 times, falling to the second power"
 LOW_RATES = ((2e-4, 2), (1e-4, 2), (1e-4, 4))
 """Of long runs: the student's rate, which falls in a line, and how many times as fast critics learn."""
 ROOT: dict[str, Any] = {
@@ -189,6 +190,7 @@ def shortest_cells() -> list[Cell]:
         Cell("60 updates, pdmd", SHORTEST, 20, QUICK | PATH),
         Cell("60 updates, pdmd + flow", SHORTEST, 20, QUICK | PATH, rewards="dm + flow"),
         Cell("60 updates, dm", SHORTEST, 20, QUICK),
+        Cell("60 updates, dm, rate 0.0005", SHORTEST, 20, QUICK | at_rate(5e-4, 4)),
         Cell("60 updates, dm + 3*flow", SHORTEST, 20, QUICK, rewards=FLOW),
         Cell("60 updates, dm + 3*flow, falling as a root", SHORTEST, 20, ROOT, rewards=FLOW),
         Cell("60 updates, dm, deterministic student", SHORTEST, 20, QUICK | {"sampler": "ode"}),
@@ -223,18 +225,9 @@ def long_cells() -> list[Cell]:
             )
             for rate, times in LOW_RATES
         ),
-        Cell(
-            "long, 4 steps, rate 0.0002, critics 2 times, falling to the second power, dm + 3*flow",
-            LONG,
-            50,
-            SQUARE | at_rate(2e-4, 2),
-            rewards=FLOW,
-        ),
-        Cell(
-            "long, 4 steps, rate 0.0002, critics 2 times, falling to the second power, pdmd",
-            LONG,
-            50,
-            SQUARE | at_rate(2e-4, 2) | PATH,
+        *(
+            Cell(f"{DEFAULT}, {name}", LONG, 50, SQUARE | at_rate(2e-4, 2) | settings, rewards=rewards)
+            for name, settings, rewards in ((FLOW, {}, FLOW), ("pdmd", PATH, "dm"))
         ),
         *(Cell(f"long, 4 steps, {rewards}", LONG, 50, GENTLE, rewards=rewards) for rewards in (FLOW, "dm")),
         Cell("long, 2 steps, dm, shift 3", LONG, 50, GENTLE | TWO_STEPS),

@@ -19,8 +19,9 @@ from rdm_sdk.method.matching import (
     matching_score,
     residual_magnitude,
 )
-from rdm_sdk.method.noise import NoiseSchedule, add_noise, per_sample
+from rdm_sdk.method.noise import NoiseSchedule, add_noise
 from rdm_sdk.method.tilting import posterior_covariance
+from rdm_sdk.method.transitions import ode_transition
 from rdm_sdk.types import Denoiser, RewardOutput
 
 TEACHER = "teacher"
@@ -127,16 +128,15 @@ class DiffusionContext:
         if not self._drawn or self._drawn[0][0] is not x_0:
             sigma = self.draw_sigma(len(x_0), group_size, x_0.device)
             # A copy, which keeps nothing drawn: a cycle would keep the teacher's graph until some garbage collection.
-            x_t = add_noise(self.schedule, x_0, self._kept(x_0), sigma) if self.on_path else self.add_noise(x_0, sigma)
+            x_t = self._on_the_way(x_0, sigma) if self.on_path else self.add_noise(x_0, sigma)
             self._drawn[:] = [(x_0, Renoised(replace(self), x_t, sigma))]
         return self._drawn[0][1]
 
-    def _kept(self, x_0: Tensor) -> Tensor:
-        """Return the noise `[N, *x]` of the states that samples `[N, *x]` were predicted from, as these see it."""
+    def _on_the_way(self, x_0: Tensor, sigma: Tensor) -> Tensor:
+        """Return where a deterministic step from the student's states leads at noise levels `[N]`, `[N, *x]`."""
         if self.origin is None:
             raise RewardError("no state is known that the student predicted these samples from; only a run's have one")
-        signal = per_sample(self.schedule.alpha(self.origin.levels), x_0)
-        return (self.origin.states - signal * x_0) / per_sample(self.origin.levels, x_0)
+        return ode_transition(self.schedule, self.origin.states, x_0, self.origin.levels, sigma).mean
 
 
 class Renoised:
