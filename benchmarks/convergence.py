@@ -118,6 +118,8 @@ PATH: dict[str, Any] = {"matching": "path", "sampler": "ode"}
 QUICK: dict[str, Any] = SQUARE | {"learning_rate": 1e-3, "critic_learning_rate": 4e-3}
 """Of the shortest runs: the rates of short ones, and a moving average."""
 TWO_STEPS: dict[str, Any] = {"num_inference_steps": 2, "shift": 3.0}
+LOWER: dict[str, Any] = {"num_inference_steps": 2, "shift": 1.5}
+TWICE: dict[str, Any] = {"per_device_train_batch_size": 128}
 
 ALONE = "dm alone"
 """The package's preset `gndm` at the rates that all cells share."""
@@ -189,6 +191,8 @@ def shortest_cells() -> list[Cell]:
     return [
         Cell("60 updates, pdmd", SHORTEST, 20, QUICK | PATH),
         Cell("60 updates, pdmd + flow", SHORTEST, 20, QUICK | PATH, rewards="dm + flow"),
+        Cell("60 updates, pdmd, 2 steps", SHORTEST, 20, QUICK | PATH | LOWER),
+        Cell("60 updates, pdmd, 2 steps, twice the batch", SHORTEST, 20, QUICK | PATH | LOWER | TWICE),
         Cell("60 updates, dm", SHORTEST, 20, QUICK),
         Cell("60 updates, dm, rate 0.0005", SHORTEST, 20, QUICK | at_rate(5e-4, 4)),
         Cell("60 updates, dm + 3*flow", SHORTEST, 20, QUICK, rewards=FLOW),
