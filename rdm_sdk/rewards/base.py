@@ -210,7 +210,7 @@ class RewardBatch:
     def require_context(self, reward: str) -> DiffusionContext:
         """Return the diffusion context, or raise if the batch was made without a model."""
         if self.context is None:
-            raise RewardError(f"reward {reward!r} needs the models of a training run, but this batch has none")
+            raise RewardError(f"{reward!r} needs the models of a training run, and there context=True to be given them")
         return self.context
 
 

@@ -290,16 +290,16 @@ def load_reward(term: RewardTerm) -> Reward:
         check_class(target)
         config = _config_of(target, term)
         # A reward without options need not take a config.
-        given = (config,) if target.Config.model_fields else ()
+        given = {"config": config} if target.Config.model_fields else {}
         try:
-            inspect.signature(target).bind(*given)
+            inspect.signature(target).bind(**given)
         except TypeError as error:
             raise RewardError(
                 f"reward {_full_name(term)!r} cannot be made by its name: {target.__name__}.__init__ must take "
                 f"(self, config=None, **options); {error}"
             ) from error
         try:
-            reward = _initialized(target(*given))
+            reward = _initialized(target(**given))
         except Exception as error:
             if not isinstance(error, RewardError):
                 error.add_note(f"(raised in making the reward {name!r})")

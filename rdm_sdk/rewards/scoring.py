@@ -70,6 +70,8 @@ def check_scorable(rewards: Sequence[RunReward], prompts: bool, columns: Contain
             raise RewardError(
                 f"reward {reward.label!r} needs the models of a training run, so it cannot score images alone"
             )
+        if reward.capabilities.space != "pixel":
+            raise RewardError(f"reward {reward.label!r} reads latents, so it cannot score images alone")
         if reward.capabilities.prompts and not prompts:
             raise RewardError(f"reward {reward.label!r} reads prompts; pass one per image")
         if reward.capabilities.scope == "group" and group_size == 1:

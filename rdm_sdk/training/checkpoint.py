@@ -23,6 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from rdm_sdk.errors import CheckpointError
 from rdm_sdk.families.base import ModelFamily
 from rdm_sdk.families.roles import AVERAGE
+from rdm_sdk.rewards.base import public_options
 from rdm_sdk.training.checkpoint_folders import newest_whole, verify
 from rdm_sdk.training.identity import RunIdentity, check_same_run
 from rdm_sdk.training.models import RunModels
@@ -33,7 +34,7 @@ from rdm_sdk.training.weighting import state_of, weigh
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 7
+FORMAT = 8
 WEIGHTS, STATE = "rdm_state.safetensors", "rdm_state.json"
 TRAINER_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 CRITIC_OPTIMIZER = "critic_optimizer.pt"
@@ -47,7 +48,9 @@ class RunState:
 
     identity: RunIdentity
     rewards: list[str]
-    """Their names, with all options."""
+    """Their names, with the options that their specs give."""
+    options: list[dict[str, Any]]
+    """All of their options, defaults too, without secrets."""
     routes: list[str]
     """How each of them acts on the student."""
     adapters: dict[str, str]
@@ -77,6 +80,7 @@ def capture(step: DistillationStep, models: RunModels, identity: RunIdentity) ->
     return RunState(
         identity=identity,
         rewards=[reward.term.reference for reward in step.judge.rewards],
+        options=[public_options(reward.reward.config) for reward in step.judge.rewards],
         routes=[reward.route for reward in step.judge.rewards],
         adapters={role: roles.describe(role) for role in roles.trainable_roles},
         forwards=dict(roles.forwards),
@@ -244,6 +248,13 @@ def _check_same_networks(folder: Path, state: RunState, mine: RunState) -> None:
             f"checkpoint {str(folder)!r} was made with the rewards {state.rewards} by the routes {state.routes}; this "
             f"run has {mine.rewards} by {mine.routes}. Resume with the same rewards and reward_route"
         )
+    for reward, before, now in zip(mine.rewards, state.options, mine.options, strict=True):
+        if before != now:
+            raise CheckpointError(
+                f"the reward {reward!r} of checkpoint {str(folder)!r} had the options {before}; here it has {now}. "
+                "Go on with the version of its package that the run was begun with (options that a spec names do not "
+                "change with versions)"
+            )
     if state.adapters != mine.adapters and state.adapters.keys() == mine.adapters.keys():
         role = next(role for role in mine.adapters if state.adapters[role] != mine.adapters[role])
         raise CheckpointError(

@@ -47,6 +47,11 @@ class Unmakable(Scaled):
     def __init__(self):
         pass
 
+class Misplaced(Scaled):
+    def __init__(self, factor=1.0):
+        super().__init__(factor=1.0)
+        self.factor = factor
+
 def lost(images, **columns):
     raise ConnectionError
 
@@ -146,10 +151,11 @@ def test_what_is_not_there_is_said(spec: str, words: str, module: str) -> None:
         plan_rewards(spec.format(module=module, package=module.split(".")[0]))
 
 
-def test_a_class_that_takes_no_options(module: str) -> None:
-    """Is told by its whole place."""
-    with pytest.raises(RewardError, match=f"'{module}:Unmakable' cannot be made by its name: Unmakable.__init__ must"):
-        resolve_rewards(f"{module}:Unmakable[factor=2]")
+@pytest.mark.parametrize("name", ["Unmakable", "Misplaced"])
+def test_a_class_that_takes_no_config(name: str, module: str) -> None:
+    """Is told by its whole place; nor is the config handed to whatever parameter comes first."""
+    with pytest.raises(RewardError, match=f"'{module}:{name}' cannot be made by its name: {name}.__init__ must"):
+        resolve_rewards(f"{module}:{name}[factor=2]")
 
 
 def test_an_error_of_the_system_names_the_reward(

@@ -277,6 +277,7 @@ def test_score_images() -> None:
         ),
         (Spread(), torch.rand(2, 3, 8, 8), None, "one of each .* a group_size of 2"),
         ("dm", torch.rand(2, 3, 8, 8), None, "'dm' needs the models of a training run"),
+        (LatentNorm(), torch.rand(2, 3, 8, 8), None, "'latentnorm' reads latents, so it cannot score images alone"),
     ],
 )
 def test_unusable_images_are_refused(rewards: str, images: Tensor, prompts: Any, words: str) -> None:

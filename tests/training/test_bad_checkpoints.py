@@ -14,11 +14,16 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from sealing import seal
+from torch import Tensor
 
 from rdm_sdk import (
+    Capabilities,
     CheckpointError,
     ModelError,
     RDMTrainer,
+    Reward,
+    RewardBatch,
+    RewardConfig,
     digits,
 )
 from rdm_sdk.training import checkpoint
@@ -44,6 +49,32 @@ def resume(make_trainer: Make, tmp_path: Path, checkpoint: Path, rewards: str = 
     """Resume a run like the one that made the checkpoint."""
     trainer = make_trainer(tmp_path / "run", rewards, **({"ema_decay": 0.9} | settings))
     trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_checkpoint_of_a_reward_with_other_defaults_is_refused(make_trainer: Make, tmp_path: Path) -> None:
+    """As after an upgrade of its package: no spec names them, and yet the reward is another."""
+
+    class Power(Reward):
+        capabilities = Capabilities()
+
+        class Config(RewardConfig):
+            power: int = 2
+
+        def score(self, batch: RewardBatch) -> Tensor:
+            return batch.images.pow(self.config.power).mean((1, 2, 3))
+
+    class Upgraded(Power):
+        name = "power"
+
+        class Config(RewardConfig):
+            power: int = 4
+
+    def make(reward: Reward) -> RDMTrainer:
+        return make_trainer(tmp_path / "run", ["dm", reward], max_steps=2, save_strategy="steps", save_steps=1)
+
+    make(Power()).train()
+    with pytest.raises(CheckpointError, match=r"'power' .* had the options \{'power': 2\}; here it has \{'power': 4\}"):
+        make(Upgraded()).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
 
 
 FILES = ["rdm_state.safetensors", "rdm_state.json", "trainer_state.json", "optimizer.pt", "scheduler.pt"]
