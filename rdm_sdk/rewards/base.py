@@ -210,7 +210,7 @@ class RewardBatch:
     def require_context(self, reward: str) -> DiffusionContext:
         """Return the diffusion context, or raise if the batch was made without a model."""
         if self.context is None:
-            raise RewardError(f"{reward!r} needs the models of a training run, and there context=True to be given them")
+            raise RewardError(f"reward {reward!r} needs the models of a training run; in one, declare context=True")
         return self.context
 
 

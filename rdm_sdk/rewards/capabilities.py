@@ -47,7 +47,7 @@ class Capabilities:
 
     @property
     def needs_models(self) -> bool:
-        """Whether finished images alone cannot be judged."""
+        """Whether it cannot judge samples without the models that made them."""
         return self.context or self.gradient == "field"
 
     def __post_init__(self) -> None:

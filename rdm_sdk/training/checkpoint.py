@@ -249,12 +249,14 @@ def _check_same_networks(folder: Path, state: RunState, mine: RunState) -> None:
             f"run has {mine.rewards} by {mine.routes}. Resume with the same rewards and reward_route"
         )
     for reward, before, now in zip(mine.rewards, state.options, mine.options, strict=True):
-        if before != now:
-            raise CheckpointError(
-                f"the reward {reward!r} of checkpoint {str(folder)!r} had the options {before}; here it has {now}. "
-                "Go on with the version of its package that the run was begun with (options that a spec names do not "
-                "change with versions)"
-            )
+        # An option that one of them lacks came or went with a version, which is no other reward yet.
+        for key in sorted(before.keys() & now.keys()):
+            if before[key] != now[key]:
+                raise CheckpointError(
+                    f"the reward {reward!r} of checkpoint {str(folder)!r} had {key}={before[key]!r}; here it has "
+                    f"{now[key]!r}. Resume with the same; where neither was asked for, another version of the "
+                    "reward's package has another default, and the run needs the one that it was begun with"
+                )
     if state.adapters != mine.adapters and state.adapters.keys() == mine.adapters.keys():
         role = next(role for role in mine.adapters if state.adapters[role] != mine.adapters[role])
         raise CheckpointError(

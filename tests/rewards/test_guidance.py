@@ -210,7 +210,7 @@ def test_without_a_teacher_pair_it_says_so() -> None:
     )
     with pytest.raises(RewardError, match="no teacher without the prompt"):
         evaluate_rewards({"guidance": Guidance()}, batch)
-    with pytest.raises(RewardError, match="'guidance' needs the models of a training run"):
+    with pytest.raises(RewardError, match="'guidance' needs the models of a training run; in one, declare"):
         evaluate_rewards(
             {"guidance": Guidance()},
             RewardBatch(latents=torch.zeros(4, 2, 3), prompts=["a"] * 4, group_size=4, decode=lambda x: x),
