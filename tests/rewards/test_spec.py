@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rdm_sdk import ConfigError, RDMError, RewardError, RewardTerm, parse_spec
@@ -71,6 +71,7 @@ STRINGS = st.text(max_size=20) | st.lists(TOKENS, max_size=12).map("".join)
 
 @settings(max_examples=1000, deadline=None, derandomize=True, database=None)
 @given(STRINGS)
+@example('dm[k="\\x"]')  # in quotes, and no text of JSON
 def test_random_strings_raise_nothing_else(text):
     """Whatever is typed, the answer is terms or a `RewardError`."""
     is_answered(text)
